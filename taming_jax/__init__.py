@@ -1,0 +1,43 @@
+"""VQ-GAN and transformer prior ("Taming Transformers", arXiv 2012.09841) in JAX.
+
+    import taming_jax
+    config = taming_jax.load_config("mnist_tiny")
+    run = taming_jax.load_run(taming_jax.train(config, "vqgan"))
+
+Each name is imported when it is first used, so that importing the package costs nothing.
+"""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "Config": "config",
+    "load_config": "config",
+    "UserError": "errors",
+    "RunFailed": "errors",
+    "Run": "run",
+    "load_run": "run",
+    "VQGAN": "models.vqgan",
+    "build_vqgan": "models.vqgan",
+    "Encoder": "models.autoencoder",
+    "Decoder": "models.autoencoder",
+    "VectorQuantizer": "models.quantizers",
+    "Discriminator": "models.discriminator",
+    "lpips": "models.lpips",
+    "load_lpips": "models.lpips",
+}
+__all__ = [*sorted(_WHERE), "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        return getattr(importlib.import_module(f"taming_jax.{_WHERE[name]}"), name)
+    if name == "train":  # the package train/, which can be called
+        return importlib.import_module("taming_jax.train")
+    raise AttributeError(f"module 'taming_jax' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,374 @@
+"""Every setting of both stages, as frozen dataclasses, and the three ways to one: by a preset's
+name, from a run's `config.json`, from a command line.
+
+A field made with `free` says how long, how often or where a run is computed, and may change when
+the run is resumed. Every other field says what is trained and may not.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import importlib
+import json
+import math
+import os
+import pkgutil
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from taming_jax.errors import UserError
+
+
+def free(default: Any) -> Any:
+    """A field that a resumed run may change."""
+    return field(default=default, metadata={"free": True})
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    name: str = "mnist"
+    """The dataset: a function of data/sources.py."""
+    path: str | None = None
+    """A folder with your own copy of the files, in place of the preset's."""
+    image_size: int = 28
+    """Height and width of the images the model sees."""
+    channels: int = 1
+    """1 for grayscale, 3 for colour."""
+    validation_share: float = 0.05
+    """The share of the training images kept for validation, on which models are chosen."""
+    split_seed: int = 0
+    """The seed that cuts the validation images from the training images."""
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """What the training loop needs to know of either stage."""
+
+    epochs: int = free(200)
+    """Passes over the training images."""
+    steps: int | None = free(None)
+    """Training steps, in place of epochs."""
+    batch_size: int = 256
+    """Images a step, over all devices together."""
+    eval_every: int | None = free(None)
+    """Steps between validations; an epoch unless told."""
+    checkpoint_every: int | None = free(None)
+    """Steps between checkpoints; an epoch unless told."""
+    log_every: int | None = free(None)
+    """Steps to a line of the log; about a thousand lines a run unless told."""
+    draw_every: int | None = free(None)
+    """Steps between redrawings of the figures (at the next validation); a twentieth of the run
+    unless told."""
+    learning_rate: float = 4.5e-4
+    warmup: float = 0.0
+    """The share of the run over which the learning rate rises from zero."""
+    final_learning_rate: float = 1.0
+    """Where the cosine decay of the learning rate ends, as a share of it; 1 keeps it constant."""
+    clip: float | None = None
+    """The largest global norm of a network's gradients; larger ones are scaled down to it."""
+
+    def total_steps(self, examples: int) -> int:
+        """How many steps the run has, on that many training images."""
+        return self.steps or math.ceil(self.epochs * examples / self.batch_size)
+
+
+@dataclass(frozen=True)
+class VQGANConfig(StageConfig):
+    """Stage 1: encoder, quantizer, decoder and discriminator."""
+
+    channels: int = 128
+    """Channels at full resolution."""
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    """Channels of each level as multiples of that; between two levels the image is halved."""
+    blocks: int = 2
+    """Residual blocks a level of the encoder."""
+    decoder_blocks: int | None = None
+    """Residual blocks a level of the decoder; one more than the encoder's unless told."""
+    attention_resolutions: tuple[int, ...] = (16,)
+    """Heights at which every block is followed by self-attention (the middle always has it)."""
+    latent_channels: int = 256
+    """Channels between the encoder and the 1x1 convolution into code space."""
+
+    codebook_size: int = 1024
+    code_dim: int = 256
+    commitment: float = 0.25
+    """The weight of the commitment term (beta in the papers)."""
+    legacy_commitment: bool = False
+    """Put that weight on the codebook term instead, as the official code did at first."""
+    l2_normalise: bool = False
+    """Compare directions only: latents and codes are scaled to length one."""
+
+    l1_weight: float = 1.0
+    perceptual_weight: float = 1.0
+    """LPIPS on VGG16 features; 0 leaves VGG16 out."""
+    codebook_weight: float = 1.0
+
+    discriminator_filters: int = 64
+    discriminator_layers: int = 3
+    discriminator_start: float = 0.25
+    """The share of the run after which the adversarial part begins, 0 to 1 (1: never)."""
+    discriminator_loss: Literal["hinge", "vanilla"] = "hinge"
+    discriminator_weight: float = 0.8
+    """The weight of the generator's adversarial loss."""
+    adaptive_weight: bool = True
+    """Multiply that by the ratio of the reconstruction's and the adversarial gradient's norms."""
+    adaptive_weight_max: float = 1e4
+    lecam_weight: float = 0.0
+    """LeCAM regularisation of the discriminator, for small datasets; 0 is off."""
+    lecam_decay: float = 0.999
+
+    discriminator_learning_rate: float = 4.5e-4
+    betas: tuple[float, float] = (0.5, 0.9)
+    """Adam's, for both networks."""
+    ema_decay: float | None = None
+    """Keep a moving average of the generator, and evaluate and draw with it."""
+
+
+@dataclass(frozen=True)
+class PriorConfig(StageConfig):
+    """Stage 2: the transformer over code grids."""
+
+    layers: int = 6
+    heads: int = 8
+    width: int = 256
+    dropout: float = 0.1
+    norm: Literal["layer", "rms"] = "layer"
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    positions: Literal["learned", "rotary"] = "learned"
+    qk_norm: bool = False
+    remat: bool = False
+    """Recompute activations in the backward pass, to save memory."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.01
+    """AdamW's, on matrices only."""
+    schedule: Literal["one-cycle", "cosine"] = "one-cycle"
+    label_dropout: float = 0.1
+    """The share of examples that learn without their class, which guidance needs."""
+    keep_codes: float = 1.0
+    """The share of input codes left as they are; the others become random ones."""
+    augmented_versions: int = 1
+    """How many differently augmented encodings of the training images are learned from."""
+
+
+@dataclass(frozen=True)
+class Config:
+    config: str = "mnist"
+    """A preset's name, or the path of a run's config.json."""
+    workdir: str | None = free(None)
+    """The run's folder; runs/NAME unless told."""
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the networks compute in; parameters, losses and statistics stay float32."""
+    devices: int | None = free(None)
+    """How many devices to use; all unless told."""
+    data: DataConfig = DataConfig()
+    vqgan: VQGANConfig = VQGANConfig()
+    prior: PriorConfig = PriorConfig()
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.workdir or f"runs/{self.config}")
+
+
+@dataclass(frozen=True)
+class CommandLine(Config):
+    restart: bool = False
+    """Begin anew in a workdir that holds a run of this stage."""
+
+
+def presets() -> list[str]:
+    """The names of the presets."""
+    from taming_jax import configs
+
+    return sorted(module.name for module in pkgutil.iter_modules(configs.__path__))
+
+
+def load_config(name: str, overrides: Mapping[str, Any] | None = None) -> Config:
+    """A preset by its name, or a run's settings by the path of its config.json.
+
+    `overrides` replaces settings by their dotted names: `{"vqgan.steps": 100}`.
+    Raises UserError for a name or a setting that does not exist.
+    """
+    if name in presets():
+        config = importlib.import_module(f"taming_jax.configs.{name}").CONFIG
+    elif name.endswith(".json") or os.sep in name:
+        config = read_config(Path(name))
+    else:
+        near = difflib.get_close_matches(name, presets(), n=1)
+        hint = f"did you mean '{near[0]}'? " if near else ""
+        raise UserError(
+            f"there is no preset '{name}'; {hint}The presets are {', '.join(presets())}; "
+            "the path of a config.json is accepted as well."
+        )
+    if overrides:
+        values = to_dict(config)
+        for dotted, value in overrides.items():
+            *sections, last = dotted.split(".")
+            section = values
+            for part in sections:
+                section = section.get(part, {}) if isinstance(section, dict) else {}
+            if not isinstance(section, dict) or last not in section:
+                raise UserError(f"there is no setting '{dotted}'.")
+            section[last] = value
+        config = from_dict(Config, values)
+    return validated(config)
+
+
+def parse_arguments(arguments: Sequence[str]) -> tuple[Config, bool]:
+    """The command line of both training scripts: the config, and whether to begin anew.
+
+    `--config` is read first and names the defaults; tyro reads the rest, and exits with status 2
+    and its own message where a flag is wrong.
+    """
+    import tyro
+
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--config")
+    try:
+        known, rest = first.parse_known_args(list(arguments))
+    except argparse.ArgumentError as error:
+        raise UserError("--config needs a preset's name or the path of a config.json.") from error
+    if known.config is None and not {"-h", "--help"} & set(rest):
+        raise UserError(f"say which --config to train; the presets are {', '.join(presets())}.")
+    base = load_config(known.config) if known.config is not None else Config()
+    shallow = {f.name: getattr(base, f.name) for f in dataclasses.fields(Config)}
+    line = tyro.cli(CommandLine, default=CommandLine(**shallow), args=rest)
+    config = Config(**{name: getattr(line, name) for name in shallow})
+    return validated(config), line.restart
+
+
+def validated(config: Config) -> Config:
+    """The config itself, where its settings can work together; UserError where they cannot."""
+    data, vqgan = config.data, config.vqgan
+    halvings = 2 ** (len(vqgan.multipliers) - 1)
+    for name, stage in (("vqgan", vqgan), ("prior", config.prior)):
+        for key in ("batch_size", "epochs", "steps", "eval_every", "checkpoint_every", "log_every",
+                    "draw_every"):  # fmt: skip
+            value = getattr(stage, key)
+            if value is not None and value < 1:
+                raise UserError(f"{flag(name, key)} is {value}; it must be 1 or more.")
+        for key in ("warmup", "final_learning_rate"):
+            require_share(name, key, getattr(stage, key))
+    for key in ("channels", "blocks", "codebook_size", "code_dim", "latent_channels",
+                "discriminator_filters", "discriminator_layers"):  # fmt: skip
+        if getattr(vqgan, key) < 1:
+            raise UserError(f"{flag('vqgan', key)} must be 1 or more.")
+    if not vqgan.multipliers or min(vqgan.multipliers) < 1:
+        raise UserError("--vqgan.multipliers needs at least one number, each 1 or more.")
+    if data.channels not in (1, 3):
+        raise UserError(f"--data.channels is {data.channels}; it must be 1 (gray) or 3 (colour).")
+    if data.image_size < 1 or data.image_size % halvings:
+        raise UserError(
+            f"--data.image-size {data.image_size} cannot be halved {len(vqgan.multipliers) - 1} "
+            f"times, as the {len(vqgan.multipliers)} --vqgan.multipliers ask; "
+            f"take a multiple of {halvings}."
+        )
+    if vqgan.perceptual_weight and data.image_size < 16:
+        raise UserError(
+            f"--data.image-size {data.image_size} is too small for VGG16, which halves an image "
+            "four times; take 16 or more, or --vqgan.perceptual-weight 0."
+        )
+    require_share("vqgan", "discriminator_start", vqgan.discriminator_start)
+    require_share("data", "validation_share", data.validation_share)
+    if vqgan.ema_decay is not None:
+        require_share("vqgan", "ema_decay", vqgan.ema_decay)
+    if config.devices is not None and config.devices < 1:
+        raise UserError(f"--devices is {config.devices}; it must be 1 or more.")
+    return config
+
+
+def require_share(section: str, key: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise UserError(f"{flag(section, key)} is {value}; it is a share, from 0 to 1.")
+
+
+def flag(*names: str) -> str:
+    """A setting's name as it is written on the command line."""
+    return "--" + ".".join(names).replace("_", "-")
+
+
+def differences(left: Config, right: Config, sections: Sequence[str]) -> list[str]:
+    """How two configs differ in what is trained, a phrase a setting: "--seed is 1, not 2"."""
+
+    def walk(a: Any, b: Any, names: tuple[str, ...]) -> list[str]:
+        found = []
+        for f in dataclasses.fields(a):
+            x, y = getattr(a, f.name), getattr(b, f.name)
+            if f.metadata.get("free") or (not names and f.name not in sections):
+                continue
+            if dataclasses.is_dataclass(x):
+                found += walk(x, y, (*names, f.name))
+            elif x != y:
+                found.append(f"{flag(*names, f.name)} is {show(x)}, not {show(y)}")
+        return found
+
+    return walk(left, right, ())
+
+
+def show(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested plain containers, as JSON would hold them."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(kind: type, values: Any, where: str = "") -> Any:
+    """The dataclass that `to_dict` wrote. Settings that are absent keep their defaults; unknown
+    ones and values of a wrong type raise UserError."""
+    if not isinstance(values, dict):
+        raise UserError(f"the setting '{where or 'config'}' must be an object of settings.")
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise UserError(f"there is no setting '{where}{unknown[0]}'; remove it.")
+    return kind(**{key: convert(hints[key], value, where + key) for key, value in values.items()})
+
+
+def convert(hint: Any, value: Any, name: str) -> Any:
+    """A JSON value as the type that a field declares."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return from_dict(typing.cast(type, hint), value, name + ".")
+    if origin is types.UnionType and value is None and type(None) in arguments:
+        return None
+    if origin is types.UnionType:
+        return convert(next(a for a in arguments if a is not type(None)), value, name)
+    if origin is Literal and value in arguments:
+        return value
+    if origin is tuple and isinstance(value, list | tuple):
+        kinds = [arguments[0]] * len(value) if arguments[-1] is ... else arguments
+        if len(kinds) == len(value):
+            return tuple(convert(k, v, name) for k, v in zip(kinds, value, strict=True))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, type) and type(value) is hint:
+        return value
+    raise UserError(f"the setting '{name}' cannot be {value!r}.")
+
+
+def read_config(path: Path) -> Config:
+    """A config.json. Raises UserError where it is missing or no config."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); name a config.json.") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); name a run's config.json.") from error
+    try:
+        return from_dict(Config, values)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def write_config(config: Config, path: Path) -> None:
+    """Writes a config.json, whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)

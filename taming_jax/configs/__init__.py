@@ -1,0 +1,1 @@
+"""The presets: one module each, with its settings as `CONFIG`."""

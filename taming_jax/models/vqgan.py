@@ -1,0 +1,82 @@
+"""The generator of stage 1: encoder, quantizer and decoder."""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from taming_jax.config import Config
+from taming_jax.models.autoencoder import Decoder, Encoder
+from taming_jax.models.layers import Dtype, conv
+from taming_jax.models.quantizers import Quantized, VectorQuantizer
+
+
+class Reconstruction(NamedTuple):
+    """`images` float32 [b,h,w,c], about [-1, 1], and what the quantizer answered."""
+
+    images: jax.Array
+    quantized: Quantized
+
+
+class VQGAN(nn.Module):
+    """Images float [b,h,w,c] in [-1, 1] through a grid of codes and back."""
+
+    encoder: nn.Module
+    quantizer: VectorQuantizer
+    decoder: nn.Module
+    latent_channels: int
+    dtype: Dtype = jnp.float32
+
+    def setup(self) -> None:
+        self.quant_conv = conv(self.quantizer.code_dim, 1, self.dtype)
+        self.post_quant_conv = conv(self.latent_channels, 1, self.dtype)
+
+    def __call__(self, images: jax.Array) -> Reconstruction:
+        quantized = self.encode(images)
+        return Reconstruction(self.decode(quantized.vectors), quantized)
+
+    def encode(self, images: jax.Array) -> Quantized:
+        """Images float [b,h,w,c] to codes; see Quantized."""
+        return self.quantizer(self.quant_conv(self.encoder(images)))
+
+    def decode(self, vectors: jax.Array) -> jax.Array:
+        """Codes float [b,h',w',d] to images float32 [b,h,w,c]."""
+        return self.decoder(self.post_quant_conv(vectors)).astype(jnp.float32)
+
+    def decode_indices(self, indices: jax.Array) -> jax.Array:
+        """Indices int [b,h',w'] to images float32 [b,h,w,c]."""
+        return self.decode(self.quantizer.lookup(indices))
+
+
+def build_vqgan(config: Config) -> VQGAN:
+    """The generator that a config describes."""
+    settings, dtype = config.vqgan, jnp.dtype(config.dtype)
+    blocks = settings.decoder_blocks
+    levels = {
+        "channels": settings.channels,
+        "multipliers": settings.multipliers,
+        "attention_resolutions": settings.attention_resolutions,
+        "resolution": config.data.image_size,
+        "dtype": dtype,
+    }
+    return VQGAN(
+        encoder=Encoder(
+            blocks=settings.blocks, latent_channels=settings.latent_channels, **levels
+        ),
+        quantizer=VectorQuantizer(
+            settings.codebook_size, settings.code_dim, settings.commitment,
+            settings.legacy_commitment, settings.l2_normalise,
+        ),
+        decoder=Decoder(
+            blocks=settings.blocks + 1 if blocks is None else blocks,
+            out_channels=config.data.channels, **levels,
+        ),
+        latent_channels=settings.latent_channels,
+        dtype=dtype,
+    )  # fmt: skip
+
+
+def grid_size(config: Config) -> int:
+    """Height and width of the grid of codes."""
+    return config.data.image_size // 2 ** (len(config.vqgan.multipliers) - 1)

@@ -1,0 +1,86 @@
+"""One step function on one device by `jit`, or on several by `pmap`.
+
+What differs is only the axis name that a step averages over: None, or "devices". On several devices
+the state is replicated: every leaf has a leading axis of devices.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from flax import jax_utils
+
+from taming_jax.errors import UserError
+
+
+class Compiled:
+    """A function of state and arrays with its frozen arguments in place."""
+
+    def __init__(self, function: Any, frozen: tuple[Any, ...]):
+        self._function, self._frozen = function, frozen
+
+    def __call__(self, state: Any, arrays: Any) -> Any:
+        return self._function(state, arrays, *self._frozen)
+
+    def lower(self, state: Any, arrays: Any) -> Any:
+        """JAX's lowered computation, to ask for its cost."""
+        return self._function.lower(state, arrays, *self._frozen)
+
+
+class Devices:
+    """The devices a run uses: this process's first `count`, or all."""
+
+    def __init__(self, count: int | None = None):
+        available = jax.local_devices()
+        if count is not None and count > len(available):
+            raise UserError(
+                f"--devices is {count}, but there are {len(available)} "
+                f"({available[0].platform}); ask for that many or fewer."
+            )
+        self.list = available[:count]
+        self.axis_name = "devices" if len(self.list) > 1 else None
+
+    def __len__(self) -> int:
+        return len(self.list)
+
+    def check_batch(self, name: str, batch_size: int) -> None:
+        """UserError where a batch cannot be divided among the devices."""
+        n = len(self)
+        if batch_size % n:
+            raise UserError(
+                f"--{name}.batch-size {batch_size} cannot be divided among {n} devices; "
+                f"take a multiple of {n}, or fewer --devices."
+            )
+
+    def compile(self, function: Callable, *frozen: Any, donate: bool = False) -> "Compiled":
+        """`function(state, arrays, *frozen)` as a function of the first two on the devices. `frozen` are
+        arrays that never change and are put there once; `donate` gives up the state passed in.
+        """
+        first = (0,) if donate else ()
+        if self.axis_name is None:
+            compiled = jax.jit(function, donate_argnums=first)
+        else:
+            compiled = jax.pmap(
+                function, axis_name=self.axis_name, devices=self.list, donate_argnums=first
+            )
+        return Compiled(compiled, self.replicate(frozen))
+
+    def replicate(self, tree: Any) -> Any:
+        """The same arrays on every device."""
+        if self.axis_name is None:
+            return jax.device_put(tree, self.list[0])
+        return jax_utils.replicate(tree, self.list)
+
+    def shard(self, tree: Any) -> Any:
+        """Arrays [n, ...] divided along their first axis: [devices, n / devices, ...]."""
+        if self.axis_name is None:
+            return tree
+        return jax.tree.map(lambda x: x.reshape(len(self), -1, *x.shape[1:]), tree)
+
+    def fetch(self, tree: Any) -> Any:
+        """A replicated tree as numpy arrays of one device's, in memory of their own (on a CPU
+        numpy would else look into a buffer that the next step overwrites)."""
+        if self.axis_name is None:
+            return jax.tree.map(lambda x: np.array(x), tree)
+        return jax.tree.map(lambda x: np.array(x.addressable_data(0))[0], tree)

@@ -1,0 +1,96 @@
+"""What a run says: a progress bar on a terminal, else plain lines; JSON lines; TensorBoard."""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+# What is shown while training, where a stage reports it.
+SHOWN = ("l1", "perceptual", "nll", "usage", "perplexity", "discriminator", "adaptive_weight")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON-lines file; a last line cut off by a crash is left out."""
+    rows = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break
+    return rows
+
+
+class Log:
+    """The log of one stage of a run, from step `start` of `steps` on.
+
+    Rows beyond `start`, of a run that was killed after its last checkpoint, are removed first: the
+    steps will be taken, and logged, again.
+    """
+
+    def __init__(self, folder: Path, name: str, start: int, steps: int):
+        from tensorboardX import SummaryWriter
+
+        self.path = folder / "metrics" / f"{name}.jsonl"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.rows = [row for row in read_rows(self.path) if row["step"] <= start]
+        partial = self.path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
+        partial.replace(self.path)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._tensorboard = SummaryWriter(
+            str(folder / "tensorboard" / name), purge_step=start + 1
+        )
+        self._start, self._steps = start, steps
+        self._began = self._said = time.monotonic()
+        self._bar = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(
+                total=steps, initial=start, desc=name, unit="step", dynamic_ncols=True,
+                smoothing=0.05, file=sys.stderr,
+            )  # fmt: skip
+
+    def say(self, sentence: str) -> None:
+        """A sentence for the person at the screen."""
+        if self._bar is not None:
+            self._bar.write(sentence, file=sys.stderr)
+        else:
+            print(sentence, flush=True)
+
+    def row(self, step: int, epoch: float, split: str, metrics: dict[str, float]) -> None:
+        """One line of the JSON lines and TensorBoard, and now and then one for the eye."""
+        row = {"step": step, "epoch": round(epoch, 4), "split": split, **metrics}
+        self.rows.append(row)
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        for key, value in metrics.items():
+            self._tensorboard.add_scalar(f"{split}/{key}", value, step)
+        shown = "  ".join(f"{key} {metrics[key]:.4g}" for key in SHOWN if key in metrics)
+        if split == "validation":
+            self.say(f"step {step}/{self._steps}  validation  {shown}")
+        elif self._bar is not None:
+            self._bar.set_postfix_str(shown, refresh=False)
+        elif time.monotonic() - self._said > 10 or step == self._steps:
+            self._said = time.monotonic()
+            self.say(f"step {step}/{self._steps}  {shown}  {self._left(step)}")
+
+    def advance(self, step: int) -> None:
+        """Shows that `step` steps are done."""
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+
+    def _left(self, step: int) -> str:
+        spent = time.monotonic() - self._began
+        seconds = math.ceil(spent / max(step - self._start, 1) * (self._steps - step))
+        minutes, seconds = divmod(seconds, 60)
+        return f"{minutes}:{seconds:02d} left"
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        self._file.close()
+        self._tensorboard.close()

@@ -1,0 +1,236 @@
+"""The one loop that trains either stage: data, steps, validation, checkpoints, figures, log.
+
+What it asks of a stage is `Stage`; nothing here knows which one it is.
+"""
+
+import functools
+import math
+import signal
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from taming_jax.config import Config, StageConfig, write_config
+from taming_jax.data.feeds import Batch
+from taming_jax.errors import Interrupted, RunFailed, UserError
+from taming_jax.train.devices import Devices
+from taming_jax.train.log import Log
+from taming_jax.train.state import TrainState, copied
+from taming_jax.train.store import Store
+
+
+class Feed(Protocol):
+    """A split: `batch(step)` in training, `once()` in validation."""
+
+    size: int
+
+    def batch(self, step: int) -> Batch: ...
+    def once(self) -> Iterator[Batch]: ...
+
+
+class Stage(Protocol):
+    """A stage of the pipeline, as the loop needs it.
+
+    `monitor` names the metric of a validation that chooses the best checkpoint, lower being better.
+    `eval_step` answers sums over a batch and `summarise` the metrics of their sum over the split:
+    perplexity, say, cannot be averaged over batches.
+    """
+
+    name: str
+    monitor: str
+
+    def feeds(self) -> tuple[Feed, Feed]: ...
+    def init(self, key: jax.Array) -> TrainState: ...
+    def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]: ...
+    def eval_step(self, state: TrainState, batch: Batch) -> dict[str, Any]: ...
+    def summarise(self, sums: dict[str, np.ndarray]) -> dict[str, float]: ...
+    def draw(
+        self, state: TrainState, folder: Path, sums: dict[str, np.ndarray], rows: list[dict]
+    ) -> None: ...
+
+
+def train(
+    build: Callable[[Config, Devices], Stage], config: Config, restart: bool = False
+) -> Path:
+    """Trains a stage to its last step, going on from what the run's folder holds, and answers that
+    folder.
+
+    Raises UserError for what the user can mend, before anything of theirs is touched; RunFailed
+    where a loss is not finite or nothing can be saved; Interrupted after SIGINT or SIGTERM, saved.
+    """
+    devices = Devices(config.devices)
+    stage = build(config, devices)
+    folder = usable(config.folder)
+    store = Store(folder, stage.name, stage.monitor)
+    if restart:
+        store.clear()
+    state = stage.init(jax.random.key(config.seed))
+    sections = ("seed", "dtype", "data", stage.name)
+    restored = store.restore(state, config, sections, print)
+    write_config(config, folder / "config.json")
+    state = copied(devices.replicate(state if restored is None else restored))
+    return Loop(stage, config, devices, store, folder).run(state)
+
+
+def usable(folder: Path) -> Path:
+    """The folder, made where it is missing. UserError where it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"the workdir {folder} cannot be written ({error.strerror}); choose another --workdir."
+        ) from error
+    return folder
+
+
+class Signals:
+    """Remembers the first SIGINT or SIGTERM; a second one ends the process as ever. Outside the
+    main thread, where Python allows no handlers, nothing is caught."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Signals":
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                self._before[signum] = signal.signal(signum, self._receive)
+        return self
+
+    def _receive(self, signum: int, frame: FrameType | None) -> None:
+        self.received = signum
+        self.__exit__()
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+
+
+class Loop:
+    """The state of one call of `train`."""
+
+    def __init__(
+        self, stage: Stage, config: Config, devices: Devices, store: Store, folder: Path
+    ):
+        self.stage, self.config, self.devices = stage, config, devices
+        self.store, self.folder = store, folder
+        self.settings: StageConfig = getattr(config, stage.name)
+        self.training, self.validation = stage.feeds()
+        self.steps = self.settings.total_steps(self.training.size)
+        epoch = math.ceil(self.training.size / self.settings.batch_size)
+        self.eval_every = self.settings.eval_every or epoch
+        self.checkpoint_every = self.settings.checkpoint_every or epoch
+        self.log_every = self.settings.log_every or max(self.steps // 1000, 1)
+        self.draw_every = self.settings.draw_every or max(self.steps // 20, 1)
+        self.best = store.best()[1]
+        self.unsettled: list[tuple[int, dict[str, Any]]] = []
+
+    def run(self, state: TrainState) -> Path:
+        start = int(self.devices.fetch(state.step))
+        if start >= self.steps:
+            print(f"{self.folder} is trained already, to step {start}; see {self.folder}/figures.")
+            return self.folder
+        self.log = Log(self.folder, self.stage.name, start, self.steps)
+        kind = self.devices.list[0].platform
+        self.log.say(
+            f"Training {self.stage.name} of {self.config.config} in {self.folder}: "
+            f"{self.training.size} images, steps {start + 1} to {self.steps} of "
+            f"{self.settings.batch_size} images, on {len(self.devices)} {kind} device(s). "
+            "The first step is compiled first."
+        )
+        try:
+            with Signals() as signals:
+                self._steps(state, start, signals)
+        finally:
+            self.store.wait()
+            self.store.close()
+            self.log.close()
+        return self.folder
+
+    def _steps(self, state: TrainState, start: int, signals: Signals) -> None:
+        drawn = start
+        for step in range(start, self.steps):
+            state, metrics = self.stage.train_step(state, self.training.batch(step))
+            self.unsettled.append((step + 1, metrics))
+            if len(self.unsettled) > 2:
+                # A device two steps behind is busy; further behind, only signals would wait.
+                jax.block_until_ready(self.unsettled[-3][1])
+            done = step + 1
+            self.log.advance(done)
+            last = done == self.steps
+            stop = signals.received
+            evaluate = last or (done % self.eval_every == 0 and not stop)
+            save = last or stop is not None or done % self.checkpoint_every == 0
+            if save or evaluate or done % self.log_every == 0:
+                self._settle()
+            chosen = None
+            if evaluate:
+                sums, chosen = self._evaluate(state, done)
+                save = save or chosen[self.stage.monitor] < self.best
+                self.best = min(self.best, chosen[self.stage.monitor])
+            if save:
+                self.store.save(done, self.devices.fetch(state), self.config, chosen)
+            if evaluate and (last or done - drawn >= self.draw_every):
+                drawn = done
+                figures = self.folder / "figures"
+                figures.mkdir(exist_ok=True)
+                self.stage.draw(state, figures, sums, self.log.rows)
+            if stop is not None and not last:
+                self.store.wait()
+                raise Interrupted(
+                    stop,
+                    f"Stopped by {signal.Signals(stop).name} after step {done}, which is saved in "
+                    f"{self.store.path}; the same command goes on from there.",
+                )
+        self.log.say(f"Done: {self.steps} steps. The figures are in {self.folder}/figures.")
+
+    def _settle(self) -> None:
+        """Reads the metrics of the steps since the last line of the log, stops the run at the
+        first that is not finite, and logs their means."""
+        window = [(step, self.devices.fetch(metrics)) for step, metrics in self.unsettled]
+        self.unsettled = []
+        for step, metrics in window:
+            for term, value in metrics.items():
+                if not np.isfinite(value):
+                    self._stop(step, term, float(value))
+        if window:
+            # The discriminator's terms are absent before it starts.
+            last, newest = window[-1]
+            means = {
+                term: float(np.mean([m[term] for _, m in window if term in m], dtype=np.float64))
+                for term in newest
+            }
+            self.log.row(last, self._epoch(last), "train", means)
+
+    def _stop(self, step: int, term: str, value: float) -> None:
+        self.store.wait()
+        saved = self.store.steps()
+        where = f"the last good checkpoint is {self.store.path / str(saved[-1])}" if saved else (
+            "no checkpoint had been written"
+        )  # fmt: skip
+        raise RunFailed(
+            f"'{term}' was {value} at step {step}; {where}. Lower the learning rate or bound the "
+            f"gradients by --{self.stage.name}.clip."
+        )
+
+    def _evaluate(
+        self, state: TrainState, done: int
+    ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+        parts = (self.stage.eval_step(state, batch) for batch in self.validation.once())
+        sums = functools.reduce(
+            lambda total, part: jax.tree.map(np.add, total, part), map(self.devices.fetch, parts)
+        )
+        metrics = self.stage.summarise(sums)
+        self.log.row(done, self._epoch(done), "validation", metrics)
+        return sums, metrics
+
+    def _epoch(self, step: int) -> float:
+        return step * self.settings.batch_size / self.training.size

@@ -1,0 +1,76 @@
+"""What a training step changes: a step number and, by name, its networks."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from taming_jax.config import StageConfig
+
+
+class Net(struct.PyTreeNode):
+    """One network. `extra` holds what is neither parameter nor optimiser (BatchNorm's running
+    statistics, LeCAM's averages); `ema` is the moving average of the parameters, or None."""
+
+    params: Any
+    opt_state: Any
+    extra: Any = struct.field(default_factory=dict)
+    ema: Any = None
+
+    def updated(self, optimiser: optax.GradientTransformation, gradients: Any) -> "Net":
+        """The network after one step of its optimiser."""
+        updates, opt_state = optimiser.update(gradients, self.opt_state, self.params)
+        return self.replace(params=optax.apply_updates(self.params, updates), opt_state=opt_state)
+
+    def averaged(self, decay: float, step: jax.Array) -> "Net":
+        """The moving average moved on by one step."""
+        return self.replace(ema=moved(self.ema, self.params, decay, step))
+
+    @property
+    def chosen(self) -> Any:
+        """The parameters to evaluate with: the moving average where there is one."""
+        return self.params if self.ema is None else self.ema
+
+
+class TrainState(struct.PyTreeNode):
+    """`step` int32 [] counts the steps taken."""
+
+    step: jax.Array
+    nets: dict[str, Net]
+
+
+def moved(average: Any, value: Any, decay: float, n: jax.Array) -> Any:
+    """A moving average after its update number `n`, from 0. Early on it follows faster,
+    (1 + n) / (10 + n), so that it soon forgets where it began."""
+    n = n.astype(jnp.float32)
+    decay = jnp.minimum(decay, (1 + n) / (10 + n))
+    return jax.tree.map(lambda a, v: decay * a + (1 - decay) * v, average, value)
+
+
+def copied(tree: Any) -> Any:
+    """A tree in buffers of its own: a buffer that is in a donated state twice crashes JAX."""
+    return jax.tree.map(jnp.copy, tree)
+
+
+def schedule(settings: StageConfig, steps: int, rate: float, skipped: int = 0) -> optax.Schedule:
+    """Warm-up from zero and cosine decay over a run of `steps`. An optimiser that starts `skipped`
+    steps into the run follows the run's schedule, not one of its own."""
+    warmup = round(settings.warmup * steps)
+    if not warmup and settings.final_learning_rate == 1:
+        return optax.constant_schedule(rate)
+    whole = optax.warmup_cosine_decay_schedule(
+        init_value=0.0 if warmup else rate,
+        peak_value=rate,
+        warmup_steps=warmup,
+        decay_steps=max(steps, warmup + 1),
+        end_value=rate * settings.final_learning_rate,
+    )
+    # The first step is 1 of `steps`, so that its learning rate is not zero.
+    return lambda count: whole(count + skipped + 1)
+
+
+def clipped(optimiser: optax.GradientTransformation, clip: float | None) -> Any:
+    """The optimiser behind a bound on the gradients' global norm, where there is one."""
+    return optimiser if clip is None else optax.chain(optax.clip_by_global_norm(clip), optimiser)
