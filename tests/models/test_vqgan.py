@@ -1,0 +1,69 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from taming_jax.config import load_config
+from taming_jax.convert.compvis import vqgan_params
+from taming_jax.models.vqgan import VQGAN, build_vqgan
+from tests import golden
+
+OFFICIAL = {
+    "data.image_size": 32, "data.channels": 3, "vqgan.channels": 32, "vqgan.multipliers": (1, 2, 2),
+    "vqgan.blocks": 1, "vqgan.decoder_blocks": None, "vqgan.attention_resolutions": (16,),
+    "vqgan.latent_channels": 32, "vqgan.code_dim": 16, "vqgan.codebook_size": 64,
+    "vqgan.commitment": 0.25, "vqgan.legacy_commitment": True,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def official():
+    recorded = golden.load("compvis_vqgan")
+    return recorded, vqgan_params(golden.under(recorded, "sd/"))
+
+
+def test_parameters_have_the_official_names_and_shapes(official):
+    _, params = official
+    model = build_vqgan(load_config("mnist", OFFICIAL))
+    ours = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    assert jax.tree.structure(ours) == jax.tree.structure(params)
+    assert jax.tree.map(jnp.shape, ours) == jax.tree.map(jnp.shape, params)
+
+
+def test_reproduces_the_official_model(official):
+    recorded, params = official
+    model = build_vqgan(load_config("mnist", OFFICIAL))
+    x = golden.nhwc(recorded["x"])
+
+    @jax.jit
+    def forward(params, x):
+        h = model.apply({"params": params}, x, method=lambda m, x: m.encoder(x))
+        z = model.apply({"params": params}, h, method=lambda m, h: m.quant_conv(h))
+        return h, z, model.apply({"params": params}, x)
+
+    h, z, (reconstruction, quantized) = forward(params, x)
+    golden.assert_close(h, golden.nhwc(recorded["h"]), "encoder")
+    golden.assert_close(z, golden.nhwc(recorded["pre_quant"]), "latents")
+    golden.assert_close(quantized.vectors, golden.nhwc(recorded["quantized"]), "quantized latents")
+    golden.assert_close(quantized.loss.mean(), recorded["loss"], "quantizer's loss")
+    golden.assert_close(reconstruction, golden.nhwc(recorded["reconstruction"]), "reconstruction")
+    np.testing.assert_array_equal(quantized.indices, recorded["indices"])
+    decoded = model.apply({"params": params}, quantized.indices, method=VQGAN.decode_indices)
+    golden.assert_close(decoded, reconstruction, "decoded indices", 1e-5)
+
+
+def test_bfloat16_keeps_parameters_and_answers_in_float32():
+    config = load_config("mnist_tiny", {"dtype": "bfloat16"})
+    model = build_vqgan(config)
+    images = jax.random.uniform(jax.random.key(1), (2, 28, 28, 1), minval=-1)
+    params = jax.jit(model.init)(jax.random.key(0), images)["params"]
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    low = jax.jit(model.apply)({"params": params}, images)
+    assert low.images.dtype == low.quantized.loss.dtype == jnp.float32
+    # Of the same codes, so that no code that turned is seen. bfloat16 has 8 bits: the answer is
+    # not float32's, and not far from it.
+    decoded, exact = (
+        m.apply({"params": params}, low.quantized.indices, method=VQGAN.decode_indices)
+        for m in (model, build_vqgan(load_config("mnist_tiny")))
+    )
+    assert 0 < np.abs(decoded - exact).mean() < 0.03 * np.abs(exact).mean()

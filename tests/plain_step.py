@@ -1,0 +1,70 @@
+"""One step of stage 1 written the way of the papers' code, to compare ours with.
+
+The gradient of each loss at the decoder's last kernel is taken by a backward pass of its own, then
+the gradient of the losses' sum by another; the discriminator sees the reconstruction a second time,
+detached. As in PyTorch, a forward pass is kept for its backward passes and no backward pass is
+shared: `opaque` hides from the compiler that two passes begin alike.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from taming_jax import losses
+from taming_jax.models.lpips import lpips
+
+
+def opaque(tree):
+    return lax.optimization_barrier(tree)
+
+
+def plain_gradients(networks, generator, discriminator, images, lpips_params):
+    """Gradients of the generator's and of the discriminator's loss, the losses and the weight."""
+    settings = networks.settings
+    stats = discriminator.extra["batch_stats"]
+
+    def logits_of(params, x):
+        variables = {"params": params, "batch_stats": stats}
+        return networks.discriminator.apply(variables, x, mutable=["batch_stats"])[0]
+
+    def terms(params):
+        output = networks.generator.apply({"params": params}, images)
+        difference = jnp.abs(images - output.images)
+        nll = settings.l1_weight * difference.mean()
+        perceptual = jnp.zeros(())
+        if settings.perceptual_weight:
+            perceptual = lpips(lpips_params, images, output.images, networks.dtype).mean()
+            nll += settings.perceptual_weight * perceptual
+        adversarial = -logits_of(discriminator.params, output.images).mean()
+        codebook = output.quantized.loss.mean()
+        return (nll, adversarial, codebook), (output.images, difference.mean() / 2, perceptual)
+
+    (nll, adversarial, codebook), backward, (reconstruction, l1, perceptual) = jax.vjp(
+        terms, generator.params, has_aux=True
+    )
+    one, none = jnp.ones(()), jnp.zeros(())
+
+    def at_last_kernel(*seeds):
+        return backward(seeds)[0]["decoder"]["conv_out"]["kernel"]
+
+    weight = jnp.asarray(settings.discriminator_weight, jnp.float32)
+    if settings.adaptive_weight:
+        of_nll = at_last_kernel(opaque(one), none, none)
+        of_adversarial = at_last_kernel(none, opaque(one), none)
+        weight *= losses.adaptive_weight(of_nll, of_adversarial, settings.adaptive_weight_max)
+    total = nll + weight * adversarial + settings.codebook_weight * codebook
+    seeds = opaque((one, weight, settings.codebook_weight * one))
+    gradient = backward(seeds)[0]
+
+    def discriminator_loss(params):
+        real, fake = logits_of(params, images), logits_of(params, opaque(reconstruction))
+        return losses.DISCRIMINATOR_LOSSES[settings.discriminator_loss](real, fake).mean()
+
+    loss, discriminator_gradient = jax.value_and_grad(discriminator_loss)(
+        opaque(discriminator.params)
+    )
+    found = {
+        "l1": l1, "perceptual": perceptual, "nll": nll, "codebook": codebook, "loss": total,
+        "adversarial": adversarial, "adaptive_weight": weight, "discriminator": loss,
+    }  # fmt: skip
+    return gradient, discriminator_gradient, found

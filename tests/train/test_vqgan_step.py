@@ -1,0 +1,158 @@
+"""The step of stage 1 against the official code's recorded step and against the plain way."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from taming_jax.config import load_config
+from taming_jax.convert.compvis import discriminator_variables, vqgan_params
+from taming_jax.models.lpips import load_lpips
+from taming_jax.train.state import Net
+from taming_jax.train.vqgan import Networks
+from tests import golden
+from tests.plain_step import plain_gradients
+
+OFFICIAL = {
+    "data.image_size": 32, "data.channels": 3, "vqgan.channels": 32, "vqgan.multipliers": (1, 2),
+    "vqgan.blocks": 1, "vqgan.decoder_blocks": None, "vqgan.attention_resolutions": (16,),
+    "vqgan.latent_channels": 16, "vqgan.code_dim": 8, "vqgan.codebook_size": 32,
+    "vqgan.commitment": 0.25, "vqgan.discriminator_filters": 16, "vqgan.discriminator_layers": 2,
+    "vqgan.discriminator_weight": 0.8, "vqgan.adaptive_weight": True,
+}  # fmt: skip
+
+
+def test_reproduces_the_official_training_step():
+    recorded = golden.load("compvis_losses")
+    networks = Networks.build(load_config("mnist", OFFICIAL))
+    variables = discriminator_variables(golden.under(recorded, "disc/"))
+    generator = Net(vqgan_params(golden.under(recorded, "sd/")), ())
+    discriminator = Net(variables["params"], (), {"batch_stats": variables["batch_stats"]})
+    images = golden.nhwc(recorded["x"])
+
+    output = networks.generator.apply({"params": generator.params}, images)
+    np.testing.assert_array_equal(output.quantized.indices, recorded["indices"])
+    golden.assert_close(output.images, golden.nhwc(recorded["reconstruction"]), "reconstruction")
+
+    found = jax.jit(networks.gradients, static_argnums=4)(
+        generator, discriminator, images, load_lpips(), True
+    )
+    scalars = golden.under(recorded, "scalar/")
+    ours = {
+        "total_loss": "loss", "quant_loss": "codebook", "nll_loss": "nll", "p_loss": "perceptual",
+        "g_loss": "adversarial", "d_weight": "adaptive_weight", "disc_loss": "discriminator",
+        "logits_real": "logits_real", "logits_fake": "logits_fake",
+    }  # fmt: skip
+    for official, name in ours.items():
+        golden.assert_close(found.metrics[name], scalars[official], official)
+    expected = vqgan_params(golden.under(recorded, "grad/"))
+    golden.assert_trees_close(found.generator, expected, "generator gradient ")
+    expected = discriminator_variables(golden.under(recorded, "disc_grad/"))["params"]
+    golden.assert_trees_close(found.discriminator, expected, "discriminator gradient ")
+
+
+def networks_and_state(overrides, batch=4):
+    """Small networks with parameters, and images.
+
+    Not too small: with one channel a group (8 or 16 channels here), GroupNorm makes the gradient of
+    the bias before it zero in theory, and what is left is rounding.
+    """
+    sizes = {"vqgan.channels": 64, "vqgan.multipliers": (1, 2)}
+    config = load_config("mnist_tiny", sizes | overrides)
+    networks = Networks.build(config)
+    keys = jax.random.split(jax.random.key(0), 4)
+    images = jnp.tanh(2 * jax.random.normal(keys[0], (batch, 28, 28, 1)))
+    params = jax.jit(networks.generator.init)(keys[1], images)["params"]
+    disc = jax.jit(networks.discriminator.init, static_argnames="train")(keys[2], images, train=False)
+    extra = {"batch_stats": disc["batch_stats"]}
+    return networks, Net(params, ()), Net(disc["params"], (), extra), images
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"vqgan.perceptual_weight": 1.0},
+        {"vqgan.discriminator_loss": "vanilla", "vqgan.l2_normalise": False},
+        {"vqgan.adaptive_weight": False, "vqgan.codebook_weight": 0.5, "vqgan.l1_weight": 2.0},
+    ],
+    ids=["adaptive-hinge-lpips", "adaptive-vanilla", "fixed-hinge"],
+)
+def test_equals_the_plain_step(overrides):
+    networks, generator, discriminator, images = networks_and_state(overrides)
+    params = load_lpips() if networks.settings.perceptual_weight else {}
+    found = jax.jit(networks.gradients, static_argnums=4)(
+        generator, discriminator, images, params, True
+    )
+    gradient, discriminator_gradient, losses = jax.jit(plain_gradients, static_argnums=0)(
+        networks, generator, discriminator, images, params
+    )
+    golden.assert_trees_close(found.generator, gradient, "generator ", 1e-5, 1e-7)
+    golden.assert_trees_close(
+        found.discriminator, discriminator_gradient, "discriminator ", 1e-5, 1e-7
+    )
+    for name in set(losses) & set(found.metrics):
+        golden.assert_close(found.metrics[name], losses[name], name, 1e-5, 1e-7)
+
+
+def test_does_at_most_four_fifths_of_the_plain_arithmetic():
+    networks, generator, discriminator, images = networks_and_state(
+        {
+            "vqgan.perceptual_weight": 1.0,
+            "vqgan.multipliers": (1, 2, 2),
+            "vqgan.blocks": 2,
+            "vqgan.decoder_blocks": 2,
+            "vqgan.discriminator_filters": 32,
+        }
+    )
+    abstract = jax.eval_shape(lambda: (generator, discriminator, images))
+    params = jax.eval_shape(load_lpips_arrays)
+    ours = jax.jit(networks.gradients, static_argnums=4).lower(*abstract, params, True)
+    plain = jax.jit(plain_gradients, static_argnums=0).lower(networks, *abstract, params)
+    flops = [lowered.compile().cost_analysis()["flops"] for lowered in (ours, plain)]
+    assert flops[0] <= 0.8 * flops[1], f"{flops[0] / flops[1]:.3f}"
+
+
+def load_lpips_arrays():
+    return jax.tree.map(jnp.asarray, load_lpips())
+
+
+def test_lecam_holds_logits_near_the_other_kinds_average():
+    networks, generator, discriminator, images = networks_and_state({"vqgan.lecam_weight": 0.5})
+    discriminator.extra["lecam"] = {"real": jnp.float32(0.0), "fake": jnp.float32(0.0)}
+    found = jax.jit(networks.gradients, static_argnums=4)(
+        generator, discriminator, images, {}, True, jnp.int32(0)
+    )
+    # The first update of a moving average keeps a tenth of the old value.
+    averages = {k: 0.9 * found.metrics[f"logits_{k}"] for k in ("real", "fake")}
+    golden.assert_trees_close(found.extra["lecam"], averages, "averages ", 1e-5)
+
+    forward = jax.jit(networks.generator.apply)
+    reconstruction = forward({"params": generator.params}, images).images
+
+    def loss(params):
+        stats = discriminator.extra["batch_stats"]
+        real, fake = (networks.discriminate(params, stats, x)[0] for x in (images, reconstruction))
+        hinge = 0.5 * (jax.nn.relu(1 - real).mean() + jax.nn.relu(1 + fake).mean())
+        up = jax.nn.relu(real - averages["fake"]) ** 2
+        down = jax.nn.relu(averages["real"] - fake) ** 2
+        return hinge + 0.5 * (up.mean() + down.mean())
+
+    golden.assert_trees_close(
+        found.discriminator, jax.jit(jax.grad(loss))(discriminator.params), "gradient ", 1e-5, 1e-7
+    )
+
+
+def test_before_its_start_the_discriminator_is_left_alone():
+    networks, generator, discriminator, images = networks_and_state({})
+    found = jax.jit(networks.gradients, static_argnums=4)(
+        generator, discriminator, images, {}, False
+    )
+    assert found.discriminator is None and found.extra is None
+    assert "adversarial" not in found.metrics
+
+    def autoencoder(params):
+        output = networks.generator.apply({"params": params}, images)
+        return jnp.abs(output.images - images).mean() + output.quantized.loss.mean()
+
+    gradient = jax.jit(jax.grad(autoencoder))(generator.params)
+    golden.assert_trees_close(found.generator, gradient, "gradient ", 1e-5, 1e-7)
