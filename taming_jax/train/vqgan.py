@@ -276,6 +276,7 @@ class VQGANStage:
             for adversarial in (False, True)
         }
         self._evaluate = devices.compile(self._evaluation, frozen)
+        self._reconstruct, self._decode = _drawing(self.networks.generator)
 
     def _adam(self, rate: float, skipped: int) -> optax.GradientTransformation:
         settings = self.config.vqgan
@@ -375,24 +376,22 @@ class VQGANStage:
         counts = sums["counts"]
         params = self.devices.fetch(state.nets["generator"].chosen)
         step = int(self.devices.fetch(state.step))
-        model = self.networks.generator
         images = self.splits.validation.images[:10]
-        reconstruct, decode = _drawing(model)
         rng = np.random.default_rng(self.config.seed)
         grid = grid_size(self.config)
         random = rng.choice(len(counts), (32, grid, grid), p=counts / counts.sum())
         order = np.argsort(-counts, kind="stable")[:256]
         solid = np.broadcast_to(order[:, None, None], (len(order), *[min(grid, 8)] * 2))
-        decoded = [decode(params, solid[i : i + 32]) for i in range(0, len(solid), 32)]
+        decoded = [self._decode(params, solid[i : i + 32]) for i in range(0, len(solid), 32)]
 
         figures.loss_curves(
             rows, folder / "loss_curves.png", "VQ-GAN", mark=self.start, mark_name="discriminator"
         )
         figures.reconstructions(
-            images, reconstruct(params, images), folder / "reconstructions.png", step
+            images, self._reconstruct(params, images), folder / "reconstructions.png", step
         )
         figures.codebook_usage(counts, folder / "codebook_usage.png", step)
-        figures.random_latents(decode(params, random), folder / "random_latents.png", step)
+        figures.random_latents(self._decode(params, random), folder / "random_latents.png", step)
         figures.codebook(
             np.concatenate(decoded), counts[order], folder / "codebook.png", len(counts), step
         )

