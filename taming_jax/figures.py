@@ -93,6 +93,8 @@ def loss_curves(
                 axes.plot(x, smooth(y, len(y) // 50), color=INK, linewidth=1.2)
         axes.set_title(TERMS[term], loc="left", fontsize=10)
         axes.set_xlim(0, max(steps))
+        if term == "usage":
+            axes.set_ylim(0, 1.05)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8)
         if i >= len(terms) - columns:
@@ -104,7 +106,9 @@ def loss_curves(
                     f" {mark_name}\n starts", (mark, 0.98), xycoords=("data", "axes fraction"),
                     va="top", fontsize=8, color=INK,
                 )  # fmt: skip
-    figure.suptitle(f"{title}: training (dark) and validation (orange)", fontsize=11, x=0.01, ha="left")
+    figure.suptitle(
+        f"{title}: training (dark) and validation (orange)", fontsize=11, x=0.01, ha="left"
+    )
     save(figure, path)
 
 
@@ -116,9 +120,7 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
     return (sums[high] - sums[low]) / (high - low)
 
 
-def reconstructions(
-    images: np.ndarray, reconstruction: np.ndarray, path: Path, step: int
-) -> None:
+def reconstructions(images: np.ndarray, reconstruction: np.ndarray, path: Path, step: int) -> None:
     """Originals, reconstructions and the absolute difference, a column an image."""
     images, reconstruction = to_uint8(images), to_uint8(reconstruction)
     error = np.abs(images.astype(int) - reconstruction).mean(-1, keepdims=True).astype(np.uint8)
@@ -133,7 +135,7 @@ def reconstructions(
             if j == 0:
                 axes.set_ylabel(name, fontsize=9)
     figure.suptitle(
-        f"Reconstructions of validation images after step {step}; under each error its mean (0 to 1)",
+        f"Validation images after step {step}; under each error its mean (0 to 1)",
         fontsize=11, x=0.01, ha="left",
     )  # fmt: skip
     save(figure, path)
@@ -148,10 +150,8 @@ def codebook_usage(counts: np.ndarray, path: Path, step: int) -> None:
     axes = figure.add_subplot()
     axes.bar(np.arange(len(shares)), 100 * shares, width=1.0, color=INK)
     axes.axhline(100 / len(shares), color=ACCENT, linewidth=1, linestyle="--")
-    axes.annotate(
-        "all codes alike", (len(shares), 100 / len(shares)), ha="right", va="bottom", fontsize=8,
-        color=ACCENT,
-    )  # fmt: skip
+    here = (len(shares) - 1, 100 / len(shares))
+    axes.annotate("all codes alike", here, ha="right", va="bottom", fontsize=8, color=ACCENT)
     axes.set_xlim(-0.5, len(shares) - 0.5)
     axes.set_xlabel("code, by use")
     axes.set_ylabel("% of all codes")

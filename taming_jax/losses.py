@@ -62,4 +62,6 @@ def perplexity(counts: jax.Array) -> jax.Array:
     """exp of the entropy of how often each code was used, from counts [k]: k when all are used
     alike, 1 when only one is."""
     shares = counts / jnp.maximum(counts.sum(), 1)
-    return jnp.exp(-jnp.where(shares > 0, shares * jnp.log(jnp.where(shares > 0, shares, 1)), 0).sum())
+    return jnp.exp(
+        -jnp.where(shares > 0, shares * jnp.log(jnp.where(shares > 0, shares, 1)), 0).sum()
+    )

@@ -1,17 +1,17 @@
 """A finished (or half-finished) run as an object, for notebooks."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
 from taming_jax.config import Config
 from taming_jax.errors import UserError
-from taming_jax.models.vqgan import VQGAN, build_vqgan, grid_size
+from taming_jax.models.vqgan import build_vqgan, decode_indices, encode, grid_size
 from taming_jax.train.store import Store
 
 BATCH = 64  # images a call of the compiled functions; the last batch is filled up
@@ -51,16 +51,9 @@ class Run:
     def __init__(self, workdir: Path, config: Config, step: int, params: Any):
         self.workdir, self.config, self.step = workdir, config, step
         self.params = jax.device_put(params)
-        self.model: VQGAN = build_vqgan(config)
-
-        def encode(params: Any, images: jax.Array) -> jax.Array:
-            return self.model.apply({"params": params}, images, method=VQGAN.encode).indices
-
-        def decode(params: Any, indices: jax.Array) -> jax.Array:
-            images = self.model.apply({"params": params}, indices, method=VQGAN.decode_indices)
-            return jnp.clip(images, -1, 1)
-
-        self._encode, self._decode = jax.jit(encode), jax.jit(decode)
+        self.model = build_vqgan(config)
+        self._encode = jax.jit(lambda params, images: encode(self.model, params, images).indices)
+        self._decode = jax.jit(functools.partial(decode_indices, self.model))
 
     def __repr__(self) -> str:
         return f"Run({str(self.workdir)!r}, {self.config.config}, step {self.step})"

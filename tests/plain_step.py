@@ -1,9 +1,12 @@
 """One step of stage 1 written the way of the papers' code, to compare ours with.
 
 The gradient of each loss at the decoder's last kernel is taken by a backward pass of its own, then
-the gradient of the losses' sum by another; the discriminator sees the reconstruction a second time,
-detached. As in PyTorch, a forward pass is kept for its backward passes and no backward pass is
-shared: `opaque` hides from the compiler that two passes begin alike.
+the gradient of the losses' sum by another. Then it is the discriminator's turn: the loss module is
+called anew on the reconstruction, detached, where the official one evaluates LPIPS again before it
+comes to the discriminator (`lpips_twice`). As in PyTorch, a forward pass is kept for its backward
+passes and nothing else is shared: `opaque` hides from the compiler that two passes begin alike.
+
+Unlike both projects it runs the generator only once, so that it sees the same reconstruction.
 """
 
 import jax
@@ -18,7 +21,7 @@ def opaque(tree):
     return lax.optimization_barrier(tree)
 
 
-def plain_gradients(networks, generator, discriminator, images, lpips_params):
+def plain_gradients(networks, generator, discriminator, images, lpips_params, lpips_twice=True):
     """Gradients of the generator's and of the discriminator's loss, the losses and the weight."""
     settings = networks.settings
     stats = discriminator.extra["batch_stats"]
@@ -63,7 +66,11 @@ def plain_gradients(networks, generator, discriminator, images, lpips_params):
     loss, discriminator_gradient = jax.value_and_grad(discriminator_loss)(
         opaque(discriminator.params)
     )
-    found = {
+    found = {}
+    if settings.perceptual_weight and lpips_twice:
+        again = opaque((images, reconstruction))
+        found["perceptual_again"] = lpips(lpips_params, *again, networks.dtype).mean()
+    found |= {
         "l1": l1, "perceptual": perceptual, "nll": nll, "codebook": codebook, "loss": total,
         "adversarial": adversarial, "adaptive_weight": weight, "discriminator": loss,
     }  # fmt: skip

@@ -104,8 +104,9 @@ def test_without_the_lpips_package(capsys, monkeypatch, workdir):
 
 
 def test_a_workdir_of_another_architecture(tmp_path):
-    tiny = ["train_vqgan.py", "--config", "mnist_tiny", "--data.name", "synthetic", "--data.image-size",
-            "16", "--vqgan.batch-size", "8", "--vqgan.steps", "2", "--workdir", tmp_path]  # fmt: skip
+    tiny = "train_vqgan.py --config mnist_tiny --data.name synthetic --data.image-size 16"
+    tiny += " --vqgan.channels 4 --vqgan.multipliers 1 2 --vqgan.batch-size 8 --vqgan.steps 2"
+    tiny = [*tiny.split(), "--workdir", tmp_path]
     status, _, err = commands.run(*tiny)
     assert status == 0, err
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}

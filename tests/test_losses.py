@@ -11,9 +11,7 @@ REAL, FAKE = RNG.normal(0, 2, (2, 3, 4, 4, 1))
 def test_losses_are_a_number_an_example():
     x, y = RNG.uniform(-1, 1, (2, 3, 5, 5, 2))
     np.testing.assert_allclose(losses.l1(x, y), np.abs(x - y).mean((1, 2, 3)), rtol=1e-6)
-    np.testing.assert_allclose(
-        losses.generator_adversarial(FAKE), -FAKE.mean((1, 2, 3)), rtol=1e-6
-    )
+    np.testing.assert_allclose(losses.generator_adversarial(FAKE), -FAKE.mean((1, 2, 3)), rtol=1e-6)
     hinge = (np.maximum(1 - REAL, 0) + np.maximum(1 + FAKE, 0)).mean((1, 2, 3)) / 2
     np.testing.assert_allclose(losses.hinge(REAL, FAKE), hinge, rtol=1e-6)
     sigmoid = 1 / (1 + np.exp(-np.stack([REAL, -FAKE])))

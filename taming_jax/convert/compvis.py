@@ -13,7 +13,7 @@ from flax import traverse_util
 
 def vqgan_params(state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Parameters of `VQGAN` from a VQModel's encoder, decoder, quantize and 1x1 convolutions."""
-    flat = {}
+    flat: dict[tuple[str, ...], np.ndarray] = {}
     for name, array in state_dict.items():
         if name == "quantize.embedding.weight":
             flat["quantizer", "codebook"] = np.asarray(array)

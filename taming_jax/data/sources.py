@@ -106,7 +106,9 @@ def read_idx(folder: Traversable, name: str, dimensions: int) -> np.ndarray:
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{file} is truncated or damaged ({error}); replace it.") from error
     header = 4 + 4 * dimensions
-    shape = tuple(int(n) for n in np.frombuffer(content[4:header], ">u4", len(content[4:header]) // 4))
+    shape = tuple(
+        int(n) for n in np.frombuffer(content[4:header], ">u4", len(content[4:header]) // 4)
+    )
     if content[:4] != bytes([0, 0, 8, dimensions]) or len(shape) != dimensions:
         raise UserError(f"{file} is no IDX file of {dimensions} dimensions; replace it.")
     if len(content) != header + int(np.prod(shape)):

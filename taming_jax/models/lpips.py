@@ -31,7 +31,8 @@ class VGG16(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array) -> list[jax.Array]:
         h = (images - jnp.array(SHIFT)) / jnp.array(SCALE)
-        features, number = [], 0
+        features: list[jax.Array] = []
+        number = 0
         for group in GROUPS:
             if features:
                 h = nn.max_pool(h, (2, 2), strides=(2, 2))
@@ -80,9 +81,9 @@ class NumpyUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
-def reconstruct(kind: type, shape: tuple[int, ...], code: bytes) -> np.ndarray:
+def reconstruct(kind: type, shape: tuple[int, ...], code: Any) -> np.ndarray:
     """What numpy's pickles call to make the array whose content follows."""
-    return np.ndarray.__new__(np.ndarray, shape, code)
+    return np.ndarray(shape, code)
 
 
 def load_lpips(file: Path | None = None) -> dict[str, Any]:

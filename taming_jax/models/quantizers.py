@@ -76,7 +76,7 @@ def select(codes: jax.Array, indices: jax.Array) -> jax.Array:
 
 
 def unit(x: jax.Array) -> jax.Array:
-    """Vectors [..., d] scaled to length one. The small constant keeps the gradient at zero finite."""
+    """Vectors [..., d] scaled to length one; the small constant keeps a zero's gradient finite."""
     return x * lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-12)
 
 

@@ -1,6 +1,6 @@
 """The generator of stage 1: encoder, quantizer and decoder."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -53,7 +53,7 @@ def build_vqgan(config: Config) -> VQGAN:
     """The generator that a config describes."""
     settings, dtype = config.vqgan, jnp.dtype(config.dtype)
     blocks = settings.decoder_blocks
-    levels = {
+    levels: dict[str, Any] = {
         "channels": settings.channels,
         "multipliers": settings.multipliers,
         "attention_resolutions": settings.attention_resolutions,
@@ -80,3 +80,19 @@ def build_vqgan(config: Config) -> VQGAN:
 def grid_size(config: Config) -> int:
     """Height and width of the grid of codes."""
     return config.data.image_size // 2 ** (len(config.vqgan.multipliers) - 1)
+
+
+def reconstruct(model: VQGAN, params: Any, images: jax.Array) -> Reconstruction:
+    """Images float [b,h,w,c] in [-1, 1] through the codes and back."""
+    return cast(Reconstruction, model.apply({"params": params}, images))
+
+
+def encode(model: VQGAN, params: Any, images: jax.Array) -> Quantized:
+    """Images float [b,h,w,c] in [-1, 1] to codes."""
+    return cast(Quantized, model.apply({"params": params}, images, method=VQGAN.encode))
+
+
+def decode_indices(model: VQGAN, params: Any, indices: jax.Array) -> jax.Array:
+    """Indices int [b,h',w'] to images float32 [b,h,w,c], clipped to [-1, 1]."""
+    images = model.apply({"params": params}, indices, method=VQGAN.decode_indices)
+    return jnp.clip(cast(jax.Array, images), -1, 1)

@@ -54,8 +54,9 @@ class Devices:
             )
 
     def compile(self, function: Callable, *frozen: Any, donate: bool = False) -> "Compiled":
-        """`function(state, arrays, *frozen)` as a function of the first two on the devices. `frozen` are
-        arrays that never change and are put there once; `donate` gives up the state passed in.
+        """`function(state, arrays, *frozen)` as a function of the first two on the devices.
+
+        `frozen` are arrays that never change, put there once; `donate` gives up the state passed.
         """
         first = (0,) if donate else ()
         if self.axis_name is None:

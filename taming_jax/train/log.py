@@ -42,9 +42,7 @@ class Log:
         partial.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
         partial.replace(self.path)
         self._file = self.path.open("a", encoding="utf-8")
-        self._tensorboard = SummaryWriter(
-            str(folder / "tensorboard" / name), purge_step=start + 1
-        )
+        self._tensorboard = SummaryWriter(str(folder / "tensorboard" / name), purge_step=start + 1)
         self._start, self._steps = start, steps
         self._began = self._said = time.monotonic()
         self._bar = None

@@ -55,9 +55,7 @@ class Stage(Protocol):
     ) -> None: ...
 
 
-def train(
-    build: Callable[[Config, Devices], Stage], config: Config, restart: bool = False
-) -> Path:
+def train(build: Callable[[Config, Devices], Stage], config: Config, restart: bool = False) -> Path:
     """Trains a stage to its last step, going on from what the run's folder holds, and answers that
     folder.
 
@@ -117,9 +115,7 @@ class Signals:
 class Loop:
     """The state of one call of `train`."""
 
-    def __init__(
-        self, stage: Stage, config: Config, devices: Devices, store: Store, folder: Path
-    ):
+    def __init__(self, stage: Stage, config: Config, devices: Devices, store: Store, folder: Path):
         self.stage, self.config, self.devices = stage, config, devices
         self.store, self.folder = store, folder
         self.settings: StageConfig = getattr(config, stage.name)

@@ -45,8 +45,8 @@ def moved(average: Any, value: Any, decay: float, n: jax.Array) -> Any:
     """A moving average after its update number `n`, from 0. Early on it follows faster,
     (1 + n) / (10 + n), so that it soon forgets where it began."""
     n = n.astype(jnp.float32)
-    decay = jnp.minimum(decay, (1 + n) / (10 + n))
-    return jax.tree.map(lambda a, v: decay * a + (1 - decay) * v, average, value)
+    keep = jnp.minimum(decay, (1 + n) / (10 + n))
+    return jax.tree.map(lambda a, v: keep * a + (1 - keep) * v, average, value)
 
 
 def copied(tree: Any) -> Any:

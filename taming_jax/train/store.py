@@ -1,8 +1,8 @@
 """The Orbax store that generator, discriminator and transformer share.
 
 A stage's checkpoints lie in `checkpoints/NAME/STEP`, each one commit of two items: `state`, the
-arrays by their names, and `about`, the hash of each array and the config. Orbax makes a commit whole
-or not at all, but restores a flipped byte without a word: hence the hashes.
+arrays by their names, and `about`, the hash of each array and the config. Orbax makes a commit
+whole or not at all, but restores a flipped byte without a word: hence the hashes.
 """
 
 import hashlib
@@ -54,6 +54,7 @@ class Store:
 
     def _open(self) -> ocp.CheckpointManager:
         if self._manager is None:
+
             def metric(metrics: Any) -> float:
                 return metrics[self._monitor]
 
@@ -140,7 +141,7 @@ class Store:
                 target = jax.tree.map(lambda m: np.empty(m.shape, m.dtype), metadata)
                 tree = reader.restore(folder / "state", args=ocp.args.StandardRestore(target))
             arrays = {path: np.asarray(x) for path, x in traverse_util.flatten_dict(tree).items()}
-        except Exception as error:  # noqa: BLE001 - damage raises many kinds, none documented
+        except Exception as error:
             raise ValueError(f"it cannot be read ({type(error).__name__})") from error
         if {"/".join(path) for path in arrays} != set(hashes):
             raise ValueError("it does not hold the arrays it promises")

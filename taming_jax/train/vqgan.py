@@ -1,16 +1,17 @@
 """Stage 1: generator and discriminator trained against each other, as the loop wants a stage.
 
-The step runs the generator once forward and once back. What the image should become is collected as
-cotangents of the reconstruction (perceptual and L1 in one, adversarial in the other); the adaptive
-weight needs both only at the decoder's last kernel, one convolution away; then their weighted sum is
-pulled back through the generator. The discriminator's forward pass on the reconstruction serves both
-players, with a pullback for each.
+The step runs the generator once forward and once back. What the image should become is collected
+as cotangents of the reconstruction (perceptual and L1 in one, adversarial in the other); the
+adaptive weight needs both only at the decoder's last kernel, one convolution away; then their
+weighted sum is pulled back through the generator. The discriminator's forward pass on the
+reconstruction serves both players, with a pullback for each.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +25,14 @@ from taming_jax.data import sources
 from taming_jax.data.feeds import Batch, ResidentFeed, take, to_float
 from taming_jax.models.discriminator import Discriminator
 from taming_jax.models.lpips import load_lpips, lpips
-from taming_jax.models.vqgan import VQGAN, build_vqgan, grid_size
-from taming_jax.train.devices import Devices
+from taming_jax.models.vqgan import (
+    VQGAN,
+    build_vqgan,
+    decode_indices,
+    grid_size,
+    reconstruct,
+)
+from taming_jax.train.devices import Compiled, Devices
 from taming_jax.train.state import Net, TrainState, clipped, copied, moved, schedule
 
 
@@ -139,9 +146,7 @@ class Networks:
         metrics = metrics | {"codebook": codebook}
         discriminator_gradient, extra = None, None
         if adversarial:
-            adversary = self.adversary(
-                discriminator, images, reconstruction, discriminator_steps
-            )
+            adversary = self.adversary(discriminator, images, reconstruction, discriminator_steps)
             weight = jnp.asarray(settings.discriminator_weight, jnp.float32)
             if settings.adaptive_weight:
                 weight *= losses.adaptive_weight(
@@ -218,15 +223,18 @@ class Networks:
         """Sums over a batch, from which `summarise` makes the metrics of a whole split."""
         generator, discriminator = state.nets["generator"], state.nets["discriminator"]
         images, weight = to_float(take(arrays)[0]), arrays["weight"]
-        output = self.generator.apply({"params": generator.chosen}, images)
+        output = reconstruct(self.generator, generator.chosen, images)
         found = self.image_losses(images, output.images, lpips_params)
         found["codebook"] = losses.per_example(output.quantized.loss)
         squares = losses.per_example(jnp.square(jnp.clip(output.images, -1, 1) - images)) / 4
         found["psnr"] = -10 * jnp.log10(jnp.maximum(squares, 1e-10))
-        variables = {"params": discriminator.params, **discriminator.extra}
-        variables.pop("lecam", None)
+        variables = {
+            "params": discriminator.params,
+            "batch_stats": discriminator.extra["batch_stats"],
+        }
         real, fake = (
-            self.discriminator.apply(variables, x, train=False) for x in (images, output.images)
+            cast(jax.Array, self.discriminator.apply(variables, x, train=False))
+            for x in (images, output.images)
         )
         adversarial = {
             "adversarial": losses.generator_adversarial(fake),
@@ -344,8 +352,12 @@ class VQGANStage:
 
         return step
 
+    def compiled(self, adversarial: bool) -> Compiled:
+        """The step before (False) or after (True) the discriminator's start, on the devices."""
+        return self._steps[adversarial]
+
     def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
-        return self._steps[batch.step >= self.start](state, batch.arrays)
+        return self.compiled(batch.step >= self.start)(state, batch.arrays)
 
     def _evaluation(self, state: TrainState, arrays: Any, lpips_params: Any) -> dict[str, Any]:
         with jax.default_matmul_precision("highest"):
@@ -365,7 +377,7 @@ class VQGANStage:
                     metrics[key] = float(value / started)
             elif key not in ("counts", "examples", "started"):
                 metrics[key] = float(value / examples)
-        metrics["perplexity"] = float(losses.perplexity(counts))
+        metrics["perplexity"] = float(losses.perplexity(jnp.asarray(counts)))
         metrics["usage"] = float((counts > 0).mean())
         return metrics
 
@@ -398,18 +410,10 @@ class VQGANStage:
 
 
 def _drawing(model: VQGAN) -> tuple[Callable[..., np.ndarray], Callable[..., np.ndarray]]:
-    """Jitted reconstruction of uint8 images and decoding of indices, both to float in [-1, 1]."""
-
-    @jax.jit
-    def reconstruct(params: Any, images: jax.Array) -> jax.Array:
-        return jnp.clip(model.apply({"params": params}, to_float(images)).images, -1, 1)
-
-    @jax.jit
-    def decode(params: Any, indices: jax.Array) -> jax.Array:
-        images = model.apply({"params": params}, indices, method=VQGAN.decode_indices)
-        return jnp.clip(images, -1, 1)
-
+    """Compiled reconstruction of uint8 images and decoding of indices, both to float in [-1, 1]."""
+    through = jax.jit(lambda params, images: reconstruct(model, params, to_float(images)).images)
+    decode = jax.jit(functools.partial(decode_indices, model))
     return (
-        lambda params, images: np.asarray(reconstruct(params, images)),
+        lambda params, images: np.asarray(through(params, images)),
         lambda params, indices: np.asarray(decode(params, np.asarray(indices, np.int32))),
     )

@@ -71,7 +71,10 @@ def test_ones_own_copy_with_or_without_gz(tmp_path):
     [
         ({"train_labels_idx1": None}, "has no train-labels-idx1-ubyte.gz"),
         ({"t10k_images_idx3": b""}, "damaged|no IDX"),
-        ({"t10k_images_idx3": (FILES / "t10k-images-idx3-ubyte.gz").read_bytes()[:5000]}, "damaged"),
+        (
+            {"t10k_images_idx3": (FILES / "t10k-images-idx3-ubyte.gz").read_bytes()[:5000]},
+            "damaged",
+        ),
         ({"t10k_images_idx3": gzip.compress(idx((9, 28, 28))[:-5])}, "is truncated"),
         ({"t10k_labels_idx1": gzip.compress(b"hello, world")}, "no IDX file"),
         ({"t10k_labels_idx1": gzip.compress(idx((9,)))}, "10000 images of 28x28 and 9 labels"),

@@ -90,5 +90,5 @@ def test_the_command_line_gives_the_same_rows_on_any_number_of_devices(tmp_path)
     for count in (2, 4):
         for row, expected in zip(rows[count], rows[1], strict=True):
             assert row.keys() == expected.keys()
-            for key, value in expected.items():
+            for key in expected:
                 assert row[key] == pytest.approx(expected[key], rel=2e-3, abs=2e-3), key

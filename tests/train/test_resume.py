@@ -12,10 +12,10 @@ from taming_jax.train.store import Store
 from tests import commands
 from tests.train.test_store import flip_byte, largest_file
 
-COMMAND = (
-    "train_vqgan.py --config mnist_tiny --vqgan.steps 40 --vqgan.batch-size 16 "
-    "--vqgan.checkpoint-every 10 --seed 3 --workdir"
-).split()
+COMMAND = [
+    "train_vqgan.py", "--config", "mnist_tiny", "--seed", "3", "--vqgan.steps", "40",
+    "--vqgan.batch-size", "16", "--vqgan.checkpoint-every", "10", "--workdir",
+]  # fmt: skip
 
 
 def last_arrays(workdir):

@@ -1,0 +1,151 @@
+#!/usr/bin/env python3
+"""How fast a preset trains on this machine, and what the step's shape gains.
+
+    python scripts/benchmark.py --config mnist --stage vqgan
+    python scripts/benchmark.py --config mnist --stage vqgan --batch-size 64 --compare-plain
+
+The first prints, for the step before and after the discriminator's start: compile time, steps and
+images a second, floating-point operations a step, and peak memory. With `--compare-plain` it also
+compiles the same step written as the papers' code does it (tests/plain_step.py, in a checkout),
+compares the gradients, and times the two in turn.
+"""
+
+import argparse
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from taming_jax.config import load_config
+from taming_jax.data.feeds import take, to_float
+from taming_jax.errors import UserError, report
+from taming_jax.models.lpips import load_lpips
+from taming_jax.train.devices import Devices
+from taming_jax.train.state import copied
+from taming_jax.train.vqgan import VQGANStage
+
+
+def timed(call: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - begin
+
+
+def flops(compiled: Any) -> float:
+    cost = compiled.cost_analysis()
+    return (cost[0] if isinstance(cost, list) else cost)["flops"]
+
+
+def peak_memory(device: Any) -> str:
+    """The device's own account where it keeps one, else the process's."""
+    stats = device.memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return f"{stats['peak_bytes_in_use'] / 2**20:.0f} MiB on the device"
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return f"{peak / 2**20:.0f} MiB of the process"
+
+
+def measure(stage: VQGANStage, devices: Devices, steps: int) -> None:
+    batch_size = stage.config.vqgan.batch_size
+    feed, _ = stage.feeds()
+    state = copied(devices.replicate(stage.init(jax.random.key(0))))
+    print(
+        f"{'step':<26}{'compile':>10}{'steps/s':>10}{'images/s':>10}{'GFLOP/step':>12}  peak memory"
+    )
+    for adversarial, name in ((False, "autoencoder"), (True, "with discriminator")):
+        step = stage.compiled(adversarial)
+        begin = time.perf_counter()
+        compiled = step.lower(state, feed.batch(0).arrays).compile()
+        compile_time = time.perf_counter() - begin
+        times = []
+        for number in range(steps + 1):
+            arrays = feed.batch(number).arrays
+            begin = time.perf_counter()
+            state, metrics = step(state, arrays)
+            jax.block_until_ready((state, metrics))
+            times.append(time.perf_counter() - begin)
+        median = float(np.median(times[1:]))  # the first compiles, or reads the compiled step
+        print(
+            f"{name:<26}{compile_time:>8.1f} s{1 / median:>10.2f}{batch_size / median:>10.1f}"
+            f"{flops(compiled) * len(devices) / 1e9:>12.2f}  {peak_memory(devices.list[0])}"
+        )
+
+
+def compare(stage: VQGANStage, steps: int) -> None:
+    """Our gradients against the plain way's, on one device from one state."""
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    try:
+        from tests.plain_step import plain_gradients
+    except ImportError as error:
+        raise UserError("--compare-plain needs a checkout, with tests/plain_step.py.") from error
+    feed, _ = stage.feeds()
+    nets = stage.init(jax.random.key(0)).nets
+    generator, discriminator = nets["generator"], nets["discriminator"]
+    images = to_float(take(feed.batch(0).arrays)[0])
+    frozen = load_lpips() if stage.config.vqgan.perceptual_weight else {}
+    params = jax.tree.map(jnp.asarray, frozen)
+    networks = stage.networks
+    arguments = (generator, discriminator, images, params)
+    ours = jax.jit(lambda *a: networks.gradients(*a, adversarial=True)).lower(*arguments).compile()
+    plain = jax.jit(lambda *a: plain_gradients(networks, *a)).lower(*arguments).compile()
+
+    found, (gradient, discriminator_gradient, losses) = ours(*arguments), plain(*arguments)
+    worst, where = 0.0, ""
+    pairs = jax.tree_util.tree_leaves_with_path((gradient, discriminator_gradient))
+    answered = jax.tree.leaves((found.generator, found.discriminator))
+    for (path, expected), actual in zip(pairs, answered, strict=True):
+        difference, largest = jnp.abs(actual - expected).max(), jnp.abs(expected).max()
+        ratio = float(difference / jnp.maximum(largest, 1e-2))
+        worst, where = max((worst, where), (ratio, jax.tree_util.keystr(path)))
+    weight = losses["adaptive_weight"]
+    print("\nOur step against the plain way (losses and gradients, on one device, from one state):")
+    print(
+        f"  largest gradient difference, of each array's largest value or 0.01: {worst:.1e} {where}"
+    )
+    print(
+        f"  adversarial weight: {float(found.metrics['adaptive_weight']):.6g}, plain {float(weight):.6g}"
+    )
+    print(f"  arithmetic: {flops(ours) / flops(plain):.3f} of the plain way's "
+          f"({flops(ours) / 1e9:.1f} of {flops(plain) / 1e9:.1f} GFLOP)")  # fmt: skip
+    times = [
+        (timed(lambda: ours(*arguments)), timed(lambda: plain(*arguments))) for _ in range(steps)
+    ]
+    ratio = np.median([a / b for a, b in times])
+    a, b = np.median(times, axis=0)
+    print(
+        f"  time, in turn: {ratio:.3f} of the plain way's ({a:.3f} s of {b:.3f} s, {steps} pairs)"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", default="mnist")
+    parser.add_argument("--stage", choices=["vqgan"], default="vqgan")
+    parser.add_argument("--batch-size", type=int, help="the preset's unless told")
+    parser.add_argument("--devices", type=int)
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of each kind")
+    parser.add_argument("--compare-plain", action="store_true")
+    given = parser.parse_args()
+
+    overrides: dict[str, Any] = {"devices": given.devices}
+    if given.batch_size is not None:
+        overrides["vqgan.batch_size"] = given.batch_size
+    config = load_config(given.config, overrides)
+    devices = Devices(config.devices)
+    print(f"{given.config}, {given.stage}: batches of {config.vqgan.batch_size} on {len(devices)} "
+          f"{devices.list[0].device_kind} device(s), {config.dtype}, jax {jax.__version__}")  # fmt: skip
+    if given.compare_plain:
+        compare(VQGANStage(config, Devices(1)), given.steps)
+    else:
+        measure(VQGANStage(config, devices), devices, given.steps)
+
+
+if __name__ == "__main__":
+    sys.exit(report(main))
