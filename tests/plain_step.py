@@ -4,24 +4,25 @@ The gradient of each loss at the decoder's last kernel is taken by a backward pa
 the gradient of the losses' sum by another. Then it is the discriminator's turn: the loss module is
 called anew on the reconstruction, detached, where the official one evaluates LPIPS again before it
 comes to the discriminator (`lpips_twice`). As in PyTorch, a forward pass is kept for its backward
-passes and nothing else is shared: `opaque` hides from the compiler that two passes begin alike.
+passes, and nothing else is shared.
 
 Unlike both projects it runs the generator only once, so that it sees the same reconstruction.
 """
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from taming_jax import losses
 from taming_jax.models.lpips import lpips
 
+# Passed as an argument: the compiler does not know that these are ones, so it cannot see that two
+# passes, one times this and one times that, are the same and leave one of them out.
+ONES = jnp.ones(6)
 
-def opaque(tree):
-    return lax.optimization_barrier(tree)
 
-
-def plain_gradients(networks, generator, discriminator, images, lpips_params, lpips_twice=True):
+def plain_gradients(
+    networks, generator, discriminator, images, lpips_params, ones, lpips_twice=True
+):
     """Gradients of the generator's and of the discriminator's loss, the losses and the weight."""
     settings = networks.settings
     stats = discriminator.extra["batch_stats"]
@@ -45,31 +46,29 @@ def plain_gradients(networks, generator, discriminator, images, lpips_params, lp
     (nll, adversarial, codebook), backward, (reconstruction, l1, perceptual) = jax.vjp(
         terms, generator.params, has_aux=True
     )
-    one, none = jnp.ones(()), jnp.zeros(())
+    none = jnp.zeros(())
 
     def at_last_kernel(*seeds):
         return backward(seeds)[0]["decoder"]["conv_out"]["kernel"]
 
     weight = jnp.asarray(settings.discriminator_weight, jnp.float32)
     if settings.adaptive_weight:
-        of_nll = at_last_kernel(opaque(one), none, none)
-        of_adversarial = at_last_kernel(none, opaque(one), none)
+        of_nll = at_last_kernel(ones[0], none, none)
+        of_adversarial = at_last_kernel(none, ones[1], none)
         weight *= losses.adaptive_weight(of_nll, of_adversarial, settings.adaptive_weight_max)
     total = nll + weight * adversarial + settings.codebook_weight * codebook
-    seeds = opaque((one, weight, settings.codebook_weight * one))
-    gradient = backward(seeds)[0]
+    gradient = backward((ones[2], weight, settings.codebook_weight * ones[2]))[0]
 
-    def discriminator_loss(params):
-        real, fake = logits_of(params, images), logits_of(params, opaque(reconstruction))
-        return losses.DISCRIMINATOR_LOSSES[settings.discriminator_loss](real, fake).mean()
-
-    loss, discriminator_gradient = jax.value_and_grad(discriminator_loss)(
-        opaque(discriminator.params)
-    )
     found = {}
     if settings.perceptual_weight and lpips_twice:
-        again = opaque((images, reconstruction))
-        found["perceptual_again"] = lpips(lpips_params, *again, networks.dtype).mean()
+        again = lpips(lpips_params, ones[3] * images, ones[4] * reconstruction, networks.dtype)
+        found["perceptual_again"] = again.mean()
+
+    def discriminator_loss(params):
+        real, fake = logits_of(params, images), logits_of(params, ones[5] * reconstruction)
+        return losses.DISCRIMINATOR_LOSSES[settings.discriminator_loss](real, fake).mean()
+
+    loss, discriminator_gradient = jax.value_and_grad(discriminator_loss)(discriminator.params)
     found |= {
         "l1": l1, "perceptual": perceptual, "nll": nll, "codebook": codebook, "loss": total,
         "adversarial": adversarial, "adaptive_weight": weight, "discriminator": loss,

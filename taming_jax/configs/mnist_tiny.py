@@ -6,7 +6,7 @@ CONFIG = Config(
     config="mnist_tiny",
     data=DataConfig(name="mnist", image_size=28, channels=1),
     vqgan=VQGANConfig(
-        steps=600,
+        steps=800,
         batch_size=64,
         eval_every=200,
         checkpoint_every=200,

@@ -89,6 +89,11 @@ def usable(folder: Path) -> Path:
     return folder
 
 
+def derived(term: str) -> tuple[bool, bool]:
+    """Sorts a step's metrics: terms first, then sums of them, then gradients of the sums."""
+    return term.endswith("_gradient"), term in ("nll", "loss")
+
+
 class Signals:
     """Remembers the first SIGINT or SIGTERM; a second one ends the process as ever. Outside the
     main thread, where Python allows no handlers, nothing is caught."""
@@ -194,9 +199,9 @@ class Loop:
         window = [(step, self.devices.fetch(metrics)) for step, metrics in self.unsettled]
         self.unsettled = []
         for step, metrics in window:
-            for term, value in metrics.items():
-                if not np.isfinite(value):
-                    self._stop(step, term, float(value))
+            broken = [term for term, value in metrics.items() if not np.isfinite(value)]
+            if broken:
+                self._stop(step, sorted(broken, key=derived))
         if window:
             # The discriminator's terms are absent before it starts.
             last, newest = window[-1]
@@ -206,15 +211,15 @@ class Loop:
             }
             self.log.row(last, self._epoch(last), "train", means)
 
-    def _stop(self, step: int, term: str, value: float) -> None:
+    def _stop(self, step: int, terms: list[str]) -> None:
         self.store.wait()
         saved = self.store.steps()
-        where = f"the last good checkpoint is {self.store.path / str(saved[-1])}" if saved else (
-            "no checkpoint had been written"
-        )  # fmt: skip
+        where = "no checkpoint had been written"
+        if saved:
+            where = f"the last good checkpoint is {self.store.path / str(saved[-1])}"
         raise RunFailed(
-            f"'{term}' was {value} at step {step}; {where}. Lower the learning rate or bound the "
-            f"gradients by --{self.stage.name}.clip."
+            f"not finite at step {step}: {', '.join(terms)}; {where}. Lower the learning rate or "
+            f"bound the gradients by --{self.stage.name}.clip."
         )
 
     def _evaluate(

@@ -11,7 +11,7 @@ from taming_jax.models.lpips import load_lpips
 from taming_jax.train.state import Net
 from taming_jax.train.vqgan import Networks
 from tests import golden
-from tests.plain_step import plain_gradients
+from tests.plain_step import ONES, plain_gradients
 
 OFFICIAL = {
     "data.image_size": 32, "data.channels": 3, "vqgan.channels": 32, "vqgan.multipliers": (1, 2),
@@ -86,7 +86,7 @@ def test_equals_the_plain_step(overrides):
         generator, discriminator, images, params, True
     )
     gradient, discriminator_gradient, losses = jax.jit(plain_gradients, static_argnums=0)(
-        networks, generator, discriminator, images, params
+        networks, generator, discriminator, images, params, ONES
     )
     golden.assert_trees_close(found.generator, gradient, "generator ", 1e-5, 1e-7)
     golden.assert_trees_close(
@@ -109,7 +109,10 @@ def test_does_at_most_four_fifths_of_the_plain_arithmetic():
     abstract = jax.eval_shape(lambda: (generator, discriminator, images))
     params = jax.eval_shape(load_lpips_arrays)
     ours = jax.jit(networks.gradients, static_argnums=4).lower(*abstract, params, True)
-    plain = jax.jit(plain_gradients, static_argnums=0).lower(networks, *abstract, params)
+    # Not even counting that the official code evaluates LPIPS twice a step.
+    plain = jax.jit(plain_gradients, static_argnums=(0, 6)).lower(
+        networks, *abstract, params, ONES, False
+    )
     flops = [lowered.compile().cost_analysis()["flops"] for lowered in (ours, plain)]
     assert flops[0] <= 0.8 * flops[1], f"{flops[0] / flops[1]:.3f}"
 

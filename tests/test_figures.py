@@ -1,0 +1,33 @@
+import numpy as np
+from PIL import Image
+
+from taming_jax import figures
+
+
+def test_tiles_are_in_reading_order():
+    images = np.arange(5, dtype=np.uint8)[:, None, None, None].repeat(3, 1).repeat(4, 2)
+    sheet = figures.tiles(images, columns=3, gap=1)
+    assert sheet.shape == (3 + 1 + 3, 3 * 5 - 1, 1)
+    assert (sheet[:3, 5:9] == 1).all() and (sheet[4:, :4] == 3).all()
+    assert (sheet[3] == 255).all() and (sheet[4:, 10:] == 255).all()
+
+
+def test_floats_are_drawn_as_bytes():
+    values = np.array([-2.0, -1.0, 0.0, 1.0, 2.0])
+    assert figures.to_uint8(values).tolist() == [0, 0, 128, 255, 255]
+
+
+def test_smoothing_is_a_centred_mean():
+    values = np.random.default_rng(0).normal(size=50)
+    expected = [values[max(i - 4, 0) : i + 5].mean() for i in range(50)]
+    np.testing.assert_allclose(figures.smooth(values, 4), expected)
+
+
+def test_loss_curves_of_any_terms(tmp_path):
+    rows = [{"step": s, "split": "train", "l1": 1 / s, "epoch": 0.1} for s in range(1, 300)]
+    rows += [{"step": 299, "split": "validation", "l1": 0.1, "usage": 0.5}]
+    path = tmp_path / "curves.png"
+    figures.loss_curves(rows, path, "title", mark=150, mark_name="discriminator")
+    with Image.open(path) as image:
+        assert image.size[0] > image.size[1]
+    assert [file.name for file in tmp_path.iterdir()] == ["curves.png"], "no partial file is left"

@@ -1,0 +1,96 @@
+"""The way in from a notebook."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import taming_jax
+from taming_jax.data import sources
+from taming_jax.errors import UserError
+
+
+def test_importing_the_package_and_a_config_starts_nothing():
+    code = (
+        "import sys, taming_jax; taming_jax.load_config('mnist'); dir(taming_jax); "
+        "print(sorted({'jax', 'flax', 'orbax', 'matplotlib', 'datasets'} & set(sys.modules)))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_every_public_name_can_be_had():
+    for name in taming_jax.__all__:
+        assert callable(getattr(taming_jax, name)), name
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = taming_jax.nothing
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run trained with pmap on two devices."""
+    config = taming_jax.load_config(
+        "mnist_tiny",
+        {
+            "data.name": "synthetic", "data.image_size": 16, "data.channels": 3, "devices": 2,
+            "vqgan.multipliers": (1, 2), "vqgan.channels": 8, "vqgan.batch_size": 32,
+            "vqgan.steps": 60, "vqgan.discriminator_start": 0.9, "vqgan.eval_every": 60,
+            "workdir": str(tmp_path_factory.mktemp("run")),
+        },
+    )  # fmt: skip
+    return taming_jax.load_run(taming_jax.train(config, "vqgan"))
+
+
+def test_a_run_reconstructs_what_it_has_not_seen(run):
+    images = sources.load(run.config.data).test.images
+    indices = run.encode(images)
+    assert indices.shape == (64, 8, 8) and indices.dtype == np.int32
+    reconstruction = run.reconstruct(images)
+    assert reconstruction.shape == images.shape and reconstruction.dtype == np.uint8
+    error = np.abs(reconstruction.astype(float) - images).mean() / 255
+    blank = np.abs(images - images.mean((0, 1, 2))).mean() / 255
+    assert error < 0.6 * blank
+
+
+def test_images_are_answered_in_kind(run):
+    images = sources.load(run.config.data).test.images[:5]
+    floats = images / np.float32(127.5) - 1
+    np.testing.assert_array_equal(run.encode(floats), run.encode(images))
+    answered = run.reconstruct(floats)
+    assert answered.dtype == np.float32 and np.abs(answered).max() <= 1
+    decoded = run.decode(run.encode(images))
+    np.testing.assert_allclose(decoded, answered, atol=1e-6)
+    as_bytes = run.reconstruct(images).astype(float)
+    np.testing.assert_allclose(as_bytes, (answered + 1) * 127.5, atol=0.51)
+
+
+def test_more_images_than_a_batch_are_the_same_as_one_by_one(run):
+    images = sources.load(run.config.data).train.images[:70]
+    together = run.encode(images)
+    assert (together[65:] == run.encode(images[65:])).mean() > 0.99
+
+
+def test_what_a_run_cannot_take_is_a_sentence(run, tmp_path):
+    for call, says in (
+        (lambda: run.encode(np.zeros((16, 16, 3))), "images of shape"),
+        (lambda: run.encode(np.zeros((1, 28, 28, 3))), r"takes \[n, 16, 16, 3\]"),
+        (lambda: run.encode(np.zeros((0, 16, 16, 3))), "no images"),
+        (lambda: run.decode(np.zeros((1, 8, 8))), "takes integers"),
+        (lambda: run.decode(np.full((1, 8, 8), 128)), "from 0 to 127"),
+        (lambda: taming_jax.load_run(tmp_path), "holds no trained VQ-GAN"),
+        (lambda: taming_jax.train(run.config, "vqgen"), "no stage 'vqgen'"),
+    ):
+        with pytest.raises(UserError, match=says):
+            call()
+
+
+def test_the_figures_are_pictures(run):
+    from PIL import Image
+
+    names = {"loss_curves", "reconstructions", "codebook_usage", "random_latents", "codebook"}
+    files = {file.stem: file for file in (run.workdir / "figures").iterdir()}
+    assert set(files) == names
+    for file in files.values():
+        with Image.open(file) as image:
+            assert min(image.size) > 300 and len(set(image.convert("L").tobytes())) > 10

@@ -1,0 +1,167 @@
+"""The loop with a stage that is a parabola: when it validates, saves, logs, draws and stops."""
+
+import json
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from taming_jax.config import load_config
+from taming_jax.data.feeds import ResidentFeed
+from taming_jax.data.sources import Split
+from taming_jax.errors import Interrupted, RunFailed
+from taming_jax.train import loop
+from taming_jax.train.log import read_rows
+from taming_jax.train.state import Net, TrainState
+from taming_jax.train.store import Store
+
+SPLIT = Split(np.zeros((20, 1, 1, 1), np.uint8), np.zeros(20, np.int32))
+
+
+class Parabola:
+    """A stage whose state counts its steps; validation is best at step `best`."""
+
+    name, monitor = "vqgan", "nll"
+
+    def __init__(self, config, devices, best=6, broken=None, on_step=lambda step: None):
+        self.config, self.devices = config, devices
+        self.best, self.broken, self.on_step = best, broken, on_step
+        self.evaluated, self.drawn = [], []
+
+    def feeds(self):
+        return tuple(ResidentFeed(SPLIT, 4, 0, self.devices) for _ in range(2))
+
+    def init(self, key):
+        return TrainState(jnp.int32(0), {"generator": Net({"w": jnp.zeros(3)}, ())})
+
+    def train_step(self, state, batch):
+        assert int(state.step) == batch.step
+        self.on_step(batch.step)
+        step = state.step + 1
+        nll = jnp.where(step == self.broken, jnp.nan, step.astype(jnp.float32))
+        metrics = {"loss": nll, "l1": nll, "generator_gradient": nll}
+        return state.replace(step=step), metrics
+
+    def eval_step(self, state, batch):
+        return {
+            "n": batch.arrays["weight"].sum(),
+            "step": state.step * batch.arrays["weight"].sum(),
+        }
+
+    def summarise(self, sums):
+        step = float(sums["step"] / sums["n"])
+        self.evaluated.append(step)
+        return {"nll": (step - self.best) ** 2}
+
+    def draw(self, state, folder, sums, rows):
+        assert sums["n"] == 20 and rows[-1]["split"] == "validation"
+        self.drawn.append(int(state.step))
+
+
+def train(folder, restart=False, stage=None, **settings):
+    """Trains a Parabola and answers it."""
+    built = []
+
+    def build(config, devices):
+        built.append(Parabola(config, devices, **(stage or {})))
+        return built[0]
+
+    overrides = {"workdir": str(folder), "devices": 1, "vqgan.batch_size": 4, "vqgan.steps": 10}
+    overrides |= {f"vqgan.{name}": value for name, value in settings.items()}
+    loop.train(build, load_config("mnist_tiny", overrides), restart)
+    return built[0]
+
+
+CADENCES = {"eval_every": 3, "checkpoint_every": 4, "log_every": 2, "draw_every": 5}
+
+
+def test_cadences(tmp_path):
+    stage = train(tmp_path, **CADENCES)
+    assert stage.evaluated == [3, 6, 9, 10]
+    assert stage.drawn == [6, 10]
+    # 6 is the best, 9 is no improvement and no multiple of 4, 10 the last
+    assert Store(tmp_path, "vqgan", "nll", read_only=True).steps() == [6, 8, 10]
+    rows = read_rows(tmp_path / "metrics" / "vqgan.jsonl")
+    train_rows = [row for row in rows if row["split"] == "train"]
+    assert [row["step"] for row in train_rows] == [2, 3, 4, 6, 8, 9, 10]
+    # Each row is the mean over the steps since the one before.
+    assert [row["l1"] for row in train_rows] == [1.5, 3, 4, 5.5, 7.5, 9, 10]
+    assert train_rows[0]["epoch"] == pytest.approx(2 * 4 / 20)
+
+
+def test_epochs_are_the_cadence_unless_told(tmp_path):
+    stage = train(tmp_path, eval_every=None, checkpoint_every=None, steps=None, epochs=2)
+    assert stage.evaluated == [5, 10]
+
+
+def test_the_best_is_remembered_over_a_resume_and_forgotten_by_a_restart(tmp_path, capsys):
+    settings = CADENCES | {"checkpoint_every": 5}
+    train(tmp_path, stage={"best": 3}, **settings)
+    train(tmp_path, stage={"best": 3}, **settings | {"steps": 16})
+    steps = Store(tmp_path, "vqgan", "nll", read_only=True).steps()
+    assert steps == [3, 15, 16]
+    train(tmp_path, stage={"best": 3}, **settings | {"steps": 16})
+    assert "trained already, to step 16" in capsys.readouterr().out
+    again = train(tmp_path, restart=True, stage={"best": 9}, **settings)
+    assert again.evaluated == [3, 6, 9, 10]
+    store = Store(tmp_path, "vqgan", "nll", read_only=True)
+    assert store.steps() == [9, 10] and store.best() == (9, 0)
+    assert max(row["step"] for row in read_rows(tmp_path / "metrics" / "vqgan.jsonl")) == 10
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path):
+    with pytest.raises(RunFailed, match=r"not finite at step 8: l1, loss, generator_gradient") as e:
+        train(tmp_path, stage={"broken": 8}, **CADENCES)
+    assert str(tmp_path / "checkpoints" / "vqgan" / "6") in str(e.value)
+    assert "--vqgan.clip" in str(e.value)
+    assert max(Store(tmp_path, "vqgan", "nll", read_only=True).steps()) == 6
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_the_step_under_way(tmp_path, signum):
+    def on_step(step):
+        if step == 6:
+            os.kill(os.getpid(), signum)
+
+    before = signal.getsignal(signum)
+    with pytest.raises(Interrupted) as e:
+        train(tmp_path, stage={"on_step": on_step}, **CADENCES)
+    assert e.value.signum == signum and "after step 7" in str(e.value)
+    assert max(Store(tmp_path, "vqgan", "nll", read_only=True).steps()) == 7
+    assert signal.getsignal(signum) is before
+    stage = train(tmp_path, **CADENCES)
+    assert stage.evaluated == [9, 10]
+
+
+def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys):
+    train(tmp_path, **CADENCES)
+    lines = capsys.readouterr().out.splitlines()
+    assert f"in {tmp_path}: 20 images, steps 1 to 10 of 4 images, on 1 cpu" in lines[0]
+    assert "step 3/10  validation  nll 9" in lines
+    assert lines[-1] == f"Done: 10 steps. The figures are in {tmp_path}/figures."
+    assert not any("\r" in line for line in lines)
+
+
+def test_a_torn_last_line_of_the_log_is_left_out(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"step": 1}) + '\n{"step": 2, "l')
+    assert read_rows(file) == [{"step": 1}]
+
+
+def test_tensorboard_gets_the_rows(tmp_path):
+    train(tmp_path, **CADENCES)
+    (events,) = (tmp_path / "tensorboard" / "vqgan").iterdir()
+    content = events.read_bytes()
+    assert b"train/l1" in content and b"validation/nll" in content
+
+
+def test_jax_arrays_do_not_outlive_a_donation(tmp_path):
+    # What is saved must be the state of its step though later steps overwrite its buffers.
+    train(tmp_path, **CADENCES)
+    for step in Store(tmp_path, "vqgan", "nll", read_only=True).steps():
+        arrays, _ = Store(tmp_path, "vqgan", "nll", read_only=True).read(step)
+        assert arrays["step",] == step
+    assert jax.device_count() == 4
