@@ -235,7 +235,7 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[Config, bool]:
         raise UserError("--config needs a preset's name or the path of a config.json.") from error
     if known.config is None and not {"-h", "--help"} & set(rest):
         raise UserError(f"say which --config to train; the presets are {', '.join(presets())}.")
-    base = load_config(known.config) if known.config is not None else Config()
+    base = load_config(known.config or "mnist")  # for --help alone, mnist's defaults
     shallow = {f.name: getattr(base, f.name) for f in dataclasses.fields(Config)}
     line = tyro.cli(CommandLine, default=CommandLine(**shallow), args=rest)
     config = Config(**{name: getattr(line, name) for name in shallow})

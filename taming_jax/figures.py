@@ -13,6 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 INK, ACCENT, FAINT = "#1f2933", "#c2410c", "#9aa5b1"
+# Losses that only fall, and are easier to read by their orders of magnitude.
+LOGARITHMIC = {"l1", "perceptual", "nll", "codebook"}
 # The curves drawn, in this order, with what they are; other terms of the log are not drawn.
 TERMS = {
     "l1": "L1 (images in 0 to 1)",
@@ -95,6 +97,8 @@ def loss_curves(
         axes.set_xlim(0, max(steps))
         if term == "usage":
             axes.set_ylim(0, 1.05)
+        if term in LOGARITHMIC:
+            axes.set_yscale("log")
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8)
         if i >= len(terms) - columns:
