@@ -105,7 +105,7 @@ def test_without_the_lpips_package(capsys, monkeypatch, workdir):
 
 def test_a_workdir_of_another_architecture(tmp_path):
     tiny = "train_vqgan.py --config mnist_tiny --data.name synthetic --data.image-size 16"
-    tiny += " --vqgan.channels 4 --vqgan.multipliers 1 2 --vqgan.batch-size 8 --vqgan.steps 2"
+    tiny += " --vqgan.channels 4 --vqgan.multipliers 1 --vqgan.batch-size 8 --vqgan.steps 2"
     tiny = [*tiny.split(), "--workdir", tmp_path]
     status, _, err = commands.run(*tiny)
     assert status == 0, err

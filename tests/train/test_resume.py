@@ -86,11 +86,10 @@ def test_a_flipped_byte_is_named_and_the_checkpoint_before_it_used(killed, unbro
     assert_same_arrays(workdir, unbroken)
 
 
-@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stopped_run_saves_and_goes_on_bit_for_bit(unbroken, tmp_path, signum, status):
-    returned, err = stopped_after(tmp_path, 10, signum)
-    assert returned == status, err
-    assert f"Stopped by {signum.name} after step" in err and "Traceback" not in err
+def test_a_stopped_run_saves_and_goes_on_bit_for_bit(unbroken, tmp_path):
+    returned, err = stopped_after(tmp_path, 10, signal.SIGTERM)
+    assert returned == 143, err
+    assert "Stopped by SIGTERM after step" in err and "Traceback" not in err
     step = Store(tmp_path, "vqgan", "nll", read_only=True).steps()[-1]
     assert 10 < step < 40 and f"after step {step}," in err
     assert commands.run(*COMMAND, tmp_path)[0] == 0

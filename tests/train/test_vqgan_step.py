@@ -74,10 +74,15 @@ def networks_and_state(overrides, batch=4):
     "overrides",
     [
         {"vqgan.perceptual_weight": 1.0},
-        {"vqgan.discriminator_loss": "vanilla", "vqgan.l2_normalise": False},
-        {"vqgan.adaptive_weight": False, "vqgan.codebook_weight": 0.5, "vqgan.l1_weight": 2.0},
+        {
+            "vqgan.discriminator_loss": "vanilla",
+            "vqgan.l2_normalise": False,
+            "vqgan.adaptive_weight": False,
+            "vqgan.codebook_weight": 0.5,
+            "vqgan.l1_weight": 2.0,
+        },
     ],
-    ids=["adaptive-hinge-lpips", "adaptive-vanilla", "fixed-hinge"],
+    ids=["adaptive-hinge-lpips", "fixed-vanilla"],
 )
 def test_equals_the_plain_step(overrides):
     networks, generator, discriminator, images = networks_and_state(overrides)
@@ -97,22 +102,20 @@ def test_equals_the_plain_step(overrides):
 
 
 def test_does_at_most_four_fifths_of_the_plain_arithmetic():
-    networks, generator, discriminator, images = networks_and_state(
-        {
-            "vqgan.perceptual_weight": 1.0,
-            "vqgan.multipliers": (1, 2, 2),
-            "vqgan.blocks": 2,
-            "vqgan.decoder_blocks": 2,
-            "vqgan.discriminator_filters": 32,
-        }
-    )
-    abstract = jax.eval_shape(lambda: (generator, discriminator, images))
-    params = jax.eval_shape(load_lpips_arrays)
-    ours = jax.jit(networks.gradients, static_argnums=4).lower(*abstract, params, True)
+    config = load_config("mnist", {"vqgan.adaptive_weight": True})
+    networks = Networks.build(config)
+    images = jax.ShapeDtypeStruct((64, 28, 28, 1), jnp.float32)
+
+    def create():
+        key = jax.random.key(0)
+        disc = networks.discriminator.init(key, jnp.zeros(images.shape), train=False)
+        generator = Net(networks.generator.init(key, jnp.zeros(images.shape))["params"], ())
+        return generator, Net(disc["params"], (), {"batch_stats": disc["batch_stats"]})
+
+    arguments = (*jax.eval_shape(create), images, jax.eval_shape(load_lpips_arrays))
+    ours = jax.jit(networks.gradients, static_argnums=4).lower(*arguments, True)
     # Not even counting that the official code evaluates LPIPS twice a step.
-    plain = jax.jit(plain_gradients, static_argnums=(0, 6)).lower(
-        networks, *abstract, params, ONES, False
-    )
+    plain = jax.jit(plain_gradients, static_argnums=(0, 6)).lower(networks, *arguments, ONES, False)
     flops = [lowered.compile().cost_analysis()["flops"] for lowered in (ours, plain)]
     assert flops[0] <= 0.8 * flops[1], f"{flops[0] / flops[1]:.3f}"
 
