@@ -49,6 +49,7 @@ def moved(average: Any, value: Any, decay: float, n: jax.Array) -> Any:
     return jax.tree.map(lambda a, v: keep * a + (1 - keep) * v, average, value)
 
 
+@jax.jit
 def copied(tree: Any) -> Any:
     """A tree in buffers of its own: a buffer that is in a donated state twice crashes JAX."""
     return jax.tree.map(jnp.copy, tree)
