@@ -219,26 +219,47 @@ def load_config(name: str, overrides: Mapping[str, Any] | None = None) -> Config
     return validated(config)
 
 
-def parse_arguments(arguments: Sequence[str]) -> tuple[Config, bool]:
+def parse_arguments(arguments: Sequence[str], stage: str = "vqgan") -> tuple[Config, bool]:
     """The command line of both training scripts: the config, and whether to begin anew.
 
     `--config` is read first and names the defaults; tyro reads the rest, and exits with status 2
-    and its own message where a flag is wrong.
+    and its own message where a flag is wrong. Stage "prior" takes the data and stage 1's settings
+    from the run in its workdir; flags that contradict them raise UserError.
     """
     import tyro
 
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--config")
+    first.add_argument("--workdir")
     try:
         known, rest = first.parse_known_args(list(arguments))
     except argparse.ArgumentError as error:
-        raise UserError("--config needs a preset's name or the path of a config.json.") from error
+        raise UserError(f"{error}; --config NAME and --workdir DIR need a value.") from error
     if known.config is None and not {"-h", "--help"} & set(rest):
         raise UserError(f"say which --config to train; the presets are {', '.join(presets())}.")
     base = load_config(known.config or "mnist")  # for --help alone, mnist's defaults
+    if known.workdir is not None:
+        base = dataclasses.replace(base, workdir=known.workdir)
+    run = base
+    if stage == "prior" and known.config is not None:
+        if not (base.folder / "config.json").exists():
+            raise UserError(
+                f"{base.folder} holds no stage 1 to learn the codes of; train it first: "
+                f"python train_vqgan.py --config {known.config}."
+            )
+        run = read_config(base.folder / "config.json")
+        base = dataclasses.replace(
+            base, seed=run.seed, dtype=run.dtype, data=run.data, vqgan=run.vqgan
+        )
     shallow = {f.name: getattr(base, f.name) for f in dataclasses.fields(Config)}
     line = tyro.cli(CommandLine, default=CommandLine(**shallow), args=rest)
     config = Config(**{name: getattr(line, name) for name in shallow})
+    different = differences(config, run, ("data", "vqgan")) if stage == "prior" else []
+    if different:
+        raise UserError(
+            f"the run in {base.folder} was trained otherwise: {'; '.join(different)}. Leave these "
+            "settings out, or train a stage 1 with them."
+        )
     return validated(config), line.restart
 
 
@@ -277,6 +298,19 @@ def validated(config: Config) -> Config:
     require_share("data", "validation_share", data.validation_share)
     if vqgan.ema_decay is not None:
         require_share("vqgan", "ema_decay", vqgan.ema_decay)
+    prior = config.prior
+    for key in ("layers", "heads", "width", "augmented_versions"):
+        if getattr(prior, key) < 1:
+            raise UserError(f"{flag('prior', key)} must be 1 or more.")
+    for key in ("dropout", "label_dropout", "keep_codes"):
+        require_share("prior", key, getattr(prior, key))
+    # Rotary positions turn pairs of channels, half of them with the row, half with the column.
+    multiple = prior.heads * (4 if prior.positions == "rotary" else 1)
+    if prior.width % multiple:
+        raise UserError(
+            f"--prior.width {prior.width} cannot be divided among {prior.heads} --prior.heads; "
+            f"take a multiple of {multiple}."
+        )
     if config.devices is not None and config.devices < 1:
         raise UserError(f"--devices is {config.devices}; it must be 1 or more.")
     return config

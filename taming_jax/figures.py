@@ -4,7 +4,7 @@ Figures are made without pyplot: no window, no global state, safe beside a noteb
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ TERMS = {
     "codebook": "codebook loss",
     "perplexity": "perplexity of the codes",
     "usage": "share of codes in use",
+    "accuracy": "share of codes foreseen",
+    "bits_per_dim": "bits a dimension",
     "adversarial": "generator's adversarial loss",
     "discriminator": "discriminator loss",
     "lecam": "LeCAM",
@@ -71,9 +73,10 @@ def loss_curves(
     title: str,
     mark: int | None = None,
     mark_name: str = "",
+    names: Mapping[str, str] | None = None,
 ) -> None:
     """Every term over the steps, training as a line and validation as dots. A dotted line marks
-    the step `mark`, where it lies within."""
+    the step `mark`, where it lies within; `names` replaces titles of terms."""
     steps = [row["step"] for row in rows]
     terms = [term for term in TERMS if any(term in row for row in rows)]
     columns = min(3, len(terms))
@@ -93,7 +96,7 @@ def loss_curves(
             else:
                 axes.plot(x, y, color=FAINT, linewidth=0.5)
                 axes.plot(x, smooth(y, len(y) // 50), color=INK, linewidth=1.2)
-        axes.set_title(TERMS[term], loc="left", fontsize=10)
+        axes.set_title((names or {}).get(term, TERMS[term]), loc="left", fontsize=10)
         axes.set_xlim(0, max(steps))
         if term == "usage":
             axes.set_ylim(0, 1.05)
@@ -193,3 +196,24 @@ def codebook(images: np.ndarray, counts: np.ndarray, path: Path, size: int, step
     if (counts == 0).any():
         title += f"; the last {(counts == 0).sum()} are unused"
     sheet(images, path, 16, title)
+
+
+def class_samples(images: np.ndarray, names: Sequence[str], path: Path, step: int) -> None:
+    """Samples [n,h,w,c] of classes, as many of each, a labelled row a class."""
+    columns = len(images) // len(names)
+    figure = labelled_grid(images, names, columns)
+    figure.suptitle(f"Samples of each class (step {step})", fontsize=10, x=0.01, ha="left")
+    save(figure, path)
+
+
+def labelled_grid(images: np.ndarray, names: Sequence[str], columns: int) -> Figure:
+    """Images [n,h,w,c] in rows of `columns`, with the name of each row beside it."""
+    picture = tiles(images, columns)
+    height = 8.0 * picture.shape[0] / picture.shape[1]
+    figure = Figure(figsize=(8.8, height + 0.45), layout="constrained")
+    axes = figure.add_subplot()
+    show(axes, picture)
+    row = (picture.shape[0] + 2) / len(names)
+    axes.set_yticks([row * (i + 0.5) - 1.5 for i in range(len(names))], names, fontsize=9)
+    axes.tick_params(length=0)
+    return figure

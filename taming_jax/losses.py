@@ -65,3 +65,9 @@ def perplexity(counts: jax.Array) -> jax.Array:
     return jnp.exp(
         -jnp.where(shares > 0, shares * jnp.log(jnp.where(shares > 0, shares, 1)), 0).sum()
     )
+
+
+def next_token(logits: jax.Array, codes: jax.Array) -> jax.Array:
+    """Negative log-likelihood of codes int [b,t] under logits float32 [b,t,k], in nats a code."""
+    likely = jax.nn.log_softmax(logits)
+    return -per_example(jnp.take_along_axis(likely, codes[..., None], -1))

@@ -1,62 +1,207 @@
 """A finished (or half-finished) run as an object, for notebooks."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from tqdm import tqdm
 
 from taming_jax.config import Config
+from taming_jax.data import sources
+from taming_jax.data.sources import Split
 from taming_jax.errors import UserError
+from taming_jax.losses import next_token
+from taming_jax.models.gpt import GPT, build_gpt, teacher_forced
 from taming_jax.models.vqgan import build_vqgan, decode_indices, encode, grid_size
+from taming_jax.sampling import sample
+from taming_jax.train.devices import Compiled, Devices
 from taming_jax.train.store import Store
+from taming_jax.train.tokens import encoded, read_class_names
 
+MICRO = 32  # images a device draws at once: another size would round otherwise, and turn a code
 BATCH = 64  # images a call of the compiled functions; the last batch is filled up
 
 
 def load_run(workdir: str | Path) -> "Run":
-    """The best checkpoint of the run in a folder (the newest where none was validated).
+    """The best checkpoints of the run in a folder (the newest where none was validated): the prior,
+    where there is one, with the generator whose codes it speaks, else stage 1's.
 
     Raises UserError where the folder holds no run, or none of its checkpoints can be read.
     """
     folder = Path(workdir)
-    store = Store(folder, "vqgan", "nll", read_only=True)
-    steps = store.steps()
-    if not steps:
-        raise UserError(f"{folder} holds no trained VQ-GAN; train one with train_vqgan.py.")
-    best = store.best()[0]
-    store.close()
-    problems = []
-    for step in [*([best] if best is not None else []), *reversed(steps)]:
-        try:
-            arrays, config = store.read(step)
-        except ValueError as error:
-            problems.append(f"{store.path / str(step)}: {error}")
-            continue
-        named = traverse_util.unflatten_dict(arrays)["nets"]["generator"]
-        return Run(folder, config, step, named.get("ema", named["params"]))
-    raise UserError(f"no checkpoint in {store.path} can be used ({'; '.join(problems)}).")
+    prior = Store(folder, "prior", "nll", read_only=True)
+    if prior.steps():
+        arrays, config, step = prior.chosen()
+        nets = traverse_util.unflatten_dict(arrays)["nets"]
+        return Run(folder, config, step, nets["generator"]["params"], nets["transformer"]["params"])
+    arrays, config, step = Store(folder, "vqgan", "nll", read_only=True).chosen()
+    net = traverse_util.unflatten_dict(arrays)["nets"]["generator"]
+    return Run(folder, config, step, net.get("ema", net["params"]))
 
 
 class Run:
-    """A run's config and generator (its moving average where it keeps one).
+    """A run's config, generator (its moving average where it keeps one) and prior, if it has one.
 
     Images are uint8 [n,h,w,c], or float [n,h,w,c] in [-1, 1], and are answered in kind. Products
     are computed at the highest precision the device has.
     """
 
-    def __init__(self, workdir: Path, config: Config, step: int, params: Any):
+    def __init__(
+        self, workdir: Path, config: Config, step: int, generator: Any, transformer: Any = None
+    ):
         self.workdir, self.config, self.step = workdir, config, step
-        self.params = jax.device_put(params)
+        self.params = jax.device_put(generator)
         self.model = build_vqgan(config)
         self._encode = jax.jit(lambda params, images: encode(self.model, params, images).indices)
         self._decode = jax.jit(functools.partial(decode_indices, self.model))
+        self.transformer = transformer
+        if transformer is not None:
+            classes = len(transformer["embedding"]) - config.vqgan.codebook_size - 1
+            self.prior = build_gpt(config, classes)
 
     def __repr__(self) -> str:
-        return f"Run({str(self.workdir)!r}, {self.config.config}, step {self.step})"
+        stage = "stage 1" if self.transformer is None else "both stages"
+        return f"Run({str(self.workdir)!r}, {self.config.config}, {stage}, step {self.step})"
+
+    @functools.cached_property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of the classes, in the order of their numbers."""
+        return read_class_names(self.workdir) or sources.load(self.config.data).class_names
+
+    def labels(self, classes: Iterable[int | str]) -> np.ndarray:
+        """Classes by number or name as numbers, int32 [n]."""
+        names = self.class_names
+        known = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
+        unknown = [c for c in map(str, classes) if c not in known]
+        if unknown:
+            shown = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
+            raise UserError(
+                f"there is no class '{unknown[0]}'; the classes are 0 to {len(names) - 1}: {shown}."
+            )
+        return np.array([known[str(c)] for c in classes], np.int32)
+
+    def _need_prior(self) -> None:
+        if self.transformer is None:
+            raise UserError(f"{self.workdir} has no prior yet; train one with train_prior.py.")
+
+    def sample(
+        self,
+        classes: Sequence[int | str],
+        per_class: int = 1,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        guidance_scale: float | None = None,
+        prefix: Any = None,
+        seed: int = 0,
+        devices: int | None = None,
+        batch_size: int | None = None,
+        progress: bool = False,
+    ) -> np.ndarray:
+        """New images of classes (numbers or names), float32 [n,h,w,c] in [-1, 1]: `per_class` of
+        the first, then of the second, and so on.
+
+        Image i of a class depends on the seed, the class and i alone: images are drawn in
+        micro-batches of one size on every device. A temperature of 0 takes the most likely codes;
+        `top_k` and `top_p` leave unlikely ones out; a `guidance_scale` above 1 exaggerates what is
+        particular to the class. `prefix` int [p] holds the first codes, in raster order.
+        `batch_size` bounds how many images are in flight, in whole micro-batches.
+        """
+        self._need_prior()
+        labels = np.repeat(self.labels(classes), per_class)
+        numbers = np.tile(np.arange(per_class, dtype=np.int32), len(classes))
+        check_sampling(self.prior, temperature, top_k, top_p, guidance_scale)
+        given = None if prefix is None else np.asarray(prefix, np.int32)
+        if given is not None and (
+            given.ndim != 1 or len(given) > self.prior.length
+            or (given.size and not 0 <= given.min() <= given.max() < self.prior.codebook_size)
+        ):  # fmt: skip
+            raise UserError(
+                f"a prefix holds at most {self.prior.length} codes from 0 to "
+                f"{self.prior.codebook_size - 1}."
+            )
+        if not len(labels):
+            raise UserError("no classes, or none of each, were asked for.")
+        used = Devices(devices)
+        static = (top_k, top_p is not None, guidance_scale is not None, len(used))
+        draw, params = self._sampler(used, static, None if given is None else given.tobytes())
+        size = MICRO * len(used)
+        settings = np.array([temperature, top_p or 1.0, guidance_scale or 0.0], np.float32)
+        common = used.replicate({"seed": np.uint32(seed), "settings": settings})
+        most = -(-(batch_size or 1) // size)
+        parts: list[np.ndarray] = []
+        flying: list[jax.Array] = []
+        for start in tqdm(
+            range(0, len(labels), size), desc="sampling", disable=None if progress else True
+        ):
+            filled = np.minimum(np.arange(start, start + size), len(labels) - 1)
+            shards = used.shard({"labels": labels[filled], "numbers": numbers[filled]})
+            flying.append(draw(params, shards | common))
+            if len(flying) == most:
+                parts += map(used.gather, flying)
+                flying = []
+        return np.concatenate([*parts, *map(used.gather, flying)])[: len(labels)]
+
+    @functools.lru_cache(maxsize=8)  # noqa: B019 - a run lives as long as its notebook
+    def _sampler(
+        self, devices: Devices, static: tuple, prefix: bytes | None
+    ) -> tuple[Compiled, Any]:
+        """The compiled sampler of one choice of what is compiled in, and the parameters there."""
+        top_k, use_top_p, use_guidance, _ = static
+        given = None if prefix is None else np.frombuffer(prefix, np.int32)
+
+        def draw(params: Any, arrays: dict[str, jax.Array]) -> jax.Array:
+            temperature, top_p, scale = arrays["settings"]
+            key, labels = jax.random.key(arrays["seed"]), arrays["labels"]
+            keys = jax.vmap(
+                lambda c, i: jax.random.fold_in(jax.random.fold_in(key, c), i)
+            )(labels, arrays["numbers"])  # fmt: skip
+            with jax.default_matmul_precision("highest"):
+                codes = sample(
+                    self.prior, params["transformer"], labels, keys, temperature, top_k,
+                    top_p if use_top_p else None, scale if use_guidance else None,
+                    None if given is None else jnp.broadcast_to(given, (len(labels), len(given))),
+                )  # fmt: skip
+                grid = codes.reshape(len(labels), *self.prior.grid)
+                return decode_indices(self.model, params["generator"], grid)
+
+        params = {"transformer": self.transformer, "generator": self.params}
+        return devices.compile(draw), devices.replicate(jax.tree.map(np.asarray, params))
+
+    def log_likelihood(self, images: Any, labels: Any) -> np.ndarray:
+        """The logarithm of the probability, in nats, that the prior gives the codes of images
+        [n,h,w,c] of classes int [n] (or names): float32 [n]."""
+        self._need_prior()
+        indices = self.encode(images)
+        codes = indices.reshape(len(indices), -1)
+        numbers = self.labels(np.asarray(labels).tolist())
+        if len(numbers) != len(codes):
+            raise UserError(f"{len(codes)} images and {len(numbers)} labels were given.")
+
+        def likelihood(params: Any, both: jax.Array) -> jax.Array:
+            codes = both[:, 1:]
+            tokens = teacher_forced(self.prior, both[:, 0], codes)
+            logits = cast(jax.Array, self.prior.apply({"params": params}, tokens))
+            return -self.prior.length * next_token(logits, codes)
+
+        both = np.concatenate([numbers[:, None], codes], 1)
+        return self._batched(jax.jit(likelihood), both, self.transformer)
+
+    def tokens(self, split: str = "train") -> Split:
+        """A split of the run's dataset as codes, unsigned [n, h' * w'], with its labels: read from
+        the run's folder, or encoded into it."""
+        splits = sources.load(self.config.data)
+        if split not in ("train", "validation", "test"):
+            raise UserError(f"there is no split '{split}'; take train, validation or test.")
+        params = jax.tree.map(np.asarray, self.params)
+        folder = self.workdir / "tokens"
+        return encoded(folder, split, getattr(splits, split), self.model, params, Devices(1))
 
     def encode(self, images: Any) -> np.ndarray:
         """Images to code indices, int32 [n,h',w']."""
@@ -92,15 +237,34 @@ class Run:
             return np.rint((reconstruction + 1) * 127.5).astype(np.uint8)
         return reconstruction
 
-    def _batched(self, function: Callable, values: np.ndarray) -> np.ndarray:
+    def _batched(self, function: Callable, values: np.ndarray, params: Any = None) -> np.ndarray:
         """Applies a compiled function in batches of one size, so that it is compiled once."""
         if not len(values):
             raise UserError("no images were given.")
+        params = self.params if params is None else params
         size = min(BATCH, len(values))
         parts = []
         with jax.default_matmul_precision("highest"):
             for start in range(0, len(values), size):
                 part = values[start : start + size]
                 filled = np.concatenate([part, np.repeat(part[-1:], size - len(part), 0)])
-                parts.append(np.asarray(function(self.params, filled))[: len(part)])
+                parts.append(np.asarray(function(params, filled))[: len(part)])
         return np.concatenate(parts)
+
+
+def check_sampling(
+    prior: GPT,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    guidance_scale: float | None,
+) -> None:
+    """UserError for settings that no sampling can have."""
+    if not 0 <= temperature < float("inf"):
+        raise UserError(f"the temperature is {temperature}; it must be 0 (greedy) or more.")
+    if top_k is not None and not 1 <= top_k <= prior.codebook_size:
+        raise UserError(f"top-k is {top_k}; there are 1 to {prior.codebook_size} codes to keep.")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise UserError(f"top-p is {top_p}; it is a share above 0, up to 1.")
+    if guidance_scale is not None and not 0 <= guidance_scale < float("inf"):
+        raise UserError(f"the guidance scale is {guidance_scale}; it must be 0 or more.")

@@ -46,11 +46,38 @@ def discriminator_variables(state_dict: Mapping[str, np.ndarray]) -> dict[str, A
     return traverse_util.unflatten_dict(flat)
 
 
+def gpt_params(state_dict: Mapping[str, np.ndarray], codebook_size: int) -> dict[str, Any]:
+    """Parameters of `GPT` (learned positions, LayerNorm, gelu) from a mingpt GPT. Its vocabulary
+    holds the codes and, where it is conditional, the classes after them; "none", which it does not
+    know, gets a row of zeros."""
+    names = {
+        "ln1": "norm1", "ln2": "norm2", "attn.key": "key", "attn.query": "query",
+        "attn.value": "value", "attn.proj": "projection", "mlp.0": "mlp_in", "mlp.2": "mlp_out",
+    }  # fmt: skip
+    embedding = np.asarray(state_dict["tok_emb.weight"])
+    flat: dict[tuple[str, ...], np.ndarray] = {
+        ("embedding",): np.concatenate([embedding, np.zeros_like(embedding[:1])]),
+        ("positions",): np.asarray(state_dict["pos_emb"])[0],
+        ("head",): np.asarray(state_dict["head.weight"])[:codebook_size].T,
+        ("norm_out", "scale"): np.asarray(state_dict["ln_f.weight"]),
+        ("norm_out", "bias"): np.asarray(state_dict["ln_f.bias"]),
+    }
+    for name, array in state_dict.items():
+        if match := re.fullmatch(r"blocks\.(\d+)\.(.+)\.(weight|bias)", name):
+            number, part, last = match.groups()
+            if part in names:  # the other entries are causal masks
+                key, value = leaf(last, array)
+                flat[f"block_{number}", names[part], key] = value
+    return traverse_util.unflatten_dict(flat)
+
+
 def leaf(name: str, array: np.ndarray) -> tuple[str, np.ndarray]:
-    """A `weight` or `bias` under Flax's name and in its layout (OIHW to HWIO)."""
+    """A `weight` or `bias` under Flax's name and in its layout (OIHW to HWIO, OI to IO)."""
     array = np.asarray(array)
     if name == "bias":
         return "bias", array
     if array.ndim == 4:
         return "kernel", array.transpose(2, 3, 1, 0)
+    if array.ndim == 2:
+        return "kernel", array.T
     return "scale", array

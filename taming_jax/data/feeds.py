@@ -18,8 +18,9 @@ from taming_jax.data.sources import Split
 class Batch(NamedTuple):
     """What one step reads. `step` is the host's number of the step (how a stage chooses among
     compiled steps); `arrays` is what the compiled step is called with: `images` uint8 [n,h,w,c]
-    and `labels` int32 [n], of which the examples are those at `index` int32 [b]; in evaluation
-    `weight` float32 [b] is 0 for the examples that only fill the last batch."""
+    and `labels` int32 [n], of which the examples are those at `index` int32 [b]; in training
+    `place` int32 [b] is an example's place in the batch of all devices, for its random keys; in
+    evaluation `weight` float32 [b] is 0 for the examples that only fill the last batch."""
 
     step: int
     arrays: dict[str, Any]
@@ -62,7 +63,8 @@ class ResidentFeed:
     def batch(self, step: int) -> Batch:
         """The batch of step `step` (the first is 0) of training."""
         index = stream(self._seed, self.size, step * self.batch_size, self.batch_size)
-        return Batch(step, self._resident | self._placement.shard({"index": index}))
+        place = np.arange(self.batch_size, dtype=np.int32)
+        return Batch(step, self._resident | self._placement.shard({"index": index, "place": place}))
 
     def once(self) -> Iterator[Batch]:
         """Every example once, in order, in batches of one size."""
@@ -75,7 +77,7 @@ class ResidentFeed:
 
 
 def take(arrays: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """Inside a step: the images uint8 [b,h,w,c] and labels int32 [b] of a batch."""
+    """Inside a step: a batch's images uint8 [b,h,w,c] (or its grids of codes) and labels [b]."""
     return arrays["images"][arrays["index"]], arrays["labels"][arrays["index"]]
 
 

@@ -1,8 +1,10 @@
 """Training. The package can be called: `taming_jax.train(config, "vqgan")` trains a stage from a
 notebook as the two scripts do from the command line."""
 
+import functools
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 from taming_jax.config import Config
@@ -10,13 +12,19 @@ from taming_jax.config import Config
 
 class _CallablePackage(types.ModuleType):
     def __call__(self, config: Config, stage: str = "vqgan", *, restart: bool = False) -> Path:
-        """Trains a stage ("vqgan") to its last step, resuming what its folder holds, and answers
-        that folder. Raises UserError and RunFailed as the scripts do; interrupting saves first."""
+        """Trains a stage ("vqgan" or "prior") to its last step, resuming what its folder holds, and
+        answers that folder. Raises UserError and RunFailed as the scripts do; interrupting saves
+        first."""
         from taming_jax.errors import UserError
-        from taming_jax.train.loop import train
+        from taming_jax.train.devices import Devices
+        from taming_jax.train.loop import Stage, train
+        from taming_jax.train.prior import PriorStage
         from taming_jax.train.vqgan import VQGANStage
 
-        stages = {"vqgan": VQGANStage}
+        stages: dict[str, Callable[[Config, Devices], Stage]] = {
+            "vqgan": VQGANStage,
+            "prior": functools.partial(PriorStage, restart=restart),
+        }
         if stage not in stages:
             raise UserError(f"there is no stage '{stage}'; the stages are {', '.join(stages)}.")
         return train(stages[stage], config, restart)

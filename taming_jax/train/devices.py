@@ -14,6 +14,16 @@ from flax import jax_utils
 from taming_jax.errors import UserError
 
 
+def averaged(tree: Any, axis_name: str | None) -> Any:
+    """Inside a step: the mean over the devices of an axis; the tree itself where there is none."""
+    return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
+
+
+def summed(tree: Any, axis_name: str | None) -> Any:
+    """Inside a step: the sum over the devices of an axis; the tree itself where there is none."""
+    return tree if axis_name is None else jax.lax.psum(tree, axis_name)
+
+
 class Compiled:
     """A function of state and arrays with its frozen arguments in place."""
 
@@ -78,6 +88,11 @@ class Devices:
         if self.axis_name is None:
             return tree
         return jax.tree.map(lambda x: x.reshape(len(self), -1, *x.shape[1:]), tree)
+
+    def gather(self, values: jax.Array) -> np.ndarray:
+        """What a compiled function answered for a sharded batch, from all devices: [n, ...]."""
+        array = np.asarray(values)
+        return array if self.axis_name is None else array.reshape(-1, *array.shape[2:])
 
     def fetch(self, tree: Any) -> Any:
         """A replicated tree as numpy arrays of one device's, in memory of their own (on a CPU

@@ -10,7 +10,17 @@ from typing import Any
 from tqdm import tqdm
 
 # What is shown while training, where a stage reports it.
-SHOWN = ("l1", "perceptual", "nll", "usage", "perplexity", "discriminator", "adaptive_weight")
+SHOWN = (
+    "l1",
+    "perceptual",
+    "nll",
+    "accuracy",
+    "bits_per_dim",
+    "usage",
+    "perplexity",
+    "discriminator",
+    "adaptive_weight",
+)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -150,6 +150,28 @@ class Store:
                 raise ValueError(f"the array {'.'.join(path)} is not what was saved")
         return arrays, from_dict(Config, config)
 
+    def chosen(self) -> tuple[dict[tuple[str, ...], np.ndarray], Config, int]:
+        """The best checkpoint that can be read (the newest where none was validated): its arrays,
+        its config and its step.
+
+        Raises UserError where there is none.
+        """
+        steps = self.steps()
+        if not steps:
+            raise UserError(
+                f"{self.path.parent.parent} holds no {self.path.name} checkpoint; train one with "
+                f"train_{self.path.name}.py."
+            )
+        best = self.best()[0]
+        self.close()
+        problems = []
+        for step in [*([best] if best is not None else []), *reversed(steps)]:
+            try:
+                return *self.read(step), step
+            except ValueError as error:
+                problems.append(f"{self.path / str(step)}: {error}")
+        raise UserError(f"no checkpoint in {self.path} can be used ({'; '.join(problems)}).")
+
     def restore(
         self,
         template: Any,
@@ -220,3 +242,23 @@ def fill(template: Any, arrays: dict[tuple[str, ...], np.ndarray]) -> Any:
             )
     leaves = [arrays[path] for path in wanted]
     return jax.tree.unflatten(jax.tree.structure(template), leaves)
+
+
+def chosen_generator(folder: Path, anew: bool = False) -> tuple[Any, Config]:
+    """The generator whose codes a run's prior speaks, and the config it was trained with: the one
+    in the newest checkpoint of the prior, or, before there is one (or where the prior begins
+    `anew`), the best of stage 1, its moving average where it keeps one.
+
+    Raises UserError where the folder holds neither.
+    """
+    prior = Store(folder, "prior", "nll", read_only=True)
+    for step in [] if anew else reversed(prior.steps()):
+        try:
+            arrays, config = prior.read(step)
+        except ValueError:
+            continue
+        return traverse_util.unflatten_dict(arrays)["nets"]["generator"]["params"], config
+    vqgan = Store(folder, "vqgan", "nll", read_only=True)
+    arrays, config, _ = vqgan.chosen()
+    net = traverse_util.unflatten_dict(arrays)["nets"]["generator"]
+    return net.get("ema", net["params"]), config

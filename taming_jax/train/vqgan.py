@@ -32,7 +32,7 @@ from taming_jax.models.vqgan import (
     grid_size,
     reconstruct,
 )
-from taming_jax.train.devices import Compiled, Devices
+from taming_jax.train.devices import Compiled, Devices, averaged, summed
 from taming_jax.train.state import Net, TrainState, clipped, copied, moved, schedule
 
 
@@ -67,11 +67,11 @@ class Networks:
 
     def mean(self, tree: Any) -> Any:
         """Averages over the devices."""
-        return tree if self.axis_name is None else lax.pmean(tree, self.axis_name)
+        return averaged(tree, self.axis_name)
 
     def sum(self, tree: Any) -> Any:
         """Adds up over the devices."""
-        return tree if self.axis_name is None else lax.psum(tree, self.axis_name)
+        return summed(tree, self.axis_name)
 
     def image_losses(
         self, images: jax.Array, reconstruction: jax.Array, lpips_params: Any

@@ -1,0 +1,81 @@
+#!/usr/bin/env python3
+"""Draws new images of classes from a run of both stages.
+
+    python scripts/sample.py --workdir runs/mnist --classes 0 1 2 --per-class 8 --out grid.png
+
+`--out` says what is written: FILE.npz (`images` uint8 [n,h,w,c], `labels` int32 [n]), FILE.png (a
+labelled grid, a row a class), or a folder (one PNG an image).
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from taming_jax.errors import UserError, report
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--workdir", required=True, help="the run's folder")
+    parser.add_argument("--classes", nargs="+", help="numbers or names; all unless told")
+    parser.add_argument("--per-class", type=int, default=8)
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
+    parser.add_argument("--top-k", type=int)
+    parser.add_argument("--top-p", type=float)
+    parser.add_argument("--guidance-scale", type=float, help="1 is none")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--devices", type=int, help="all unless told")
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        help="images in flight, which bounds memory; the images do not depend on it",
+    )
+    parser.add_argument("--out", required=True)
+    return parser.parse_args()
+
+
+def main() -> None:
+    given = parse()
+    out = Path(given.out)
+    if out.suffix not in ("", ".npz", ".png"):
+        raise UserError(f"--out {out}: name a .npz, a .png, or a folder.")
+    if not out.absolute().parent.is_dir():
+        raise UserError(f"--out {out}: the folder {out.absolute().parent} does not exist; make it.")
+    if given.per_class < 1:
+        raise UserError(f"--per-class is {given.per_class}; it must be 1 or more.")
+    if given.batch_size is not None and given.batch_size < 1:
+        raise UserError(f"--batch-size is {given.batch_size}; it must be 1 or more.")
+    from PIL import Image
+
+    from taming_jax.figures import labelled_grid, save, to_uint8
+    from taming_jax.run import load_run
+
+    run = load_run(given.workdir)
+    classes = run.labels(given.classes or range(len(run.class_names)))
+    labels = np.repeat(classes, given.per_class)
+    images = to_uint8(
+        run.sample(
+            classes.tolist(), given.per_class, temperature=given.temperature, top_k=given.top_k,
+            top_p=given.top_p, guidance_scale=given.guidance_scale, seed=given.seed,
+            devices=given.devices, batch_size=given.batch_size, progress=True,
+        )
+    )  # fmt: skip
+    if out.suffix == ".npz":
+        np.savez_compressed(out, images=images, labels=labels)
+    elif out.suffix == ".png":
+        names = [run.class_names[i] for i in classes]
+        save(labelled_grid(images, names, given.per_class), out)
+    else:
+        out.mkdir(exist_ok=True)
+        for i, image in enumerate(images):
+            place = out / f"{labels[i]:04d}_{i % given.per_class:05d}.png"
+            Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(place)
+    print(f"{len(images)} images of {len(classes)} classes are in {out}.")
+
+
+if __name__ == "__main__":
+    sys.exit(report(main))

@@ -1,0 +1,233 @@
+"""The prior of stage 2: a causal transformer over grids of codes, in raster order.
+
+Its sequence begins with the image's class, or "none", so that the first code is learned as well:
+logits at position i are those of code i, given the class and the codes before it. One table embeds
+the codes, then the classes, then "none"; the head speaks codes only.
+"""
+
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from taming_jax.config import Config
+from taming_jax.models.layers import Dtype
+from taming_jax.models.quantizers import select
+from taming_jax.models.vqgan import grid_size
+
+# Keys and values of each layer, [b, heads, t, width / heads] each.
+Cache = list[tuple[jax.Array, jax.Array]]
+init = nn.initializers.normal(0.02)  # GPT-2's
+
+
+class RMSNorm(nn.Module):
+    """Scales to root mean square one (arXiv 1910.07467); statistics in float32."""
+
+    dtype: Dtype = jnp.float32
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        x = x.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.epsilon)
+        return (x * (inverse * scale)).astype(self.dtype)
+
+
+def make_norm(kind: str, dtype: Dtype, name: str | None = None) -> nn.Module:
+    """LayerNorm with PyTorch's epsilon, or RMSNorm."""
+    if kind == "rms":
+        return RMSNorm(dtype, name=name)
+    return nn.LayerNorm(epsilon=1e-5, dtype=dtype, name=name)
+
+
+def dense(features: int, dtype: Dtype, name: str | None = None) -> nn.Dense:
+    return nn.Dense(features, dtype=dtype, kernel_init=init, name=name)
+
+
+def rotate(x: jax.Array, places: jax.Array) -> jax.Array:
+    """Rotary positions in two dimensions (arXiv 2104.09864): of a head's channels [b,heads,t,d],
+    the first half turns with the row, the second with the column; `places` [t,2]. d is a multiple
+    of four."""
+    quarter = x.shape[-1] // 4
+    frequencies = 10_000.0 ** (-jnp.arange(quarter) / quarter)
+    angles = (places[:, :, None] * frequencies).reshape(len(places), 2 * quarter)
+    # The channels pair up across the halves of each half.
+    halves = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, 2, quarter)
+    first, second = (halves[..., i, :].reshape(*x.shape[:-1], 2 * quarter) for i in (0, 1))
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    turned = first * cos - second * sin, first * sin + second * cos
+    pairs = [part.reshape(*x.shape[:-1], 2, 1, quarter) for part in turned]
+    return jnp.concatenate(pairs, -2).reshape(x.shape).astype(x.dtype)
+
+
+class Block(nn.Module):
+    """Attention and a two-layer network, each behind a norm and beside a shortcut."""
+
+    heads: int
+    dropout: float
+    norm: Literal["layer", "rms"]
+    mlp: Literal["gelu", "swiglu"]
+    qk_norm: bool
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        cache: tuple[jax.Array, jax.Array] | None,
+        position: jax.Array | int,
+        places: jax.Array | None,
+        train: bool,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """x [b,t,width] at positions `position` ... with the keys and values of those before them
+        in `cache`; `places` [t,2] are their rows and columns where positions are rotary."""
+        b, t, width = x.shape
+
+        def dropout(x: jax.Array) -> jax.Array:
+            return nn.Dropout(self.dropout)(x, deterministic=not train)
+
+        def heads(name: str) -> jax.Array:
+            values = dense(width, self.dtype, name)(normed)
+            return values.reshape(b, t, self.heads, -1).transpose(0, 2, 1, 3)
+
+        normed = make_norm(self.norm, self.dtype, "norm1")(x)
+        q, k, v = heads("query"), heads("key"), heads("value")
+        if self.qk_norm:
+            q = RMSNorm(self.dtype, name="query_norm")(q)
+            k = RMSNorm(self.dtype, name="key_norm")(k)
+        if places is not None:
+            q, k = rotate(q, places), rotate(k, places)
+        if cache is not None:
+            k, v = (
+                jax.lax.dynamic_update_slice_in_dim(old, new, position, 2)
+                for old, new in zip(cache, (k, v), strict=True)
+            )
+        scores = jnp.einsum("bhid,bhjd->bhij", q, k).astype(jnp.float32) * q.shape[-1] ** -0.5
+        seen = jnp.arange(k.shape[2]) <= position + jnp.arange(t)[:, None]
+        weights = nn.softmax(jnp.where(seen, scores, -jnp.inf)).astype(self.dtype)
+        attended = jnp.einsum("bhij,bhjd->bhid", dropout(weights), v)
+        attended = attended.transpose(0, 2, 1, 3).reshape(b, t, width)
+        x = x + dropout(dense(width, self.dtype, "projection")(attended))
+
+        normed = make_norm(self.norm, self.dtype, "norm2")(x)
+        if self.mlp == "swiglu":
+            # Two thirds as wide, so that three matrices hold what two would.
+            hidden = -(-8 * width // 3 // 8) * 8
+            gate = nn.silu(dense(hidden, self.dtype, "mlp_gate")(normed))
+            h = gate * dense(hidden, self.dtype, "mlp_in")(normed)
+        else:
+            h = nn.gelu(dense(4 * width, self.dtype, "mlp_in")(normed), approximate=False)
+        return x + dropout(dense(width, self.dtype, "mlp_out")(h)), (k, v)
+
+
+class GPT(nn.Module):
+    """Tokens int32 [b,t] to logits float32 [b,t,codebook_size].
+
+    A token is a code, or `codebook_size` + a class, or `codebook_size` + `classes` for "none".
+    """
+
+    codebook_size: int
+    classes: int
+    grid: tuple[int, int]
+    layers: int
+    heads: int
+    width: int
+    dropout: float = 0.0
+    norm: Literal["layer", "rms"] = "layer"
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    positions: Literal["learned", "rotary"] = "learned"
+    qk_norm: bool = False
+    remat: bool = False
+    dtype: Dtype = jnp.float32
+
+    @property
+    def length(self) -> int:
+        """Codes an image has, which is also the longest sequence."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def none(self) -> int:
+        """The token of no class."""
+        return self.codebook_size + self.classes
+
+    def setup(self) -> None:
+        self.embedding = self.param("embedding", init, (self.none + 1, self.width))
+        if self.positions == "learned":
+            self.learned = self.param("positions", init, (self.length, self.width))
+        block = nn.remat(Block, static_argnums=(5,)) if self.remat else Block
+        self.blocks = [
+            block(
+                self.heads, self.dropout, self.norm, self.mlp, self.qk_norm, self.dtype,
+                name=f"block_{i}",
+            )
+            for i in range(self.layers)
+        ]  # fmt: skip
+        self.norm_out = make_norm(self.norm, self.dtype)
+        self.head = self.param("head", init, (self.width, self.codebook_size))
+        self.embedding_dropout = nn.Dropout(self.dropout)
+
+    def __call__(self, tokens: jax.Array, train: bool = False) -> jax.Array:
+        """Logits at every position. In training dropout draws from the "dropout" key."""
+        return self._forward(tokens, None, 0, train)[0]
+
+    def decode(
+        self, tokens: jax.Array, cache: Cache, position: jax.Array | int
+    ) -> tuple[jax.Array, Cache]:
+        """Logits [b,s,codebook_size] of tokens [b,s] at `position` and after, which see the earlier
+        ones through `cache`; and the cache with theirs."""
+        return self._forward(tokens, cache, position, False)
+
+    def _forward(
+        self, tokens: jax.Array, cache: Cache | None, position: jax.Array | int, train: bool
+    ) -> tuple[jax.Array, Cache]:
+        x = select(self.embedding, tokens)
+        at = position + jnp.arange(tokens.shape[1])
+        places = None
+        if self.positions == "learned":
+            x = x + self.learned[at]
+        else:
+            # The class stands at row and column 0, the codes' rows and columns count from 1.
+            row, column = jnp.divmod(at - 1, self.grid[1])
+            places = jnp.where(at[:, None] > 0, jnp.stack([row, column], -1) + 1, 0)
+        x = self.embedding_dropout(x.astype(self.dtype), deterministic=not train)
+        grown: Cache = []
+        for i, block in enumerate(self.blocks):
+            x, kept = block(x, cache[i] if cache is not None else None, position, places, train)
+            grown.append(kept)
+        x = self.norm_out(x)
+        head = self.head.astype(self.dtype)
+        return jnp.matmul(x, head, preferred_element_type=jnp.float32), grown
+
+    def empty_cache(self, batch: int, length: int) -> Cache:
+        """A cache for sequences of up to `length` tokens."""
+        shape = (batch, self.heads, length, self.width // self.heads)
+        return [(jnp.zeros(shape, self.dtype),) * 2 for _ in range(self.layers)]
+
+
+def build_gpt(config: Config, classes: int) -> GPT:
+    """The prior that a config describes, for a dataset of so many classes."""
+    prior, grid = config.prior, grid_size(config)
+    return GPT(
+        codebook_size=config.vqgan.codebook_size, classes=classes, grid=(grid, grid),
+        layers=prior.layers, heads=prior.heads, width=prior.width, dropout=prior.dropout,
+        norm=prior.norm, mlp=prior.mlp, positions=prior.positions, qk_norm=prior.qk_norm,
+        remat=prior.remat, dtype=jnp.dtype(config.dtype),
+    )  # fmt: skip
+
+
+def teacher_forced(model: GPT, labels: jax.Array, codes: jax.Array) -> jax.Array:
+    """The tokens [b,t] from which codes int [b,t] are learned: the class, then all codes but the
+    last. `labels` int [b] counts from 0; `classes` stands for "none"."""
+    return jnp.concatenate([model.codebook_size + labels[:, None], codes[:, :-1]], 1)
+
+
+def apply_train(model: GPT, params: Any, tokens: jax.Array, keys: jax.Array) -> jax.Array:
+    """Training logits [b,t,k] with a key [b] an example for dropout, so that an example's mask does
+    not depend on what else is in the batch, or on which device it is."""
+
+    def one(tokens: jax.Array, key: jax.Array) -> jax.Array:
+        return model.apply({"params": params}, tokens[None], True, rngs={"dropout": key})[0]
+
+    return jax.vmap(one)(tokens, keys)

@@ -1,0 +1,190 @@
+"""Stage 2: the transformer over the codes of stage 1, as the loop wants a stage.
+
+The generator whose codes the transformer speaks is part of its state, and so of its checkpoints:
+training stage 1 on, or throwing its checkpoints away, changes nothing here.
+"""
+
+import functools
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from taming_jax import figures, losses
+from taming_jax.config import Config, differences
+from taming_jax.data import sources
+from taming_jax.data.feeds import Batch, ResidentFeed, take
+from taming_jax.errors import UserError
+from taming_jax.models.gpt import GPT, apply_train, build_gpt, teacher_forced
+from taming_jax.models.vqgan import build_vqgan, decode_indices
+from taming_jax.sampling import sample
+from taming_jax.train.devices import Devices, averaged, summed
+from taming_jax.train.state import Net, TrainState, clipped, copied, schedule
+from taming_jax.train.store import chosen_generator
+from taming_jax.train.tokens import encoded, write_class_names
+
+# What randomness in a step is for; each purpose folds its own number into the run's seed.
+DROPOUT, LABELS, CODES = range(3)
+
+
+def example_keys(seed: int, purpose: int, step: jax.Array, place: jax.Array) -> jax.Array:
+    """A key an example [b], of its place in the batch of all devices."""
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), purpose), step)
+    return jax.vmap(functools.partial(jax.random.fold_in, key))(place)
+
+
+class PriorStage:
+    """Stage 2, as train/loop.py wants a stage.
+
+    Raises UserError where the run's folder holds no stage 1, or one that speaks other codes.
+    """
+
+    name = "prior"
+    monitor = "nll"
+
+    def __init__(self, config: Config, devices: Devices, restart: bool = False):
+        devices.check_batch(self.name, config.prior.batch_size)
+        self.config, self.devices = config, devices
+        self.generator, trained = chosen_generator(config.folder, anew=restart)
+        different = differences(config, trained, ("data", "vqgan"))
+        if different:
+            raise UserError(
+                f"stage 1 in {config.folder} was trained otherwise: {'; '.join(different)}. Leave "
+                "these settings out, or train a stage 1 with them."
+            )
+        self.splits = sources.load(config.data)
+        self.vqgan = build_vqgan(config)
+        self.model = build_gpt(config, len(self.splits.class_names))
+        self.steps = config.prior.total_steps(len(self.splits.train.images))
+        self._optimiser = self._adamw()
+        self._step = devices.compile(self.step, donate=True)
+        self._evaluate = devices.compile(self.evaluation)
+        self._sample = jax.jit(functools.partial(draw_images, self.model, self.vqgan))
+
+    def _adamw(self) -> optax.GradientTransformation:
+        prior = self.config.prior
+        rates = schedule(prior, self.steps, prior.learning_rate)
+        if prior.schedule == "one-cycle":
+            # PyTorch's OneCycleLR: up from a 25th over the first 0.3, then down to almost nothing.
+            rates = optax.cosine_onecycle_schedule(self.steps, prior.learning_rate)
+        adamw = optax.adamw(
+            rates, *prior.betas, weight_decay=prior.weight_decay,
+            mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
+        )  # fmt: skip
+        return clipped(adamw, prior.clip)
+
+    def feeds(self) -> tuple[ResidentFeed, ResidentFeed]:
+        def feed(name: str, split: sources.Split) -> ResidentFeed:
+            folder = self.config.folder / "tokens"
+            codes = encoded(folder, name, split, self.vqgan, self.generator, self.devices)
+            return ResidentFeed(codes, self.config.prior.batch_size, self.config.seed, self.devices)
+
+        write_class_names(self.config.folder, self.splits.class_names)
+        return feed("train", self.splits.train), feed("validation", self.splits.validation)
+
+    def init(self, key: jax.Array) -> TrainState:
+        """A fresh state, on one device."""
+        tokens = jnp.zeros((1, self.model.length), jnp.int32)
+        params = jax.jit(self.model.init)(key, tokens)["params"]
+        transformer = Net(params, jax.jit(self._optimiser.init)(params))
+        generator = Net(copied(self.generator), ())
+        return TrainState(
+            jnp.zeros((), jnp.int32), {"transformer": transformer, "generator": generator}
+        )
+
+    def step(self, state: TrainState, arrays: dict[str, Any]) -> tuple[TrainState, dict[str, Any]]:
+        """The pure training step."""
+        prior, model = self.config.prior, self.model
+        codes, labels = take(arrays)
+        codes = codes.astype(jnp.int32)
+        keys = [
+            example_keys(self.config.seed, purpose, state.step, arrays["place"])
+            for purpose in (DROPOUT, LABELS, CODES)
+        ]
+        dropped = jax.vmap(lambda key: jax.random.bernoulli(key, prior.label_dropout))(keys[LABELS])
+        tokens = teacher_forced(model, jnp.where(dropped, model.classes, labels), codes)
+        if prior.keep_codes < 1:
+            corrupt = functools.partial(corrupted, prior.keep_codes, model.codebook_size)
+            tokens = jnp.concatenate(
+                [tokens[:, :1], jax.vmap(corrupt)(keys[CODES], tokens[:, 1:])], 1
+            )
+        net = state.nets["transformer"]
+
+        def loss(params: Any) -> jax.Array:
+            logits = apply_train(model, params, tokens, keys[DROPOUT])
+            return losses.next_token(logits, codes).mean()
+
+        nll, gradient = jax.value_and_grad(loss)(net.params)
+        nll, gradient = averaged((nll, gradient), self.devices.axis_name)
+        metrics = {"nll": nll, "transformer_gradient": optax.tree.norm(gradient)}
+        nets = state.nets | {"transformer": net.updated(self._optimiser, gradient)}
+        return TrainState(state.step + 1, nets), metrics
+
+    def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+        return self._step(state, batch.arrays)
+
+    def evaluation(self, state: TrainState, arrays: dict[str, Any]) -> dict[str, jax.Array]:
+        codes, labels = take(arrays)
+        codes, weight = codes.astype(jnp.int32), arrays["weight"]
+        params = state.nets["transformer"].params
+        with jax.default_matmul_precision("highest"):
+            tokens = teacher_forced(self.model, labels, codes)
+            logits = cast(jax.Array, self.model.apply({"params": params}, tokens))
+        nll = losses.next_token(logits, codes)
+        right = losses.per_example((logits.argmax(-1) == codes).astype(jnp.float32))
+        sums = {"nll": nll * weight, "accuracy": right * weight, "examples": weight}
+        return summed(jax.tree.map(jnp.sum, sums), self.devices.axis_name)
+
+    def eval_step(self, state: TrainState, batch: Batch) -> dict[str, Any]:
+        return self._evaluate(state, batch.arrays)
+
+    def summarise(self, sums: dict[str, np.ndarray]) -> dict[str, float]:
+        """`nll` in nats a code; the same in bits a dimension of the image; and how often the most
+        likely code is the right one."""
+        data = self.config.data
+        nll = float(sums["nll"] / sums["examples"])
+        dimensions = data.image_size**2 * data.channels
+        return {
+            "nll": nll,
+            "bits_per_dim": nll * self.model.length / dimensions / float(np.log(2)),
+            "accuracy": float(sums["accuracy"] / sums["examples"]),
+        }
+
+    def draw(
+        self, state: TrainState, folder: Path, sums: dict[str, np.ndarray], rows: list[dict]
+    ) -> None:
+        """The figures of stage 2."""
+        names = self.splits.class_names[:10]
+        columns = 8
+        transformer, generator = (
+            self.devices.fetch(state.nets[name].params) for name in ("transformer", "generator")
+        )
+        labels = np.repeat(np.arange(len(names), dtype=np.int32), columns)
+        images = self._sample(transformer, generator, labels, self.config.seed)
+        step = int(self.devices.fetch(state.step))
+        figures.loss_curves(
+            rows, folder / "prior_loss.png", "Prior", names={"nll": "loss (nats a code)"}
+        )
+        figures.class_samples(np.asarray(images), names, folder / "samples.png", step)
+
+
+def corrupted(keep: float, codebook_size: int, key: jax.Array, codes: jax.Array) -> jax.Array:
+    """Codes [t] of which a share `keep` stays and the others are drawn anew, as the official code's
+    `pkeep`."""
+    which, what = jax.random.split(key)
+    drawn = jax.random.randint(what, codes.shape, 0, codebook_size)
+    return jnp.where(jax.random.bernoulli(which, keep, codes.shape), codes, drawn)
+
+
+def draw_images(
+    model: GPT, vqgan: Any, transformer: Any, generator: Any, labels: jax.Array, seed: int
+) -> jax.Array:
+    """Images float [b,h,w,c] in [-1, 1] of classes int [b], image i by the key of its place."""
+    keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(
+        jnp.arange(len(labels))
+    )
+    codes = sample(model, transformer, labels, keys)
+    return decode_indices(vqgan, generator, codes.reshape(len(labels), *model.grid))

@@ -1,0 +1,92 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from taming_jax.models.gpt import teacher_forced
+from taming_jax.sampling import guided, keep_top_k, keep_top_p, sample
+from tests.models.test_gpt import MODERN, small
+
+
+def uncached(model, params, labels, codes, scale=None):
+    """Logits [b,t,k] by one forward pass over the whole grid, guidance included."""
+    logits = model.apply({"params": params}, teacher_forced(model, labels, codes))
+    if scale is None:
+        return logits
+    none = jnp.full_like(labels, model.classes)
+    without = model.apply({"params": params}, teacher_forced(model, none, codes))
+    return guided(logits, without, scale)
+
+
+LABELS = jnp.array([0, 1, 2, 2])
+KEYS = jax.random.split(jax.random.key(7), 4)
+
+
+@pytest.mark.parametrize("scale", [None, 2.0])
+@pytest.mark.parametrize("settings", [{}, MODERN], ids=["gpt2", "modern"])
+@pytest.mark.parametrize("pieces", [1, 5, 12])
+def test_greedy_codes_are_the_most_likely_of_the_whole_sequence(settings, scale, pieces):
+    model, params, _ = small(**settings)
+    codes = sample(
+        model, params, LABELS, KEYS, temperature=0.0, guidance_scale=scale, pieces=pieces
+    )
+    logits = uncached(model, params, LABELS, codes, scale)
+    np.testing.assert_array_equal(codes, logits.argmax(-1))
+
+
+def test_a_prefix_is_kept_and_goes_on_as_if_it_had_been_drawn():
+    model, params, _ = small()
+    draw = jax.jit(lambda prefix: sample(model, params, LABELS, KEYS, prefix=prefix))
+    whole = sample(model, params, LABELS, KEYS)
+    np.testing.assert_array_equal(draw(whole[:, :5]), whole)
+    other = draw((whole[:, :5] + 1) % 11)
+    np.testing.assert_array_equal(other[:, :5], (whole[:, :5] + 1) % 11)
+    assert (other[:, 5:] != whole[:, 5:]).any()
+
+
+def test_an_image_does_not_depend_on_the_others():
+    model, params, _ = small()
+    together = sample(model, params, LABELS, KEYS, top_p=0.9, top_k=8, guidance_scale=1.5)
+    alone = sample(model, params, LABELS[2:3], KEYS[2:3], top_p=0.9, top_k=8, guidance_scale=1.5)
+    np.testing.assert_array_equal(alone, together[2:3])
+    assert (together[2] != together[3]).any(), "of one class, with another key"
+
+
+def test_draws_have_the_models_probabilities():
+    model, params, _ = small(layers=1)
+    n = 4000
+    labels = jnp.ones(n, jnp.int32)
+    codes = jax.jit(sample, static_argnums=0)(
+        model, params, labels, jax.random.split(jax.random.key(3), n), 0.7
+    )
+    logits = uncached(model, params, labels[:1], codes[:1])[0, 0]
+    expected = jax.nn.softmax(logits / 0.7)
+    drawn = np.bincount(codes[:, 0], minlength=11) / n
+    # Four standard deviations of the widest share.
+    assert np.abs(drawn - expected).max() < 4 * np.sqrt(0.25 / n)
+
+
+def test_guidance_of_one_is_conditional_and_of_zero_is_not():
+    model, params, _ = small()
+    plain = sample(model, params, LABELS, KEYS)
+    np.testing.assert_array_equal(sample(model, params, LABELS, KEYS, guidance_scale=1.0), plain)
+    without = sample(model, params, jnp.full(4, model.classes), KEYS)
+    np.testing.assert_array_equal(sample(model, params, LABELS, KEYS, guidance_scale=0.0), without)
+    # A schedule: unconditional at first, conditional in the end.
+    scales = jnp.where(jnp.arange(12) < 6, 0.0, 1.0)
+    mixed = sample(model, params, LABELS, KEYS, guidance_scale=scales)
+    np.testing.assert_array_equal(mixed[:, :6], without[:, :6])
+
+
+def test_top_k_and_top_p_keep_what_they_say():
+    logits = jnp.log(jnp.array([[0.5, 0.1, 0.3, 0.06, 0.04]]))
+
+    def kept(filtered):
+        return np.flatnonzero(np.isfinite(filtered[0])).tolist()
+
+    assert kept(keep_top_k(logits, 2)) == [0, 2]
+    assert kept(keep_top_k(logits, 5)) == [0, 1, 2, 3, 4]
+    assert kept(keep_top_p(logits, 0.79)) == [0, 2]
+    assert kept(keep_top_p(logits, 0.81)) == [0, 1, 2]
+    assert kept(keep_top_p(logits, 1.0)) == [0, 1, 2, 3, 4]
+    assert kept(keep_top_p(logits, 0.0)) == [0]

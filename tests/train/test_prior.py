@@ -1,0 +1,179 @@
+"""Stage 2: what a step computes, on any number of devices, and what a run keeps."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from taming_jax.config import load_config
+from taming_jax.models.gpt import teacher_forced
+from taming_jax.train.devices import Devices
+from taming_jax.train.prior import CODES, LABELS, PriorStage, corrupted, example_keys
+from taming_jax.train.store import Store
+from tests import commands, golden
+
+TINY = [
+    "--config", "mnist_tiny", "--data.name", "synthetic", "--data.image-size", "16",
+    "--vqgan.channels", "4", "--vqgan.multipliers", "1", "2", "--vqgan.batch-size", "8",
+    "--vqgan.discriminator-start", "1", "--vqgan.steps",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def stage1(tmp_path_factory):
+    """A run that has stage 1 only."""
+    workdir = tmp_path_factory.mktemp("stage1")
+    status, _, err = commands.run("train_vqgan.py", *TINY, 3, "--workdir", workdir)
+    assert status == 0, err
+    return workdir
+
+
+def stage_of(workdir, count=1, **prior):
+    run = load_config(str(workdir / "config.json"))
+    overrides = {f"prior.{key}": value for key, value in {"batch_size": 8, **prior}.items()}
+    overrides |= {"workdir": str(workdir), "config": run.config}
+    return PriorStage(load_config(str(workdir / "config.json"), overrides), Devices(count))
+
+
+def test_one_two_and_four_devices_take_the_same_step(stage1):
+    settings = {"dropout": 0.3, "label_dropout": 0.5, "keep_codes": 0.8}
+    found = {}
+    for count in (1, 2, 4):
+        stage = stage_of(stage1, count, **settings)
+        feed, _ = stage.feeds()
+        state = stage.devices.replicate(stage.init(jax.random.key(0)))
+        # The second step, since Adam's first turns the noise of small gradients into full ones.
+        losses = []
+        for step in range(2):
+            state, metrics = stage.train_step(state, feed.batch(step))
+            losses.append(stage.devices.fetch(metrics))
+        found[count] = losses, stage.devices.fetch(state.nets["transformer"].opt_state)
+    for count in (2, 4):
+        golden.assert_trees_close(found[count][0], found[1][0], f"{count} devices ", 1e-5, 1e-6)
+        # Adam's first moment is the averaged gradient.
+        golden.assert_trees_close(found[count][1], found[1][1], f"{count} devices ", 1e-4, 1e-6)
+
+
+def test_a_step_learns_from_dropped_labels_and_corrupted_codes(stage1):
+    """The loss of a step, computed again from its parts."""
+    stage = stage_of(stage1, dropout=0.0, label_dropout=0.5, keep_codes=0.7)
+    feed, _ = stage.feeds()
+    batch = feed.batch(0)
+    state = stage.init(jax.random.key(0))
+    params = jax.tree.map(np.array, state.nets["transformer"].params)
+    _, metrics = stage.train_step(state, batch)
+    index = np.asarray(batch.arrays["index"])
+    codes = np.asarray(batch.arrays["images"])[index].astype(np.int32)
+    labels = np.asarray(batch.arrays["labels"])[index]
+    place = jnp.arange(8)
+    dropped = [
+        bool(jax.random.bernoulli(key, 0.5))
+        for key in example_keys(stage.config.seed, LABELS, jnp.int32(0), place)
+    ]
+    assert 0 < sum(dropped) < 8
+    tokens = teacher_forced(stage.model, np.where(dropped, stage.model.classes, labels), codes)
+    keys = example_keys(stage.config.seed, CODES, jnp.int32(0), place)
+    rest = [corrupted(0.7, 128, key, row) for key, row in zip(keys, tokens[:, 1:], strict=True)]
+    tokens = jnp.concatenate([tokens[:, :1], jnp.stack(rest)], 1)
+    logits = np.asarray(stage.model.apply({"params": params}, tokens), np.float64)
+    likely = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    nll = -np.take_along_axis(likely, codes[..., None], -1).mean()
+    assert metrics["nll"] == pytest.approx(nll, rel=1e-5)
+
+
+def test_corruption_keeps_the_share_it_says():
+    codes = jnp.full(20_000, 7)
+    kept = (corrupted(0.7, 64, jax.random.key(0), codes) == 7).mean()
+    assert kept == pytest.approx(0.7 + 0.3 / 64, abs=0.02)
+
+
+def test_decay_is_for_matrices_only(stage1):
+    stage = stage_of(stage1, weight_decay=0.5, learning_rate=0.1)
+    params = stage.init(jax.random.key(0)).nets["transformer"].params
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = stage._optimiser.update(zeros, stage._optimiser.init(params), params)
+    for (path, update), value in zip(
+        jax.tree_util.tree_leaves_with_path(updates), jax.tree.leaves(params), strict=True
+    ):
+        decays = bool(np.abs(update).max() > 0)
+        assert decays == (value.ndim > 1 and np.abs(value).max() > 0), path
+
+
+def test_a_step_does_no_encoding_and_little_else():
+    """At the mnist sizes: 6 flops a parameter and code, and attention's products."""
+    config = load_config("mnist", {"prior.dropout": 0.0})
+    from taming_jax.models.gpt import build_gpt
+    from taming_jax.train.state import Net, TrainState
+
+    model = build_gpt(config, 10)
+    stage = PriorStage.__new__(PriorStage)
+    stage.config, stage.model, stage.devices, stage.steps = config, model, Devices(1), 100
+    stage._optimiser = stage._adamw()
+    b, t, width, layers = 256, model.length, 256, 6
+
+    def state():
+        params = model.init(jax.random.key(0), jnp.zeros((1, t), jnp.int32))["params"]
+        net = Net(params, stage._optimiser.init(params))
+        return TrainState(jnp.zeros((), jnp.int32), {"transformer": net})
+
+    arrays = {
+        "images": jax.ShapeDtypeStruct((57000, t), jnp.uint8),
+        "labels": jax.ShapeDtypeStruct((57000,), jnp.int32),
+        "index": jax.ShapeDtypeStruct((b,), jnp.int32),
+        "place": jax.ShapeDtypeStruct((b,), jnp.int32),
+    }
+    shapes = jax.eval_shape(state)
+    flops = jax.jit(stage.step).lower(shapes, arrays).compile().cost_analysis()["flops"]
+    parameters = sum(p.size for p in jax.tree.leaves(shapes.nets["transformer"].params))
+    # Two products forward, four back, of t x t x width each, in every layer.
+    expected = 6 * parameters * b * t + 6 * 2 * b * t * t * width * layers
+    assert flops == pytest.approx(expected, rel=0.1)
+
+
+COMMAND = ["train_prior.py", "--config", "mnist_tiny", "--prior.batch-size", "8", "--workdir"]
+
+
+def test_a_resumed_prior_is_the_same_and_keeps_its_own_generator(stage1, tmp_path):
+    whole, broken = (shutil.copytree(stage1, tmp_path / name) for name in ("whole", "broken"))
+    settings = ["--prior.checkpoint-every", 2, "--prior.dropout", 0.2]
+    status, out, err = commands.run(*COMMAND, whole, "--prior.steps", 4, *settings)
+    assert status == 0, err
+    assert {f.name for f in (whole / "figures").iterdir()} >= {"prior_loss.png", "samples.png"}
+    # The learning rate's schedule is the run's, so a stopped run is one that was killed: its last
+    # checkpoint is taken away, and stage 1 is trained on in between.
+    shutil.rmtree(broken)
+    shutil.copytree(whole, broken)
+    shutil.rmtree(broken / "checkpoints" / "prior" / "4")
+    status, out, err = commands.run("train_vqgan.py", *TINY, 5, "--workdir", broken)
+    assert status == 0, err
+    status, out, err = commands.run(*COMMAND, broken, "--prior.steps", 4, *settings)
+    assert status == 0, err
+    stores = [Store(workdir, "prior", "nll", read_only=True) for workdir in (whole, broken)]
+    expected, arrays = (store.read(4)[0] for store in stores)
+    assert set(arrays) == set(expected) and any("generator" in path for path in arrays)
+    for path, array in expected.items():
+        np.testing.assert_array_equal(arrays[path], array, err_msg=".".join(path))
+    last = Store(broken, "vqgan", "nll", read_only=True).read(5)[0]
+    moved = [
+        p for p in last if "ema" in p and (last[p] != expected[(*p[:2], "params", *p[3:])]).any()
+    ]
+    assert moved, "stage 1 has moved on"
+    rows = (whole / "metrics" / "prior.jsonl").read_text().splitlines()
+    validation = json.loads(rows[-1])
+    bits = validation["nll"] * 64 / (16 * 16) / np.log(2)
+    assert validation["bits_per_dim"] == pytest.approx(bits)
+
+
+def test_bad_input_is_a_sentence(stage1, tmp_path):
+    for arguments, says in (
+        ([*COMMAND, tmp_path], "holds no stage 1 to learn the codes of"),
+        ([*COMMAND, stage1, "--vqgan.codebook-size", 64], "--vqgan.codebook-size is 64, not 128"),
+        ([*COMMAND, stage1, "--prior.heads", 3], "--prior.width 128 cannot be divided"),
+        ([*COMMAND, stage1, "--prior.batch-size", 0], "--prior.batch-size is 0"),
+    ):
+        status, _, err = commands.run(*arguments)
+        assert status == 2 and says in err and err.count("\n") == 1, err
+    assert list(tmp_path.iterdir()) == []

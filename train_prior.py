@@ -1,0 +1,25 @@
+#!/usr/bin/env python3
+"""Trains stage 2, the prior over the codes of a trained stage 1:
+`python train_prior.py --config mnist`; `--help` shows the settings.
+
+Data and stage 1 are those of the run in the workdir. The same command again resumes.
+"""
+
+import functools
+import sys
+
+from taming_jax.config import parse_arguments
+from taming_jax.errors import report
+
+
+def main() -> None:
+    config, restart = parse_arguments(sys.argv[1:], "prior")
+    # Heavy, and not needed to answer a wrong flag.
+    from taming_jax.train.loop import train
+    from taming_jax.train.prior import PriorStage
+
+    train(functools.partial(PriorStage, restart=restart), config, restart)
+
+
+if __name__ == "__main__":
+    sys.exit(report(main))
