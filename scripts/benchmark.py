@@ -11,6 +11,7 @@ with the adaptive weight on, compares the gradients, and times the two in turn.
 """
 
 import argparse
+import functools
 import resource
 import sys
 import time
@@ -68,10 +69,10 @@ def measure(stage: VQGANStage, devices: Devices, steps: int) -> None:
         for number in range(steps + 1):
             arrays = feed.batch(number).arrays
             begin = time.perf_counter()
-            state, metrics = step(state, arrays)
+            state, metrics = compiled(state, arrays, *step.frozen)
             jax.block_until_ready((state, metrics))
             times.append(time.perf_counter() - begin)
-        median = float(np.median(times[1:]))  # the first compiles, or reads the compiled step
+        median = float(np.median(times[1:]))  # the first warms caches
         print(
             f"{name:<26}{compile_time:>8.1f} s{1 / median:>10.2f}{batch_size / median:>10.1f}"
             f"{flops(compiled) * len(devices) / 1e9:>12.2f}  {peak_memory(devices.list[0])}"
@@ -96,9 +97,9 @@ def compare(stage: VQGANStage, steps: int) -> None:
     def compiled(function: Callable, *more: Any) -> Any:
         return jax.jit(function).lower(*arguments, *more).compile()
 
-    ours = compiled(lambda *a: networks.gradients(*a, adversarial=True))
+    ours = compiled(lambda g, d, x, p: networks.gradients(g, d, x, p, adversarial=True))
     plain = compiled(lambda *a: plain_gradients(networks, *a), ONES)
-    once = compiled(lambda *a: plain_gradients(networks, *a, lpips_twice=False), ONES)
+    once = compiled(functools.partial(plain_gradients, networks, lpips_twice=False), ONES)
 
     found, (gradient, discriminator_gradient, losses) = ours(*arguments), plain(*arguments, ONES)
     pairs = jax.tree_util.tree_leaves_with_path((gradient, discriminator_gradient))

@@ -32,7 +32,7 @@ def free(default: Any) -> Any:
 class DataConfig:
     name: str = "mnist"
     """The dataset: a function of data/sources.py."""
-    path: str | None = None
+    path: str | None = free(None)
     """A folder with your own copy of the files, in place of the preset's."""
     image_size: int = 28
     """Height and width of the images the model sees."""
@@ -188,12 +188,14 @@ def presets() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(configs.__path__))
 
 
-def load_config(name: str, overrides: Mapping[str, Any] | None = None) -> Config:
+def load_config(name: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
     """A preset by its name, or a run's settings by the path of its config.json.
 
     `overrides` replaces settings by their dotted names: `{"vqgan.steps": 100}`.
-    Raises UserError for a name or a setting that does not exist.
+    Raises UserError for a name or a setting that does not exist, and for settings that cannot work
+    together.
     """
+    name = str(name)
     if name in presets():
         config = importlib.import_module(f"taming_jax.configs.{name}").CONFIG
     elif name.endswith(".json") or os.sep in name:
@@ -214,6 +216,8 @@ def load_config(name: str, overrides: Mapping[str, Any] | None = None) -> Config
                 section = section.get(part, {}) if isinstance(section, dict) else {}
             if not isinstance(section, dict) or last not in section:
                 raise UserError(f"there is no setting '{dotted}'.")
+            if isinstance(section[last], dict):
+                raise UserError(f"'{dotted}' is a group; name its settings, '{dotted}.…'.")
             section[last] = value
         config = from_dict(Config, values)
     return validated(config)
@@ -275,10 +279,22 @@ def validated(config: Config) -> Config:
                 raise UserError(f"{flag(name, key)} is {value}; it must be 1 or more.")
         for key in ("warmup", "final_learning_rate"):
             require_share(name, key, getattr(stage, key))
-    for key in ("channels", "blocks", "codebook_size", "code_dim", "latent_channels",
-                "discriminator_filters", "discriminator_layers"):  # fmt: skip
-        if getattr(vqgan, key) < 1:
+        if not stage.learning_rate > 0 or (stage.clip is not None and not stage.clip > 0):
+            raise UserError(f"--{name}.learning-rate and --{name}.clip must be above 0.")
+        if not all(0 <= beta < 1 for beta in stage.betas):
+            raise UserError(f"--{name}.betas must be from 0 to below 1.")
+    for key in ("channels", "blocks", "decoder_blocks", "codebook_size", "code_dim",
+                "latent_channels", "discriminator_filters", "discriminator_layers"):  # fmt: skip
+        value = getattr(vqgan, key)
+        if value is not None and value < 1:
             raise UserError(f"{flag('vqgan', key)} must be 1 or more.")
+    for key in ("l1_weight", "perceptual_weight", "codebook_weight", "discriminator_weight",
+                "adaptive_weight_max", "lecam_weight", "commitment"):  # fmt: skip
+        if not 0 <= getattr(vqgan, key) < math.inf:
+            raise UserError(f"{flag('vqgan', key)} must be 0 or more.")
+    for name, seed in (("--seed", config.seed), ("--data.split-seed", data.split_seed)):
+        if not 0 <= seed < 2**32:
+            raise UserError(f"{name} is {seed}; it must be from 0 to {2**32 - 1}.")
     if not vqgan.multipliers or min(vqgan.multipliers) < 1:
         raise UserError("--vqgan.multipliers needs at least one number, each 1 or more.")
     if data.channels not in (1, 3):
@@ -289,11 +305,19 @@ def validated(config: Config) -> Config:
             f"times, as the {len(vqgan.multipliers)} --vqgan.multipliers ask; "
             f"take a multiple of {halvings}."
         )
+    # The discriminator halves the image `layers` times; two more convolutions take a pixel each.
+    layers = vqgan.discriminator_layers
+    if vqgan.discriminator_start < 1 and data.image_size // 2**layers < 3:
+        raise UserError(
+            f"--vqgan.discriminator-layers {layers} leave nothing of an image of "
+            f"{data.image_size} pixels; take fewer."
+        )
     if vqgan.perceptual_weight and data.image_size < 16:
         raise UserError(
             f"--data.image-size {data.image_size} is too small for VGG16, which halves an image "
             "four times; take 16 or more, or --vqgan.perceptual-weight 0."
         )
+    require_share("vqgan", "lecam_decay", vqgan.lecam_decay)
     require_share("vqgan", "discriminator_start", vqgan.discriminator_start)
     require_share("data", "validation_share", data.validation_share)
     if vqgan.ema_decay is not None:

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 INK, ACCENT, FAINT = "#1f2933", "#c2410c", "#9aa5b1"
 # Losses that only fall, and are easier to read by their orders of magnitude.
-LOGARITHMIC = {"l1", "perceptual", "nll", "codebook"}
+LOGARITHMIC = {"l1", "perceptual", "codebook", "adaptive_weight"}
 # The curves drawn, in this order, with what they are; other terms of the log are not drawn.
 TERMS = {
     "l1": "L1 (images in 0 to 1)",
@@ -25,10 +25,17 @@ TERMS = {
     "usage": "share of codes in use",
     "accuracy": "share of codes foreseen",
     "bits_per_dim": "bits a dimension",
+    "psnr": "PSNR (dB)",
+    "loss": "generator's whole loss",
     "adversarial": "generator's adversarial loss",
+    "adaptive_weight": "adversarial weight",
     "discriminator": "discriminator loss",
     "lecam": "LeCAM",
-    "adaptive_weight": "adversarial weight",
+    "logits_real": "logits of real images",
+    "logits_fake": "logits of reconstructions",
+    "generator_gradient": "norm of the generator's gradient",
+    "discriminator_gradient": "norm of the discriminator's gradient",
+    "transformer_gradient": "norm of the transformer's gradient",
 }
 
 
@@ -79,9 +86,9 @@ def loss_curves(
     the step `mark`, where it lies within; `names` replaces titles of terms."""
     steps = [row["step"] for row in rows]
     terms = [term for term in TERMS if any(term in row for row in rows)]
-    columns = min(3, len(terms))
+    columns = min(4, len(terms))
     lines = math.ceil(len(terms) / columns)
-    figure = Figure(figsize=(4.2 * columns, 2.7 * lines + 0.5), layout="constrained")
+    figure = Figure(figsize=(3.6 * columns, 2.5 * lines + 0.5), layout="constrained")
     for i, term in enumerate(terms):
         axes = figure.add_subplot(lines, columns, i + 1)
         for split in ("train", "validation"):
@@ -149,7 +156,7 @@ def reconstructions(images: np.ndarray, reconstruction: np.ndarray, path: Path, 
 
 
 def codebook_usage(counts: np.ndarray, path: Path, step: int) -> None:
-    """How often each code is used on the validation split, the most used first."""
+    """How often each code is used on the validation split, from counts [k], the most used first."""
     shares = np.sort(counts / counts.sum())[::-1]
     used = shares[shares > 0]
     perplexity = math.exp(-(used * np.log(used)).sum())

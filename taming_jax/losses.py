@@ -14,23 +14,23 @@ def per_example(values: jax.Array) -> jax.Array:
 
 
 def l1(images: jax.Array, reconstruction: jax.Array) -> jax.Array:
-    """Absolute difference."""
+    """Absolute difference of images [b,h,w,c]: [b]."""
     return per_example(jnp.abs(images - reconstruction))
 
 
 def generator_adversarial(fake: jax.Array) -> jax.Array:
-    """The generator's loss from the discriminator's logits on its images, for either kind of
-    discriminator loss, as in the official code."""
+    """The generator's loss [b] from the discriminator's logits [b,h,w,1] on its images, for either
+    kind of discriminator loss, as in the official code."""
     return -per_example(fake)
 
 
 def hinge(real: jax.Array, fake: jax.Array) -> jax.Array:
-    """The discriminator's hinge loss (arXiv 1705.02894)."""
+    """The discriminator's hinge loss (arXiv 1705.02894) of logits [b,h,w,1]: [b]."""
     return 0.5 * (per_example(jax.nn.relu(1 - real)) + per_example(jax.nn.relu(1 + fake)))
 
 
 def vanilla(real: jax.Array, fake: jax.Array) -> jax.Array:
-    """The discriminator's cross-entropy (arXiv 1406.2661)."""
+    """The discriminator's cross-entropy (arXiv 1406.2661) of logits [b,h,w,1]: [b]."""
     return 0.5 * (per_example(jax.nn.softplus(-real)) + per_example(jax.nn.softplus(fake)))
 
 
@@ -41,7 +41,7 @@ def lecam(
     real: jax.Array, fake: jax.Array, real_average: jax.Array, fake_average: jax.Array
 ) -> jax.Array:
     """LeCAM regularisation (arXiv 2104.03310, equation 4) with relu as in its public code: logits
-    are held near the moving average of the other kind's."""
+    [b,h,w,1] are held near the moving average [] of the other kind's. Answers [b]."""
     up = jnp.square(jax.nn.relu(real - fake_average))
     down = jnp.square(jax.nn.relu(real_average - fake))
     return per_example(up) + per_example(down)

@@ -17,7 +17,7 @@ from taming_jax.data.sources import Split
 from taming_jax.errors import UserError
 from taming_jax.losses import next_token
 from taming_jax.models.gpt import GPT, build_gpt, teacher_forced
-from taming_jax.models.vqgan import build_vqgan, decode_indices, encode, grid_size
+from taming_jax.models.vqgan import build_vqgan, decode_indices, encode
 from taming_jax.sampling import sample
 from taming_jax.train.devices import Compiled, Devices
 from taming_jax.train.store import Store
@@ -204,7 +204,7 @@ class Run:
         return encoded(folder, split, getattr(splits, split), self.model, params, Devices(1))
 
     def encode(self, images: Any) -> np.ndarray:
-        """Images to code indices, int32 [n,h',w']."""
+        """Images to code indices, int32 [n,h',w']. UserError for other shapes and types."""
         images = np.asarray(images)
         size, channels = self.config.data.image_size, self.config.data.channels
         if images.ndim != 4 or images.shape[1:] != (size, size, channels):
@@ -214,23 +214,28 @@ class Run:
             )
         if images.dtype == np.uint8:
             images = images / np.float32(127.5) - 1
+        elif not np.issubdtype(images.dtype, np.floating):
+            raise UserError(
+                f"images of type {images.dtype} were given; this run takes uint8, or floats in "
+                "[-1, 1]."
+            )
         return self._batched(self._encode, images.astype(np.float32))
 
     def decode(self, indices: Any) -> np.ndarray:
-        """Code indices int [n,h',w'] to images, float32 [n,h,w,c] in [-1, 1]."""
+        """Code indices int [n,h',w'], a grid of any size, to images float32 [n,h,w,c] in [-1, 1].
+        UserError for other types and codes that do not exist."""
         indices, codes = np.asarray(indices), self.config.vqgan.codebook_size
-        grid = grid_size(self.config)
         if indices.ndim != 3 or not np.issubdtype(indices.dtype, np.integer):
             raise UserError(
                 f"indices of shape {indices.shape} and type {indices.dtype} were given; this run "
-                f"takes integers [n, {grid}, {grid}]."
+                "takes integers [n, h', w']."
             )
         if indices.size and (indices.min() < 0 or indices.max() >= codes):
             raise UserError(f"indices go from 0 to {codes - 1}; others were given.")
         return self._batched(self._decode, indices.astype(np.int32))
 
     def reconstruct(self, images: Any) -> np.ndarray:
-        """Images through the codes and back, in kind."""
+        """Images through the codes and back, in kind. UserError as `encode`."""
         images = np.asarray(images)
         reconstruction = self.decode(self.encode(images))
         if images.dtype == np.uint8:

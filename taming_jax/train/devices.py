@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import jax_utils
 
 from taming_jax.errors import UserError
 
@@ -28,18 +27,19 @@ class Compiled:
     """A function of state and arrays with its frozen arguments in place."""
 
     def __init__(self, function: Any, frozen: tuple[Any, ...]):
-        self._function, self._frozen = function, frozen
+        self._function, self.frozen = function, frozen
 
     def __call__(self, state: Any, arrays: Any) -> Any:
-        return self._function(state, arrays, *self._frozen)
+        return self._function(state, arrays, *self.frozen)
 
     def lower(self, state: Any, arrays: Any) -> Any:
         """JAX's lowered computation, to ask for its cost."""
-        return self._function.lower(state, arrays, *self._frozen)
+        return self._function.lower(state, arrays, *self.frozen)
 
 
 class Devices:
-    """The devices a run uses: this process's first `count`, or all."""
+    """The devices a run uses: this process's first `count`, or all. UserError where there are not
+    so many."""
 
     def __init__(self, count: int | None = None):
         available = jax.local_devices()
@@ -66,7 +66,7 @@ class Devices:
     def compile(self, function: Callable, *frozen: Any, donate: bool = False) -> "Compiled":
         """`function(state, arrays, *frozen)` as a function of the first two on the devices.
 
-        `frozen` are arrays that never change, put there once; `donate` gives up the state passed.
+        `frozen` are arrays that never change, replicated already; `donate` gives up the state.
         """
         first = (0,) if donate else ()
         if self.axis_name is None:
@@ -75,13 +75,21 @@ class Devices:
             compiled = jax.pmap(
                 function, axis_name=self.axis_name, devices=self.list, donate_argnums=first
             )
-        return Compiled(compiled, self.replicate(frozen))
+        return Compiled(compiled, frozen)
 
     def replicate(self, tree: Any) -> Any:
         """The same arrays on every device."""
         if self.axis_name is None:
             return jax.device_put(tree, self.list[0])
-        return jax_utils.replicate(tree, self.list)
+        # In the layout that pmap answers with: another one would compile the next step again.
+        mesh = jax.sharding.Mesh(np.array(self.list), (self.axis_name,))
+        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(self.axis_name))
+
+        def spread(x: Any) -> jax.Array:
+            x = np.asarray(x)
+            return jax.device_put(np.broadcast_to(x, (len(self), *x.shape)), sharding)
+
+        return jax.tree.map(spread, tree)
 
     def shard(self, tree: Any) -> Any:
         """Arrays [n, ...] divided along their first axis: [devices, n / devices, ...]."""

@@ -3,6 +3,7 @@
 What it asks of a stage is `Stage`; nothing here knows which one it is.
 """
 
+import contextlib
 import functools
 import math
 import signal
@@ -16,7 +17,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from taming_jax.config import Config, StageConfig, write_config
+from taming_jax.config import Config, StageConfig, validated, write_config
 from taming_jax.data.feeds import Batch
 from taming_jax.errors import Interrupted, RunFailed, UserError
 from taming_jax.train.devices import Devices
@@ -62,29 +63,39 @@ def train(build: Callable[[Config, Devices], Stage], config: Config, restart: bo
     Raises UserError for what the user can mend, before anything of theirs is touched; RunFailed
     where a loss is not finite or nothing can be saved; Interrupted after SIGINT or SIGTERM, saved.
     """
+    validated(config)
     devices = Devices(config.devices)
     stage = build(config, devices)
     folder = usable(config.folder)
     store = Store(folder, stage.name, stage.monitor)
     if restart:
         store.clear()
-    state = stage.init(jax.random.key(config.seed))
     sections = ("seed", "dtype", "data", stage.name)
+    state = stage.init(jax.random.key(config.seed))
     restored = store.restore(state, config, sections, print)
-    write_config(config, folder / "config.json")
+    # A copy, since the first step gives its state up: what is restored is numpy's memory, and a
+    # fresh state is the stage's.
     state = copied(devices.replicate(state if restored is None else restored))
-    return Loop(stage, config, devices, store, folder).run(state)
+    try:
+        return Loop(stage, config, devices, store, folder).run(state)
+    except OSError as error:
+        raise RunFailed(f"{error.filename or folder}: {error.strerror or error}.") from error
 
 
 def usable(folder: Path) -> Path:
-    """The folder, made where it is missing. UserError where it cannot be written."""
+    """The folder, made where it is missing. UserError where it, or a folder or file that a run
+    writes in it, cannot be written."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        for part in (folder, *(folder / name for name in ("checkpoints", "metrics", "figures"))):
+            part.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=part):
+                pass
+        with (folder / "config.json").open("a"):
             pass
     except OSError as error:
         raise UserError(
-            f"the workdir {folder} cannot be written ({error.strerror}); choose another --workdir."
+            f"the workdir {folder} cannot be written ({error.filename}: {error.strerror}); choose "
+            "another --workdir."
         ) from error
     return folder
 
@@ -137,8 +148,10 @@ class Loop:
     def run(self, state: TrainState) -> Path:
         start = int(self.devices.fetch(state.step))
         if start >= self.steps:
+            self.store.close()
             print(f"{self.folder} is trained already, to step {start}; see {self.folder}/figures.")
             return self.folder
+        write_config(self.config, self.folder / "config.json")
         self.log = Log(self.folder, self.stage.name, start, self.steps)
         kind = self.devices.list[0].platform
         self.log.say(
@@ -147,13 +160,11 @@ class Loop:
             f"{self.settings.batch_size} images, on {len(self.devices)} {kind} device(s). "
             "The first step is compiled first."
         )
-        try:
-            with Signals() as signals:
-                self._steps(state, start, signals)
-        finally:
-            self.store.wait()
-            self.store.close()
-            self.log.close()
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.log.close)
+            stack.callback(self.store.close)
+            stack.callback(self.store.wait)
+            self._steps(state, start, stack.enter_context(Signals()))
         return self.folder
 
     def _steps(self, state: TrainState, start: int, signals: Signals) -> None:
@@ -167,23 +178,24 @@ class Loop:
             done = step + 1
             self.log.advance(done)
             last = done == self.steps
-            stop = signals.received
-            evaluate = last or (done % self.eval_every == 0 and not stop)
-            save = last or stop is not None or done % self.checkpoint_every == 0
-            if save or evaluate or done % self.log_every == 0:
+            evaluate = last or done % self.eval_every == 0
+            save = last or done % self.checkpoint_every == 0
+            if evaluate or save or signals.received or done % self.log_every == 0:
                 self._settle()
             chosen = None
             if evaluate:
                 sums, chosen = self._evaluate(state, done)
                 save = save or chosen[self.stage.monitor] < self.best
                 self.best = min(self.best, chosen[self.stage.monitor])
-            if save:
+                # Drawn before it is saved: a run that ends in between is resumed, and draws again.
+                if last or done - drawn >= self.draw_every:
+                    drawn = done
+                    self._draw(state, sums)
+            # A signal may have come at any moment up to here.
+            stop = signals.received
+            if save or stop is not None:
+                self._settle()
                 self.store.save(done, self.devices.fetch(state), self.config, chosen)
-            if evaluate and (last or done - drawn >= self.draw_every):
-                drawn = done
-                figures = self.folder / "figures"
-                figures.mkdir(exist_ok=True)
-                self.stage.draw(state, figures, sums, self.log.rows)
             if stop is not None and not last:
                 self.store.wait()
                 raise Interrupted(
@@ -191,7 +203,15 @@ class Loop:
                     f"Stopped by {signal.Signals(stop).name} after step {done}, which is saved in "
                     f"{self.store.path}; the same command goes on from there.",
                 )
+        self.store.wait()
         self.log.say(f"Done: {self.steps} steps. The figures are in {self.folder}/figures.")
+
+    def _draw(self, state: TrainState, sums: dict[str, np.ndarray]) -> None:
+        """The figures; a disk that cannot take them costs a sentence, not the run."""
+        try:
+            self.stage.draw(state, self.folder / "figures", sums, self.log.rows)
+        except OSError as error:
+            self.log.say(f"The figures could not be drawn: {error}.")
 
     def _settle(self) -> None:
         """Reads the metrics of the steps since the last line of the log, stops the run at the

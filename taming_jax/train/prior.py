@@ -36,6 +36,24 @@ def example_keys(seed: int, purpose: int, step: jax.Array, place: jax.Array) -> 
     return jax.vmap(functools.partial(jax.random.fold_in, key))(place)
 
 
+def adamw(config: Config) -> Any:
+    """AdamW with decay on matrices only, behind the bound on gradients; without a rate."""
+    prior = config.prior
+    decay = optax.add_decayed_weights(
+        prior.weight_decay, mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
+    )
+    return clipped(optax.chain(optax.scale_by_adam(*prior.betas), decay), prior.clip)
+
+
+def learning_rate(config: Config, steps: int) -> optax.Schedule:
+    """Warm-up and cosine decay, or PyTorch's OneCycleLR: up from a 25th over the first 0.3 of the
+    run, then down to almost nothing."""
+    prior = config.prior
+    if prior.schedule == "one-cycle":
+        return optax.cosine_onecycle_schedule(steps, prior.learning_rate)
+    return schedule(prior, steps, prior.learning_rate)
+
+
 class PriorStage:
     """Stage 2, as train/loop.py wants a stage.
 
@@ -59,22 +77,11 @@ class PriorStage:
         self.vqgan = build_vqgan(config)
         self.model = build_gpt(config, len(self.splits.class_names))
         self.steps = config.prior.total_steps(len(self.splits.train.images))
-        self._optimiser = self._adamw()
+        self._optimiser = adamw(config)
+        self._rate = learning_rate(config, self.steps)
         self._step = devices.compile(self.step, donate=True)
         self._evaluate = devices.compile(self.evaluation)
         self._sample = jax.jit(functools.partial(draw_images, self.model, self.vqgan))
-
-    def _adamw(self) -> optax.GradientTransformation:
-        prior = self.config.prior
-        rates = schedule(prior, self.steps, prior.learning_rate)
-        if prior.schedule == "one-cycle":
-            # PyTorch's OneCycleLR: up from a 25th over the first 0.3, then down to almost nothing.
-            rates = optax.cosine_onecycle_schedule(self.steps, prior.learning_rate)
-        adamw = optax.adamw(
-            rates, *prior.betas, weight_decay=prior.weight_decay,
-            mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
-        )  # fmt: skip
-        return clipped(adamw, prior.clip)
 
     def feeds(self) -> tuple[ResidentFeed, ResidentFeed]:
         def feed(name: str, split: sources.Split) -> ResidentFeed:
@@ -120,7 +127,8 @@ class PriorStage:
         nll, gradient = jax.value_and_grad(loss)(net.params)
         nll, gradient = averaged((nll, gradient), self.devices.axis_name)
         metrics = {"nll": nll, "transformer_gradient": optax.tree.norm(gradient)}
-        nets = state.nets | {"transformer": net.updated(self._optimiser, gradient)}
+        rate = self._rate(state.step)
+        nets = state.nets | {"transformer": net.updated(self._optimiser, gradient, rate)}
         return TrainState(state.step + 1, nets), metrics
 
     def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:

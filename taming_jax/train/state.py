@@ -19,10 +19,13 @@ class Net(struct.PyTreeNode):
     extra: Any = struct.field(default_factory=dict)
     ema: Any = None
 
-    def updated(self, optimiser: optax.GradientTransformation, gradients: Any) -> "Net":
-        """The network after one step of its optimiser."""
+    def updated(
+        self, optimiser: optax.GradientTransformation, gradients: Any, rate: jax.Array
+    ) -> "Net":
+        """The network after one step of its optimiser, at a learning rate."""
         updates, opt_state = optimiser.update(gradients, self.opt_state, self.params)
-        return self.replace(params=optax.apply_updates(self.params, updates), opt_state=opt_state)
+        params = jax.tree.map(lambda p, u: p - rate * u, self.params, updates)
+        return self.replace(params=params, opt_state=opt_state)
 
     def averaged(self, decay: float, step: jax.Array) -> "Net":
         """The moving average moved on by one step."""
@@ -55,9 +58,10 @@ def copied(tree: Any) -> Any:
     return jax.tree.map(jnp.copy, tree)
 
 
-def schedule(settings: StageConfig, steps: int, rate: float, skipped: int = 0) -> optax.Schedule:
-    """Warm-up from zero and cosine decay over a run of `steps`. An optimiser that starts `skipped`
-    steps into the run follows the run's schedule, not one of its own."""
+def schedule(settings: StageConfig, steps: int, rate: float) -> optax.Schedule:
+    """The learning rate of a run's step, counted from 0: warm-up from zero and cosine decay. It is
+    a function of the run's step, not of an optimiser's own count, so that an optimiser that starts
+    late, or a run that is made longer, follows the run's schedule."""
     warmup = round(settings.warmup * steps)
     if not warmup and settings.final_learning_rate == 1:
         return optax.constant_schedule(rate)
@@ -69,7 +73,7 @@ def schedule(settings: StageConfig, steps: int, rate: float, skipped: int = 0) -
         end_value=rate * settings.final_learning_rate,
     )
     # The first step is 1 of `steps`, so that its learning rate is not zero.
-    return lambda count: whole(count + skipped + 1)
+    return lambda step: whole(step + 1)
 
 
 def clipped(optimiser: optax.GradientTransformation, clip: float | None) -> Any:

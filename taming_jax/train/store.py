@@ -5,9 +5,14 @@ arrays by their names, and `about`, the hash of each array and the config. Orbax
 whole or not at all, but restores a flipped byte without a word: hence the hashes.
 """
 
+import contextlib
+import gc
 import hashlib
+import json
 import logging
-from collections.abc import Callable
+import shutil
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,77 +87,116 @@ class Store:
         """The steps that have a whole checkpoint, ascending."""
         if not self.path.is_dir():
             return []
-        return sorted(int(p.name) for p in self.path.iterdir() if p.name.isdigit() and p.is_dir())
+        return sorted(
+            int(p.name)
+            for p in self.path.iterdir()
+            if p.name.isdigit() and (p / "_CHECKPOINT_METADATA").exists()
+        )
 
     def best(self) -> tuple[int | None, float]:
         """The step of the best checkpoint and its monitored value; None and infinity where no
         checkpoint was validated."""
-        step = self._open().best_step() if self.steps() else None
-        metrics = self._open().metrics(step) if step is not None else None
-        return (step, metrics[self._monitor]) if metrics else (None, float("inf"))
+        values = {}
+        for step in self.steps():
+            try:
+                metrics = self._about(step)["metrics"]
+            except ValueError:
+                continue
+            if metrics is not None:
+                values[step] = float(metrics[self._monitor])
+        best = min(values, key=lambda step: values[step], default=None)
+        return (None, float("inf")) if best is None else (best, values[best])
 
     def save(self, step: int, state: Any, config: Config, metrics: dict[str, float] | None) -> None:
         """Begins to write a checkpoint of numpy arrays; the disk is waited for at the next save, or
-        by `wait`. A step that has one already is left as it is."""
+        by `wait`. A step that has one already is left as it is. Raises RunFailed."""
         if step in self.steps():
             return
         arrays = named_arrays(state)
-        about = {
+        about: dict[str, Any] = {
             "hashes": {"/".join(path): digest(array) for path, array in arrays.items()},
             "config": to_dict(config),
+            "metrics": metrics,
         }
-        self._guarded(lambda: self._open().save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(traverse_util.unflatten_dict(arrays)),
-                about=ocp.args.JsonSave(about),
-            ),
-            metrics=metrics,
-        ))  # fmt: skip
+        about["hash"] = text_hash(about)
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(traverse_util.unflatten_dict(arrays)),
+            about=ocp.args.JsonSave(about),
+        )
+        with self._failing():
+            self._open().save(step, args=items, metrics=metrics)
 
     def wait(self) -> None:
-        """Until the checkpoint under way is on disk."""
+        """Until the checkpoint under way is on disk. Raises RunFailed."""
         if self._manager is not None:
-            self._guarded(self._manager.wait_until_finished)
+            with self._failing():
+                self._manager.wait_until_finished()
 
-    def _guarded(self, write: Callable[[], object]) -> None:
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
         try:
-            write()
-        except OSError as error:
-            raise RunFailed(f"no checkpoint could be written to {self.path}: {error}.") from error
+            yield
+        except Exception as error:  # a full disk alone raises several kinds
+            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            raise RunFailed(
+                f"no checkpoint could be written to {self.path} ({reason}); make room, or mend "
+                "what it names, and run the same command again."
+            ) from error
 
     def close(self) -> None:
         if self._manager is not None:
             self._manager.close()
             self._manager = None
 
-    def read(self, step: int) -> tuple[dict[tuple[str, ...], np.ndarray], Config]:
-        """A checkpoint's arrays by name and the config it was trained with.
-
-        Raises ValueError, with what is wrong, where the checkpoint is damaged.
-        """
+    def _about(self, step: int) -> dict[str, Any]:
+        """What a checkpoint says of itself. ValueError where that is damaged."""
         folder = self.path / str(step)
         try:
             about = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(folder / "about")
-            hashes, config = about["hashes"], about["config"]
-            with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+            claimed = about.pop("hash")
+            if about["metrics"] is not None:  # Orbax keeps them a second time, for its own policy
+                kept = json.loads((folder / "metrics" / "metrics").read_text(encoding="utf-8"))
+                if kept != about["metrics"]:
+                    raise ValueError("its metrics were changed")
+        except Exception as error:
+            raise ValueError(f"it cannot be read ({type(error).__name__})") from error
+        if text_hash(about) != claimed:
+            raise ValueError("what it says of itself is not what was saved")
+        return about
+
+    def read(self, step: int) -> tuple[dict[tuple[str, ...], np.ndarray], Config]:
+        """A checkpoint's arrays by name and the config it was trained with.
+
+        Raises ValueError, with what is wrong, where the checkpoint is damaged, and UserError where
+        it is whole but of another version of this program.
+        """
+        folder = self.path / str(step)
+        about = self._about(step)
+        hashes = about["hashes"]
+        try:
+            with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader, quiet():
                 metadata = reader.metadata(folder / "state").item_metadata.tree
                 # numpy, wherever the arrays were when they were saved
                 target = jax.tree.map(lambda m: np.empty(m.shape, m.dtype), metadata)
                 tree = reader.restore(folder / "state", args=ocp.args.StandardRestore(target))
             arrays = {path: np.asarray(x) for path, x in traverse_util.flatten_dict(tree).items()}
-        except Exception as error:
+        except Exception as error:  # damage raises many kinds, none documented
             raise ValueError(f"it cannot be read ({type(error).__name__})") from error
         if {"/".join(path) for path in arrays} != set(hashes):
             raise ValueError("it does not hold the arrays it promises")
         for path, array in arrays.items():
             if digest(array) != hashes["/".join(path)]:
                 raise ValueError(f"the array {'.'.join(path)} is not what was saved")
-        return arrays, from_dict(Config, config)
+        try:
+            return arrays, from_dict(Config, about["config"])
+        except UserError as error:
+            raise UserError(
+                f"{folder} was written by another version of this program: {error}"
+            ) from error
 
     def chosen(self) -> tuple[dict[tuple[str, ...], np.ndarray], Config, int]:
-        """The best checkpoint that can be read (the newest where none was validated): its arrays,
-        its config and its step.
+        """The best checkpoint (the newest where none was validated), or where it is damaged, which
+        is said, the next that can be read: its arrays, its config and its step.
 
         Raises UserError where there is none.
         """
@@ -163,14 +207,13 @@ class Store:
                 f"train_{self.path.name}.py."
             )
         best = self.best()[0]
-        self.close()
-        problems = []
-        for step in [*([best] if best is not None else []), *reversed(steps)]:
+        tried = list(dict.fromkeys([*([] if best is None else [best]), *reversed(steps)]))
+        for step in tried:
             try:
                 return *self.read(step), step
             except ValueError as error:
-                problems.append(f"{self.path / str(step)}: {error}")
-        raise UserError(f"no checkpoint in {self.path} can be used ({'; '.join(problems)}).")
+                print(f"The checkpoint {self.path / str(step)} is damaged: {error}.")
+        raise UserError(f"every checkpoint in {self.path} is damaged; bring one back from a copy.")
 
     def restore(
         self,
@@ -194,8 +237,9 @@ class Store:
                 say(f"The checkpoint {self.path / str(step)} is damaged: {error}.")
                 continue
             self._check_same(trained, config, sections)
+            damaged += [older for older in self.steps() if older < step and self._harmed(older)]
             self._set_aside(damaged, say)
-            if damaged:
+            if damaged and damaged[0] > step:
                 say(f"The one before it, of step {step}, is used.")
             return fill(template, arrays)
         if damaged:
@@ -204,6 +248,14 @@ class Store:
                 "anew with --restart."
             )
         return None
+
+    def _harmed(self, step: int) -> bool:
+        """Whether Orbax would stumble over an older checkpoint, whose arrays nobody asked for."""
+        try:
+            self._about(step)
+        except ValueError:
+            return True
+        return False
 
     def _check_same(self, trained: Config, config: Config, sections: tuple[str, ...]) -> None:
         different = differences(config, trained, sections)
@@ -225,13 +277,30 @@ class Store:
 
     def clear(self) -> None:
         """Deletes this stage's checkpoints, for a run that begins anew, and nothing else."""
-        for step in self.steps():
-            self._open().delete(step)
         self.close()
+        for step in self.steps():
+            shutil.rmtree(self.path / str(step))
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps to itself what a failed read leaves in the garbage: its event loop is closed before
+    tensorstore's last callbacks, and Python would print a traceback for each."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        yield
+    finally:
+        gc.collect()
+        sys.unraisablehook = hook
+
+
+def text_hash(content: Any) -> str:
+    """A hash of something JSON can hold."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def fill(template: Any, arrays: dict[tuple[str, ...], np.ndarray]) -> Any:
-    """A pytree like `template` with arrays by name; shapes are the template's."""
+    """A pytree like `template` with arrays by name. UserError where a shape is another."""
     wanted = named_arrays(template)
     for path, leaf in wanted.items():
         if path not in arrays or arrays[path].shape != leaf.shape:

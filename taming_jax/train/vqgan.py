@@ -269,15 +269,16 @@ class VQGANStage:
     def __init__(self, config: Config, devices: Devices):
         settings = config.vqgan
         devices.check_batch(self.name, settings.batch_size)
-        frozen = load_lpips() if settings.perceptual_weight else {}
+        frozen = devices.replicate(load_lpips() if settings.perceptual_weight else {})
         self.config, self.devices = config, devices
         self.splits = sources.load(config.data)
         self.steps = settings.total_steps(len(self.splits.train.images))
         self.start = round(settings.discriminator_start * self.steps)
         self.networks = Networks.build(config, devices.axis_name)
-        self._optimisers = {
-            "generator": self._adam(settings.learning_rate, 0),
-            "discriminator": self._adam(settings.discriminator_learning_rate, self.start),
+        self._optimiser = clipped(optax.scale_by_adam(*settings.betas), settings.clip)
+        self._rates = {
+            "generator": schedule(settings, self.steps, settings.learning_rate),
+            "discriminator": schedule(settings, self.steps, settings.discriminator_learning_rate),
         }
         self._steps = {
             adversarial: devices.compile(self.step_function(adversarial), frozen, donate=True)
@@ -285,11 +286,6 @@ class VQGANStage:
         }
         self._evaluate = devices.compile(self._evaluation, frozen)
         self._reconstruct, self._decode = _drawing(self.networks.generator)
-
-    def _adam(self, rate: float, skipped: int) -> optax.GradientTransformation:
-        settings = self.config.vqgan
-        rates = schedule(settings, self.steps, rate, skipped)
-        return clipped(optax.adam(rates, *settings.betas), settings.clip)
 
     def feeds(self) -> tuple[ResidentFeed, ResidentFeed]:
         size = self.config.vqgan.batch_size
@@ -314,16 +310,16 @@ class VQGANStage:
             extra = {"batch_stats": variables["batch_stats"]}
             if settings.lecam_weight:
                 extra["lecam"] = {"real": jnp.zeros(()), "fake": jnp.zeros(())}
-            optimisers, discriminator = self._optimisers, variables["params"]
+            discriminator = variables["params"]
             return TrainState(
                 step=jnp.zeros((), jnp.int32),
                 nets={
                     "generator": Net(
-                        generator, optimisers["generator"].init(generator),
+                        generator, self._optimiser.init(generator),
                         ema=None if settings.ema_decay is None else copied(generator),
                     ),
                     "discriminator": Net(
-                        discriminator, optimisers["discriminator"].init(discriminator), extra
+                        discriminator, self._optimiser.init(discriminator), extra
                     ),
                 },
             )  # fmt: skip
@@ -341,12 +337,14 @@ class VQGANStage:
             found = self.networks.gradients(
                 generator, discriminator, images, lpips_params, adversarial, state.step - self.start
             )
-            generator = generator.updated(self._optimisers["generator"], found.generator)
+            rate = self._rates["generator"](state.step)
+            generator = generator.updated(self._optimiser, found.generator, rate)
             if settings.ema_decay is not None:
                 generator = generator.averaged(settings.ema_decay, state.step)
             if adversarial:
+                rate = self._rates["discriminator"](state.step)
                 discriminator = discriminator.updated(
-                    self._optimisers["discriminator"], found.discriminator
+                    self._optimiser, found.discriminator, rate
                 ).replace(extra=found.extra)
             nets = {"generator": generator, "discriminator": discriminator}
             return TrainState(state.step + 1, nets), found.metrics

@@ -27,6 +27,15 @@ def test_fetch_answers_arrays_that_later_steps_do_not_touch():
         assert (before == 0).all() and (devices.fetch(state) == 4 / count).all()
 
 
+def test_what_is_replicated_lies_as_pmap_answers():
+    # Else the second step, which sees the first one's answer, would be compiled anew.
+    devices = Devices(2)
+    step = devices.compile(lambda state, arrays: state + jax.lax.pmean(arrays.sum(), "devices"))
+    state = devices.replicate(np.float32(0))
+    after = step(state, devices.shard(np.ones(4, np.float32)))
+    assert after.sharding == state.sharding and devices.fetch(after) == 2
+
+
 def test_batches_and_devices_that_do_not_fit_are_refused():
     Devices(4).check_batch("vqgan", 8)
     with pytest.raises(UserError, match="--vqgan.batch-size 6 cannot be divided among 4 devices"):

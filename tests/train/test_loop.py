@@ -4,7 +4,6 @@ import json
 import os
 import signal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -120,6 +119,21 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path):
     assert max(Store(tmp_path, "vqgan", "nll", read_only=True).steps()) == 6
 
 
+def test_a_signal_at_a_validation_leaves_the_run_the_same(tmp_path):
+    def on_step(step):
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match="after step 6"):
+        train(tmp_path / "stopped", stage={"on_step": on_step}, **CADENCES)
+    train(tmp_path / "stopped", **CADENCES)
+    train(tmp_path / "whole", **CADENCES)
+    stores = [
+        Store(tmp_path / name, "vqgan", "nll", read_only=True) for name in ("stopped", "whole")
+    ]
+    assert stores[0].steps() == stores[1].steps() and stores[0].best() == stores[1].best() == (6, 0)
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_the_step_under_way(tmp_path, signum):
     def on_step(step):
@@ -158,10 +172,39 @@ def test_tensorboard_gets_the_rows(tmp_path):
     assert b"train/l1" in content and b"validation/nll" in content
 
 
-def test_jax_arrays_do_not_outlive_a_donation(tmp_path):
-    # What is saved must be the state of its step though later steps overwrite its buffers.
+def test_a_disk_that_takes_no_more_is_a_sentence(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise ValueError("RESOURCE_EXHAUSTED: no space left")
+
+    monkeypatch.setattr("orbax.checkpoint.CheckpointManager.save", full)
+    with pytest.raises(RunFailed, match=r"no checkpoint could be written .*RESOURCE_EXHAUSTED"):
+        train(tmp_path, **CADENCES)
+
+
+def test_figures_that_cannot_be_drawn_do_not_cost_the_run(tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Parabola, "draw", full)
     train(tmp_path, **CADENCES)
-    for step in Store(tmp_path, "vqgan", "nll", read_only=True).steps():
-        arrays, _ = Store(tmp_path, "vqgan", "nll", read_only=True).read(step)
-        assert arrays["step",] == step
-    assert jax.device_count() == 4
+    assert "The figures could not be drawn: [Errno 28]" in capsys.readouterr().out
+    assert max(Store(tmp_path, "vqgan", "nll", read_only=True).steps()) == 10
+
+
+def test_a_run_that_ends_at_its_last_drawing_draws_again(tmp_path, monkeypatch):
+    def killed(*_):
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(Parabola, "draw", killed)
+        train(tmp_path, **CADENCES | {"draw_every": 10})
+    assert train(tmp_path, **CADENCES | {"draw_every": 10}).drawn == [10]
+
+
+@pytest.mark.parametrize("line", ["\xff", "7", '{"l1": 1}'])
+def test_a_spoilt_line_of_the_log_does_not_block_a_resume(tmp_path, line):
+    train(tmp_path, **CADENCES)
+    file = tmp_path / "metrics" / "vqgan.jsonl"
+    file.write_bytes(file.read_bytes() + line.encode("latin-1") + b"\n")
+    assert train(tmp_path, **CADENCES | {"steps": 12}).evaluated == [12]
+    assert read_rows(file)[-1]["step"] == 12

@@ -11,7 +11,15 @@ import pytest
 from taming_jax.config import load_config
 from taming_jax.models.gpt import teacher_forced
 from taming_jax.train.devices import Devices
-from taming_jax.train.prior import CODES, LABELS, PriorStage, corrupted, example_keys
+from taming_jax.train.prior import (
+    CODES,
+    LABELS,
+    PriorStage,
+    adamw,
+    corrupted,
+    example_keys,
+    learning_rate,
+)
 from taming_jax.train.store import Store
 from tests import commands, golden
 
@@ -111,7 +119,7 @@ def test_a_step_does_no_encoding_and_little_else():
     model = build_gpt(config, 10)
     stage = PriorStage.__new__(PriorStage)
     stage.config, stage.model, stage.devices, stage.steps = config, model, Devices(1), 100
-    stage._optimiser = stage._adamw()
+    stage._optimiser, stage._rate = adamw(config), learning_rate(config, 100)
     b, t, width, layers = 256, model.length, 256, 6
 
     def state():

@@ -92,6 +92,50 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path, harm):
     assert_equal(restored(store), state(2))
 
 
+@pytest.mark.parametrize(
+    ("file", "before", "after"),
+    [
+        ("about/metadata", b'"code_dim"', b'"code_dhm"'),
+        ("about/metadata", b'"codebook_size": 128', b'"codebook_size": 129'),
+        ("metrics/metrics", b"0.25", b"0.15"),
+        ("metrics/metrics", b"{", b""),
+    ],
+)
+def test_damage_to_what_a_checkpoint_says_of_itself_is_damage(tmp_path, file, before, after):
+    saved(tmp_path, {1: 0.5, 2: 0.25}).close()
+    newest = tmp_path / "checkpoints" / "vqgan" / "2"
+    content = (newest / file).read_bytes()
+    assert before in content
+    (newest / file).write_bytes(content.replace(before, after))
+    sentences = []
+    store = Store(tmp_path, "vqgan", "nll")
+    assert store.best() == (1, 0.5)
+    assert_equal(restored(store, sentences.append), state(1))
+    assert str(newest) in sentences[0]
+    store.save(2, state(2), CONFIG, {"nll": 0.3})
+    store.wait()
+    assert store.best() == (2, 0.3)
+
+
+def test_older_damage_does_not_stop_a_run(tmp_path):
+    saved(tmp_path, {1: 0.25, 2: 0.5}).close()
+    (tmp_path / "checkpoints" / "vqgan" / "1" / "metrics" / "metrics").write_text("{")
+    store = Store(tmp_path, "vqgan", "nll")
+    assert_equal(restored(store), state(2))
+    store.save(3, state(3), CONFIG, {"nll": 0.4})
+    store.wait()
+    assert store.steps() == [2, 3]
+
+
+def test_the_choice_falls_back_with_a_sentence(tmp_path, capsys):
+    saved(tmp_path, {1: 0.2, 2: 0.5, 3: 0.4}).close()
+    store = Store(tmp_path, "vqgan", "nll", read_only=True)
+    assert store.chosen()[2] == 1
+    flip_byte(largest_file(store.path / "1" / "state"))
+    assert store.chosen()[2] == 3
+    assert f"{store.path / '1'} is damaged" in capsys.readouterr().out
+
+
 def test_when_every_checkpoint_is_damaged_the_user_is_asked(tmp_path):
     saved(tmp_path, {1: None, 2: None}).close()
     for step in (1, 2):
@@ -113,8 +157,10 @@ def test_another_architecture_is_refused_by_name(tmp_path):
 
 def test_clear_deletes_checkpoints_and_nothing_else(tmp_path):
     store = saved(tmp_path, {1: None, 2: None})
-    notes = tmp_path / "checkpoints" / "vqgan" / "notes.txt"
+    notes = tmp_path / "checkpoints" / "vqgan" / "2024" / "notes.txt"
+    notes.parent.mkdir()
     notes.write_text("mine")
+    assert store.steps() == [1, 2]
     store.clear()
     assert store.steps() == [] and notes.read_text() == "mine"
 

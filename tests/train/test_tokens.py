@@ -16,6 +16,7 @@ CONFIG = load_config(
         "data.image_size": 8,
         "vqgan.channels": 4,
         "vqgan.multipliers": (1,),
+        "vqgan.discriminator_start": 1.0,
     },
 )
 
