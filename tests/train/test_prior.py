@@ -22,21 +22,7 @@ from taming_jax.train.prior import (
 )
 from taming_jax.train.store import Store
 from tests import commands, golden
-
-TINY = [
-    "--config", "mnist_tiny", "--data.name", "synthetic", "--data.image-size", "16",
-    "--vqgan.channels", "4", "--vqgan.multipliers", "1", "2", "--vqgan.batch-size", "8",
-    "--vqgan.discriminator-start", "1", "--vqgan.steps",
-]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def stage1(tmp_path_factory):
-    """A run that has stage 1 only."""
-    workdir = tmp_path_factory.mktemp("stage1")
-    status, _, err = commands.run("train_vqgan.py", *TINY, 3, "--workdir", workdir)
-    assert status == 0, err
-    return workdir
+from tests.conftest import TINY
 
 
 def stage_of(workdir, count=1, **prior):
