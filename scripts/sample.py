@@ -4,7 +4,8 @@
     python scripts/sample.py --workdir runs/mnist --classes 0 1 2 --per-class 8 --out grid.png
 
 `--out` says what is written: FILE.npz (`images` uint8 [n,h,w,c], `labels` int32 [n]), FILE.png (a
-labelled grid, a row a class), or a folder (one PNG an image).
+labelled grid, a row a class), or a folder (one PNG an image). Images are drawn as the run's preset
+says, unless told otherwise.
 """
 
 import argparse
@@ -23,10 +24,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--workdir", required=True, help="the run's folder")
     parser.add_argument("--classes", nargs="+", help="numbers or names; all unless told")
     parser.add_argument("--per-class", type=int, default=8)
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
+    parser.add_argument("--temperature", type=float, help="0 is greedy")
     parser.add_argument("--top-k", type=int)
     parser.add_argument("--top-p", type=float)
-    parser.add_argument("--guidance-scale", type=float, help="1 is none")
+    parser.add_argument("--guidance-scale", type=float, help="1 is none; 2 is much")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--devices", type=int, help="all unless told")
     parser.add_argument(

@@ -31,7 +31,7 @@ def free(default: Any) -> Any:
 @dataclass(frozen=True)
 class DataConfig:
     name: str = "mnist"
-    """The dataset: a function of data/sources.py."""
+    """The dataset: mnist, or synthetic (small pictures made by rule, of any size)."""
     path: str | None = free(None)
     """A folder with your own copy of the files, in place of the preset's."""
     image_size: int = 28
@@ -61,9 +61,9 @@ class StageConfig:
     log_every: int | None = free(None)
     """Steps to a line of the log; about a thousand lines a run unless told."""
     draw_every: int | None = free(None)
-    """Steps between redrawings of the figures (at the next validation); a twentieth of the run
-    unless told."""
+    """Least steps between redrawings of the figures; a twentieth of the run unless told."""
     learning_rate: float = 4.5e-4
+    """The highest learning rate (in stage 1 the generator's)."""
     warmup: float = 0.0
     """The share of the run over which the learning rate rises from zero."""
     final_learning_rate: float = 1.0
@@ -94,7 +94,9 @@ class VQGANConfig(StageConfig):
     """Channels between the encoder and the 1x1 convolution into code space."""
 
     codebook_size: int = 1024
+    """How many codes there are."""
     code_dim: int = 256
+    """The dimension of a code."""
     commitment: float = 0.25
     """The weight of the commitment term (beta in the papers)."""
     legacy_commitment: bool = False
@@ -150,8 +152,16 @@ class PriorConfig(StageConfig):
     """The share of examples that learn without their class, which guidance needs."""
     keep_codes: float = 1.0
     """The share of input codes left as they are; the others become random ones."""
-    augmented_versions: int = 1
-    """How many differently augmented encodings of the training images are learned from."""
+
+    temperature: float = free(1.0)
+    """Of samples, unless told; 0 is greedy."""
+    top_k: int | None = free(None)
+    """Of samples, unless told: the most likely codes, this many, are drawn from."""
+    top_p: float | None = free(None)
+    """Of samples, unless told: the fewest codes that hold this share of probability are drawn
+    from."""
+    guidance_scale: float | None = free(None)
+    """Of samples, unless told: how much is made of the class; 1, or None, is as learned."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +171,7 @@ class Config:
     workdir: str | None = free(None)
     """The run's folder; runs/NAME unless told."""
     seed: int = 0
+    """What all of a run's randomness derives from."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What the networks compute in; parameters, losses and statistics stay float32."""
     devices: int | None = free(None)
@@ -204,7 +215,7 @@ def load_config(name: str | Path, overrides: Mapping[str, Any] | None = None) ->
         near = difflib.get_close_matches(name, presets(), n=1)
         hint = f"did you mean '{near[0]}'? " if near else ""
         raise UserError(
-            f"there is no preset '{name}'; {hint}The presets are {', '.join(presets())}; "
+            f"there is no preset '{name}'; {hint}the presets are {', '.join(presets())}; "
             "the path of a config.json is accepted as well."
         )
     if overrides:
@@ -214,8 +225,12 @@ def load_config(name: str | Path, overrides: Mapping[str, Any] | None = None) ->
             section = values
             for part in sections:
                 section = section.get(part, {}) if isinstance(section, dict) else {}
-            if not isinstance(section, dict) or last not in section:
+            if not isinstance(section, dict):
                 raise UserError(f"there is no setting '{dotted}'.")
+            if last not in section:
+                near = difflib.get_close_matches(last, section, n=1)
+                hint = f" Did you mean '{'.'.join([*sections, near[0]])}'?" if near else ""
+                raise UserError(f"there is no setting '{dotted}'.{hint}")
             if isinstance(section[last], dict):
                 raise UserError(f"'{dotted}' is a group; name its settings, '{dotted}.…'.")
             section[last] = value
@@ -319,11 +334,14 @@ def validated(config: Config) -> Config:
         )
     require_share("vqgan", "lecam_decay", vqgan.lecam_decay)
     require_share("vqgan", "discriminator_start", vqgan.discriminator_start)
-    require_share("data", "validation_share", data.validation_share)
+    if not 0 < data.validation_share < 1:
+        raise UserError(
+            f"--data.validation-share is {data.validation_share}; it is a share between 0 and 1."
+        )
     if vqgan.ema_decay is not None:
         require_share("vqgan", "ema_decay", vqgan.ema_decay)
     prior = config.prior
-    for key in ("layers", "heads", "width", "augmented_versions"):
+    for key in ("layers", "heads", "width"):
         if getattr(prior, key) < 1:
             raise UserError(f"{flag('prior', key)} must be 1 or more.")
     for key in ("dropout", "label_dropout", "keep_codes"):
@@ -369,7 +387,7 @@ def differences(left: Config, right: Config, sections: Sequence[str]) -> list[st
 
 
 def show(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return (" ".join(map(str, value)) or "empty") if isinstance(value, tuple) else str(value)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 INK, ACCENT, FAINT = "#1f2933", "#c2410c", "#9aa5b1"
 # Losses that only fall, and are easier to read by their orders of magnitude.
@@ -97,18 +98,26 @@ def loss_curves(
                 continue
             x, y = np.array(points, float).T
             if split == "validation":
-                axes.plot(x, y, "o-", color=ACCENT, markersize=3.5, linewidth=1, zorder=3)
+                axes.plot(
+                    x, y, "o-", color=ACCENT, markersize=3.5, linewidth=1, zorder=3, clip_on=False
+                )
             elif len(y) < 100:
                 axes.plot(x, y, color=INK, linewidth=1.2)
             else:
                 axes.plot(x, y, color=FAINT, linewidth=0.5)
                 axes.plot(x, smooth(y, len(y) // 50), color=INK, linewidth=1.2)
         axes.set_title((names or {}).get(term, TERMS[term]), loc="left", fontsize=10)
-        axes.set_xlim(0, max(steps))
+        first = min(row["step"] for row in rows if term in row)
+        # What begins late, as the adversarial terms do, has the panel to itself.
+        late = mark is not None and mark < first < max(steps)
+        axes.set_xlim(first if late else 0, max(steps))
         if term == "usage":
             axes.set_ylim(0, 1.05)
         if term in LOGARITHMIC:
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.yaxis.set_minor_locator(NullLocator())
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8)
         if i >= len(terms) - columns:
@@ -165,10 +174,10 @@ def codebook_usage(counts: np.ndarray, path: Path, step: int) -> None:
     axes.bar(np.arange(len(shares)), 100 * shares, width=1.0, color=INK)
     axes.axhline(100 / len(shares), color=ACCENT, linewidth=1, linestyle="--")
     here = (len(shares) - 1, 100 / len(shares))
-    axes.annotate("all codes alike", here, ha="right", va="bottom", fontsize=8, color=ACCENT)
+    axes.annotate("if all were used alike", here, ha="right", va="bottom", fontsize=8, color=ACCENT)
     axes.set_xlim(-0.5, len(shares) - 0.5)
     axes.set_xlabel("code, by use")
-    axes.set_ylabel("% of all codes")
+    axes.set_ylabel("% of all uses")
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(
         f"Codes on the validation split after step {step}: {len(used)} of {len(shares)} in use "
@@ -192,14 +201,16 @@ def sheet(images: np.ndarray, path: Path, columns: int, title: str) -> None:
 
 def random_latents(images: np.ndarray, path: Path, step: int) -> None:
     """Decoded grids whose codes were drawn independently."""
-    title = f"Codes drawn at random, each as often as validation images use it (step {step})"
+    title = f"Codes drawn independently, as often as images use them: no prior yet (step {step})"
     sheet(images, path, 8, title)
 
 
 def codebook(images: np.ndarray, counts: np.ndarray, path: Path, size: int, step: int) -> None:
     """Decoded grids of one code each, the most used first."""
     which = "All" if len(images) == size else f"The {len(images)} most used of"
-    title = f"{which} {size} codes, each decoded from a grid of itself, by use (step {step})"
+    title = (
+        f"{which} {size} codes, each decoded from a grid of itself, most used first (step {step})"
+    )
     if (counts == 0).any():
         title += f"; the last {(counts == 0).sum()} are unused"
     sheet(images, path, 16, title)

@@ -24,7 +24,9 @@ from taming_jax.train.store import Store
 from taming_jax.train.tokens import encoded, read_class_names
 
 MICRO = 32  # images a device draws at once: another size would round otherwise, and turn a code
-BATCH = 64  # images a call of the compiled functions; the last batch is filled up
+# Images a call of the compiled functions, which are compiled for these two sizes; the last batch is
+# filled up.
+FEW, BATCH = 8, 64
 
 
 def load_run(workdir: str | Path) -> "Run":
@@ -94,7 +96,7 @@ class Run:
         classes: Sequence[int | str],
         per_class: int = 1,
         *,
-        temperature: float = 1.0,
+        temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
         guidance_scale: float | None = None,
@@ -110,12 +112,18 @@ class Run:
         Image i of a class depends on the seed, the class and i alone: images are drawn in
         micro-batches of one size on every device. A temperature of 0 takes the most likely codes;
         `top_k` and `top_p` leave unlikely ones out; a `guidance_scale` above 1 exaggerates what is
-        particular to the class. `prefix` int [p] holds the first codes, in raster order.
+        particular to the class. What is None is as the run's config has it (a guidance scale or
+        top-p of 1 does nothing). `prefix` int [p] holds the first codes, in raster order.
         `batch_size` bounds how many images are in flight, in whole micro-batches.
         """
         self._need_prior()
         labels = np.repeat(self.labels(classes), per_class)
         numbers = np.tile(np.arange(per_class, dtype=np.int32), len(classes))
+        preset = self.config.prior
+        temperature = preset.temperature if temperature is None else temperature
+        top_k = preset.top_k if top_k is None else top_k
+        top_p = preset.top_p if top_p is None else top_p
+        guidance_scale = preset.guidance_scale if guidance_scale is None else guidance_scale
         check_sampling(self.prior, temperature, top_k, top_p, guidance_scale)
         given = None if prefix is None else np.asarray(prefix, np.int32)
         if given is not None and (
@@ -219,6 +227,11 @@ class Run:
                 f"images of type {images.dtype} were given; this run takes uint8, or floats in "
                 "[-1, 1]."
             )
+        elif not np.abs(images).max(initial=0) <= 1.001:
+            raise UserError(
+                "images of type float must lie in [-1, 1]; others, or NaN, were given. Pass uint8, "
+                "or images / 127.5 - 1."
+            )
         return self._batched(self._encode, images.astype(np.float32))
 
     def decode(self, indices: Any) -> np.ndarray:
@@ -230,12 +243,15 @@ class Run:
                 f"indices of shape {indices.shape} and type {indices.dtype} were given; this run "
                 "takes integers [n, h', w']."
             )
-        if indices.size and (indices.min() < 0 or indices.max() >= codes):
+        if not indices.size:
+            raise UserError("no codes were given.")
+        if indices.min() < 0 or indices.max() >= codes:
             raise UserError(f"indices go from 0 to {codes - 1}; others were given.")
         return self._batched(self._decode, indices.astype(np.int32))
 
     def reconstruct(self, images: Any) -> np.ndarray:
-        """Images through the codes and back, in kind. UserError as `encode`."""
+        """Images through the codes and back, uint8 as uint8 and floats as float32. UserError as
+        `encode`."""
         images = np.asarray(images)
         reconstruction = self.decode(self.encode(images))
         if images.dtype == np.uint8:
@@ -245,9 +261,9 @@ class Run:
     def _batched(self, function: Callable, values: np.ndarray, params: Any = None) -> np.ndarray:
         """Applies a compiled function in batches of one size, so that it is compiled once."""
         if not len(values):
-            raise UserError("no images were given.")
+            raise UserError("nothing was given: the first dimension is 0.")
         params = self.params if params is None else params
-        size = min(BATCH, len(values))
+        size = BATCH if len(values) > FEW else FEW
         parts = []
         with jax.default_matmul_precision("highest"):
             for start in range(0, len(values), size):

@@ -75,9 +75,12 @@ def test_what_a_run_cannot_take_is_a_sentence(run, tmp_path):
     for call, says in (
         (lambda: run.encode(np.zeros((16, 16, 3))), "images of shape"),
         (lambda: run.encode(np.zeros((1, 28, 28, 3))), r"takes \[n, 16, 16, 3\]"),
-        (lambda: run.encode(np.zeros((0, 16, 16, 3))), "no images"),
+        (lambda: run.encode(np.zeros((0, 16, 16, 3))), "nothing was given"),
         (lambda: run.encode(np.zeros((1, 16, 16, 3), int)), "images of type int64"),
+        (lambda: run.encode(np.full((1, 16, 16, 3), 2.0)), r"must lie in \[-1, 1\]"),
+        (lambda: run.encode(np.full((1, 16, 16, 3), np.nan)), r"must lie in \[-1, 1\]"),
         (lambda: run.decode(np.zeros((1, 8, 8))), "takes integers"),
+        (lambda: run.decode(np.zeros((1, 0, 0), int)), "no codes"),
         (lambda: run.decode(np.full((1, 8, 8), 128)), "from 0 to 127"),
         (lambda: taming_jax.load_run(tmp_path), "holds no vqgan checkpoint"),
         (lambda: taming_jax.train(run.config, "vqgen"), "no stage 'vqgen'"),

@@ -35,6 +35,6 @@ CONFIG = Config(
     ),
     prior=PriorConfig(
         steps=1500, batch_size=64, layers=4, heads=4, width=128, dropout=0.0,
-        learning_rate=1e-3, clip=1.0, schedule="one-cycle",
+        learning_rate=1e-3, clip=1.0, schedule="one-cycle", guidance_scale=1.75,
     ),
 )  # fmt: skip

@@ -11,10 +11,16 @@ from taming_jax.config import Config
 
 
 class _CallablePackage(types.ModuleType):
-    def __call__(self, config: Config, stage: str = "vqgan", *, restart: bool = False) -> Path:
-        """Trains a stage ("vqgan" or "prior") to its last step, resuming what its folder holds, and
-        answers that folder. Raises UserError and RunFailed as the scripts do; interrupting saves
-        first."""
+    def __call__(
+        self, config: Config | str, stage: str = "vqgan", *, restart: bool = False
+    ) -> Path:
+        """Trains a stage ("vqgan" or "prior") of a config, or of a preset by its name, to its last
+        step, resuming what its folder holds, and answers that folder.
+
+        Raises UserError and RunFailed as the scripts do; after an interruption, and saving,
+        Interrupted, which is a KeyboardInterrupt.
+        """
+        from taming_jax.config import load_config
         from taming_jax.errors import UserError
         from taming_jax.train.devices import Devices
         from taming_jax.train.loop import Stage, train
@@ -27,6 +33,7 @@ class _CallablePackage(types.ModuleType):
         }
         if stage not in stages:
             raise UserError(f"there is no stage '{stage}'; the stages are {', '.join(stages)}.")
+        config = load_config(config) if isinstance(config, str) else config
         return train(stages[stage], config, restart)
 
 

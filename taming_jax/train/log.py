@@ -58,6 +58,7 @@ class Log:
         self._tensorboard = SummaryWriter(str(folder / "tensorboard" / name), purge_step=start + 1)
         self._start, self._steps = start, steps
         self._began = self._said = time.monotonic()
+        self._first: int | None = None  # steps before the clock: the first one is compiled
         self._bar = None
         if sys.stderr.isatty():
             self._bar = tqdm(
@@ -82,6 +83,7 @@ class Log:
             self._tensorboard.add_scalar(f"{split}/{key}", value, step)
         shown = "  ".join(f"{key} {metrics[key]:.4g}" for key in SHOWN if key in metrics)
         if split == "validation":
+            self._said = time.monotonic()
             self.say(f"step {step}/{self._steps}  validation  {shown}")
         elif self._bar is not None:
             self._bar.set_postfix_str(shown, refresh=False)
@@ -91,12 +93,15 @@ class Log:
 
     def advance(self, step: int) -> None:
         """Shows that `step` steps are done."""
+        if self._first is None:
+            self._first, self._began = step, time.monotonic()
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
 
     def _left(self, step: int) -> str:
         spent = time.monotonic() - self._began
-        seconds = math.ceil(spent / max(step - self._start, 1) * (self._steps - step))
+        taken = step - (self._start if self._first is None else self._first)
+        seconds = math.ceil(spent / max(taken, 1) * (self._steps - step))
         minutes, seconds = divmod(seconds, 60)
         return f"{minutes}:{seconds:02d} left"
 

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import math
 import signal
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -64,22 +65,36 @@ def train(build: Callable[[Config, Devices], Stage], config: Config, restart: bo
     where a loss is not finite or nothing can be saved; Interrupted after SIGINT or SIGTERM, saved.
     """
     validated(config)
-    devices = Devices(config.devices)
-    stage = build(config, devices)
-    folder = usable(config.folder)
-    store = Store(folder, stage.name, stage.monitor)
-    if restart:
-        store.clear()
-    sections = ("seed", "dtype", "data", stage.name)
-    state = stage.init(jax.random.key(config.seed))
-    restored = store.restore(state, config, sections, print)
-    # A copy, since the first step gives its state up: what is restored is numpy's memory, and a
-    # fresh state is the stage's.
-    state = copied(devices.replicate(state if restored is None else restored))
-    try:
-        return Loop(stage, config, devices, store, folder).run(state)
-    except OSError as error:
-        raise RunFailed(f"{error.filename or folder}: {error.strerror or error}.") from error
+    with Signals() as signals:
+        devices = Devices(config.devices)
+        stage = build(config, devices)
+        folder = usable(config.folder)
+        store = Store(folder, stage.name, stage.monitor)
+        if restart:
+            store.clear()
+        sections = ("seed", "dtype", "data", stage.name)
+        state = stage.init(jax.random.key(config.seed))
+        restored = store.restore(state, config, sections, print)
+        # A copy, since the first step gives its state up: what is restored is numpy's memory, and a
+        # fresh state is the stage's.
+        state = copied(devices.replicate(state if restored is None else restored))
+        if signals.received is not None:
+            raise Interrupted(
+                signals.received,
+                f"Stopped before the first step; what {folder} held is as it was.",
+            )
+        try:
+            return Loop(stage, config, devices, store, folder).run(state, signals)
+        except OSError as error:
+            raise RunFailed(f"{error.filename or folder}: {error.strerror or error}.") from error
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            batch = getattr(config, stage.name).batch_size
+            raise RunFailed(
+                f"the device's memory does not hold a step of {batch} images; lower "
+                f"--{stage.name}.batch-size, or use more devices."
+            ) from error
 
 
 def usable(folder: Path) -> Path:
@@ -122,6 +137,9 @@ class Signals:
     def _receive(self, signum: int, frame: FrameType | None) -> None:
         self.received = signum
         self.__exit__()
+        print(
+            "\nStopping after this step, and saving; a second signal does neither.", file=sys.stderr
+        )
 
     def __exit__(self, *_: object) -> None:
         for signum, handler in self._before.items():
@@ -145,7 +163,7 @@ class Loop:
         self.best = store.best()[1]
         self.unsettled: list[tuple[int, dict[str, Any]]] = []
 
-    def run(self, state: TrainState) -> Path:
+    def run(self, state: TrainState, signals: Signals) -> Path:
         start = int(self.devices.fetch(state.step))
         if start >= self.steps:
             self.store.close()
@@ -153,18 +171,18 @@ class Loop:
             return self.folder
         write_config(self.config, self.folder / "config.json")
         self.log = Log(self.folder, self.stage.name, start, self.steps)
-        kind = self.devices.list[0].platform
+        count, kind = len(self.devices), self.devices.list[0].platform
         self.log.say(
-            f"Training {self.stage.name} of {self.config.config} in {self.folder}: "
-            f"{self.training.size} images, steps {start + 1} to {self.steps} of "
-            f"{self.settings.batch_size} images, on {len(self.devices)} {kind} device(s). "
-            "The first step is compiled first."
+            f"Training stage {self.stage.name} of {self.config.config} into {self.folder}: "
+            f"{self.training.size} images, {self.settings.batch_size} a step, "
+            f"step {start + 1} to {self.steps}, on {count} {kind} device{'s' * (count > 1)}. "
+            "Compiling the first step takes a while."
         )
         with contextlib.ExitStack() as stack:
             stack.callback(self.log.close)
             stack.callback(self.store.close)
             stack.callback(self.store.wait)
-            self._steps(state, start, stack.enter_context(Signals()))
+            self._steps(state, start, signals)
         return self.folder
 
     def _steps(self, state: TrainState, start: int, signals: Signals) -> None:

@@ -14,12 +14,12 @@ import numpy as np
 import optax
 
 from taming_jax import figures, losses
-from taming_jax.config import Config, differences
+from taming_jax.config import Config, PriorConfig, differences
 from taming_jax.data import sources
 from taming_jax.data.feeds import Batch, ResidentFeed, take
 from taming_jax.errors import UserError
 from taming_jax.models.gpt import GPT, apply_train, build_gpt, teacher_forced
-from taming_jax.models.vqgan import build_vqgan, decode_indices
+from taming_jax.models.vqgan import VQGAN, build_vqgan, decode_indices
 from taming_jax.sampling import sample
 from taming_jax.train.devices import Devices, averaged, summed
 from taming_jax.train.state import Net, TrainState, clipped, copied, schedule
@@ -81,7 +81,7 @@ class PriorStage:
         self._rate = learning_rate(config, self.steps)
         self._step = devices.compile(self.step, donate=True)
         self._evaluate = devices.compile(self.evaluation)
-        self._sample = jax.jit(functools.partial(draw_images, self.model, self.vqgan))
+        self._sample = jax.jit(functools.partial(draw_images, self.model, self.vqgan, config.prior))
 
     def feeds(self) -> tuple[ResidentFeed, ResidentFeed]:
         def feed(name: str, split: sources.Split) -> ResidentFeed:
@@ -188,11 +188,21 @@ def corrupted(keep: float, codebook_size: int, key: jax.Array, codes: jax.Array)
 
 
 def draw_images(
-    model: GPT, vqgan: Any, transformer: Any, generator: Any, labels: jax.Array, seed: int
+    model: GPT,
+    vqgan: VQGAN,
+    prior: PriorConfig,
+    transformer: Any,
+    generator: Any,
+    labels: jax.Array,
+    seed: int,
 ) -> jax.Array:
-    """Images float [b,h,w,c] in [-1, 1] of classes int [b], image i by the key of its place."""
+    """Images float [b,h,w,c] in [-1, 1] of classes int [b], image i by the key of its place, drawn
+    as the preset says."""
     keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(
         jnp.arange(len(labels))
     )
-    codes = sample(model, transformer, labels, keys)
+    codes = sample(
+        model, transformer, labels, keys, prior.temperature, prior.top_k, prior.top_p,
+        prior.guidance_scale,
+    )  # fmt: skip
     return decode_indices(vqgan, generator, codes.reshape(len(labels), *model.grid))

@@ -84,6 +84,18 @@ def test_an_examples_dropout_does_not_depend_on_its_batch():
     assert np.abs(alike[0] - alike[1]).max() > 1e-2, "every example has a mask of its own"
 
 
+def test_recomputing_activations_changes_no_gradient():
+    keys = jax.random.split(jax.random.key(5), 4)
+    gradients = []
+    for remat in (False, True):
+        model, params, tokens = small(dropout=0.2, remat=remat)
+        loss = jax.jit(
+            jax.grad(lambda p, m=model, t=tokens: (apply_train(m, p, t, keys) ** 2).mean())
+        )
+        gradients.append(loss(params))
+    golden.assert_trees_close(gradients[1], gradients[0], "gradient ", 1e-4)
+
+
 def test_bfloat16_computes_logits_in_float32():
     model, params, tokens = small(dtype=jnp.bfloat16)
     logits = model.apply({"params": params}, tokens)

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -150,10 +151,32 @@ def test_a_signal_saves_the_step_under_way(tmp_path, signum):
     assert stage.evaluated == [9, 10]
 
 
+def test_a_signal_before_the_first_step_leaves_what_was_there(tmp_path):
+    train(tmp_path, **CADENCES)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+    def build(config, devices):
+        os.kill(os.getpid(), signal.SIGINT)
+        return Parabola(config, devices)
+
+    overrides = {"workdir": str(tmp_path), "devices": 1, "vqgan.batch_size": 4, "vqgan.steps": 20}
+    with pytest.raises(Interrupted, match="before the first step"):
+        loop.train(build, load_config("mnist_tiny", overrides))
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_memory_that_does_not_suffice_is_a_sentence(tmp_path):
+    def on_step(step):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+
+    with pytest.raises(RunFailed, match=r"a step of 4 images; lower --vqgan.batch-size"):
+        train(tmp_path, stage={"on_step": on_step})
+
+
 def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys):
     train(tmp_path, **CADENCES)
     lines = capsys.readouterr().out.splitlines()
-    assert f"in {tmp_path}: 20 images, steps 1 to 10 of 4 images, on 1 cpu" in lines[0]
+    assert f"into {tmp_path}: 20 images, 4 a step, step 1 to 10, on 1 cpu device." in lines[0]
     assert "step 3/10  validation  nll 9" in lines
     assert lines[-1] == f"Done: 10 steps. The figures are in {tmp_path}/figures."
     assert not any("\r" in line for line in lines)
