@@ -3,11 +3,15 @@
 
     python scripts/benchmark.py --config mnist --stage vqgan
     python scripts/benchmark.py --config mnist --stage vqgan --batch-size 64 --compare-plain
+    python scripts/benchmark.py --config mnist --stage prior
+    python scripts/benchmark.py --stage sample
 
 The first prints, for the step before and after the discriminator's start: compile time, steps and
 images a second, floating-point operations a step, and peak memory. With `--compare-plain` it also
 compiles the same step written as the papers' code does it (tests/plain_step.py, in a checkout),
-with the adaptive weight on, compares the gradients, and times the two in turn.
+with the adaptive weight on, compares the gradients, and times the two in turn. `--stage sample`
+times the sampling of grids of 16x16 codes by a prior of 8 layers of width 256, with its cache and
+without.
 """
 
 import argparse
@@ -17,24 +21,28 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from taming_jax.config import load_config
-from taming_jax.data.feeds import take, to_float
+from taming_jax.config import Config, load_config
+from taming_jax.data.feeds import ResidentFeed, take, to_float
+from taming_jax.data.sources import Split
 from taming_jax.errors import UserError, report
+from taming_jax.models.gpt import GPT, build_gpt, teacher_forced
 from taming_jax.models.lpips import load_lpips
+from taming_jax.sampling import sample
 from taming_jax.train.devices import Devices
+from taming_jax.train.prior import fresh_transformer, training_step
 from taming_jax.train.state import copied
 from taming_jax.train.vqgan import VQGANStage
 
 
-def timed(call: Callable[[], Any]) -> float:
+def timed(function: Callable, *arguments: Any) -> float:
     begin = time.perf_counter()
-    jax.block_until_ready(call())
+    jax.block_until_ready(function(*arguments))
     return time.perf_counter() - begin
 
 
@@ -126,8 +134,13 @@ def compare(stage: VQGANStage, steps: int) -> None:
     )
     times = []
     for _ in range(steps + 1):
-        pair = (lambda: ours(*arguments), lambda: plain(*arguments, ONES))
-        times.append((*map(timed, pair), timed(lambda: once(*arguments, ONES))))
+        times.append(
+            (
+                timed(ours, *arguments),
+                timed(plain, *arguments, ONES),
+                timed(once, *arguments, ONES),
+            )
+        )
     a, b, c = np.transpose(times[1:])
     print(
         f"  time, in turn: {np.median(a / b):.3f} of the plain way's ({np.median(a):.3f} s of "
@@ -135,10 +148,74 @@ def compare(stage: VQGANStage, steps: int) -> None:
     )
 
 
+def measure_prior(config: Config, devices: Devices, steps: int) -> None:
+    """The training step of stage 2 on codes made up for it."""
+    model = build_gpt(config, 10)
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, model.codebook_size, (2048, model.length)).astype(np.int32)
+    split = Split(codes, rng.integers(0, 10, 2048).astype(np.int32))
+    batch_size = config.prior.batch_size
+    feed = ResidentFeed(split, batch_size, 0, devices)
+    step = functools.partial(training_step, config, model, 1000, devices.axis_name)
+    state = copied(devices.replicate(fresh_transformer(config, model, jax.random.key(0))))
+    compiled = devices.compile(step, donate=True).lower(state, feed.batch(0).arrays).compile()
+    times = []
+    for number in range(steps + 1):
+        arrays = feed.batch(number).arrays
+        begin = time.perf_counter()
+        state, metrics = compiled(state, arrays)
+        jax.block_until_ready((state, metrics))
+        times.append(time.perf_counter() - begin)
+    median = float(np.median(times[1:]))
+    print(
+        f"{1 / median:.2f} steps/s, {batch_size / median:.1f} images/s, "
+        f"{flops(compiled) * len(devices) / 1e9:.2f} GFLOP/step, {peak_memory(devices.list[0])}"
+    )
+
+
+def measure_sampling(repeats: int) -> None:
+    """256 positions of 8 layers of width 256, with the cache and by the whole grid each time."""
+    model = GPT(codebook_size=1024, classes=10, grid=(16, 16), layers=8, heads=8, width=256)
+    tokens = jnp.zeros((1, model.length), jnp.int32)
+    params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+
+    @jax.jit
+    def cached(labels: jax.Array, keys: jax.Array) -> jax.Array:
+        return sample(model, params, labels, keys)
+
+    @jax.jit
+    def one_position(labels: jax.Array, codes: jax.Array, position: jax.Array) -> jax.Array:
+        tokens = teacher_forced(model, labels, codes)
+        logits = cast(jax.Array, model.apply({"params": params}, tokens))[:, position]
+        return codes.at[:, position].set(logits.argmax(-1).astype(codes.dtype))
+
+    seconds = {}
+    for batch in (8, 64):
+        labels = jnp.arange(batch) % 10
+        keys = jax.random.split(jax.random.key(1), batch)
+        first, *times = (timed(cached, labels, keys) for _ in range(repeats + 1))
+        seconds[batch] = float(np.median(times))
+        print(
+            f"batch {batch}: {seconds[batch]:.2f} s, {batch / seconds[batch]:.2f} images/s "
+            f"(and {first - seconds[batch]:.1f} s to compile)"
+        )
+    labels, codes = jnp.arange(8) % 10, jnp.zeros((8, model.length), jnp.int32)
+    one_position(labels, codes, jnp.int32(0))
+    # Every position costs the same, so a few of them tell of all.
+    few = [timed(one_position, labels, codes, jnp.int32(200)) for _ in range(4)]
+    whole = float(np.median(few)) * model.length
+    print(f"batch 8, the whole grid at every position: {whole:.1f} s (from {len(few)} positions)")
+    growth = 8 * seconds[8] / seconds[64]
+    print(
+        f"the cache is {whole / seconds[8]:.1f} times faster; throughput grows {growth:.2f} times "
+        "from batch 8 to 64"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="mnist")
-    parser.add_argument("--stage", choices=["vqgan"], default="vqgan")
+    parser.add_argument("--stage", choices=["vqgan", "prior", "sample"], default="vqgan")
     parser.add_argument("--batch-size", type=int, help="the preset's unless told")
     parser.add_argument("--devices", type=int)
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each kind")
@@ -149,14 +226,19 @@ def main() -> None:
     if given.compare_plain:
         overrides |= {"vqgan.adaptive_weight": True, "devices": 1}
     if given.batch_size is not None:
-        overrides["vqgan.batch_size"] = given.batch_size
+        overrides |= {"vqgan.batch_size": given.batch_size, "prior.batch_size": given.batch_size}
     config = load_config(given.config, overrides)
     devices = Devices(config.devices)
+    settings = config.prior if given.stage == "prior" else config.vqgan
     print(
-        f"{given.config}, {given.stage}: batches of {config.vqgan.batch_size} on {len(devices)} "
+        f"{given.config}, {given.stage}: batches of {settings.batch_size} on {len(devices)} "
         f"{devices.list[0].device_kind} device(s), {config.dtype}, jax {jax.__version__}"
     )
-    if given.compare_plain:
+    if given.stage == "sample":
+        measure_sampling(given.steps)
+    elif given.stage == "prior":
+        measure_prior(config, devices, given.steps)
+    elif given.compare_plain:
         compare(VQGANStage(config, devices), given.steps)
     else:
         measure(VQGANStage(config, devices), devices, given.steps)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole check: makes .venv-test, installs the package and its tests' tools, then lint, format,
-# types and tests. What is given is passed on to pytest.
+# types and tests, a process a core. What is given is passed on to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -9,4 +9,4 @@ cd "$(dirname "$0")/.."
 .venv-test/bin/ruff check .
 .venv-test/bin/ruff format --check .
 .venv-test/bin/mypy
-.venv-test/bin/python -m pytest -q "$@"
+.venv-test/bin/python -m pytest -q --numprocesses auto --dist loadfile "$@"

@@ -54,6 +54,49 @@ def learning_rate(config: Config, steps: int) -> optax.Schedule:
     return schedule(prior, steps, prior.learning_rate)
 
 
+def fresh_transformer(config: Config, model: GPT, key: jax.Array) -> TrainState:
+    """A transformer that has learned nothing, on one device."""
+    tokens = jnp.zeros((1, model.length), jnp.int32)
+    params = jax.jit(model.init)(key, tokens)["params"]
+    net = Net(params, jax.jit(adamw(config).init)(params))
+    return TrainState(jnp.zeros((), jnp.int32), {"transformer": net})
+
+
+def training_step(
+    config: Config,
+    model: GPT,
+    steps: int,
+    axis_name: str | None,
+    state: TrainState,
+    arrays: dict[str, Any],
+) -> tuple[TrainState, dict[str, Any]]:
+    """The pure step of a run of so many: one batch of codes, gathered where it lies."""
+    prior, seed = config.prior, config.seed
+    codes, labels = take(arrays)
+    codes = codes.astype(jnp.int32)
+    keys = [
+        example_keys(seed, purpose, state.step, arrays["place"])
+        for purpose in (DROPOUT, LABELS, CODES)
+    ]
+    dropped = jax.vmap(lambda key: jax.random.bernoulli(key, prior.label_dropout))(keys[LABELS])
+    tokens = teacher_forced(model, jnp.where(dropped, model.classes, labels), codes)
+    if prior.keep_codes < 1:
+        corrupt = functools.partial(corrupted, prior.keep_codes, model.codebook_size)
+        rest = jax.vmap(corrupt)(keys[CODES], tokens[:, 1:])
+        tokens = jnp.concatenate([tokens[:, :1], rest], 1)
+    net = state.nets["transformer"]
+
+    def loss(params: Any) -> jax.Array:
+        logits = apply_train(model, params, tokens, keys[DROPOUT])
+        return losses.next_token(logits, codes).mean()
+
+    nll, gradient = averaged(jax.value_and_grad(loss)(net.params), axis_name)
+    metrics = {"nll": nll, "transformer_gradient": optax.tree.norm(gradient)}
+    rate = learning_rate(config, steps)(state.step)
+    nets = state.nets | {"transformer": net.updated(adamw(config), gradient, rate)}
+    return TrainState(state.step + 1, nets), metrics
+
+
 class PriorStage:
     """Stage 2, as train/loop.py wants a stage.
 
@@ -77,9 +120,8 @@ class PriorStage:
         self.vqgan = build_vqgan(config)
         self.model = build_gpt(config, len(self.splits.class_names))
         self.steps = config.prior.total_steps(len(self.splits.train.images))
-        self._optimiser = adamw(config)
-        self._rate = learning_rate(config, self.steps)
-        self._step = devices.compile(self.step, donate=True)
+        step = functools.partial(training_step, config, self.model, self.steps, devices.axis_name)
+        self._step = devices.compile(step, donate=True)
         self._evaluate = devices.compile(self.evaluation)
         self._sample = jax.jit(functools.partial(draw_images, self.model, self.vqgan, config.prior))
 
@@ -94,42 +136,9 @@ class PriorStage:
 
     def init(self, key: jax.Array) -> TrainState:
         """A fresh state, on one device."""
-        tokens = jnp.zeros((1, self.model.length), jnp.int32)
-        params = jax.jit(self.model.init)(key, tokens)["params"]
-        transformer = Net(params, jax.jit(self._optimiser.init)(params))
+        state = fresh_transformer(self.config, self.model, key)
         generator = Net(copied(self.generator), ())
-        return TrainState(
-            jnp.zeros((), jnp.int32), {"transformer": transformer, "generator": generator}
-        )
-
-    def step(self, state: TrainState, arrays: dict[str, Any]) -> tuple[TrainState, dict[str, Any]]:
-        """The pure training step."""
-        prior, model = self.config.prior, self.model
-        codes, labels = take(arrays)
-        codes = codes.astype(jnp.int32)
-        keys = [
-            example_keys(self.config.seed, purpose, state.step, arrays["place"])
-            for purpose in (DROPOUT, LABELS, CODES)
-        ]
-        dropped = jax.vmap(lambda key: jax.random.bernoulli(key, prior.label_dropout))(keys[LABELS])
-        tokens = teacher_forced(model, jnp.where(dropped, model.classes, labels), codes)
-        if prior.keep_codes < 1:
-            corrupt = functools.partial(corrupted, prior.keep_codes, model.codebook_size)
-            tokens = jnp.concatenate(
-                [tokens[:, :1], jax.vmap(corrupt)(keys[CODES], tokens[:, 1:])], 1
-            )
-        net = state.nets["transformer"]
-
-        def loss(params: Any) -> jax.Array:
-            logits = apply_train(model, params, tokens, keys[DROPOUT])
-            return losses.next_token(logits, codes).mean()
-
-        nll, gradient = jax.value_and_grad(loss)(net.params)
-        nll, gradient = averaged((nll, gradient), self.devices.axis_name)
-        metrics = {"nll": nll, "transformer_gradient": optax.tree.norm(gradient)}
-        rate = self._rate(state.step)
-        nets = state.nets | {"transformer": net.updated(self._optimiser, gradient, rate)}
-        return TrainState(state.step + 1, nets), metrics
+        return state.replace(nets=state.nets | {"generator": generator})
 
     def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         return self._step(state, batch.arrays)

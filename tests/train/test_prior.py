@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from taming_jax.config import load_config
-from taming_jax.models.gpt import teacher_forced
+from taming_jax.models.gpt import build_gpt, teacher_forced
 from taming_jax.train.devices import Devices
 from taming_jax.train.prior import (
     CODES,
@@ -18,7 +18,9 @@ from taming_jax.train.prior import (
     adamw,
     corrupted,
     example_keys,
+    fresh_transformer,
     learning_rate,
+    training_step,
 )
 from taming_jax.train.store import Store
 from tests import commands, golden
@@ -84,44 +86,35 @@ def test_corruption_keeps_the_share_it_says():
     assert kept == pytest.approx(0.7 + 0.3 / 64, abs=0.02)
 
 
-def test_decay_is_for_matrices_only(stage1):
-    stage = stage_of(stage1, weight_decay=0.5, learning_rate=0.1)
-    params = stage.init(jax.random.key(0)).nets["transformer"].params
+def test_decay_is_for_matrices_only():
+    config = load_config("mnist_tiny", {"prior.weight_decay": 0.5})
+    params = {"matrix": jnp.ones((2, 2)), "vector": jnp.ones(2)}
     zeros = jax.tree.map(jnp.zeros_like, params)
-    updates, _ = stage._optimiser.update(zeros, stage._optimiser.init(params), params)
-    for (path, update), value in zip(
-        jax.tree_util.tree_leaves_with_path(updates), jax.tree.leaves(params), strict=True
-    ):
-        decays = bool(np.abs(update).max() > 0)
-        assert decays == (value.ndim > 1 and np.abs(value).max() > 0), path
+    updates, _ = adamw(config).update(zeros, adamw(config).init(params), params)
+    assert (updates["matrix"] == 0.5).all() and (updates["vector"] == 0).all()
+
+
+def test_one_cycle_is_pytorchs():
+    config = load_config("mnist", {"prior.learning_rate": 3e-4})
+    rates = np.array([learning_rate(config, 1000)(step) for step in (0, 300, 1000)])
+    np.testing.assert_allclose(rates, [3e-4 / 25, 3e-4, 3e-4 / 25e4], rtol=1e-3)
 
 
 def test_a_step_does_no_encoding_and_little_else():
     """At the mnist sizes: 6 flops a parameter and code, and attention's products."""
     config = load_config("mnist", {"prior.dropout": 0.0})
-    from taming_jax.models.gpt import build_gpt
-    from taming_jax.train.state import Net, TrainState
-
     model = build_gpt(config, 10)
-    stage = PriorStage.__new__(PriorStage)
-    stage.config, stage.model, stage.devices, stage.steps = config, model, Devices(1), 100
-    stage._optimiser, stage._rate = adamw(config), learning_rate(config, 100)
     b, t, width, layers = 256, model.length, 256, 6
-
-    def state():
-        params = model.init(jax.random.key(0), jnp.zeros((1, t), jnp.int32))["params"]
-        net = Net(params, stage._optimiser.init(params))
-        return TrainState(jnp.zeros((), jnp.int32), {"transformer": net})
-
     arrays = {
         "images": jax.ShapeDtypeStruct((57000, t), jnp.uint8),
         "labels": jax.ShapeDtypeStruct((57000,), jnp.int32),
         "index": jax.ShapeDtypeStruct((b,), jnp.int32),
         "place": jax.ShapeDtypeStruct((b,), jnp.int32),
     }
-    shapes = jax.eval_shape(state)
-    flops = jax.jit(stage.step).lower(shapes, arrays).compile().cost_analysis()["flops"]
-    parameters = sum(p.size for p in jax.tree.leaves(shapes.nets["transformer"].params))
+    state = jax.eval_shape(lambda: fresh_transformer(config, model, jax.random.key(0)))
+    step = jax.jit(training_step, static_argnums=(0, 1, 2, 3))
+    flops = step.lower(config, model, 100, None, state, arrays).compile().cost_analysis()["flops"]
+    parameters = sum(p.size for p in jax.tree.leaves(state.nets["transformer"].params))
     # Two products forward, four back, of t x t x width each, in every layer.
     expected = 6 * parameters * b * t + 6 * 2 * b * t * t * width * layers
     assert flops == pytest.approx(expected, rel=0.1)
