@@ -3,20 +3,15 @@
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# Programs compiled by one command serve the next: most of a short run's time is compilation.
-CACHE = tempfile.mkdtemp(prefix="taming_jax-test-cache-")
 
 
 def start(*arguments: object, devices: int = 1, cwd: Path | None = None) -> subprocess.Popen[str]:
     """A command of the repository's top level, begun."""
     environment = os.environ | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_COMPILATION_CACHE_DIR": CACHE,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHONPATH": str(ROOT),
     }
     script, *rest = map(str, arguments)

@@ -1,6 +1,9 @@
-"""Four devices on any machine, set before JAX starts; tests that want one say so."""
+"""Four devices on any machine, set before JAX starts; tests that want one say so. And one place
+for compiled programs: most of a small run's time is compilation, and many are compiled again.
+"""
 
 import os
+import tempfile
 
 import pytest
 
@@ -8,6 +11,9 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
 )
 
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the processes that run tests inherit it
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="taming_jax-test-cache-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 TINY = [
     "--config", "mnist_tiny", "--data.name", "synthetic", "--data.image-size", "16",

@@ -13,7 +13,7 @@ def test_the_walkthrough_runs(stage1, tmp_path, monkeypatch):
     workdir = shutil.copytree(stage1, tmp_path / "run")
     status, _, err = commands.run(
         "train_prior.py", "--config", "mnist_tiny", "--workdir", workdir,
-        "--prior.batch-size", 8, "--prior.steps", 2,
+        "--prior.batch-size", 8, "--prior.steps", 2, "--prior.layers", 1,
     )  # fmt: skip
     assert status == 0, err
     monkeypatch.setenv("TAMING_JAX_RUN", str(workdir))

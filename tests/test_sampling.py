@@ -1,13 +1,21 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from taming_jax import sampling
 from taming_jax.models.gpt import teacher_forced
-from taming_jax.sampling import guided, keep_top_k, keep_top_p, sample
+from taming_jax.sampling import guided, keep_top_k, keep_top_p
 from tests.models.test_gpt import MODERN, small
 
+# Compiled in two pieces, with one seam between them, unless told.
+compiled = jax.jit(sampling.sample, static_argnums=0, static_argnames=("top_k", "pieces"))
+sample = functools.partial(compiled, pieces=2)
 
+
+@functools.partial(jax.jit, static_argnums=0)
 def uncached(model, params, labels, codes, scale=None):
     """Logits [b,t,k] by one forward pass over the whole grid, guidance included."""
     logits = model.apply({"params": params}, teacher_forced(model, labels, codes))
@@ -22,9 +30,11 @@ LABELS = jnp.array([0, 1, 2, 2])
 KEYS = jax.random.split(jax.random.key(7), 4)
 
 
-@pytest.mark.parametrize("scale", [None, 2.0])
-@pytest.mark.parametrize("settings", [{}, MODERN], ids=["gpt2", "modern"])
-@pytest.mark.parametrize("pieces", [1, 5, 12])
+@pytest.mark.parametrize(
+    ("settings", "scale", "pieces"),
+    [({}, None, 1), ({}, 2.0, 5), ({}, 2.0, 12), (MODERN, 2.0, 5)],
+    ids=["one piece", "guided", "a piece a position", "modern"],
+)
 def test_greedy_codes_are_the_most_likely_of_the_whole_sequence(settings, scale, pieces):
     model, params, _ = small(**settings)
     codes = sample(
@@ -36,10 +46,10 @@ def test_greedy_codes_are_the_most_likely_of_the_whole_sequence(settings, scale,
 
 def test_a_prefix_is_kept_and_goes_on_as_if_it_had_been_drawn():
     model, params, _ = small()
-    draw = jax.jit(lambda prefix: sample(model, params, LABELS, KEYS, prefix=prefix))
+    draw = functools.partial(sample, model, params, LABELS, KEYS)
     whole = sample(model, params, LABELS, KEYS)
-    np.testing.assert_array_equal(draw(whole[:, :5]), whole)
-    other = draw((whole[:, :5] + 1) % 11)
+    np.testing.assert_array_equal(draw(prefix=whole[:, :5]), whole)
+    other = draw(prefix=(whole[:, :5] + 1) % 11)
     np.testing.assert_array_equal(other[:, :5], (whole[:, :5] + 1) % 11)
     assert (other[:, 5:] != whole[:, 5:]).any()
 
@@ -56,9 +66,7 @@ def test_draws_have_the_models_probabilities():
     model, params, _ = small(layers=1)
     n = 4000
     labels = jnp.ones(n, jnp.int32)
-    codes = jax.jit(sample, static_argnums=0)(
-        model, params, labels, jax.random.split(jax.random.key(3), n), 0.7
-    )
+    codes = sample(model, params, labels, jax.random.split(jax.random.key(3), n), 0.7)
     logits = uncached(model, params, labels[:1], codes[:1])[0, 0]
     expected = jax.nn.softmax(logits / 0.7)
     drawn = np.bincount(codes[:, 0], minlength=11) / n

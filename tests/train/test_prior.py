@@ -26,10 +26,12 @@ from taming_jax.train.store import Store
 from tests import commands, golden
 from tests.conftest import TINY
 
+SMALL = {"batch_size": 8, "layers": 1, "heads": 2, "width": 32}
+
 
 def stage_of(workdir, count=1, **prior):
     run = load_config(str(workdir / "config.json"))
-    overrides = {f"prior.{key}": value for key, value in {"batch_size": 8, **prior}.items()}
+    overrides = {f"prior.{key}": value for key, value in {**SMALL, **prior}.items()}
     overrides |= {"workdir": str(workdir), "config": run.config}
     return PriorStage(load_config(str(workdir / "config.json"), overrides), Devices(count))
 
@@ -120,7 +122,10 @@ def test_a_step_does_no_encoding_and_little_else():
     assert flops == pytest.approx(expected, rel=0.1)
 
 
-COMMAND = ["train_prior.py", "--config", "mnist_tiny", "--prior.batch-size", "8", "--workdir"]
+COMMAND = [
+    "train_prior.py", "--config", "mnist_tiny", "--prior.batch-size", "8", "--prior.layers", "1",
+    "--prior.heads", "2", "--prior.width", "32", "--workdir",
+]  # fmt: skip
 
 
 def test_a_resumed_prior_is_the_same_and_keeps_its_own_generator(stage1, tmp_path):
@@ -158,7 +163,7 @@ def test_bad_input_is_a_sentence(stage1, tmp_path):
     for arguments, says in (
         ([*COMMAND, tmp_path], "holds no stage 1 to learn the codes of"),
         ([*COMMAND, stage1, "--vqgan.codebook-size", 64], "--vqgan.codebook-size is 64, not 128"),
-        ([*COMMAND, stage1, "--prior.heads", 3], "--prior.width 128 cannot be divided"),
+        ([*COMMAND, stage1, "--prior.heads", 3], "--prior.width 32 cannot be divided"),
         ([*COMMAND, stage1, "--prior.batch-size", 0], "--prior.batch-size is 0"),
     ):
         status, _, err = commands.run(*arguments)
