@@ -64,8 +64,8 @@ class StageConfig:
     """Least steps between redrawings of the figures; a twentieth of the run unless told."""
     learning_rate: float = 4.5e-4
     """The highest learning rate (in stage 1 the generator's)."""
-    warmup: float = 0.0
-    """The share of the run over which the learning rate rises from zero."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises from zero."""
     final_learning_rate: float = 1.0
     """Where the cosine decay of the learning rate ends, as a share of it; 1 keeps it constant."""
     clip: float | None = None
@@ -126,6 +126,9 @@ class VQGANConfig(StageConfig):
     discriminator_learning_rate: float = 4.5e-4
     betas: tuple[float, float] = (0.5, 0.9)
     """Adam's, for both networks."""
+    epsilon: float = 1e-8
+    """Adam's: gradients far below it move a parameter by little, so that rounding errors in place
+    of a zero are not made full steps of."""
     ema_decay: float | None = None
     """Keep a moving average of the generator, and evaluate and draw with it."""
 
@@ -292,8 +295,9 @@ def validated(config: Config) -> Config:
             value = getattr(stage, key)
             if value is not None and value < 1:
                 raise UserError(f"{flag(name, key)} is {value}; it must be 1 or more.")
-        for key in ("warmup", "final_learning_rate"):
-            require_share(name, key, getattr(stage, key))
+        require_share(name, "final_learning_rate", stage.final_learning_rate)
+        if stage.warmup_steps < 0:
+            raise UserError(f"--{name}.warmup-steps is {stage.warmup_steps}; it must be 0 or more.")
         if not stage.learning_rate > 0 or (stage.clip is not None and not stage.clip > 0):
             raise UserError(f"--{name}.learning-rate and --{name}.clip must be above 0.")
         if not all(0 <= beta < 1 for beta in stage.betas):
@@ -307,6 +311,8 @@ def validated(config: Config) -> Config:
                 "adaptive_weight_max", "lecam_weight", "commitment"):  # fmt: skip
         if not 0 <= getattr(vqgan, key) < math.inf:
             raise UserError(f"{flag('vqgan', key)} must be 0 or more.")
+    if not vqgan.epsilon > 0:
+        raise UserError("--vqgan.epsilon must be above 0.")
     for name, seed in (("--seed", config.seed), ("--data.split-seed", data.split_seed)):
         if not 0 <= seed < 2**32:
             raise UserError(f"{name} is {seed}; it must be from 0 to {2**32 - 1}.")

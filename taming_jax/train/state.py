@@ -62,7 +62,7 @@ def schedule(settings: StageConfig, steps: int, rate: float) -> optax.Schedule:
     """The learning rate of a run's step, counted from 0: warm-up from zero and cosine decay. It is
     a function of the run's step, not of an optimiser's own count, so that an optimiser that starts
     late, or a run that is made longer, follows the run's schedule."""
-    warmup = round(settings.warmup * steps)
+    warmup = settings.warmup_steps
     if not warmup and settings.final_learning_rate == 1:
         return optax.constant_schedule(rate)
     whole = optax.warmup_cosine_decay_schedule(

@@ -13,12 +13,14 @@ SETTINGS = load_config("mnist").vqgan
 
 
 def test_the_learning_rate_warms_up_and_decays_over_the_run():
-    settings = dataclasses.replace(SETTINGS, warmup=0.1, final_learning_rate=0.2)
+    settings = dataclasses.replace(SETTINGS, warmup_steps=10, final_learning_rate=0.2)
     rates = [float(schedule(settings, 100, 3.0)(step)) for step in range(100)]
     np.testing.assert_allclose(rates[:10], 3.0 * np.arange(1, 11) / 10, rtol=1e-5)
     progress = np.arange(1, 91) / 90
     cosine = 0.2 + 0.8 * (1 + np.cos(np.pi * progress)) / 2
     np.testing.assert_allclose(rates[10:], 3.0 * cosine, rtol=1e-4)
+    short = [float(schedule(settings, 4, 3.0)(step)) for step in range(4)]
+    np.testing.assert_allclose(short, rates[:4], rtol=1e-6)  # four steps are all warm-up
     assert {float(schedule(SETTINGS, 100, 3.0)(step)) for step in (0, 50, 99)} == {3.0}
 
 

@@ -8,8 +8,8 @@ import pytest
 from taming_jax.config import load_config
 from taming_jax.convert.compvis import discriminator_variables, vqgan_params
 from taming_jax.models.lpips import load_lpips
+from taming_jax.train.objective import Networks
 from taming_jax.train.state import Net
-from taming_jax.train.vqgan import Networks
 from tests import golden
 from tests.plain_step import ONES, plain_gradients
 
