@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from taming_jax.checks import check, flag
 from taming_jax.errors import UserError
 
 
@@ -38,6 +39,10 @@ class DataConfig:
     """Height and width of the images the model sees."""
     channels: int = 1
     """1 for grayscale, 3 for colour."""
+    random_crop: bool = False
+    """Train on crops at random places of images kept an eighth larger."""
+    mirror: bool = False
+    """Train on images of which every second one, at random, is mirrored."""
     validation_share: float = 0.05
     """The share of the training images kept for validation, on which models are chosen."""
     split_seed: int = 0
@@ -153,6 +158,9 @@ class PriorConfig(StageConfig):
     schedule: Literal["one-cycle", "cosine"] = "one-cycle"
     label_dropout: float = 0.1
     """The share of examples that learn without their class, which guidance needs."""
+    augmented_versions: int = 8
+    """Where training images are augmented, how many versions of each are encoded: the image as it
+    is in the first epoch, others in the next ones, then again from the first."""
     keep_codes: float = 1.0
     """The share of input codes left as they are; the others become random ones."""
 
@@ -287,91 +295,8 @@ def parse_arguments(arguments: Sequence[str], stage: str = "vqgan") -> tuple[Con
 
 def validated(config: Config) -> Config:
     """The config itself, where its settings can work together; UserError where they cannot."""
-    data, vqgan = config.data, config.vqgan
-    halvings = 2 ** (len(vqgan.multipliers) - 1)
-    for name, stage in (("vqgan", vqgan), ("prior", config.prior)):
-        for key in ("batch_size", "epochs", "steps", "eval_every", "checkpoint_every", "log_every",
-                    "draw_every"):  # fmt: skip
-            value = getattr(stage, key)
-            if value is not None and value < 1:
-                raise UserError(f"{flag(name, key)} is {value}; it must be 1 or more.")
-        require_share(name, "final_learning_rate", stage.final_learning_rate)
-        if stage.warmup_steps < 0:
-            raise UserError(f"--{name}.warmup-steps is {stage.warmup_steps}; it must be 0 or more.")
-        if not stage.learning_rate > 0 or (stage.clip is not None and not stage.clip > 0):
-            raise UserError(f"--{name}.learning-rate and --{name}.clip must be above 0.")
-        if not all(0 <= beta < 1 for beta in stage.betas):
-            raise UserError(f"--{name}.betas must be from 0 to below 1.")
-    for key in ("channels", "blocks", "decoder_blocks", "codebook_size", "code_dim",
-                "latent_channels", "discriminator_filters", "discriminator_layers"):  # fmt: skip
-        value = getattr(vqgan, key)
-        if value is not None and value < 1:
-            raise UserError(f"{flag('vqgan', key)} must be 1 or more.")
-    for key in ("l1_weight", "perceptual_weight", "codebook_weight", "discriminator_weight",
-                "adaptive_weight_max", "lecam_weight", "commitment"):  # fmt: skip
-        if not 0 <= getattr(vqgan, key) < math.inf:
-            raise UserError(f"{flag('vqgan', key)} must be 0 or more.")
-    if not vqgan.epsilon > 0:
-        raise UserError("--vqgan.epsilon must be above 0.")
-    for name, seed in (("--seed", config.seed), ("--data.split-seed", data.split_seed)):
-        if not 0 <= seed < 2**32:
-            raise UserError(f"{name} is {seed}; it must be from 0 to {2**32 - 1}.")
-    if not vqgan.multipliers or min(vqgan.multipliers) < 1:
-        raise UserError("--vqgan.multipliers needs at least one number, each 1 or more.")
-    if data.channels not in (1, 3):
-        raise UserError(f"--data.channels is {data.channels}; it must be 1 (gray) or 3 (colour).")
-    if data.image_size < 1 or data.image_size % halvings:
-        raise UserError(
-            f"--data.image-size {data.image_size} cannot be halved {len(vqgan.multipliers) - 1} "
-            f"times, as the {len(vqgan.multipliers)} --vqgan.multipliers ask; "
-            f"take a multiple of {halvings}."
-        )
-    # The discriminator halves the image `layers` times; two more convolutions take a pixel each.
-    layers = vqgan.discriminator_layers
-    if vqgan.discriminator_start < 1 and data.image_size // 2**layers < 3:
-        raise UserError(
-            f"--vqgan.discriminator-layers {layers} leave nothing of an image of "
-            f"{data.image_size} pixels; take fewer."
-        )
-    if vqgan.perceptual_weight and data.image_size < 16:
-        raise UserError(
-            f"--data.image-size {data.image_size} is too small for VGG16, which halves an image "
-            "four times; take 16 or more, or --vqgan.perceptual-weight 0."
-        )
-    require_share("vqgan", "lecam_decay", vqgan.lecam_decay)
-    require_share("vqgan", "discriminator_start", vqgan.discriminator_start)
-    if not 0 < data.validation_share < 1:
-        raise UserError(
-            f"--data.validation-share is {data.validation_share}; it is a share between 0 and 1."
-        )
-    if vqgan.ema_decay is not None:
-        require_share("vqgan", "ema_decay", vqgan.ema_decay)
-    prior = config.prior
-    for key in ("layers", "heads", "width"):
-        if getattr(prior, key) < 1:
-            raise UserError(f"{flag('prior', key)} must be 1 or more.")
-    for key in ("dropout", "label_dropout", "keep_codes"):
-        require_share("prior", key, getattr(prior, key))
-    # Rotary positions turn pairs of channels, half of them with the row, half with the column.
-    multiple = prior.heads * (4 if prior.positions == "rotary" else 1)
-    if prior.width % multiple:
-        raise UserError(
-            f"--prior.width {prior.width} cannot be divided among {prior.heads} --prior.heads; "
-            f"take a multiple of {multiple}."
-        )
-    if config.devices is not None and config.devices < 1:
-        raise UserError(f"--devices is {config.devices}; it must be 1 or more.")
+    check(config)
     return config
-
-
-def require_share(section: str, key: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise UserError(f"{flag(section, key)} is {value}; it is a share, from 0 to 1.")
-
-
-def flag(*names: str) -> str:
-    """A setting's name as it is written on the command line."""
-    return "--" + ".".join(names).replace("_", "-")
 
 
 def differences(left: Config, right: Config, sections: Sequence[str]) -> list[str]:

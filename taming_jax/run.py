@@ -11,17 +11,18 @@ import numpy as np
 from flax import traverse_util
 from tqdm import tqdm
 
+from taming_jax.checks import check_sampling
 from taming_jax.config import Config
 from taming_jax.data import sources
 from taming_jax.data.sources import Split
 from taming_jax.errors import UserError
 from taming_jax.losses import next_token
-from taming_jax.models.gpt import GPT, build_gpt, teacher_forced
+from taming_jax.models.gpt import build_gpt, teacher_forced
 from taming_jax.models.vqgan import build_vqgan, decode_indices, encode
 from taming_jax.sampling import sample
 from taming_jax.train.devices import Compiled, Devices
 from taming_jax.train.store import Store
-from taming_jax.train.tokens import encoded, read_class_names
+from taming_jax.train.tokens import Tokenizer, read_class_names
 
 MICRO = 32  # images a device draws at once: another size would round otherwise, and turn a code
 # Images a call of the compiled functions, which are compiled for these two sizes; the last batch is
@@ -99,7 +100,7 @@ class Run:
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
-        guidance_scale: float | None = None,
+        guidance_scale: float | Sequence[float] | None = None,
         prefix: Any = None,
         seed: int = 0,
         devices: int | None = None,
@@ -112,8 +113,9 @@ class Run:
         Image i of a class depends on the seed, the class and i alone: images are drawn in
         micro-batches of one size on every device. A temperature of 0 takes the most likely codes;
         `top_k` and `top_p` leave unlikely ones out; a `guidance_scale` above 1 exaggerates what is
-        particular to the class. What is None is as the run's config has it (a guidance scale or
-        top-p of 1 does nothing). `prefix` int [p] holds the first codes, in raster order.
+        particular to the class, and two of them are the first code's and the last's, with the codes
+        between on a line. What is None is as the run's config has it (a guidance scale or top-p of
+        1 does nothing). `prefix` int [p] holds the first codes, in raster order.
         `batch_size` bounds how many images are in flight, in whole micro-batches.
         """
         self._need_prior()
@@ -124,7 +126,7 @@ class Run:
         top_k = preset.top_k if top_k is None else top_k
         top_p = preset.top_p if top_p is None else top_p
         guidance_scale = preset.guidance_scale if guidance_scale is None else guidance_scale
-        check_sampling(self.prior, temperature, top_k, top_p, guidance_scale)
+        check_sampling(self.prior.codebook_size, temperature, top_k, top_p, guidance_scale)
         given = None if prefix is None else np.asarray(prefix, np.int32)
         if given is not None and (
             given.ndim != 1 or len(given) > self.prior.length
@@ -136,12 +138,18 @@ class Run:
             )
         if not len(labels):
             raise UserError("no classes, or none of each, were asked for.")
+        if not 0 <= seed < 2**32:
+            raise UserError(f"the seed is {seed}; it must be from 0 to {2**32 - 1}.")
         used = Devices(devices)
         static = (top_k, top_p is not None, guidance_scale is not None, len(used))
         draw, params = self._sampler(used, static, None if given is None else given.tobytes())
         size = MICRO * len(used)
-        settings = np.array([temperature, top_p or 1.0, guidance_scale or 0.0], np.float32)
-        common = used.replicate({"seed": np.uint32(seed), "settings": settings})
+        ends = np.ravel(0.0 if guidance_scale is None else guidance_scale)
+        common = used.replicate({
+            "seed": np.uint32(seed),
+            "settings": np.array([temperature, top_p or 1.0], np.float32),
+            "scales": np.linspace(ends[0], ends[-1], self.prior.length, dtype=np.float32),
+        })  # fmt: skip
         most = -(-(batch_size or 1) // size)
         parts: list[np.ndarray] = []
         flying: list[jax.Array] = []
@@ -165,7 +173,7 @@ class Run:
         given = None if prefix is None else np.frombuffer(prefix, np.int32)
 
         def draw(params: Any, arrays: dict[str, jax.Array]) -> jax.Array:
-            temperature, top_p, scale = arrays["settings"]
+            temperature, top_p = arrays["settings"]
             key, labels = jax.random.key(arrays["seed"]), arrays["labels"]
             keys = jax.vmap(
                 lambda c, i: jax.random.fold_in(jax.random.fold_in(key, c), i)
@@ -173,7 +181,7 @@ class Run:
             with jax.default_matmul_precision("highest"):
                 codes = sample(
                     self.prior, params["transformer"], labels, keys, temperature, top_k,
-                    top_p if use_top_p else None, scale if use_guidance else None,
+                    top_p if use_top_p else None, arrays["scales"] if use_guidance else None,
                     None if given is None else jnp.broadcast_to(given, (len(labels), len(given))),
                 )  # fmt: skip
                 grid = codes.reshape(len(labels), *self.prior.grid)
@@ -202,14 +210,15 @@ class Run:
         return self._batched(jax.jit(likelihood), both, self.transformer)
 
     def tokens(self, split: str = "train") -> Split:
-        """A split of the run's dataset as codes, unsigned [n, h' * w'], with its labels: read from
-        the run's folder, or encoded into it."""
+        """A split of the run's dataset as codes, unsigned [n, h' * w'], not augmented, with its
+        labels: read from the run's folder, or encoded into it."""
         splits = sources.load(self.config.data)
         if split not in ("train", "validation", "test"):
             raise UserError(f"there is no split '{split}'; take train, validation or test.")
         params = jax.tree.map(np.asarray, self.params)
         folder = self.workdir / "tokens"
-        return encoded(folder, split, getattr(splits, split), self.model, params, Devices(1))
+        tokenizer = Tokenizer(folder, self.model, params, self.config, Devices(1))
+        return tokenizer(split, getattr(splits, split))
 
     def encode(self, images: Any) -> np.ndarray:
         """Images to code indices, int32 [n,h',w']. UserError for other shapes and types."""
@@ -271,21 +280,3 @@ class Run:
                 filled = np.concatenate([part, np.repeat(part[-1:], size - len(part), 0)])
                 parts.append(np.asarray(function(params, filled))[: len(part)])
         return np.concatenate(parts)
-
-
-def check_sampling(
-    prior: GPT,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    guidance_scale: float | None,
-) -> None:
-    """UserError for settings that no sampling can have."""
-    if not 0 <= temperature < float("inf"):
-        raise UserError(f"the temperature is {temperature}; it must be 0 (greedy) or more.")
-    if top_k is not None and not 1 <= top_k <= prior.codebook_size:
-        raise UserError(f"top-k is {top_k}; there are 1 to {prior.codebook_size} codes to keep.")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise UserError(f"top-p is {top_p}; it is a share above 0, up to 1.")
-    if guidance_scale is not None and not 0 <= guidance_scale < float("inf"):
-        raise UserError(f"the guidance scale is {guidance_scale}; it must be 0 or more.")

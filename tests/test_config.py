@@ -105,6 +105,13 @@ def test_differences_name_what_is_trained_and_skip_what_may_change():
         ({"vqgan.lecam_weight": float("nan")}, "--vqgan.lecam-weight"),
         ({"prior.heads": 3}, "--prior.width 256 cannot be divided among 3"),
         ({"prior.positions": "rotary", "prior.heads": 128}, "take a multiple of 512"),
+        ({"vqgan.epsilon": 0.0}, "--vqgan.epsilon is 0.0"),
+        ({"vqgan.warmup_steps": -1}, "--vqgan.warmup-steps is -1"),
+        ({"prior.augmented_versions": 0}, "--prior.augmented-versions is 0"),
+        ({"prior.temperature": -0.5}, "temperature is -0.5"),
+        ({"prior.top_k": 65}, "top-k is 65; there are 1 to 64"),
+        ({"prior.top_p": 0.0}, "top-p is 0.0"),
+        ({"prior.guidance_scale": float("nan")}, "guidance scale is nan"),
         ({"vqgan": {"steps": 1}}, "'vqgan' is a group"),
     ],
 )

@@ -39,15 +39,16 @@ def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(n)
 
 
-def stream(seed: int, n: int, start: int, count: int) -> np.ndarray:
-    """The examples at positions start .. start + count - 1 of the stream, int32 [count]."""
+def stream(seed: int, n: int, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The epochs and the examples of positions start .. start + count - 1 of the stream, int32
+    [count] each."""
     positions = np.arange(start, start + count)
     epochs, places = np.divmod(positions, n)
     index = np.empty(count, np.int32)
     for epoch in np.unique(epochs):
         here = epochs == epoch
         index[here] = permutation(seed, int(epoch), n)[places[here]]
-    return index
+    return epochs.astype(np.int32), index
 
 
 class ResidentFeed:
@@ -58,11 +59,17 @@ class ResidentFeed:
         self.batch_size = batch_size
         self._seed = seed
         self._placement = placement
-        self._resident = placement.replicate({"images": split.images, "labels": split.labels})
+        self._resident: dict[str, Any] = placement.replicate(split._asdict())
+
+    def _index(self, epochs: np.ndarray, index: np.ndarray) -> np.ndarray:
+        """Where the examples of the stream lie among the resident ones."""
+        return index
 
     def batch(self, step: int) -> Batch:
         """The batch of step `step` (the first is 0) of training."""
-        index = stream(self._seed, self.size, step * self.batch_size, self.batch_size)
+        index = self._index(*stream(
+            self._seed, self.size, step * self.batch_size, self.batch_size
+        ))  # fmt: skip
         place = np.arange(self.batch_size, dtype=np.int32)
         return Batch(step, self._resident | self._placement.shard({"index": index, "place": place}))
 

@@ -15,11 +15,13 @@ from typing import NamedTuple
 import numpy as np
 
 from taming_jax.config import DataConfig
+from taming_jax.data.augment import centred, stored_size
 from taming_jax.errors import UserError
 
 
 class Split(NamedTuple):
-    """Images uint8 [n,h,w,c] with their classes int32 [n]."""
+    """Images uint8 [n,h,w,c] with their classes int32 [n]. Training images are of augment.py's
+    `stored_size`, the others of the size that the model sees."""
 
     images: np.ndarray
     labels: np.ndarray
@@ -55,7 +57,7 @@ def cut_validation(train: Split, config: DataConfig) -> tuple[Split, Split]:
     order = np.random.Generator(np.random.Philox(config.split_seed)).permutation(n)
     parts = np.sort(order[kept:]), np.sort(order[:kept])
     first, second = (Split(train.images[part], train.labels[part]) for part in parts)
-    return first, second
+    return first, Split(centred(second.images, config.image_size), second.labels)
 
 
 def mnist(config: DataConfig) -> Splits:
@@ -66,6 +68,8 @@ def mnist(config: DataConfig) -> Splits:
             f"MNIST images are 28x28 and gray; --data.image-size {config.image_size} with "
             f"--data.channels {config.channels} cannot be had (take 28 and 1)."
         )
+    if config.random_crop:
+        raise UserError("MNIST images are no larger than 28x28; leave --data.random-crop out.")
     folder: Traversable
     if config.path is None:
         folder = resources.files("taming_jax.data") / "mnist"
@@ -124,7 +128,7 @@ def synthetic(config: DataConfig) -> Splits:
     n) or a square (odd n) at a random place, its brightness and size by n. 512 to train, 64 to
     test, four classes."""
     rng = np.random.Generator(np.random.Philox(0))
-    n, size = 576, config.image_size
+    n, size = 576, stored_size(config)
     labels = rng.integers(0, 4, n).astype(np.int32)
     rows, columns = np.mgrid[:size, :size]
     centre = rng.uniform(0.3, 0.7, (2, n, 1, 1)) * size
@@ -135,7 +139,7 @@ def synthetic(config: DataConfig) -> Splits:
     tint = np.linspace(1.0, 0.6, config.channels)
     images = (inside[..., None] * brightness * tint).astype(np.uint8)
     train, validation = cut_validation(Split(images[:512], labels[:512]), config)
-    test = Split(images[512:], labels[512:])
+    test = Split(centred(images[512:], config.image_size), labels[512:])
     return Splits(train, validation, test, ("disc", "square", "large disc", "large square"))
 
 

@@ -16,24 +16,26 @@ import optax
 from taming_jax import figures, losses
 from taming_jax.config import Config, PriorConfig, differences
 from taming_jax.data import sources
-from taming_jax.data.feeds import Batch, ResidentFeed, take
+from taming_jax.data.augment import augments
+from taming_jax.data.feeds import Batch, take
 from taming_jax.errors import UserError
 from taming_jax.models.gpt import GPT, apply_train, build_gpt, teacher_forced
 from taming_jax.models.vqgan import VQGAN, build_vqgan, decode_indices
 from taming_jax.sampling import sample
 from taming_jax.train.devices import Devices, averaged, summed
-from taming_jax.train.state import Net, TrainState, clipped, copied, schedule
+from taming_jax.train.state import (
+    CODES,
+    DROPOUT,
+    LABELS,
+    Net,
+    TrainState,
+    clipped,
+    copied,
+    example_keys,
+    schedule,
+)
 from taming_jax.train.store import chosen_generator
-from taming_jax.train.tokens import encoded, write_class_names
-
-# What randomness in a step is for; each purpose folds its own number into the run's seed.
-DROPOUT, LABELS, CODES = range(3)
-
-
-def example_keys(seed: int, purpose: int, step: jax.Array, place: jax.Array) -> jax.Array:
-    """A key an example [b], of its place in the batch of all devices."""
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), purpose), step)
-    return jax.vmap(functools.partial(jax.random.fold_in, key))(place)
+from taming_jax.train.tokens import TokenFeed, Tokenizer, write_class_names
 
 
 def adamw(config: Config) -> Any:
@@ -125,14 +127,14 @@ class PriorStage:
         self._evaluate = devices.compile(self.evaluation)
         self._sample = jax.jit(functools.partial(draw_images, self.model, self.vqgan, config.prior))
 
-    def feeds(self) -> tuple[ResidentFeed, ResidentFeed]:
-        def feed(name: str, split: sources.Split) -> ResidentFeed:
-            folder = self.config.folder / "tokens"
-            codes = encoded(folder, name, split, self.vqgan, self.generator, self.devices)
-            return ResidentFeed(codes, self.config.prior.batch_size, self.config.seed, self.devices)
-
+    def feeds(self) -> tuple[TokenFeed, TokenFeed]:
+        folder, settings = self.config.folder / "tokens", self.config.prior
+        tokenizer = Tokenizer(folder, self.vqgan, self.generator, self.config, self.devices)
+        versions = settings.augmented_versions if augments(self.config.data) else 1
+        train = TokenFeed(tokenizer, "train", self.splits.train, settings.batch_size, versions)
+        validation = TokenFeed(tokenizer, "validation", self.splits.validation, settings.batch_size)
         write_class_names(self.config.folder, self.splits.class_names)
-        return feed("train", self.splits.train), feed("validation", self.splits.validation)
+        return train, validation
 
     def init(self, key: jax.Array) -> TrainState:
         """A fresh state, on one device."""

@@ -1,5 +1,6 @@
 """What a training step changes: a step number and, by name, its networks."""
 
+import functools
 from typing import Any
 
 import jax
@@ -8,6 +9,15 @@ import optax
 from flax import struct
 
 from taming_jax.config import StageConfig
+
+# What randomness in a run is for; each purpose folds its own number into the run's seed.
+DROPOUT, LABELS, CODES, AUGMENTATION = range(4)
+
+
+def example_keys(seed: int, purpose: int, step: Any, place: jax.Array) -> jax.Array:
+    """A key an example [b], of its place in the batch of all devices."""
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), purpose), step)
+    return jax.vmap(functools.partial(jax.random.fold_in, key))(place)
 
 
 class Net(struct.PyTreeNode):

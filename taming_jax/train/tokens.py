@@ -1,11 +1,12 @@
 """A dataset as grids of codes, encoded once and kept beside the checkpoints.
 
 `tokens/KEY/SPLIT/` holds an encoded split in files of some thousand images each. KEY is made of the
-generator's arrays and the images themselves, so a file of another generator or of other images is
-never read; a file's name carries the hash of its content, so a damaged one is encoded again, and an
-encoding that was stopped goes on where it was.
+generator's arrays, the images themselves and how they are augmented, so a file of another generator
+or of other images is never read; a file's name carries the hash of its content, so a damaged one is
+encoded again, and an encoding that was stopped goes on where it was.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable
@@ -16,20 +17,24 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from taming_jax.config import Config
+from taming_jax.data.augment import augmented, centred
 from taming_jax.data.feeds import ResidentFeed, take, to_float
 from taming_jax.data.sources import Split
 from taming_jax.models.vqgan import VQGAN, encode
 from taming_jax.train.devices import Devices
+from taming_jax.train.state import AUGMENTATION, example_keys
 from taming_jax.train.store import digest, named_arrays
 
 FILE = 4096  # images a file
 
 
-def key_of(params: Any, images: np.ndarray) -> str:
-    """A name for what a generator makes of some images."""
+def key_of(params: Any, images: np.ndarray, seen: list[Any]) -> str:
+    """A name for what a generator makes of some images, and of how they are `seen`."""
     arrays = named_arrays(params)
     parts = ["/".join(path) + digest(np.asarray(arrays[path])) for path in sorted(arrays)]
-    return hashlib.sha256("".join([*parts, digest(images)]).encode()).hexdigest()[:16]
+    whole = "".join([*parts, digest(images), json.dumps(seen)])
+    return hashlib.sha256(whole.encode()).hexdigest()[:16]
 
 
 def smallest_unsigned(codebook_size: int) -> np.dtype:
@@ -37,38 +42,102 @@ def smallest_unsigned(codebook_size: int) -> np.dtype:
     return np.min_scalar_type(codebook_size - 1)
 
 
-def encoded(
-    folder: Path,
-    name: str,
-    split: Split,
-    model: VQGAN,
-    params: Any,
-    devices: Devices,
-    say: Callable[[str], None] = print,
-) -> Split:
-    """A split with its images as codes, unsigned [n, h' * w'] in raster order: read from `folder`
-    (a run's tokens/), or encoded into it. Products are computed at the highest precision."""
-    place = folder / key_of(params, split.images) / name
-    dtype = smallest_unsigned(model.quantizer.codebook_size)
-    starts = range(0, len(split.images), FILE)
-    kept = {start: read(place, start, dtype, say) for start in starts}
-    missing = [start for start in starts if kept[start] is None]
-    if missing:
-        place.mkdir(parents=True, exist_ok=True)
-        size = 256 * len(devices)
+class Tokenizer:
+    """A generator that encodes splits of a dataset into `folder` (a run's tokens/), or reads them
+    from there."""
 
-        def one_batch(params: Any, arrays: dict[str, jax.Array]) -> jax.Array:
+    def __init__(
+        self,
+        folder: Path,
+        model: VQGAN,
+        params: Any,
+        config: Config,
+        devices: Devices,
+        say: Callable[[str], None] = print,
+    ):
+        self.devices, self.seed = devices, config.seed
+        self._folder, self._params, self._config = folder, params, config
+        self._dtype, self._say = smallest_unsigned(model.quantizer.codebook_size), say
+
+        def codes(params: Any, images: jax.Array) -> jax.Array:
             with jax.default_matmul_precision("highest"):
-                indices = encode(model, params, to_float(take(arrays)[0])).indices
+                indices = encode(model, params, to_float(images)).indices
             return indices.reshape(len(indices), -1)
 
-        compiled, on_devices = devices.compile(one_batch), devices.replicate(params)
-        for start in tqdm(missing, desc=f"encoding {name}", unit="file", disable=None):
-            part = Split(*(x[start : start + FILE] for x in split))
-            batches = ResidentFeed(part, size, 0, devices).once()
-            codes = [devices.gather(compiled(on_devices, b.arrays)) for b in batches]
-            kept[start] = write(place, start, np.concatenate(codes)[: len(part.images)], dtype)
-    return Split(np.concatenate([kept[start] for start in starts]), split.labels)
+        def plain(state: Any, arrays: dict[str, jax.Array]) -> jax.Array:
+            return codes(state["params"], centred(take(arrays)[0], config.data.image_size))
+
+        def changed(state: Any, arrays: dict[str, jax.Array]) -> jax.Array:
+            keys = example_keys(config.seed, AUGMENTATION, state["version"], arrays["place"])
+            return codes(state["params"], augmented(take(arrays)[0], keys, config.data))
+
+        self._plain, self._changed = plain, changed
+
+    def __call__(self, name: str, split: Split, version: int = 0) -> Split:
+        """The split with its images as codes, unsigned [n, h' * w'] in raster order. Version 0 is
+        of the images as they are, others of the images augmented, each in another way. Products
+        are computed at the highest precision."""
+        data = self._config.data
+        seen = [data.image_size]
+        if version:
+            seen += [data.random_crop, data.mirror, self._config.seed, version]
+        place = self._folder / key_of(self._params, split.images, seen) / name
+        starts = range(0, len(split.images), FILE)
+        kept = {start: read(place, start, self._dtype, self._say) for start in starts}
+        missing = [start for start in starts if kept[start] is None]
+        if missing:
+            place.mkdir(parents=True, exist_ok=True)
+            compiled = self.devices.compile(self._changed if version else self._plain)
+            state = {"params": self._params, "version": np.int32(version)}
+            state = self.devices.replicate(state)
+            label = f"encoding {name}" + (f", version {version}" if version else "")
+            for start in tqdm(missing, desc=label, unit="file", disable=None):
+                part = Split(*(x[start : start + FILE] for x in split))
+                codes = []
+                for batch in ResidentFeed(part, 256 * len(self.devices), 0, self.devices).once():
+                    of_all = {"place": batch.arrays["index"] + np.int32(start)}
+                    codes.append(self.devices.gather(compiled(state, batch.arrays | of_all)))
+                whole = np.concatenate(codes)[: len(part.images)]
+                kept[start] = write(place, start, whole, self._dtype)
+        return Split(np.concatenate([kept[start] for start in starts]), split.labels)
+
+
+class TokenFeed(ResidentFeed):
+    """A split on the devices as codes. In epoch e the stream reads version e % `versions` of each
+    example; a version is encoded when it is first needed."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        name: str,
+        split: Split,
+        batch_size: int,
+        versions: int = 1,
+    ):
+        first = tokenizer(name, split)
+        self._encoded = functools.partial(tokenizer, name, split)
+        # Room for all versions, so that the step that reads them is compiled once.
+        self._codes = np.zeros((versions, *first.images.shape), first.images.dtype)
+        self._codes[0] = first.images
+        self._held = {0}
+        self._labels = np.tile(first.labels, versions)
+        super().__init__(
+            Split(self._rows(), self._labels), batch_size, tokenizer.seed, tokenizer.devices
+        )
+        self.size = len(first.images)
+
+    def _rows(self) -> np.ndarray:
+        return self._codes.reshape(-1, self._codes.shape[-1])
+
+    def _index(self, epochs: np.ndarray, index: np.ndarray) -> np.ndarray:
+        versions = epochs % len(self._codes)
+        missing = set(versions.tolist()) - self._held
+        for version in sorted(missing):
+            self._codes[version] = self._encoded(version).images
+            self._held.add(version)
+        if missing:
+            self._resident |= self._placement.replicate({"images": self._rows()})
+        return versions * np.int32(self.size) + index
 
 
 def write(place: Path, start: int, codes: np.ndarray, dtype: np.dtype) -> np.ndarray:

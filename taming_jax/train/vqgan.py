@@ -13,12 +13,21 @@ import optax
 from taming_jax import figures, losses
 from taming_jax.config import Config
 from taming_jax.data import sources
+from taming_jax.data.augment import augmented
 from taming_jax.data.feeds import Batch, ResidentFeed, take, to_float
 from taming_jax.models.lpips import load_lpips
 from taming_jax.models.vqgan import VQGAN, decode_indices, grid_size, reconstruct
 from taming_jax.train.devices import Compiled, Devices
 from taming_jax.train.objective import Networks
-from taming_jax.train.state import Net, TrainState, clipped, copied, schedule
+from taming_jax.train.state import (
+    AUGMENTATION,
+    Net,
+    TrainState,
+    clipped,
+    copied,
+    example_keys,
+    schedule,
+)
 
 
 class VQGANStage:
@@ -95,7 +104,8 @@ class VQGANStage:
 
         def step(state: TrainState, arrays: Any, lpips_params: Any) -> tuple[TrainState, Any]:
             generator, discriminator = state.nets["generator"], state.nets["discriminator"]
-            images = to_float(take(arrays)[0])
+            keys = example_keys(self.config.seed, AUGMENTATION, state.step, arrays["place"])
+            images = to_float(augmented(take(arrays)[0], keys, self.config.data))
             found = self.networks.gradients(
                 generator, discriminator, images, lpips_params, adversarial, state.step - self.start
             )

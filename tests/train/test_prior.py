@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -12,19 +13,18 @@ from taming_jax.config import load_config
 from taming_jax.models.gpt import build_gpt, teacher_forced
 from taming_jax.train.devices import Devices
 from taming_jax.train.prior import (
-    CODES,
-    LABELS,
     PriorStage,
     adamw,
     corrupted,
-    example_keys,
     fresh_transformer,
     learning_rate,
     training_step,
 )
+from taming_jax.train.state import CODES, LABELS, example_keys
 from taming_jax.train.store import Store
 from tests import commands, golden
 from tests.conftest import TINY
+from tests.train.test_resume import stopped_after
 
 SMALL = {"batch_size": 8, "layers": 1, "heads": 2, "width": 32}
 
@@ -128,23 +128,22 @@ COMMAND = [
 ]  # fmt: skip
 
 
-def test_a_resumed_prior_is_the_same_and_keeps_its_own_generator(stage1, tmp_path):
+def test_a_killed_prior_goes_on_bit_for_bit_and_keeps_its_own_generator(stage1, tmp_path):
     whole, broken = (shutil.copytree(stage1, tmp_path / name) for name in ("whole", "broken"))
-    settings = ["--prior.checkpoint-every", 2, "--prior.dropout", 0.2]
-    status, out, err = commands.run(*COMMAND, whole, "--prior.steps", 4, *settings)
+    settings = ["--prior.steps", 300, "--prior.checkpoint-every", 50, "--prior.dropout", 0.2]
+    status, out, err = commands.run(*COMMAND, whole, *settings)
     assert status == 0, err
     assert {f.name for f in (whole / "figures").iterdir()} >= {"prior_loss.png", "samples.png"}
-    # The learning rate's schedule is the run's, so a stopped run is one that was killed: its last
-    # checkpoint is taken away, and stage 1 is trained on in between.
-    shutil.rmtree(broken)
-    shutil.copytree(whole, broken)
-    shutil.rmtree(broken / "checkpoints" / "prior" / "4")
+    stores = [Store(workdir, "prior", "nll", read_only=True) for workdir in (whole, broken)]
+    first = broken / "checkpoints" / "prior" / "50"
+    status, _ = stopped_after([*COMMAND, broken, *settings], first, signal.SIGKILL)
+    assert status == -signal.SIGKILL and stores[1].steps() and 300 not in stores[1].steps()
+    # Stage 1 is trained on in between.
     status, out, err = commands.run("train_vqgan.py", *TINY, 5, "--workdir", broken)
     assert status == 0, err
-    status, out, err = commands.run(*COMMAND, broken, "--prior.steps", 4, *settings)
+    status, out, err = commands.run(*COMMAND, broken, *settings)
     assert status == 0, err
-    stores = [Store(workdir, "prior", "nll", read_only=True) for workdir in (whole, broken)]
-    expected, arrays = (store.read(4)[0] for store in stores)
+    expected, arrays = (store.read(300)[0] for store in stores)
     assert set(arrays) == set(expected) and any("generator" in path for path in arrays)
     for path, array in expected.items():
         np.testing.assert_array_equal(arrays[path], array, err_msg=".".join(path))

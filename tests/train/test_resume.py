@@ -44,10 +44,9 @@ def unbroken(tmp_path_factory):
     return workdir
 
 
-def stopped_after(workdir, step, signum):
-    """A run that a signal ends once the checkpoint of a step is whole."""
-    process = commands.start(*COMMAND, workdir)
-    checkpoint = workdir / "checkpoints" / "vqgan" / str(step)
+def stopped_after(command, checkpoint, signum):
+    """A run that a signal ends once a checkpoint is whole."""
+    process = commands.start(*command)
     while not checkpoint.exists():
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.005)
@@ -59,7 +58,9 @@ def stopped_after(workdir, step, signum):
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("killed")
-    status, _ = stopped_after(workdir, 20, signal.SIGKILL)
+    status, _ = stopped_after(
+        [*COMMAND, workdir], workdir / "checkpoints" / "vqgan" / "20", signal.SIGKILL
+    )
     steps = Store(workdir, "vqgan", "nll", read_only=True).steps()
     assert status == -signal.SIGKILL and 20 in steps and 40 not in steps
     return workdir
@@ -87,7 +88,9 @@ def test_a_flipped_byte_is_named_and_the_checkpoint_before_it_used(killed, unbro
 
 
 def test_a_stopped_run_saves_and_goes_on_bit_for_bit(unbroken, tmp_path):
-    returned, err = stopped_after(tmp_path, 10, signal.SIGTERM)
+    returned, err = stopped_after(
+        [*COMMAND, tmp_path], tmp_path / "checkpoints" / "vqgan" / "10", signal.SIGTERM
+    )
     assert returned == 143, err
     assert "Stopped by SIGTERM after step" in err and "Traceback" not in err
     step = Store(tmp_path, "vqgan", "nll", read_only=True).steps()[-1]

@@ -1,13 +1,19 @@
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
 from taming_jax.config import load_config
 from taming_jax.data import sources
+from taming_jax.data.augment import augmented
+from taming_jax.data.feeds import permutation, take
 from taming_jax.data.sources import Split
 from taming_jax.models.vqgan import build_vqgan, encode
 from taming_jax.train import tokens
 from taming_jax.train.devices import Devices
+from taming_jax.train.state import AUGMENTATION, example_keys
+from taming_jax.train.tokens import TokenFeed, Tokenizer
 
 CONFIG = load_config(
     "mnist_tiny",
@@ -36,8 +42,9 @@ def small_files(monkeypatch):
 SPLIT = Split(*(part[:250] for part in sources.load(CONFIG.data).train))
 
 
-def encoded(folder, generator, split=SPLIT, count=1, say=print):
-    return tokens.encoded(folder, "train", split, *generator, Devices(count), say)
+def encoded(folder, generator, split=SPLIT, count=1, say=print, config=CONFIG, version=0):
+    tokenizer = Tokenizer(folder, *generator, config, Devices(count), say)
+    return tokenizer("train", split, version)
 
 
 def files(folder):
@@ -99,6 +106,36 @@ def test_another_generator_or_other_images_never_read_what_is_stale(tmp_path, ge
 def test_four_devices_encode_the_same(tmp_path, generator):
     codes, _ = encoded(tmp_path / "1", generator)
     np.testing.assert_array_equal(encoded(tmp_path / "4", generator, count=4).images, codes)
+
+
+AUGMENTED = dataclasses.replace(
+    CONFIG, data=dataclasses.replace(CONFIG.data, random_crop=True, mirror=True)
+)
+
+
+def test_augmented_versions_are_encoded_when_they_are_read(tmp_path, generator):
+    model, params = generator
+    large = Split(*(part[:250] for part in sources.load(AUGMENTED.data).train))
+    tokenizer = Tokenizer(tmp_path, model, params, AUGMENTED, Devices(1))
+    feed = TokenFeed(tokenizer, "train", large, 100, versions=3)
+    assert len(files(tmp_path)) == 3, "the first version is enough to begin"
+    expected = [encoded(tmp_path / "again", generator, large, config=AUGMENTED).images]
+    through = jax.jit(lambda p, x: encode(model, p, x).indices)
+    for version in (1, 2):
+        keys = example_keys(CONFIG.seed, AUGMENTATION, version, np.arange(250))
+        images = np.asarray(augmented(large.images, keys, AUGMENTED.data))
+        codes = through(params, images / np.float32(127.5) - 1)
+        expected.append(np.asarray(codes).reshape(250, 64))
+    assert all((expected[0] != other).any() for other in expected[1:])
+    for step in (0, 2, 4, 6, 7, 8):  # the third batch crosses into the second epoch
+        codes, labels = take(feed.batch(step).arrays)
+        for i, p in enumerate(range(100 * step, 100 * step + 100)):
+            example = permutation(CONFIG.seed, p // 250, 250)[p % 250]
+            np.testing.assert_array_equal(codes[i], expected[p // 250 % 3][example])
+            assert labels[i] == large.labels[example]
+        versions = min((100 * step + 99) // 250, 2) + 1
+        assert len(files(tmp_path)) == 3 * versions + 3
+    assert [len(take(b.arrays)[0]) for b in feed.once()] == [100, 100, 100]
 
 
 def test_the_smallest_unsigned_type_that_holds_the_codes():

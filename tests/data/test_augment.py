@@ -1,0 +1,49 @@
+import jax
+import numpy as np
+import pytest
+
+from taming_jax.config import DataConfig
+from taming_jax.data import sources
+from taming_jax.data.augment import augmented, centred
+from taming_jax.errors import UserError
+
+BOTH = DataConfig(name="synthetic", image_size=16, channels=3, random_crop=True, mirror=True)
+IMAGES = np.random.default_rng(0).integers(0, 256, (400, 18, 18, 3)).astype(np.uint8)
+KEYS = jax.random.split(jax.random.key(0), 400)
+
+
+def test_every_crop_and_both_ways_round_come_as_often():
+    seen = {}
+    out = np.asarray(augmented(IMAGES, KEYS, BOTH))
+    assert out.shape == (400, 16, 16, 3) and out.dtype == np.uint8
+    for before, after in zip(IMAGES, out, strict=True):
+        found = [
+            (top, left, mirrored)
+            for top in range(3) for left in range(3) for mirrored in (False, True)
+            if (before[top : top + 16, left : left + 16][:, :: -1 if mirrored else 1]
+                == after).all()
+        ]  # fmt: skip
+        assert len(found) == 1, "a crop of its own image"
+        seen[found[0]] = seen.get(found[0], 0) + 1
+    assert len(seen) == 18  # 22 of each expected
+    assert min(seen.values()) > 8 and max(seen.values()) < 42
+
+
+def test_an_image_is_changed_by_its_own_key_alone():
+    together = augmented(IMAGES, KEYS, BOTH)
+    np.testing.assert_array_equal(augmented(IMAGES[5:7], KEYS[5:7], BOTH), together[5:7])
+
+
+def test_without_augmentation_nothing_changes():
+    plain = DataConfig(image_size=18)
+    assert augmented(IMAGES, KEYS, plain) is IMAGES
+    assert (centred(IMAGES, 18) == IMAGES).all()
+    assert (centred(IMAGES, 16) == IMAGES[:, 1:17, 1:17]).all()
+
+
+def test_only_training_images_are_larger():
+    splits = sources.load(BOTH)
+    assert splits.train.images.shape[1:] == (18, 18, 3)
+    assert splits.validation.images.shape[1:] == splits.test.images.shape[1:] == (16, 16, 3)
+    with pytest.raises(UserError, match="leave --data.random-crop out"):
+        sources.load(DataConfig(random_crop=True))
