@@ -27,7 +27,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, help="0 is greedy")
     parser.add_argument("--top-k", type=int)
     parser.add_argument("--top-p", type=float)
-    parser.add_argument("--guidance-scale", type=float, help="1 is none; 2 is much")
+    parser.add_argument(
+        "--guidance-scale",
+        type=float,
+        nargs="+",
+        help="1 is none; 2 is much; two numbers are the first code's and the last's",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--devices", type=int, help="all unless told")
     parser.add_argument(
@@ -46,6 +51,8 @@ def main() -> None:
         raise UserError(f"--out {out}: name a .npz, a .png, or a folder.")
     if not out.absolute().parent.is_dir():
         raise UserError(f"--out {out}: the folder {out.absolute().parent} does not exist; make it.")
+    if not out.suffix and out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; name a folder, a .npz or a .png.")
     if given.per_class < 1:
         raise UserError(f"--per-class is {given.per_class}; it must be 1 or more.")
     if given.batch_size is not None and given.batch_size < 1:

@@ -32,6 +32,28 @@ def guided(conditional: jax.Array, unconditional: jax.Array, scale: jax.Array | 
     return unconditional + scale * (conditional - unconditional)
 
 
+def next_logits(
+    model: GPT,
+    params: Any,
+    tokens: jax.Array,
+    cache: Cache,
+    position: jax.Array | int,
+    scale: jax.Array | float | None,
+) -> tuple[jax.Array, Cache]:
+    """Logits [b,k] of the code at a position, given the token before it, and the cache with that
+    token. With a guidance scale, tokens [2b] and the cache hold the conditional sequences and then
+    the unconditional ones."""
+    logits, cache = cast(
+        tuple[jax.Array, Cache],
+        model.apply({"params": params}, tokens[:, None], cache, position, method=GPT.decode),
+    )
+    logits = logits[:, 0]
+    if scale is not None:
+        conditional, unconditional = jnp.split(logits, 2)
+        logits = guided(conditional, unconditional, scale)
+    return logits, cache
+
+
 def sample(
     model: GPT,
     params: Any,
@@ -42,20 +64,23 @@ def sample(
     top_p: jax.Array | float | None = None,
     guidance_scale: jax.Array | float | None = None,
     prefix: jax.Array | None = None,
-    pieces: int = 4,
+    pieces: int | None = None,
 ) -> jax.Array:
     """Codes int32 [b,t], in raster order, of classes int32 [b].
 
     `keys` [b] is a key an image: an image's codes do not depend on the others in the batch. A
     temperature of 0 takes the most likely code. `guidance_scale` is one number, or one a position
     [t]; None leaves the unconditional pass out. `prefix` int [b,p] gives the first codes.
-    The positions are scanned in so many `pieces`, each with a cache no longer than it needs.
+    The positions are scanned in so many `pieces`, each with a cache no longer than it needs: one
+    for 32 positions, at most eight, unless told.
     """
     length, batch = model.length, len(labels)
     first = model.codebook_size + labels
     if guidance_scale is not None:
         first = jnp.concatenate([first, jnp.full_like(first, model.none)])
-    scales = jnp.broadcast_to(1.0 if guidance_scale is None else guidance_scale, (length,))
+    scales = None
+    if guidance_scale is not None:
+        scales = jnp.broadcast_to(guidance_scale, (length,))
     given = jnp.zeros((batch, length), jnp.int32)
     held = 0 if prefix is None else prefix.shape[1]
     if prefix is not None:
@@ -76,17 +101,12 @@ def sample(
     def step(carry: tuple[jax.Array, Cache], at: Any) -> tuple[tuple[jax.Array, Cache], jax.Array]:
         tokens, cache = carry
         position, scale, known = at
-        logits, cache = cast(
-            tuple[jax.Array, Cache],
-            model.apply({"params": params}, tokens[:, None], cache, position, method=GPT.decode),
-        )
-        logits = logits[:, 0]
-        if guidance_scale is not None:
-            logits = guided(logits[:batch], logits[batch:], scale)
+        logits, cache = next_logits(model, params, tokens, cache, position, scale)
         codes = jnp.where(position < held, known, choose(logits, position))
         tokens = jnp.concatenate([codes, codes]) if guidance_scale is not None else codes
         return (tokens, cache), codes
 
+    pieces = min(-(-length // 32), 8) if pieces is None else pieces
     bounds = [length * i // pieces for i in range(pieces + 1)]
     carry, parts = (first, model.empty_cache(len(first), 0)), []
     for start, stop in itertools.pairwise(bounds):
@@ -95,7 +115,8 @@ def sample(
         tokens, cache = carry
         longer = ((0, 0), (0, 0), (0, stop - start), (0, 0))
         cache = jax.tree.map(lambda x, longer=longer: jnp.pad(x, longer), cache)
-        at = (jnp.arange(start, stop), scales[start:stop], given.T[start:stop])
+        here = slice(start, stop)
+        at = (jnp.arange(length)[here], None if scales is None else scales[here], given.T[here])
         carry, codes = lax.scan(step, (tokens, cache), at)
         parts.append(codes)
     return jnp.concatenate(parts).T

@@ -3,6 +3,7 @@ for compiled programs: most of a small run's time is compilation, and many are c
 """
 
 import os
+import shutil
 import tempfile
 
 import pytest
@@ -29,5 +30,20 @@ def stage1(tmp_path_factory):
 
     workdir = tmp_path_factory.mktemp("stage1")
     status, _, err = commands.run("train_vqgan.py", *TINY, 3, "--workdir", workdir)
+    assert status == 0, err
+    return workdir
+
+
+@pytest.fixture(scope="session")
+def both(stage1, tmp_path_factory):
+    """The folder of a small run of both stages. Copy it to write in it."""
+    from tests import commands
+
+    workdir = tmp_path_factory.mktemp("both") / "run"
+    shutil.copytree(stage1, workdir)
+    status, _, err = commands.run(
+        "train_prior.py", "--config", "mnist_tiny", "--workdir", workdir,
+        "--prior.batch-size", 8, "--prior.steps", 2, "--prior.layers", 1,
+    )  # fmt: skip
     assert status == 0, err
     return workdir

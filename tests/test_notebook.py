@@ -1,5 +1,7 @@
 """The notebook, from start to end, on a small run of both stages."""
 
+import shutil
+
 import nbformat
 import numpy as np
 from nbclient import NotebookClient
@@ -7,15 +9,8 @@ from nbclient import NotebookClient
 from tests import commands
 
 
-def test_the_walkthrough_runs(stage1, tmp_path, monkeypatch):
-    import shutil
-
-    workdir = shutil.copytree(stage1, tmp_path / "run")
-    status, _, err = commands.run(
-        "train_prior.py", "--config", "mnist_tiny", "--workdir", workdir,
-        "--prior.batch-size", 8, "--prior.steps", 2, "--prior.layers", 1,
-    )  # fmt: skip
-    assert status == 0, err
+def test_the_walkthrough_runs(both, tmp_path, monkeypatch):
+    workdir = shutil.copytree(both, tmp_path / "run")
     monkeypatch.setenv("TAMING_JAX_RUN", str(workdir))
     monkeypatch.setenv("PYTHONPATH", str(commands.ROOT))
     monkeypatch.setenv("XLA_FLAGS", "")

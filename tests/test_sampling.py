@@ -3,11 +3,14 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from taming_jax import sampling
+from taming_jax.losses import next_token
 from taming_jax.models.gpt import teacher_forced
 from taming_jax.sampling import guided, keep_top_k, keep_top_p
+from tests import golden
 from tests.models.test_gpt import MODERN, small
 
 # Compiled in two pieces, with one seam between them, unless told.
@@ -42,6 +45,23 @@ def test_greedy_codes_are_the_most_likely_of_the_whole_sequence(settings, scale,
     )
     logits = uncached(model, params, LABELS, codes, scale)
     np.testing.assert_array_equal(codes, logits.argmax(-1))
+
+
+@pytest.mark.parametrize("scale", [None, 0.0, 1.0, 2.0])
+@pytest.mark.parametrize("settings", [{}, MODERN], ids=["gpt2", "modern"])
+def test_logits_with_the_cache_equal_those_of_the_whole_sequence(settings, scale):
+    """At every position, after a prefix of codes that the model did not choose."""
+    model, params, _ = small(**settings)
+    codes = jax.random.randint(jax.random.key(4), (4, 12), 0, 11)
+    expected = uncached(model, params, LABELS, codes, scale)
+    tokens, cache = teacher_forced(model, LABELS, codes), model.empty_cache(4, 12)
+    if scale is not None:
+        none = teacher_forced(model, jnp.full_like(LABELS, model.classes), codes)
+        tokens, cache = jnp.concatenate([tokens, none]), model.empty_cache(8, 12)
+    step = jax.jit(sampling.next_logits, static_argnums=0)
+    for position in range(12):
+        logits, cache = step(model, params, tokens[:, position], cache, position, scale)
+        golden.assert_close(logits, expected[:, position], f"position {position}", 1e-4, 1e-6)
 
 
 def test_a_prefix_is_kept_and_goes_on_as_if_it_had_been_drawn():
@@ -84,6 +104,43 @@ def test_guidance_of_one_is_conditional_and_of_zero_is_not():
     scales = jnp.where(jnp.arange(12) < 6, 0.0, 1.0)
     mixed = sample(model, params, LABELS, KEYS, guidance_scale=scales)
     np.testing.assert_array_equal(mixed[:, :6], without[:, :6])
+
+
+def test_guidance_raises_a_classifiers_agreement():
+    """Codes of three classes that overlap, a prior that learned them with label dropout, and the
+    classifier that is best by Bayes's rule."""
+    rng = np.random.default_rng(0)
+    likely = jax.nn.log_softmax(jnp.asarray(rng.normal(0, 0.6, (3, 12, 11)), jnp.float32))
+    model = small(width=32)[0]
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 12), jnp.int32))["params"]
+    adam = optax.adam(3e-3)
+
+    @jax.jit
+    def step(params, state, key):
+        for_labels, for_codes, for_drop = jax.random.split(key, 3)
+        labels = jax.random.randint(for_labels, (256,), 0, 3)
+        codes = jax.random.categorical(for_codes, likely[labels])
+        seen = jnp.where(jax.random.bernoulli(for_drop, 0.2, (256,)), model.classes, labels)
+
+        def loss(params):
+            tokens = teacher_forced(model, seen, codes)
+            return next_token(model.apply({"params": params}, tokens), codes).mean()
+
+        updates, state = adam.update(jax.grad(loss)(params), state)
+        return optax.apply_updates(params, updates), state
+
+    state = adam.init(params)
+    for key in jax.random.split(jax.random.key(1), 300):
+        params, state = step(params, state, key)
+    labels = jnp.repeat(jnp.arange(3), 500)
+    keys = jax.random.split(jax.random.key(2), 1500)
+    agreement = {}
+    for scale in (0.0, 1.0, 2.0):
+        codes = sample(model, params, labels, keys, guidance_scale=scale)
+        found = likely[:, jnp.arange(12), codes].sum(-1).argmax(0)
+        agreement[scale] = float((found == labels).mean())
+    assert abs(agreement[0.0] - 1 / 3) < 0.05, "without the class it is chance"
+    assert agreement[1.0] > 0.6 and agreement[2.0] > agreement[1.0] + 0.05, agreement
 
 
 def test_top_k_and_top_p_keep_what_they_say():

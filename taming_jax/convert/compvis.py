@@ -51,8 +51,8 @@ def gpt_params(state_dict: Mapping[str, np.ndarray], codebook_size: int) -> dict
     holds the codes and, where it is conditional, the classes after them; "none", which it does not
     know, gets a row of zeros."""
     names = {
-        "ln1": "norm1", "ln2": "norm2", "attn.key": "key", "attn.query": "query",
-        "attn.value": "value", "attn.proj": "projection", "mlp.0": "mlp_in", "mlp.2": "mlp_out",
+        "ln1": "norm1", "ln2": "norm2", "attn.proj": "projection", "mlp.0": "mlp_in",
+        "mlp.2": "mlp_out",
     }  # fmt: skip
     embedding = np.asarray(state_dict["tok_emb.weight"])
     flat: dict[tuple[str, ...], np.ndarray] = {
@@ -68,6 +68,14 @@ def gpt_params(state_dict: Mapping[str, np.ndarray], codebook_size: int) -> dict
             if part in names:  # the other entries are causal masks
                 key, value = leaf(last, array)
                 flat[f"block_{number}", names[part], key] = value
+            elif part == "attn.query":
+                stacked = [
+                    leaf(last, state_dict[f"blocks.{number}.attn.{each}.{last}"])
+                    for each in ("query", "key", "value")
+                ]
+                flat[f"block_{number}", "qkv", stacked[0][0]] = np.concatenate(
+                    [array for _, array in stacked], -1
+                )
     return traverse_util.unflatten_dict(flat)
 
 

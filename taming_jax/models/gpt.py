@@ -88,12 +88,9 @@ class Block(nn.Module):
         def dropout(x: jax.Array) -> jax.Array:
             return nn.Dropout(self.dropout)(x, deterministic=not train)
 
-        def heads(name: str) -> jax.Array:
-            values = dense(width, self.dtype, name)(normed)
-            return values.reshape(b, t, self.heads, -1).transpose(0, 2, 1, 3)
-
         normed = make_norm(self.norm, self.dtype, "norm1")(x)
-        q, k, v = heads("query"), heads("key"), heads("value")
+        qkv = dense(3 * width, self.dtype, "qkv")(normed)
+        q, k, v = qkv.reshape(b, t, 3, self.heads, -1).transpose(2, 0, 3, 1, 4)
         if self.qk_norm:
             q = RMSNorm(self.dtype, name="query_norm")(q)
             k = RMSNorm(self.dtype, name="key_norm")(k)

@@ -1,0 +1,148 @@
+"""`scripts/sample.py`, and what a run of both stages can do."""
+
+import runpy
+import shutil
+import sys
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import taming_jax
+from taming_jax import errors
+from taming_jax.data import sources
+from taming_jax.errors import UserError
+from taming_jax.figures import to_uint8
+from taming_jax.models.gpt import teacher_forced
+from tests import commands
+
+
+@pytest.fixture(scope="module")
+def run(both):
+    return taming_jax.load_run(both)
+
+
+@pytest.fixture
+def sample(capsys, monkeypatch):
+    """The command in this process, on one device: its exit status, stdout and stderr."""
+    script = runpy.run_path(str(commands.ROOT / "scripts" / "sample.py"))
+
+    def call(*arguments):
+        given = ["sample.py", "--devices", 1, *arguments]
+        monkeypatch.setattr(sys, "argv", [*map(str, given)])
+        try:
+            status = errors.report(script["main"])
+        except SystemExit as exit:  # argparse's, for flags
+            status = exit.code
+        return status, *capsys.readouterr()
+
+    return call
+
+
+def test_the_same_images_as_npz_as_a_grid_and_as_files(sample, run, both, tmp_path):
+    given = ["--workdir", both, "--classes", "square", 0, "--per-class", 3, "--seed", 5, "--out"]
+    for out in ("s.npz", "s.png", "folder"):
+        status, said, err = sample(*given, tmp_path / out)
+        assert status == 0 and f"6 images of 2 classes are in {tmp_path / out}." in said, err
+    archive = np.load(tmp_path / "s.npz")
+    images, labels = archive["images"], archive["labels"]
+    assert images.dtype == np.uint8 and images.shape == (6, 16, 16, 1)
+    assert labels.tolist() == [1, 1, 1, 0, 0, 0]
+    expected = to_uint8(run.sample(["square", 0], 3, seed=5, devices=1))
+    np.testing.assert_array_equal(images, expected)
+    files = [f"000{label}_0000{i}.png" for label in (1, 0) for i in range(3)]
+    assert {f.name for f in (tmp_path / "folder").iterdir()} == set(files)
+    for name, image in zip(files, images, strict=True):
+        np.testing.assert_array_equal(Image.open(tmp_path / "folder" / name), image[..., 0])
+    with Image.open(tmp_path / "s.png") as grid:
+        assert min(grid.size) > 100
+
+
+def test_image_n_of_a_class_depends_on_nothing_else(run):
+    """Not on the other classes, how many of them, the batch size or the devices."""
+    expected = run.sample([2], 40, seed=1, devices=1)
+    np.testing.assert_array_equal(run.sample([2], 3, seed=1, devices=1), expected[:3])
+    np.testing.assert_array_equal(run.sample([0, 2], 7, seed=1, devices=1)[7:], expected[:7])
+    np.testing.assert_array_equal(run.sample([2], 40, seed=1, devices=2), expected)
+    np.testing.assert_array_equal(run.sample([2], 40, seed=1, devices=1, batch_size=9), expected)
+    assert (run.sample([2], 3, seed=2, devices=1) != expected[:3]).any()
+
+
+def test_one_guidance_scale_is_two_that_are_equal(run):
+    draw = {"seed": 3, "devices": 1}
+    np.testing.assert_array_equal(
+        run.sample([1], 4, guidance_scale=3.0, **draw),
+        run.sample([1], 4, guidance_scale=(3.0, 3.0), **draw),
+    )
+
+
+def test_the_log_likelihood_is_that_of_the_codes(run):
+    test = sources.load(run.config.data).test
+    images, labels = test.images[:11], test.labels[:11]
+    codes = run.encode(images).reshape(11, -1)
+    np.testing.assert_array_equal(run.tokens("test").images[:11], codes)
+    tokens = teacher_forced(run.prior, labels, codes)
+    logits = np.asarray(run.prior.apply({"params": run.transformer}, tokens), np.float64)
+    likely = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    expected = np.take_along_axis(likely, codes[..., None], -1).sum((1, 2))
+    np.testing.assert_allclose(run.log_likelihood(images, labels), expected, rtol=1e-5)
+    by_name = [run.class_names[label] for label in labels]
+    np.testing.assert_allclose(run.log_likelihood(images, by_name), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("--classes 0 cat", "no class 'cat'; the classes are 0 to 3: disc, square, large disc"),
+        ("--classes 4", "no class '4'"),
+        ("--top-k 129", "top-k is 129; there are 1 to 128 codes"),
+        ("--top-k 0", "top-k is 0"),
+        ("--top-p 1.5", "top-p is 1.5"),
+        ("--temperature -1", "the temperature is -1.0"),
+        ("--guidance-scale -1", "the guidance scale is"),
+        ("--guidance-scale 1 2 3", "the guidance scale is"),
+        ("--per-class 0", "--per-class is 0"),
+        ("--batch-size 0", "--batch-size is 0"),
+        ("--devices 64", "--devices is 64, but there are"),
+        ("--out nowhere/s.npz", "nowhere does not exist"),
+        ("--out s.jpg", "name a .npz, a .png, or a folder"),
+        ("--seed -1", "the seed is -1"),
+        ("--workdir nowhere", "nowhere holds no"),
+    ],
+)
+def test_bad_input_is_a_sentence(sample, both, tmp_path, monkeypatch, arguments, says):
+    monkeypatch.chdir(tmp_path)
+    status, _, err = sample("--workdir", both, "--out", "s.npz", *arguments.split())
+    assert status == 2 and err.startswith("error: ") and err.count("\n") == 1 and says in err, err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_in_the_way_of_the_folder_is_a_sentence(sample, both, tmp_path):
+    (tmp_path / "taken").write_text("mine")
+    status, _, err = sample("--workdir", both, "--out", tmp_path / "taken")
+    assert status == 2 and "is a file" in err and err.count("\n") == 1, err
+
+
+def test_a_run_without_a_prior_has_nothing_to_sample(sample, stage1, tmp_path):
+    status, _, err = sample("--workdir", stage1, "--out", tmp_path / "s.npz")
+    assert status == 2 and "has no prior yet" in err and err.count("\n") == 1, err
+
+
+def test_greedy_images_of_a_class_are_all_the_same(run):
+    images = run.sample([3], 3, temperature=0.0, devices=1)
+    assert (images == images[:1]).all()
+
+
+def test_a_prefix_that_is_no_codes_is_a_sentence(run):
+    for prefix in ([128], [-1], [0] * 65, [[0]]):
+        with pytest.raises(UserError, match="a prefix holds at most 64 codes from 0 to 127"):
+            run.sample([0], prefix=prefix)
+
+
+def test_samples_need_no_data(both, tmp_path, monkeypatch):
+    """A run that was copied elsewhere knows its classes."""
+    monkeypatch.setattr(sources, "load", None)
+    elsewhere = taming_jax.load_run(shutil.copytree(both, tmp_path / "run"))
+    assert elsewhere.sample(["large disc"], devices=1).shape == (1, 16, 16, 1)
+    assert jax.local_device_count() == 4
