@@ -7,4 +7,4 @@ cd "$(dirname "$0")/.."
 bash scripts/install.sh
 .venv/bin/python train_vqgan.py --config mnist
 .venv/bin/python train_prior.py --config mnist
-.venv/bin/python scripts/sample.py --workdir runs/mnist --out runs/mnist/figures/grid.png
+.venv/bin/python scripts/sample.py --workdir runs/mnist --out runs/mnist/figures/sample_grid.png

@@ -1,10 +1,16 @@
 #!/usr/bin/env bash
 # From a fresh clone to new digits: installs into .venv, trains both stages of the mnist_tiny preset,
-# about seven minutes on two CPU cores, and draws samples. Settings given are passed on; run again to
-# resume.
+# about eight minutes on two CPU cores, and draws samples. Settings given (but for --workdir) are
+# passed on to both stages; run again to resume.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+for given in "$@"; do
+    if [[ "$given" == --workdir* ]]; then
+        echo "quickstart.sh trains into runs/mnist_tiny; use train_vqgan.py for another --workdir." >&2
+        exit 2
+    fi
+done
 run=runs/mnist_tiny
 echo "Installing into .venv …"
 bash scripts/install.sh

@@ -10,11 +10,12 @@ says, unless told otherwise.
 
 import argparse
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 
-from taming_jax.errors import UserError, report
+from taming_jax.errors import RunFailed, UserError, report
 
 
 def parse() -> argparse.Namespace:
@@ -44,21 +45,44 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def check_writable(out: Path, kind: str) -> None:
+    """UserError, before anything is drawn, where the output cannot be written."""
+    try:
+        with tempfile.TemporaryFile(dir=out if out.is_dir() else out.absolute().parent):
+            pass
+        if kind and out.exists():
+            out.open("r+b").close()
+    except OSError as error:
+        raise UserError(
+            f"--out {out} cannot be written ({error.strerror}); choose another place."
+        ) from error
+
+
+def write_folder(out: Path, images: np.ndarray, labels: np.ndarray, per_class: int) -> None:
+    """One PNG an image, named by its class and its place in it."""
+    from PIL import Image
+
+    out.mkdir(exist_ok=True)
+    for i, image in enumerate(images):
+        place = out / f"{labels[i]:04d}_{i % per_class:05d}.png"
+        Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(place)
+
+
 def main() -> None:
     given = parse()
     out = Path(given.out)
-    if out.suffix not in ("", ".npz", ".png"):
+    kind = "" if out.is_dir() else out.suffix
+    if kind not in ("", ".npz", ".png"):
         raise UserError(f"--out {out}: name a .npz, a .png, or a folder.")
     if not out.absolute().parent.is_dir():
         raise UserError(f"--out {out}: the folder {out.absolute().parent} does not exist; make it.")
-    if not out.suffix and out.exists() and not out.is_dir():
+    if not kind and out.is_file():
         raise UserError(f"--out {out} is a file; name a folder, a .npz or a .png.")
     if given.per_class < 1:
         raise UserError(f"--per-class is {given.per_class}; it must be 1 or more.")
     if given.batch_size is not None and given.batch_size < 1:
         raise UserError(f"--batch-size is {given.batch_size}; it must be 1 or more.")
-    from PIL import Image
-
+    check_writable(out, kind)
     from taming_jax.figures import labelled_grid, save, to_uint8
     from taming_jax.run import load_run
 
@@ -72,16 +96,16 @@ def main() -> None:
             devices=given.devices, batch_size=given.batch_size, progress=True,
         )
     )  # fmt: skip
-    if out.suffix == ".npz":
-        np.savez_compressed(out, images=images, labels=labels)
-    elif out.suffix == ".png":
-        names = [run.class_names[i] for i in classes]
-        save(labelled_grid(images, names, given.per_class), out)
-    else:
-        out.mkdir(exist_ok=True)
-        for i, image in enumerate(images):
-            place = out / f"{labels[i]:04d}_{i % given.per_class:05d}.png"
-            Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(place)
+    try:
+        if kind == ".npz":
+            np.savez_compressed(out, images=images, labels=labels)
+        elif kind == ".png":
+            names = [run.class_names[i] for i in classes]
+            save(labelled_grid(images, names, given.per_class), out)
+        else:
+            write_folder(out, images, labels, given.per_class)
+    except OSError as error:
+        raise RunFailed(f"{out} could not be written: {error.strerror or error}.") from error
     print(f"{len(images)} images of {len(classes)} classes are in {out}.")
 
 

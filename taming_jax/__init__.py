@@ -2,7 +2,8 @@
 
     import taming_jax
     config = taming_jax.load_config("mnist_tiny")
-    run = taming_jax.load_run(taming_jax.train(config, "vqgan"))
+    taming_jax.train(config, "vqgan")
+    run = taming_jax.load_run(taming_jax.train(config, "prior"))
 
 Each name is imported when it is first used, so that importing the package costs nothing.
 """
@@ -24,6 +25,9 @@ _WHERE = {
     "Encoder": "models.autoencoder",
     "Decoder": "models.autoencoder",
     "VectorQuantizer": "models.quantizers",
+    "GPT": "models.gpt",
+    "build_gpt": "models.gpt",
+    "sample": "sampling",
     "Discriminator": "models.discriminator",
     "lpips": "models.lpips",
     "load_lpips": "models.lpips",

@@ -91,8 +91,17 @@ def check(config: "Config") -> None:
             f"--prior.width {prior.width} cannot be divided among {prior.heads} --prior.heads; "
             f"take a multiple of {multiple}."
         )
+    if prior.schedule == "one-cycle" and prior.warmup_steps:
+        raise UserError(
+            "--prior.warmup-steps belongs to --prior.schedule cosine; one cycle has its own."
+        )
     check_sampling(
-        vqgan.codebook_size, prior.temperature, prior.top_k, prior.top_p, prior.guidance_scale
+        vqgan.codebook_size,
+        prior.temperature,
+        prior.top_k,
+        prior.top_p,
+        prior.guidance_scale,
+        prior.label_dropout,
     )
 
 
@@ -113,19 +122,26 @@ def check_sampling(
     top_k: int | None,
     top_p: float | None,
     guidance_scale: float | Sequence[float] | None,
+    label_dropout: float,
 ) -> None:
-    """UserError for settings that no sampling can have."""
+    """UserError for settings that no sampling can have, from a prior trained with a share
+    `label_dropout` of examples without their class."""
     if not 0 <= temperature < math.inf:
         raise UserError(f"the temperature is {temperature}; it must be 0 (greedy) or more.")
     if top_k is not None and not 1 <= top_k <= codebook_size:
         raise UserError(f"top-k is {top_k}; there are 1 to {codebook_size} codes to keep.")
     if top_p is not None and not 0 < top_p <= 1:
         raise UserError(f"top-p is {top_p}; it is a share above 0, up to 1.")
-    scales = [] if guidance_scale is None else np.ravel(guidance_scale).tolist()
-    if len(scales) > 2 or not all(0 <= scale < math.inf for scale in scales):
+    scales = [1.0] if guidance_scale is None else np.ravel(guidance_scale).tolist()
+    if len(scales) not in (1, 2) or not all(0 <= scale < math.inf for scale in scales):
         raise UserError(
             f"the guidance scale is {guidance_scale}; it must be one number of 0 or more, or two "
             "(the first code's and the last's)."
+        )
+    if not label_dropout and any(scale != 1 for scale in scales):
+        raise UserError(
+            f"a guidance scale of {guidance_scale} needs a prior trained with "
+            "--prior.label-dropout above 0."
         )
 
 

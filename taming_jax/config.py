@@ -156,6 +156,9 @@ class PriorConfig(StageConfig):
     weight_decay: float = 0.01
     """AdamW's, on matrices only."""
     schedule: Literal["one-cycle", "cosine"] = "one-cycle"
+    """One cycle up and down, or warm-up steps and cosine decay."""
+    final_learning_rate: float = 0.0
+    """Where the cosine decay of the learning rate ends, as a share of it."""
     label_dropout: float = 0.1
     """The share of examples that learn without their class, which guidance needs."""
     augmented_versions: int = 8

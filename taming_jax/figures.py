@@ -24,7 +24,7 @@ TERMS = {
     "codebook": "codebook loss",
     "perplexity": "perplexity of the codes",
     "usage": "share of codes in use",
-    "accuracy": "share of codes foreseen",
+    "accuracy": "accuracy (share of codes)",
     "bits_per_dim": "bits a dimension",
     "psnr": "PSNR (dB)",
     "loss": "generator's whole loss",
@@ -48,6 +48,7 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
+    """Floats in [-1, 1] (clipped there) as uint8; uint8 as it is."""
     if images.dtype == np.uint8:
         return images
     return np.rint((np.clip(images, -1, 1) + 1) * 127.5).astype(np.uint8)
@@ -227,8 +228,9 @@ def class_samples(images: np.ndarray, names: Sequence[str], path: Path, step: in
 def labelled_grid(images: np.ndarray, names: Sequence[str], columns: int) -> Figure:
     """Images [n,h,w,c] in rows of `columns`, with the name of each row beside it."""
     picture = tiles(images, columns)
-    height = 8.0 * picture.shape[0] / picture.shape[1]
-    figure = Figure(figsize=(8.8, height + 0.45), layout="constrained")
+    width = min(columns, 8.0)
+    height = width * picture.shape[0] / picture.shape[1]
+    figure = Figure(figsize=(width + 0.8, height + 0.45), layout="constrained")
     axes = figure.add_subplot()
     show(axes, picture)
     row = (picture.shape[0] + 2) / len(names)

@@ -1,6 +1,8 @@
 """A finished (or half-finished) run as an object, for notebooks."""
 
+import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -59,13 +61,17 @@ class Run:
     ):
         self.workdir, self.config, self.step = workdir, config, step
         self.params = jax.device_put(generator)
-        self.model = build_vqgan(config)
+        # Codes are always computed in float32, as those the prior learned from were.
+        self.model = build_vqgan(dataclasses.replace(config, dtype="float32"))
         self._encode = jax.jit(lambda params, images: encode(self.model, params, images).indices)
         self._decode = jax.jit(functools.partial(decode_indices, self.model))
-        self.transformer = transformer
+        self.transformer = None
+        self._samplers: dict[tuple, tuple[Devices, Compiled, Any]] = {}
         if transformer is not None:
+            self.transformer = jax.device_put(transformer)
             classes = len(transformer["embedding"]) - config.vqgan.codebook_size - 1
             self.prior = build_gpt(config, classes)
+            self._likelihood = jax.jit(self._of_codes)
 
     def __repr__(self) -> str:
         stage = "stage 1" if self.transformer is None else "both stages"
@@ -77,16 +83,24 @@ class Run:
         return read_class_names(self.workdir) or sources.load(self.config.data).class_names
 
     def labels(self, classes: Iterable[int | str]) -> np.ndarray:
-        """Classes by number or name as numbers, int32 [n]."""
+        """Classes by number or by name as numbers, int32 [n]; a string is a name before it is a
+        number. UserError for others."""
         names = self.class_names
-        known = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
-        unknown = [c for c in map(str, classes) if c not in known]
-        if unknown:
+        numbers = {name: i for i, name in enumerate(names)}
+
+        def number(given: int | str) -> int:
+            if isinstance(given, str):
+                found = numbers.get(given, int(given) if given.isdecimal() else -1)
+            else:
+                found = operator.index(given)
+            if 0 <= found < len(names):
+                return found
             shown = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
             raise UserError(
-                f"there is no class '{unknown[0]}'; the classes are 0 to {len(names) - 1}: {shown}."
+                f"there is no class '{given}'; the classes are 0 to {len(names) - 1}: {shown}."
             )
-        return np.array([known[str(c)] for c in classes], np.int32)
+
+        return np.array([number(given) for given in classes], np.int32)
 
     def _need_prior(self) -> None:
         if self.transformer is None:
@@ -119,14 +133,20 @@ class Run:
         `batch_size` bounds how many images are in flight, in whole micro-batches.
         """
         self._need_prior()
-        labels = np.repeat(self.labels(classes), per_class)
-        numbers = np.tile(np.arange(per_class, dtype=np.int32), len(classes))
+        numbers_of_classes = self.labels(classes)
+        if per_class < 1 or not len(numbers_of_classes):
+            raise UserError("no classes, or none of each, were asked for.")
+        labels = np.repeat(numbers_of_classes, per_class)
+        numbers = np.tile(np.arange(per_class, dtype=np.int32), len(numbers_of_classes))
         preset = self.config.prior
         temperature = preset.temperature if temperature is None else temperature
         top_k = preset.top_k if top_k is None else top_k
         top_p = preset.top_p if top_p is None else top_p
         guidance_scale = preset.guidance_scale if guidance_scale is None else guidance_scale
-        check_sampling(self.prior.codebook_size, temperature, top_k, top_p, guidance_scale)
+        check_sampling(
+            self.prior.codebook_size, temperature, top_k, top_p, guidance_scale,
+            preset.label_dropout,
+        )  # fmt: skip
         given = None if prefix is None else np.asarray(prefix, np.int32)
         if given is not None and (
             given.ndim != 1 or len(given) > self.prior.length
@@ -136,19 +156,18 @@ class Run:
                 f"a prefix holds at most {self.prior.length} codes from 0 to "
                 f"{self.prior.codebook_size - 1}."
             )
-        if not len(labels):
-            raise UserError("no classes, or none of each, were asked for.")
         if not 0 <= seed < 2**32:
             raise UserError(f"the seed is {seed}; it must be from 0 to {2**32 - 1}.")
-        used = Devices(devices)
-        static = (top_k, top_p is not None, guidance_scale is not None, len(used))
-        draw, params = self._sampler(used, static, None if given is None else given.tobytes())
+        used, draw, params = self._sampler(
+            devices, top_k, top_p is not None, guidance_scale is not None, given is not None
+        )
         size = MICRO * len(used)
         ends = np.ravel(0.0 if guidance_scale is None else guidance_scale)
         common = used.replicate({
             "seed": np.uint32(seed),
             "settings": np.array([temperature, top_p or 1.0], np.float32),
             "scales": np.linspace(ends[0], ends[-1], self.prior.length, dtype=np.float32),
+            "prefix": np.zeros(0, np.int32) if given is None else given,
         })  # fmt: skip
         most = -(-(batch_size or 1) // size)
         parts: list[np.ndarray] = []
@@ -164,17 +183,19 @@ class Run:
                 flying = []
         return np.concatenate([*parts, *map(used.gather, flying)])[: len(labels)]
 
-    @functools.lru_cache(maxsize=8)  # noqa: B019 - a run lives as long as its notebook
     def _sampler(
-        self, devices: Devices, static: tuple, prefix: bytes | None
-    ) -> tuple[Compiled, Any]:
-        """The compiled sampler of one choice of what is compiled in, and the parameters there."""
-        top_k, use_top_p, use_guidance, _ = static
-        given = None if prefix is None else np.frombuffer(prefix, np.int32)
+        self, count: int | None, top_k: int | None, use_top_p: bool, use_guidance: bool, given: bool
+    ) -> tuple[Devices, Compiled, Any]:
+        """The devices, the compiled sampler of one choice of what is compiled in, and the
+        parameters there."""
+        devices = Devices(count)
+        key = (len(devices), top_k, use_top_p, use_guidance, given)
+        if key in self._samplers:
+            return self._samplers[key]
 
         def draw(params: Any, arrays: dict[str, jax.Array]) -> jax.Array:
             temperature, top_p = arrays["settings"]
-            key, labels = jax.random.key(arrays["seed"]), arrays["labels"]
+            key, labels, prefix = jax.random.key(arrays["seed"]), arrays["labels"], arrays["prefix"]
             keys = jax.vmap(
                 lambda c, i: jax.random.fold_in(jax.random.fold_in(key, c), i)
             )(labels, arrays["numbers"])  # fmt: skip
@@ -182,13 +203,19 @@ class Run:
                 codes = sample(
                     self.prior, params["transformer"], labels, keys, temperature, top_k,
                     top_p if use_top_p else None, arrays["scales"] if use_guidance else None,
-                    None if given is None else jnp.broadcast_to(given, (len(labels), len(given))),
+                    jnp.broadcast_to(prefix, (len(labels), len(prefix))) if given else None,
                 )  # fmt: skip
                 grid = codes.reshape(len(labels), *self.prior.grid)
                 return decode_indices(self.model, params["generator"], grid)
 
-        params = {"transformer": self.transformer, "generator": self.params}
-        return devices.compile(draw), devices.replicate(jax.tree.map(np.asarray, params))
+        of_one_place = [made for made in self._samplers.values() if len(made[0]) == len(devices)]
+        if of_one_place:
+            devices, _, params = of_one_place[0]
+        else:
+            params = {"transformer": self.transformer, "generator": self.params}
+            params = devices.replicate(jax.tree.map(np.asarray, params))
+        self._samplers[key] = devices, devices.compile(draw), params
+        return self._samplers[key]
 
     def log_likelihood(self, images: Any, labels: Any) -> np.ndarray:
         """The logarithm of the probability, in nats, that the prior gives the codes of images
@@ -200,14 +227,15 @@ class Run:
         if len(numbers) != len(codes):
             raise UserError(f"{len(codes)} images and {len(numbers)} labels were given.")
 
-        def likelihood(params: Any, both: jax.Array) -> jax.Array:
-            codes = both[:, 1:]
-            tokens = teacher_forced(self.prior, both[:, 0], codes)
-            logits = cast(jax.Array, self.prior.apply({"params": params}, tokens))
-            return -self.prior.length * next_token(logits, codes)
-
         both = np.concatenate([numbers[:, None], codes], 1)
-        return self._batched(jax.jit(likelihood), both, self.transformer)
+        return self._batched(self._likelihood, both, self.transformer)
+
+    def _of_codes(self, params: Any, both: jax.Array) -> jax.Array:
+        """Log-likelihoods [b] of rows of a class and its codes [b,1+t]."""
+        codes = both[:, 1:]
+        tokens = teacher_forced(self.prior, both[:, 0], codes)
+        logits = cast(jax.Array, self.prior.apply({"params": params}, tokens))
+        return -next_token(logits, codes) * self.prior.length
 
     def tokens(self, split: str = "train") -> Split:
         """A split of the run's dataset as codes, unsigned [n, h' * w'], not augmented, with its

@@ -68,18 +68,18 @@ def sample(
 ) -> jax.Array:
     """Codes int32 [b,t], in raster order, of classes int32 [b].
 
-    `keys` [b] is a key an image: an image's codes do not depend on the others in the batch. A
-    temperature of 0 takes the most likely code. `guidance_scale` is one number, or one a position
-    [t]; None leaves the unconditional pass out. `prefix` int [b,p] gives the first codes.
+    A label of `model.classes` means no class. `keys` [b] is a key an image: an image's codes do not
+    depend on the others in the batch. `temperature` is 0 (the most likely code) or more; `top_k`
+    from 1 to the codebook's size, `top_p` above 0 up to 1. `guidance_scale` is one number of 0 or
+    more, or one a position [t]; None leaves the unconditional pass out. `prefix` int [b,p], p up to
+    t, gives the first codes.
     The positions are scanned in so many `pieces`, each with a cache no longer than it needs: one
     for 32 positions, at most eight, unless told.
     """
     length, batch = model.length, len(labels)
-    first = model.codebook_size + labels
+    first, scales = model.codebook_size + labels, None
     if guidance_scale is not None:
         first = jnp.concatenate([first, jnp.full_like(first, model.none)])
-    scales = None
-    if guidance_scale is not None:
         scales = jnp.broadcast_to(guidance_scale, (length,))
     given = jnp.zeros((batch, length), jnp.int32)
     held = 0 if prefix is None else prefix.shape[1]
@@ -89,12 +89,11 @@ def sample(
     def choose(logits: jax.Array, position: jax.Array) -> jax.Array:
         if top_k is not None:
             logits = keep_top_k(logits, top_k)
-        heat = jnp.maximum(temperature, 1e-6)
-        warm = logits / heat
+        scaled = logits / jnp.maximum(temperature, 1e-6)
         if top_p is not None:
-            warm = keep_top_p(warm, top_p)
+            scaled = keep_top_p(scaled, top_p)
         drawn = jax.vmap(lambda k, x: jax.random.categorical(jax.random.fold_in(k, position), x))(
-            keys, warm
+            keys, scaled
         )
         return jnp.where(temperature == 0, logits.argmax(-1), drawn).astype(jnp.int32)
 

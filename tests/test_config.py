@@ -112,6 +112,11 @@ def test_differences_name_what_is_trained_and_skip_what_may_change():
         ({"prior.top_k": 65}, "top-k is 65; there are 1 to 64"),
         ({"prior.top_p": 0.0}, "top-p is 0.0"),
         ({"prior.guidance_scale": float("nan")}, "guidance scale is nan"),
+        ({"prior.warmup_steps": 9}, "--prior.warmup-steps belongs to --prior.schedule cosine"),
+        (
+            {"prior.label_dropout": 0.0, "prior.guidance_scale": 2.0},
+            "guidance scale of 2.0 needs a prior trained with --prior.label-dropout",
+        ),
         ({"vqgan": {"steps": 1}}, "'vqgan' is a group"),
     ],
 )

@@ -4,7 +4,6 @@ import runpy
 import shutil
 import sys
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -69,6 +68,26 @@ def test_image_n_of_a_class_depends_on_nothing_else(run):
     assert (run.sample([2], 3, seed=2, devices=1) != expected[:3]).any()
 
 
+def test_what_was_compiled_is_used_again(run):
+    run.sample([0], prefix=[1, 2], seed=8, devices=1)
+    held = dict(run._samplers)
+    other = run.sample([1], prefix=[3, 4], seed=9, devices=1)
+    assert run._samplers == held
+    assert other.shape == (1, 16, 16, 1)
+
+
+def test_classes_by_number_are_numbers_and_by_name_names(both):
+    """Names that are other classes' numbers, as folders may have."""
+    run = taming_jax.load_run(both)
+    run.class_names = ("1", "10", "2", "cat")
+    assert run.labels([1, np.int64(2)]).tolist() == [1, 2]
+    assert run.labels(["1", "10", "cat", "3"]).tolist() == [0, 1, 3, 3]
+    assert run.labels(str(i) for i in (2, 10)).tolist() == [2, 1]
+    for unknown in (-1, 4, "dog", "-1"):
+        with pytest.raises(UserError, match="there is no class"):
+            run.labels([unknown])
+
+
 def test_one_guidance_scale_is_two_that_are_equal(run):
     draw = {"seed": 3, "devices": 1}
     np.testing.assert_array_equal(
@@ -105,6 +124,8 @@ def test_the_log_likelihood_is_that_of_the_codes(run):
         ("--per-class 0", "--per-class is 0"),
         ("--batch-size 0", "--batch-size is 0"),
         ("--devices 64", "--devices is 64, but there are"),
+        ("--devices 0", "--devices is 0"),
+        ("--out /proc/s.npz", "/proc/s.npz cannot be written"),
         ("--out nowhere/s.npz", "nowhere does not exist"),
         ("--out s.jpg", "name a .npz, a .png, or a folder"),
         ("--seed -1", "the seed is -1"),
@@ -116,6 +137,12 @@ def test_bad_input_is_a_sentence(sample, both, tmp_path, monkeypatch, arguments,
     status, _, err = sample("--workdir", both, "--out", "s.npz", *arguments.split())
     assert status == 2 and err.startswith("error: ") and err.count("\n") == 1 and says in err, err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_may_have_any_name(sample, both, tmp_path):
+    (tmp_path / "v1.5").mkdir()
+    status, _, err = sample("--workdir", both, "--per-class", 1, "--out", tmp_path / "v1.5")
+    assert status == 0 and len(list((tmp_path / "v1.5").iterdir())) == 4, err
 
 
 def test_a_file_in_the_way_of_the_folder_is_a_sentence(sample, both, tmp_path):
@@ -145,4 +172,3 @@ def test_samples_need_no_data(both, tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "load", None)
     elsewhere = taming_jax.load_run(shutil.copytree(both, tmp_path / "run"))
     assert elsewhere.sample(["large disc"], devices=1).shape == (1, 16, 16, 1)
-    assert jax.local_device_count() == 4

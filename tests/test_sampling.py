@@ -74,6 +74,22 @@ def test_a_prefix_is_kept_and_goes_on_as_if_it_had_been_drawn():
     assert (other[:, 5:] != whole[:, 5:]).any()
 
 
+@pytest.mark.parametrize("settings", [{}, MODERN], ids=["gpt2", "modern"])
+def test_greedy_codes_after_a_prefix_under_a_changing_guidance(settings):
+    """Prefix, guidance with a schedule, and a cache that grows, against the whole sequence."""
+    model, params, _ = small(**settings)
+    scales = jnp.linspace(0.0, 4.0, 12)
+    prefix = jax.random.randint(jax.random.key(9), (4, 3), 0, 11)
+    draw = functools.partial(
+        sample, model, params, LABELS, KEYS, temperature=0.0, prefix=prefix, pieces=3
+    )
+    codes = draw(guidance_scale=scales)
+    np.testing.assert_array_equal(codes[:, :3], prefix)
+    logits = uncached(model, params, LABELS, codes, scales[:, None])
+    np.testing.assert_array_equal(codes[:, 3:], logits.argmax(-1)[:, 3:])
+    assert (codes != draw(guidance_scale=0.0)).any() and (codes != draw(guidance_scale=4.0)).any()
+
+
 def test_an_image_does_not_depend_on_the_others():
     model, params, _ = small()
     together = sample(model, params, LABELS, KEYS, top_p=0.9, top_k=8, guidance_scale=1.5)

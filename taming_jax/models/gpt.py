@@ -5,7 +5,7 @@ logits at position i are those of code i, given the class and the codes before i
 the codes, then the classes, then "none"; the head speaks codes only.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import flax.linen as nn
 import jax
@@ -101,7 +101,8 @@ class Block(nn.Module):
                 jax.lax.dynamic_update_slice_in_dim(old, new, position, 2)
                 for old, new in zip(cache, (k, v), strict=True)
             )
-        scores = jnp.einsum("bhid,bhjd->bhij", q, k).astype(jnp.float32) * q.shape[-1] ** -0.5
+        scores = jnp.einsum("bhid,bhjd->bhij", q, k, preferred_element_type=jnp.float32)
+        scores *= q.shape[-1] ** -0.5
         seen = jnp.arange(k.shape[2]) <= position + jnp.arange(t)[:, None]
         weights = nn.softmax(jnp.where(seen, scores, -jnp.inf)).astype(self.dtype)
         attended = jnp.einsum("bhij,bhjd->bhid", dropout(weights), v)
@@ -223,6 +224,8 @@ def teacher_forced(model: GPT, labels: jax.Array, codes: jax.Array) -> jax.Array
 def apply_train(model: GPT, params: Any, tokens: jax.Array, keys: jax.Array) -> jax.Array:
     """Training logits [b,t,k] with a key [b] an example for dropout, so that an example's mask does
     not depend on what else is in the batch, or on which device it is."""
+    if not model.dropout:
+        return cast(jax.Array, model.apply({"params": params}, tokens))
 
     def one(tokens: jax.Array, key: jax.Array) -> jax.Array:
         return model.apply({"params": params}, tokens[None], True, rngs={"dropout": key})[0]

@@ -43,6 +43,8 @@ class Devices:
 
     def __init__(self, count: int | None = None):
         available = jax.local_devices()
+        if count is not None and count < 1:
+            raise UserError(f"--devices is {count}; it must be 1 or more.")
         if count is not None and count > len(available):
             raise UserError(
                 f"--devices is {count}, but there are {len(available)} "

@@ -40,14 +40,15 @@ class Stage(Protocol):
     """A stage of the pipeline, as the loop needs it.
 
     `monitor` names the metric of a validation that chooses the best checkpoint, lower being better.
-    `eval_step` answers sums over a batch and `summarise` the metrics of their sum over the split:
-    perplexity, say, cannot be averaged over batches.
+    Where feeds take their time (tokens are encoded), they call `check` now and then, which raises
+    Interrupted after a signal. `eval_step` answers sums over a batch and `summarise` the metrics of
+    their sum over the split: perplexity, say, cannot be averaged over batches.
     """
 
     name: str
     monitor: str
 
-    def feeds(self) -> tuple[Feed, Feed]: ...
+    def feeds(self, check: Callable[[], None]) -> tuple[Feed, Feed]: ...
     def init(self, key: jax.Array) -> TrainState: ...
     def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]: ...
     def eval_step(self, state: TrainState, batch: Batch) -> dict[str, Any]: ...
@@ -78,13 +79,9 @@ def train(build: Callable[[Config, Devices], Stage], config: Config, restart: bo
         # A copy, since the first step gives its state up: what is restored is numpy's memory, and a
         # fresh state is the stage's.
         state = copied(devices.replicate(state if restored is None else restored))
-        if signals.received is not None:
-            raise Interrupted(
-                signals.received,
-                f"Stopped before the first step; what {folder} held is as it was.",
-            )
+        signals.check()
         try:
-            return Loop(stage, config, devices, store, folder).run(state, signals)
+            return Loop(stage, config, devices, store, folder, signals).run(state)
         except OSError as error:
             raise RunFailed(f"{error.filename or folder}: {error.strerror or error}.") from error
         except jax.errors.JaxRuntimeError as error:
@@ -141,6 +138,15 @@ class Signals:
             "\nStopping after this step, and saving; a second signal does neither.", file=sys.stderr
         )
 
+    def check(self) -> None:
+        """Interrupted, if a signal has come."""
+        if self.received is not None:
+            raise Interrupted(
+                self.received,
+                f"Stopped by {signal.Signals(self.received).name}; the same command goes on from "
+                "what is done.",
+            )
+
     def __exit__(self, *_: object) -> None:
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
@@ -149,11 +155,19 @@ class Signals:
 class Loop:
     """The state of one call of `train`."""
 
-    def __init__(self, stage: Stage, config: Config, devices: Devices, store: Store, folder: Path):
+    def __init__(
+        self,
+        stage: Stage,
+        config: Config,
+        devices: Devices,
+        store: Store,
+        folder: Path,
+        signals: Signals,
+    ):
         self.stage, self.config, self.devices = stage, config, devices
-        self.store, self.folder = store, folder
+        self.store, self.folder, self.signals = store, folder, signals
         self.settings: StageConfig = getattr(config, stage.name)
-        self.training, self.validation = stage.feeds()
+        self.training, self.validation = stage.feeds(signals.check)
         self.steps = self.settings.total_steps(self.training.size)
         epoch = math.ceil(self.training.size / self.settings.batch_size)
         self.eval_every = self.settings.eval_every or epoch
@@ -163,7 +177,7 @@ class Loop:
         self.best = store.best()[1]
         self.unsettled: list[tuple[int, dict[str, Any]]] = []
 
-    def run(self, state: TrainState, signals: Signals) -> Path:
+    def run(self, state: TrainState) -> Path:
         start = int(self.devices.fetch(state.step))
         if start >= self.steps:
             self.store.close()
@@ -182,13 +196,20 @@ class Loop:
             stack.callback(self.log.close)
             stack.callback(self.store.close)
             stack.callback(self.store.wait)
-            self._steps(state, start, signals)
+            self._steps(state, start)
         return self.folder
 
-    def _steps(self, state: TrainState, start: int, signals: Signals) -> None:
+    def _steps(self, state: TrainState, start: int) -> None:
         drawn = start
         for step in range(start, self.steps):
-            state, metrics = self.stage.train_step(state, self.training.batch(step))
+            try:
+                batch = self.training.batch(step)
+            except Interrupted:  # what is trained is saved; the step was not begun
+                self._settle()
+                self.store.save(step, self.devices.fetch(state), self.config, None)
+                self.store.wait()
+                raise
+            state, metrics = self.stage.train_step(state, batch)
             self.unsettled.append((step + 1, metrics))
             if len(self.unsettled) > 2:
                 # A device two steps behind is busy; further behind, only signals would wait.
@@ -198,7 +219,7 @@ class Loop:
             last = done == self.steps
             evaluate = last or done % self.eval_every == 0
             save = last or done % self.checkpoint_every == 0
-            if evaluate or save or signals.received or done % self.log_every == 0:
+            if evaluate or save or self.signals.received or done % self.log_every == 0:
                 self._settle()
             chosen = None
             if evaluate:
@@ -210,7 +231,7 @@ class Loop:
                     drawn = done
                     self._draw(state, sums)
             # A signal may have come at any moment up to here.
-            stop = signals.received
+            stop = self.signals.received
             if save or stop is not None:
                 self._settle()
                 self.store.save(done, self.devices.fetch(state), self.config, chosen)

@@ -4,7 +4,9 @@ The generator whose codes the transformer speaks is part of its state, and so of
 training stage 1 on, or throwing its checkpoints away, changes nothing here.
 """
 
+import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -39,7 +41,8 @@ from taming_jax.train.tokens import TokenFeed, Tokenizer, write_class_names
 
 
 def adamw(config: Config) -> Any:
-    """AdamW with decay on matrices only, behind the bound on gradients; without a rate."""
+    """AdamW with decay on matrices only (tables of embeddings among them, norms and biases not),
+    behind the bound on gradients; without a rate."""
     prior = config.prior
     decay = optax.add_decayed_weights(
         prior.weight_decay, mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
@@ -48,8 +51,9 @@ def adamw(config: Config) -> Any:
 
 
 def learning_rate(config: Config, steps: int) -> optax.Schedule:
-    """Warm-up and cosine decay, or PyTorch's OneCycleLR: up from a 25th over the first 0.3 of the
-    run, then down to almost nothing."""
+    """Warm-up and cosine decay; or one cycle (arXiv 1708.07120) with the shares of PyTorch's
+    OneCycleLR: up from a 25th over the first 0.3 of the run, then down to almost nothing. Adam's
+    betas stay as they are."""
     prior = config.prior
     if prior.schedule == "one-cycle":
         return optax.cosine_onecycle_schedule(steps, prior.learning_rate)
@@ -115,11 +119,12 @@ class PriorStage:
         different = differences(config, trained, ("data", "vqgan"))
         if different:
             raise UserError(
-                f"stage 1 in {config.folder} was trained otherwise: {'; '.join(different)}. Leave "
-                "these settings out, or train a stage 1 with them."
+                f"the prior in {config.folder} speaks the codes of another stage 1 than the one "
+                f"there now: {'; '.join(different)}. --restart begins a prior on the new one."
             )
         self.splits = sources.load(config.data)
-        self.vqgan = build_vqgan(config)
+        # In float32 whatever the transformer computes in: the codes are the data.
+        self.vqgan = build_vqgan(dataclasses.replace(config, dtype="float32"))
         self.model = build_gpt(config, len(self.splits.class_names))
         self.steps = config.prior.total_steps(len(self.splits.train.images))
         step = functools.partial(training_step, config, self.model, self.steps, devices.axis_name)
@@ -127,9 +132,11 @@ class PriorStage:
         self._evaluate = devices.compile(self.evaluation)
         self._sample = jax.jit(functools.partial(draw_images, self.model, self.vqgan, config.prior))
 
-    def feeds(self) -> tuple[TokenFeed, TokenFeed]:
+    def feeds(self, check: Callable[[], None] = lambda: None) -> tuple[TokenFeed, TokenFeed]:
         folder, settings = self.config.folder / "tokens", self.config.prior
-        tokenizer = Tokenizer(folder, self.vqgan, self.generator, self.config, self.devices)
+        tokenizer = Tokenizer(
+            folder, self.vqgan, self.generator, self.config, self.devices, check=check
+        )
         versions = settings.augmented_versions if augments(self.config.data) else 1
         train = TokenFeed(tokenizer, "train", self.splits.train, settings.batch_size, versions)
         validation = TokenFeed(tokenizer, "validation", self.splits.validation, settings.batch_size)
@@ -182,7 +189,7 @@ class PriorStage:
             self.devices.fetch(state.nets[name].params) for name in ("transformer", "generator")
         )
         labels = np.repeat(np.arange(len(names), dtype=np.int32), columns)
-        images = self._sample(transformer, generator, labels, self.config.seed)
+        images = self._sample(transformer, generator, labels, np.uint32(self.config.seed))
         step = int(self.devices.fetch(state.step))
         figures.loss_curves(
             rows, folder / "prior_loss.png", "Prior", names={"nll": "loss (nats a code)"}
@@ -205,7 +212,7 @@ def draw_images(
     transformer: Any,
     generator: Any,
     labels: jax.Array,
-    seed: int,
+    seed: jax.Array | np.uint32,
 ) -> jax.Array:
     """Images float [b,h,w,c] in [-1, 1] of classes int [b], image i by the key of its place, drawn
     as the preset says."""

@@ -8,6 +8,7 @@ encoded again, and an encoding that was stopped goes on where it was.
 
 import functools
 import hashlib
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -44,7 +45,7 @@ def smallest_unsigned(codebook_size: int) -> np.dtype:
 
 class Tokenizer:
     """A generator that encodes splits of a dataset into `folder` (a run's tokens/), or reads them
-    from there."""
+    from there. `check` is called before each file is encoded, and may raise to stop."""
 
     def __init__(
         self,
@@ -54,10 +55,12 @@ class Tokenizer:
         config: Config,
         devices: Devices,
         say: Callable[[str], None] = print,
+        check: Callable[[], None] = lambda: None,
     ):
         self.devices, self.seed = devices, config.seed
         self._folder, self._params, self._config = folder, params, config
         self._dtype, self._say = smallest_unsigned(model.quantizer.codebook_size), say
+        self._check = check
 
         def codes(params: Any, images: jax.Array) -> jax.Array:
             with jax.default_matmul_precision("highest"):
@@ -83,15 +86,17 @@ class Tokenizer:
             seen += [data.random_crop, data.mirror, self._config.seed, version]
         place = self._folder / key_of(self._params, split.images, seen) / name
         starts = range(0, len(split.images), FILE)
-        kept = {start: read(place, start, self._dtype, self._say) for start in starts}
+        kept = {start: read(place, start, self._say) for start in starts}
         missing = [start for start in starts if kept[start] is None]
         if missing:
             place.mkdir(parents=True, exist_ok=True)
             compiled = self.devices.compile(self._changed if version else self._plain)
             state = {"params": self._params, "version": np.int32(version)}
             state = self.devices.replicate(state)
-            label = f"encoding {name}" + (f", version {version}" if version else "")
+            label = name + (f", version {version}" if version else "")
+            self._say(f"Encoding {label}: {len(missing)} files of up to {FILE} images.")
             for start in tqdm(missing, desc=label, unit="file", disable=None):
+                self._check()
                 part = Split(*(x[start : start + FILE] for x in split))
                 codes = []
                 for batch in ResidentFeed(part, 256 * len(self.devices), 0, self.devices).once():
@@ -140,26 +145,28 @@ class TokenFeed(ResidentFeed):
         return versions * np.int32(self.size) + index
 
 
+def hashed(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
 def write(place: Path, start: int, codes: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    codes = codes.astype(dtype)
+    """Writes the file that begins at image `start`, and answers its codes."""
+    codes, buffer = codes.astype(dtype), io.BytesIO()
+    np.save(buffer, codes)
     partial = place / f".{start:08d}.partial"
-    with partial.open("wb") as file:
-        np.save(file, codes)
+    partial.write_bytes(buffer.getvalue())
     for old in place.glob(f"{start:08d}-*.npy"):
         old.unlink()
-    partial.replace(place / f"{start:08d}-{digest(codes)[:16]}.npy")
+    partial.replace(place / f"{start:08d}-{hashed(buffer.getvalue())}.npy")
     return codes
 
 
-def read(place: Path, start: int, dtype: np.dtype, say: Callable[[str], None]) -> np.ndarray | None:
+def read(place: Path, start: int, say: Callable[[str], None]) -> np.ndarray | None:
     """The codes of the file that begins at image `start`; None where it is missing or damaged."""
     for file in place.glob(f"{start:08d}-*.npy"):
-        try:
-            codes = np.load(file, allow_pickle=False)
-        except (OSError, ValueError, EOFError):
-            codes = np.empty(0)
-        if codes.dtype == dtype and file.stem.endswith(digest(codes)[:16]):
-            return codes
+        content = file.read_bytes()
+        if file.stem.endswith(hashed(content)):
+            return np.load(io.BytesIO(content), allow_pickle=False)
         say(f"The token file {file} is damaged; its images are encoded again.")
     return None
 
@@ -174,6 +181,7 @@ def write_class_names(folder: Path, names: tuple[str, ...]) -> None:
 def read_class_names(folder: Path) -> tuple[str, ...] | None:
     """What `write_class_names` noted; None where it is missing or damaged."""
     try:
-        return tuple(json.loads((folder / "class_names.json").read_text(encoding="utf-8")))
+        names = json.loads((folder / "class_names.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+    return tuple(names) if isinstance(names, list) else None

@@ -58,7 +58,7 @@ class VQGANStage:
         self._evaluate = devices.compile(self._evaluation, frozen)
         self._reconstruct, self._decode = _drawing(self.networks.generator)
 
-    def feeds(self) -> tuple[ResidentFeed, ResidentFeed]:
+    def feeds(self, check: Callable[[], None] = lambda: None) -> tuple[ResidentFeed, ResidentFeed]:
         size = self.config.vqgan.batch_size
         train, validation = (
             ResidentFeed(split, size, self.config.seed, self.devices)

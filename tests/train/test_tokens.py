@@ -9,6 +9,7 @@ from taming_jax.data import sources
 from taming_jax.data.augment import augmented
 from taming_jax.data.feeds import permutation, take
 from taming_jax.data.sources import Split
+from taming_jax.errors import Interrupted
 from taming_jax.models.vqgan import build_vqgan, encode
 from taming_jax.train import tokens
 from taming_jax.train.devices import Devices
@@ -73,19 +74,24 @@ def test_what_is_encoded_is_read_and_only_what_is_missing_encoded(tmp_path, gene
     np.testing.assert_array_equal(encoded(tmp_path, generator).images, codes)
 
 
-@pytest.mark.parametrize("harm", ["flip", "truncate", "swap"])
+@pytest.mark.parametrize("harm", ["flip", "header", "truncate", "swap"])
 def test_a_damaged_file_is_named_and_encoded_again(tmp_path, generator, harm):
     codes, _ = encoded(tmp_path, generator)
     first, second, _ = files(tmp_path)
     content = bytearray(first.read_bytes())
     if harm == "flip":
         content[-1] ^= 1
+    if harm == "header":
+        content[20] ^= 2
     first.write_bytes(content[:-9] if harm == "truncate" else content)
     if harm == "swap":
         first.write_bytes(second.read_bytes())
     said = []
     np.testing.assert_array_equal(encoded(tmp_path, generator, say=said.append).images, codes)
-    assert said == [f"The token file {first} is damaged; its images are encoded again."]
+    assert said == [
+        f"The token file {first} is damaged; its images are encoded again.",
+        "Encoding train: 1 files of up to 100 images.",
+    ]
     said.clear()
     encoded(tmp_path, generator, say=said.append)
     assert said == [] and len(files(tmp_path)) == 3
@@ -101,6 +107,22 @@ def test_another_generator_or_other_images_never_read_what_is_stale(tmp_path, ge
     codes, _ = encoded(tmp_path, generator, other)
     assert len(list(tmp_path.iterdir())) == 3
     np.testing.assert_array_equal(codes[1:], encoded(tmp_path, generator).images[:-1])
+
+
+def test_an_encoding_that_is_stopped_keeps_what_it_has(tmp_path, generator):
+    left = [None, None]
+
+    def check():
+        if not left:
+            raise Interrupted(15, "stopped")
+        left.pop()
+
+    with pytest.raises(Interrupted):
+        Tokenizer(tmp_path, *generator, CONFIG, Devices(1), print, check)("train", SPLIT)
+    first, second = files(tmp_path)
+    times = {file: file.stat().st_mtime_ns for file in (first, second)}
+    assert len(encoded(tmp_path, generator).images) == 250
+    assert {file: file.stat().st_mtime_ns for file in times} == times
 
 
 def test_four_devices_encode_the_same(tmp_path, generator):
