@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From a fresh clone to new digits: installs into .venv, trains both stages of the mnist_tiny preset,
-# about eight minutes on two CPU cores, and draws samples. Settings given (but for --workdir) are
+# about seven minutes on two CPU cores, and draws samples. Settings given (but for --workdir) are
 # passed on to both stages; run again to resume.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -7,11 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from taming_jax.config import load_config
-from taming_jax.data.feeds import take, to_float
+from taming_jax.config import DataConfig, load_config
+from taming_jax.data import sources
+from taming_jax.data.augment import augmented
+from taming_jax.data.feeds import ResidentFeed, take, to_float
 from taming_jax.errors import UserError
 from taming_jax.train.devices import Devices
 from taming_jax.train.objective import Networks
+from taming_jax.train.state import AUGMENTATION, example_keys
 from taming_jax.train.vqgan import VQGANStage
 from tests import commands, golden
 
@@ -81,6 +84,24 @@ def test_one_two_and_four_devices_take_the_same_step(trained):
     assert found[1].metrics["adaptive_weight"] > 0
     for count in (2, 4):
         golden.assert_trees_close(found[count], found[1], f"{count} devices ", 1e-5, 1e-6)
+
+
+def test_augmentation_does_not_depend_on_the_devices():
+    data = DataConfig(name="synthetic", image_size=16, random_crop=True, mirror=True)
+    split = sources.load(data).train
+    seen = {}
+    for count in (1, 4):
+        devices = Devices(count)
+
+        def see(step, arrays):
+            keys = example_keys(7, AUGMENTATION, step, arrays["place"])
+            return augmented(take(arrays)[0], keys, data)
+
+        feed = ResidentFeed(split, 32, 7, devices)
+        out = devices.compile(see)(devices.replicate(np.int32(3)), feed.batch(3).arrays)
+        seen[count] = devices.gather(out)
+    assert seen[1].shape == (32, 16, 16, 1)
+    np.testing.assert_array_equal(seen[4], seen[1])
 
 
 def test_the_command_line_gives_the_same_rows_on_any_number_of_devices(tmp_path):
