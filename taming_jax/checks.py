@@ -57,10 +57,14 @@ def check(config: "Config") -> None:
             raise UserError(f"{name} is {seed}; it must be from 0 to {2**32 - 1}.")
     if config.devices is not None and config.devices < 1:
         raise UserError(f"--devices is {config.devices}; it must be 1 or more.")
-    if not 0 < data.validation_share < 1:
-        raise UserError(
-            f"--data.validation-share is {data.validation_share}; it is a share between 0 and 1."
-        )
+    for key in ("validation_share", "test_share"):
+        if not 0 < getattr(data, key) < 1:
+            value = getattr(data, key)
+            raise UserError(f"{flag('data', key)} is {value}; it is a share between 0 and 1.")
+    if not 0 <= data.bad_share <= 1:
+        raise UserError(f"--data.bad-share is {data.bad_share}; it is a share, from 0 to 1.")
+    if data.workers is not None and data.workers < 1:
+        raise UserError(f"--data.workers is {data.workers}; it must be 1 or more.")
     if data.channels not in (1, 3):
         raise UserError(f"--data.channels is {data.channels}; it must be 1 (gray) or 3 (colour).")
     if not vqgan.multipliers or min(vqgan.multipliers) < 1:

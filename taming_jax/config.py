@@ -32,9 +32,14 @@ def free(default: Any) -> Any:
 @dataclass(frozen=True)
 class DataConfig:
     name: str = "mnist"
-    """The dataset: mnist, or synthetic (small pictures made by rule, of any size)."""
+    """The dataset: mnist; synthetic (small pictures made by rule, of any size); folder (pictures in
+    --data.path); OWNER/NAME on the Hugging Face hub; tfds:NAME of TensorFlow Datasets."""
     path: str | None = free(None)
-    """A folder with your own copy of the files, in place of the preset's."""
+    """A folder with your own copy of the files, in place of a download."""
+    image_column: str | None = None
+    """The column of a table that holds the images; found unless told."""
+    label_column: str | None = None
+    """The column of a table that holds the classes; found unless told."""
     image_size: int = 28
     """Height and width of the images the model sees."""
     channels: int = 1
@@ -43,6 +48,16 @@ class DataConfig:
     """Train on crops at random places of images kept an eighth larger."""
     mirror: bool = False
     """Train on images of which every second one, at random, is mirrored."""
+    squeeze: bool = False
+    """Resize pictures to squares as they are, in place of cutting out their middle square."""
+    cache: str | None = free(None)
+    """The folder of decoded images; the user's own cache folder unless told."""
+    bad_share: float = free(0.1)
+    """The largest share of pictures that may be unreadable and left out."""
+    workers: int | None = free(None)
+    """Processes that decode pictures; one a core unless told."""
+    test_share: float = 0.1
+    """The share of the images kept for testing, where a dataset has no test split."""
     validation_share: float = 0.05
     """The share of the training images kept for validation, on which models are chosen."""
     split_seed: int = 0
@@ -134,6 +149,8 @@ class VQGANConfig(StageConfig):
     epsilon: float = 1e-8
     """Adam's: gradients far below it move a parameter by little, so that rounding errors in place
     of a zero are not made full steps of."""
+    remat: bool = False
+    """Recompute the residual blocks' activations in the backward pass, to save memory."""
     ema_decay: float | None = None
     """Keep a moving average of the generator, and evaluate and draw with it."""
 

@@ -15,7 +15,9 @@ from typing import NamedTuple
 import numpy as np
 
 from taming_jax.config import DataConfig
+from taming_jax.data import readers
 from taming_jax.data.augment import centred, stored_size
+from taming_jax.data.images import Pictures, decoded
 from taming_jax.errors import UserError
 
 
@@ -42,22 +44,32 @@ def load(config: DataConfig) -> Splits:
     Raises UserError for an unknown name, files that are missing or damaged, and image sizes that
     the source cannot give.
     """
-    if config.name not in SOURCES:
-        raise UserError(
-            f"--data.name {config.name} is unknown; the datasets are {', '.join(sorted(SOURCES))}."
-        )
-    return SOURCES[config.name](config)
+    if config.name in SOURCES:
+        return SOURCES[config.name](config)
+    if config.name.startswith("tfds:"):
+        return pictured(readers.tfds(config), config)
+    if "/" in config.name:
+        return hub(config)
+    raise UserError(
+        f"--data.name {config.name} is unknown; the datasets are {', '.join(sorted(SOURCES))}, "
+        "OWNER/NAME of the Hugging Face hub, and tfds:NAME of TensorFlow Datasets."
+    )
 
 
 def cut_validation(train: Split, config: DataConfig) -> tuple[Split, Split]:
     """Cuts the validation split from the training split: the same images for the same seed, both
     in the order they had. At least one image is left on either side."""
-    n = len(train.images)
-    kept = min(max(round(n * config.validation_share), 1), n - 1)
-    order = np.random.Generator(np.random.Philox(config.split_seed)).permutation(n)
-    parts = np.sort(order[kept:]), np.sort(order[:kept])
+    parts = cut_by_seed(len(train.images), config.validation_share, config.split_seed)
     first, second = (Split(train.images[part], train.labels[part]) for part in parts)
     return first, Split(centred(second.images, config.image_size), second.labels)
+
+
+def cut_by_seed(n: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """n examples in two parts, the second of about a share of them, each in order: the same for the
+    same seed. At least one is on either side."""
+    kept = min(max(round(n * share), 1), n - 1)
+    order = np.random.Generator(np.random.Philox(seed)).permutation(n)
+    return np.sort(order[kept:]), np.sort(order[:kept])
 
 
 def mnist(config: DataConfig) -> Splits:
@@ -143,4 +155,97 @@ def synthetic(config: DataConfig) -> Splits:
     return Splits(train, validation, test, ("disc", "square", "large disc", "large square"))
 
 
-SOURCES: dict[str, Callable[[DataConfig], Splits]] = {"mnist": mnist, "synthetic": synthetic}
+def folder(config: DataConfig) -> Splits:
+    """One's own pictures in `config.path`: a folder a class, or one folder."""
+    return pictured(readers.folder(config), config)
+
+
+def hub(config: DataConfig) -> Splits:
+    """A dataset of the Hugging Face hub, or its parquet files in `config.path`."""
+    tables = readers.hub(config) if config.path is None else readers.parquet(config)
+    return pictured(tables, config)
+
+
+def pictured(
+    tables: dict[str, readers.Table], config: DataConfig, say: Callable[[str], None] = print
+) -> Splits:
+    """Encoded pictures as Splits. What the data does not have as a split of its own is cut from
+    its training split, by seed."""
+    labels, class_names = numbered(tables, config)
+    pictures = {
+        split: Pictures(
+            table.reader, np.arange(len(table.names)), table.names, labels[split], table.content
+        )
+        for split, table in tables.items()
+    }
+    for split, share in (("test", config.test_share), ("validation", config.validation_share)):
+        if split not in pictures:
+            n = len(pictures["train"])
+            if n < 2:
+                raise UserError(
+                    f"{config.path or config.name} holds too few pictures: a {split} split cannot "
+                    "be cut from one; three are the least."
+                )
+            rest, cut = cut_by_seed(n, share, config.split_seed)
+            pictures[split] = pictures["train"].part(cut)
+            pictures["train"] = pictures["train"].part(rest)
+    parts = {}
+    for split in ("train", "validation", "test"):
+        size = stored_size(config) if split == "train" else config.image_size
+        parts[split] = Split(*decoded(pictures[split], size, config, say))
+        if not len(parts[split].images):
+            raise UserError(f"no picture of the {split} split can be read.")
+    unlearned = set(parts["test"].labels.tolist()) - set(parts["train"].labels.tolist())
+    if unlearned:
+        say(
+            f"Warning: {len(unlearned)} classes are in the test split only; likelihoods of their "
+            "images, given their class, mean little."
+        )
+    return Splits(**parts, class_names=class_names)
+
+
+def numbered(
+    tables: dict[str, readers.Table], config: DataConfig
+) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+    """Classes as numbers int32 [n] by split, and their names. UserError where they are missing,
+    negative, or no classes."""
+    where = config.path or config.name
+    of_each = {split: table.classes for split, table in tables.items()}
+    if all(values is None for values in of_each.values()):
+        zeros = {split: np.zeros(len(tables[split].names), np.int32) for split in tables}
+        return zeros, ("all",)
+    values = [value for each in of_each.values() for value in each or [None]]
+    if any(value is None for value in values):
+        raise UserError(f"some pictures of {where} have no class; give every one a class.")
+    if all(isinstance(value, str) for value in values):
+        learned = set(of_each["train"] or ())
+        names = (*sorted(learned), *sorted(set(values) - learned))
+        numbers = {name: i for i, name in enumerate(names)}
+    elif all(isinstance(value, int | np.integer) for value in values):
+        known = next((table.class_names for table in tables.values() if table.class_names), None)
+        if min(values) < 0:
+            raise UserError(f"some classes of {where} are negative; count them from 0.")
+        names = known or tuple(map(str, range(max(values) + 1)))
+        if max(values) >= len(names):
+            raise UserError(
+                f"{where} has a class {max(values)}, but names for {len(names)} only; mend it."
+            )
+        numbers = {i: i for i in range(len(names))}
+    else:
+        kinds = ", ".join(sorted({type(value).__name__ for value in values}))
+        raise UserError(
+            f"the classes of {where} are of type {kinds}; numbers from 0, or names, are taken "
+            "(--data.label-column)."
+        )
+    labels = {
+        split: np.array([numbers[value] for value in each or ()], np.int32)
+        for split, each in of_each.items()
+    }
+    return labels, names
+
+
+SOURCES: dict[str, Callable[[DataConfig], Splits]] = {
+    "mnist": mnist,
+    "synthetic": synthetic,
+    "folder": folder,
+}

@@ -32,6 +32,7 @@ class Encoder(nn.Module):
     resolution: int
     latent_channels: int
     dtype: Dtype = jnp.float32
+    remat: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -60,6 +61,7 @@ class Decoder(nn.Module):
     resolution: int
     out_channels: int
     dtype: Dtype = jnp.float32
+    remat: bool = False
 
     @nn.compact
     def __call__(self, z: jax.Array) -> jax.Array:
@@ -78,8 +80,10 @@ class Decoder(nn.Module):
 def residual(
     net: Encoder | Decoder, name: str, block: int, level: int, multiplier: int, h: jax.Array
 ) -> jax.Array:
-    """A level's residual block, with attention where the network has it at that height."""
-    h = ResidualBlock(net.channels * multiplier, net.dtype, name=f"{name}_block_{block}")(h)
+    """A level's residual block, with attention where the network has it at that height. With
+    `remat` its activations are computed again in the backward pass, not kept."""
+    kind = nn.remat(ResidualBlock) if net.remat else ResidualBlock
+    h = kind(net.channels * multiplier, net.dtype, name=f"{name}_block_{block}")(h)
     if net.resolution // 2**level in net.attention_resolutions:
         h = AttentionBlock(net.dtype, name=f"{name}_attn_{block}")(h)
     return h

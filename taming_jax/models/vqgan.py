@@ -59,6 +59,7 @@ def build_vqgan(config: Config) -> VQGAN:
         "attention_resolutions": settings.attention_resolutions,
         "resolution": config.data.image_size,
         "dtype": dtype,
+        "remat": settings.remat,
     }
     return VQGAN(
         encoder=Encoder(

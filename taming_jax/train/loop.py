@@ -143,8 +143,8 @@ class Signals:
         if self.received is not None:
             raise Interrupted(
                 self.received,
-                f"Stopped by {signal.Signals(self.received).name}; the same command goes on from "
-                "what is done.",
+                f"Stopped by {signal.Signals(self.received).name} before the next step; the same "
+                "command goes on from what is done.",
             )
 
     def __exit__(self, *_: object) -> None:

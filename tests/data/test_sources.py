@@ -91,7 +91,10 @@ def test_what_a_source_cannot_give_is_refused(tmp_path):
         ({"path": str(tmp_path / "none")}, "is no folder"),
         ({"path": str(tmp_path)}, "has no train-images"),
         ({"image_size": 32}, "28x28"),
-        ({"name": "cifar"}, "--data.name cifar is unknown; the datasets are mnist, synthetic"),
+        (
+            {"name": "cifar"},
+            "the datasets are folder, mnist, synthetic, OWNER",
+        ),
     ):
         with pytest.raises(UserError, match=says):
             sources.load(DataConfig(**settings))

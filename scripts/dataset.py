@@ -1,0 +1,77 @@
+#!/usr/bin/env python3
+"""What a dataset holds: sizes, classes, means, duplicates, and a sheet of its pictures.
+
+    python scripts/dataset.py --config birds --data.path FOLDER --out sheet.png
+
+Takes the settings of the training scripts, of which only those of the data matter.
+"""
+
+import dataclasses
+import hashlib
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from taming_jax.config import parse_arguments
+from taming_jax.data import sources
+from taming_jax.data.sources import Split, Splits
+from taming_jax.errors import UserError, report
+
+
+def describe(name: str, split: Split, class_names: tuple[str, ...]) -> str:
+    n, h, w, c = split.images.shape
+    means, squares = np.zeros(c), np.zeros(c)
+    for start in range(0, n, 1024):  # in parts, since a split may be larger than memory
+        part = split.images[start : start + 1024].astype(np.float64)
+        means += part.mean((1, 2)).sum(0) / n
+        squares += np.square(part).mean((1, 2)).sum(0) / n
+    deviations = np.sqrt(np.maximum(squares - means**2, 0))
+    counts = Counter(split.labels.tolist())
+    most = ", ".join(f"{class_names[i]} {count}" for i, count in counts.most_common(3))
+    least = ", ".join(f"{class_names[i]} {count}" for i, count in counts.most_common()[:-4:-1])
+    of_channels = ", ".join(f"{m:.1f} ± {d:.1f}" for m, d in zip(means, deviations, strict=True))
+    return (
+        f"{name}: {n} images of {h}x{w}x{c}, mean and deviation of each channel {of_channels}; "
+        f"{len(counts)} of {len(class_names)} classes, most: {most}; fewest: {least}"
+    )
+
+
+def hashes(split: Split) -> set[bytes]:
+    return {hashlib.sha256(image.tobytes()).digest() for image in split.images}
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    out = None
+    if "--out" in arguments:
+        at = arguments.index("--out")
+        if at + 1 == len(arguments) or not arguments[at + 1].endswith(".png"):
+            raise UserError("--out needs the name of a .png.")
+        out = Path(arguments[at + 1])
+        if not out.absolute().parent.is_dir():
+            raise UserError(f"--out {out}: the folder {out.absolute().parent} does not exist.")
+        del arguments[at : at + 2]
+    config, _ = parse_arguments(arguments)
+    # All splits at one size, so that the same picture is the same array in each.
+    splits: Splits = sources.load(dataclasses.replace(config.data, random_crop=False))
+    named = {name: getattr(splits, name) for name in ("train", "validation", "test")}
+    for name, split in named.items():
+        print(describe(name, split, splits.class_names))
+    seen = {name: hashes(split) for name, split in named.items()}
+    for name, split in named.items():
+        print(f"{len(split.images) - len(seen[name])} duplicates within {name}")
+    for one, other in (("train", "validation"), ("train", "test"), ("validation", "test")):
+        print(f"{len(seen[one] & seen[other])} images of {other} are in {one} as well")
+    if out is not None:
+        from taming_jax.figures import sheet
+
+        images = splits.train.images
+        chosen = np.linspace(0, len(images) - 1, min(64, len(images))).astype(int)
+        sheet(images[chosen], out, 8, f"{config.data.name}: {len(images)} training images")
+        print(f"A sheet of them is in {out}.")
+
+
+if __name__ == "__main__":
+    sys.exit(report(main))

@@ -1,0 +1,248 @@
+"""From encoded pictures to uint8 arrays, once: decoding, resizing, and the cache on disk.
+
+A decoded split lies in the cache as one folder: `images.u8` (raw bytes, memory-mapped) and
+`about.json` (its shape, and which pictures it holds), under a key of the pictures' content and of
+how they were resized. It appears whole or not at all: it is written beside its place and renamed.
+No JAX here: this is imported by worker processes.
+"""
+
+import concurrent.futures
+import errno
+import functools
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from taming_jax.config import DataConfig
+from taming_jax.errors import UserError
+
+VERSION = 1  # of the cache's format; another version is another key
+CHUNK = 64  # pictures a worker takes at once
+
+
+class Reader(Protocol):
+    """Encoded pictures by number. Sent to worker processes, so it must pickle."""
+
+    def __getitem__(self, number: int) -> bytes: ...
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Pictures that are not decoded yet: `reader[numbers[i]]` are the bytes of picture i,
+    `names[i]` is what a person would call it, `labels[i]` its class, int32. `content` stands for
+    all of the reader's pictures: other pictures, another content."""
+
+    reader: Reader
+    numbers: np.ndarray
+    names: Sequence[str]
+    labels: np.ndarray
+    content: str
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def part(self, index: np.ndarray) -> "Pictures":
+        """Some of the pictures, by their places."""
+        return replace(
+            self, numbers=self.numbers[index], names=[self.names[i] for i in index],
+            labels=self.labels[index],
+        )  # fmt: skip
+
+
+def decode(content: bytes, size: int, channels: int, squeeze: bool) -> np.ndarray:
+    """A picture's bytes to uint8 [size,size,channels]: turned as EXIF says, transparency on white,
+    its middle square (or, to `squeeze`, all of it) resized by antialiased bicubic interpolation.
+
+    Raises some exception, of many kinds, where the picture cannot be read.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(io.BytesIO(content)) as opened:
+            if not squeeze:
+                # A JPEG is decoded at an eighth, a quarter or half its size where that is enough.
+                opened.draft(None, (2 * size, 2 * size))
+            opened.load()
+            image = ImageOps.exif_transpose(opened)
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("L" if channels == 1 else "RGB")
+    width, height = image.size
+    box = (0.0, 0.0, float(width), float(height))
+    if not squeeze:
+        side = min(width, height)
+        left, top = (width - side) / 2, (height - side) / 2
+        box = (left, top, left + side, top + side)
+    image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    return np.asarray(image).reshape(size, size, channels)
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Decodes pictures of a reader into the array `images` that a file holds."""
+
+    reader: Reader
+    path: str
+    shape: tuple[int, ...]
+    squeeze: bool
+
+    @functools.cached_property
+    def images(self) -> np.ndarray:
+        return np.memmap(self.path, np.uint8, "r+", shape=self.shape)
+
+    def __call__(self, numbers: np.ndarray, first: int) -> dict[int, str]:
+        """Fills the places `first` ...; answers those whose pictures cannot be read, and why."""
+        bad = {}
+        for place, number in enumerate(numbers.tolist(), first):
+            try:
+                content = self.reader[number]
+                self.images[place] = decode(content, self.shape[1], self.shape[3], self.squeeze)
+            except Exception as error:  # noqa: BLE001 - damage raises many kinds
+                bad[place] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        return bad
+
+
+_decoder: list[Decoder] = []  # a worker process's own
+
+
+def begin_worker(decoder: Decoder) -> None:
+    _decoder[:] = [decoder]
+
+
+def work(numbers: np.ndarray, first: int) -> dict[int, str]:
+    return _decoder[0](numbers, first)
+
+
+def cache_folder(config: DataConfig) -> Path:
+    """The folder of the cache: the setting, else the user's own."""
+    if config.cache is not None:
+        return Path(config.cache)
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "taming_jax"
+
+
+def decoded(
+    pictures: Pictures, size: int, config: DataConfig, say: Callable[[str], None] = print
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures as uint8 [n,size,size,channels], memory-mapped, and their labels int32 [n], without
+    those that cannot be read. Decoded into the cache, in parallel, unless they are there.
+
+    Raises UserError where more than a share `config.bad_share` cannot be read, or where the cache
+    cannot be written.
+    """
+    seen = [VERSION, pictures.content, size, config.channels, config.squeeze]
+    key = hashlib.sha256(json.dumps(seen).encode() + pictures.numbers.tobytes()).hexdigest()[:20]
+    root = cache_folder(config)
+    place = root / key
+    try:
+        if not (place / "about.json").exists():
+            fill(place, pictures, (len(pictures), size, size, config.channels), config, say)
+        about = json.loads((place / "about.json").read_text(encoding="utf-8"))
+        kept = np.array(about["kept"], int)
+        shape = (len(kept), size, size, config.channels)
+        return np.memmap(place / "images.u8", np.uint8, "r", shape=shape), pictures.labels[kept]
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if error.errno == errno.ENOSPC:
+            need = len(pictures) * size * size * config.channels / 2**20
+            reason = f"the disk is full, {need:.0f} MiB are needed"
+        raise UserError(
+            f"the image cache {root} cannot be used: {reason}; free it, or choose another "
+            "--data.cache."
+        ) from error
+
+
+def fill(
+    place: Path, pictures: Pictures, shape: tuple[int, ...], config: DataConfig,
+    say: Callable[[str], None],
+) -> None:  # fmt: skip
+    """Decodes pictures into a new folder of the cache."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f"{place.name}-partial-", dir=place.parent))
+    try:
+        file = work / "images.u8"
+        with file.open("wb") as raw:
+            if hasattr(os, "posix_fallocate"):  # a full disk is told now, not by a crash later
+                os.posix_fallocate(raw.fileno(), 0, int(np.prod(shape)))
+            else:
+                raw.truncate(int(np.prod(shape)))
+        bad = decode_all(pictures, file, shape, config, say)
+        kept = [i for i in range(len(pictures)) if i not in bad]
+        if bad:
+            report_bad(pictures, bad, place, config, say)
+            images = np.memmap(file, np.uint8, "r+", shape=shape)
+            for to, source in enumerate(kept):
+                images[to] = images[source]
+            images.flush()
+            os.truncate(file, len(kept) * int(np.prod(shape[1:])))
+        about = {"version": VERSION, "shape": [len(kept), *shape[1:]], "kept": kept}
+        (work / "about.json").write_text(json.dumps(about), encoding="utf-8")
+        try:
+            work.rename(place)
+        except OSError:
+            if not (place / "about.json").exists():  # else another process was first
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def decode_all(
+    pictures: Pictures, file: Path, shape: tuple[int, ...], config: DataConfig,
+    say: Callable[[str], None],
+) -> dict[int, str]:  # fmt: skip
+    """Decodes pictures into a file, in worker processes where there are many."""
+    starts = range(0, len(pictures), CHUNK)
+    workers = min(config.workers or os.cpu_count() or 1, len(starts))
+    say(f"Decoding {len(pictures)} pictures to {shape[1]}x{shape[2]} into {file.parent.parent}.")
+    jobs = [(pictures.numbers[start : start + CHUNK], start) for start in starts]
+    decoder = Decoder(pictures.reader, str(file), shape, config.squeeze)
+    bad: dict[int, str] = {}
+    with tqdm(total=len(pictures), desc="decoding", unit="picture", disable=None) as bar:
+        if workers < 2:
+            for job in jobs:
+                bad |= decoder(*job)
+                bar.update(len(job[0]))
+            return bad
+        # Fresh processes: a fork of one that runs JAX's threads may hang.
+        with concurrent.futures.ProcessPoolExecutor(
+            workers, multiprocessing.get_context("spawn"), begin_worker, (decoder,)
+        ) as pool:
+            futures = {pool.submit(work, *job): len(job[0]) for job in jobs}
+            for future in concurrent.futures.as_completed(futures):
+                bad |= future.result()
+                bar.update(futures[future])
+    return bad
+
+
+def report_bad(
+    pictures: Pictures, bad: dict[int, str], place: Path, config: DataConfig,
+    say: Callable[[str], None],
+) -> None:  # fmt: skip
+    """Names the pictures that cannot be read in a file; UserError where they are too many."""
+    listed = place.with_name(f"{place.name}-skipped.txt")
+    lines = [f"{pictures.names[i]}\t{bad[i]}\n" for i in sorted(bad)]
+    listed.write_text("".join(lines), encoding="utf-8")
+    first = min(bad)
+    text = (
+        f"{len(bad)} of {len(pictures)} pictures cannot be read, {pictures.names[first]} for one "
+        f"({bad[first]}); they are named in {listed}"
+    )
+    if len(bad) > config.bad_share * len(pictures):
+        raise UserError(
+            f"{text}. Mend or remove them, or allow a larger share by --data.bad-share."
+        )
+    say(f"{text}, and left out.")

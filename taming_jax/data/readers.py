@@ -1,0 +1,347 @@
+"""Where encoded pictures come from: folders, parquet files, the Hugging Face hub, TensorFlow
+Datasets. Each function answers tables: by split, a reader and what a person would call its
+pictures, with the values of the class column."""
+
+import functools
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from taming_jax.config import DataConfig
+from taming_jax.data.images import Reader
+from taming_jax.errors import UserError
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
+SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val"), "test": ("test",)}
+
+
+class Table(NamedTuple):
+    """One split. `classes` holds a value a picture (a number, a name), or is None where the data
+    has no classes; `class_names` are the names of numbers, where the data has them; `content`
+    changes when a picture does."""
+
+    reader: Reader
+    names: Sequence[str]
+    classes: Sequence[Any] | None
+    class_names: tuple[str, ...] | None
+    content: str
+
+
+def hashed(files: Iterable[Path]) -> str:
+    """A hash of files' contents."""
+
+    def one(file: Path) -> bytes:
+        with file.open("rb") as opened:
+            return hashlib.file_digest(opened, "blake2b").digest()
+
+    with ThreadPoolExecutor() as pool:
+        return hashlib.sha256(b"".join(pool.map(one, files))).hexdigest()
+
+
+def existing(config: DataConfig, what: str) -> Path:
+    """The folder that --data.path names."""
+    if config.path is None:
+        raise UserError(f"--data.name {config.name} needs --data.path, {what}.")
+    if not Path(config.path).is_dir():
+        raise UserError(f"--data.path {config.path} is no folder; name {what}.")
+    return Path(config.path)
+
+
+@dataclass(frozen=True)
+class Files:
+    """Pictures that are files of their own."""
+
+    paths: list[Path]
+
+    def __getitem__(self, number: int) -> bytes:
+        return self.paths[number].read_bytes()
+
+
+def folder(config: DataConfig) -> dict[str, Table]:
+    """`train/CLASS/*` with or without `validation/` and `test/`, or `CLASS/*`, or pictures alone;
+    classes are named by their folders."""
+    root = existing(config, "the folder with your pictures")
+    found = {
+        split: root / name for split, names in SPLITS.items() for name in names
+        if (root / name).is_dir()
+    }  # fmt: skip
+    if "train" not in found:
+        found = {"train": root}
+    tables = {}
+    for split, place in found.items():
+        try:
+            files = sorted(file for file in place.rglob("*") if is_picture(file))
+        except OSError as error:
+            raise UserError(f"{error.filename} cannot be read ({error.strerror}).") from error
+        if not files:
+            kinds = " ".join(sorted(SUFFIXES))
+            raise UserError(f"{place} holds no pictures ({kinds}); put some there.")
+        below = [file.relative_to(place).parts for file in files]
+        if any(len(parts) > 1 for parts in below):  # pictures beside the folders have no class
+            files = [file for file, parts in zip(files, below, strict=True) if len(parts) > 1]
+            classes: list[str] | None = [file.relative_to(place).parts[0] for file in files]
+        else:
+            classes = None
+        names = [str(file.relative_to(root)) for file in files]
+        try:
+            content = hashed(files)
+        except OSError as error:
+            raise UserError(
+                f"{error.filename} cannot be read ({error.strerror}); give yourself the right to."
+            ) from error
+        tables[split] = Table(Files(files), names, classes, None, content)
+    return tables
+
+
+def is_picture(file: Path) -> bool:
+    hidden = file.name.startswith(".")
+    return file.suffix.lower() in SUFFIXES and not hidden and file.is_file()
+
+
+@dataclass(frozen=True)
+class ParquetColumn:
+    """Pictures in a column of parquet files: bytes, or the hub's struct of bytes and path."""
+
+    files: list[Path]
+    column: str
+    groups: list[tuple[int, int, int]]  # of every row group: file, number, rows before it
+
+    def __getitem__(self, number: int) -> bytes:
+        at = max(i for i, group in enumerate(self.groups) if group[2] <= number)
+        file, group, before = self.groups[at]
+        value = self._rows(file, group)[number - before].as_py()
+        value = value["bytes"] if isinstance(value, dict) else value
+        if value is None:
+            raise ValueError("no bytes")
+        return value
+
+    def _rows(self, file: int, group: int) -> Any:
+        return read_group(str(self.files[file]), group, self.column)
+
+
+@functools.lru_cache(maxsize=4)
+def read_group(file: str, group: int, column: str) -> Any:
+    """A row group of a column. A few are kept, since neighbours are read together."""
+    import pyarrow.parquet as parquet
+
+    return parquet.ParquetFile(file).read_row_group(group, columns=[column]).column(0)
+
+
+def parquet(config: DataConfig) -> dict[str, Table]:
+    """Files `train*.parquet`, `validation*.parquet`, `test*.parquet` with the hub's schema."""
+    import pyarrow
+    import pyarrow.parquet as pq
+
+    root = existing(config, "a folder with train*.parquet")
+    if not list(root.glob("*.parquet")) and (root / "data").is_dir():
+        root = root / "data"
+    tables = {}
+    for split, prefixes in SPLITS.items():
+        files = sorted({file for name in prefixes for file in root.glob(f"{name}*.parquet")})
+        if not files:
+            continue
+        try:
+            opened = [pq.ParquetFile(file) for file in files]
+            schema = opened[0].schema_arrow
+            features = described(schema)
+            image = image_column(config, schema.names, [
+                n for n in schema.names
+                if features.get(n, {}).get("_type") == "Image" or holds_bytes(schema.field(n).type)
+            ])  # fmt: skip
+            label = label_column(config, schema.names, [
+                n for n in schema.names if features.get(n, {}).get("_type") == "ClassLabel"
+            ])  # fmt: skip
+            classes = names = None
+            if label is not None:
+                columns = [file.read(columns=[label]).column(0).to_pylist() for file in opened]
+                classes = [value for column in columns for value in column]
+                names = features.get(label, {}).get("names")
+            groups, before = [], 0
+            for i, file in enumerate(opened):
+                for group in range(file.metadata.num_row_groups):
+                    groups.append((i, group, before))
+                    before += file.metadata.row_group(group).num_rows
+            content = hashed(files)
+        except (OSError, pyarrow.ArrowException) as error:
+            raise UserError(
+                f"the parquet files {files[0].name} … in {root} cannot be read ({error}); fetch "
+                "them again."
+            ) from error
+        rows = [f"{split}*.parquet, row {i}" for i in range(before)]
+        reader = ParquetColumn(files, image, groups)
+        tables[split] = Table(reader, rows, classes, tuple(names) if names else None, content)
+    if "train" not in tables:
+        raise UserError(f"{root} has no train*.parquet; put the dataset's parquet files there.")
+    return tables
+
+
+def described(schema: Any) -> dict[str, Any]:
+    """What the hub's metadata of a parquet file says of its columns."""
+    try:
+        return json.loads(schema.metadata[b"huggingface"])["info"]["features"]
+    except (KeyError, TypeError, ValueError):
+        return {}
+
+
+def holds_bytes(kind: Any) -> bool:
+    import pyarrow
+
+    if pyarrow.types.is_struct(kind):
+        return any(field.name == "bytes" for field in kind)
+    return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
+
+
+def image_column(config: DataConfig, names: Sequence[str], found: Sequence[str]) -> str:
+    """The setting, or the first column that holds images. UserError where there is none."""
+    wanted = config.image_column
+    if wanted is None and found:
+        return found[0]
+    if wanted is None or wanted not in names:
+        what = "no column of images" if wanted is None else f"no column '{wanted}'"
+        raise UserError(
+            f"the dataset has {what}; its columns are {', '.join(names)} (--data.image-column)."
+        )
+    return wanted
+
+
+def label_column(config: DataConfig, names: Sequence[str], found: Sequence[str]) -> str | None:
+    """The setting, or the first column of classes, or one that is called so, or None."""
+    wanted = config.label_column
+    if wanted is None:
+        called = [name for name in ("label", "labels") if name in names]
+        return next(iter([*found, *called]), None)
+    if wanted not in names:
+        raise UserError(
+            f"the dataset has no column '{wanted}'; its columns are {', '.join(names)} "
+            "(--data.label-column)."
+        )
+    return wanted
+
+
+@dataclass(frozen=True)
+class HubColumn:
+    """Pictures in a column of a Hugging Face dataset that is not decoded."""
+
+    rows: Any
+    column: str
+
+    def __getitem__(self, number: int) -> bytes:
+        value = self.rows[number][self.column]
+        return value["bytes"] or Path(value["path"]).read_bytes()
+
+
+def hub(config: DataConfig) -> dict[str, Table]:
+    """A dataset of the Hugging Face hub, or of a local folder, by `datasets`."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(
+            f"--data.name {config.name} needs the package datasets; pip install datasets, or name "
+            "a folder with its parquet files by --data.path."
+        ) from error
+    datasets.disable_progress_bars()
+    try:
+        loaded = datasets.load_dataset(config.name)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"the dataset {config.name} cannot be had from the Hugging Face hub ({reason}); where "
+            "there is no network, download its parquet files elsewhere and name their folder by "
+            "--data.path."
+        ) from error
+    tables = {}
+    for split, names in SPLITS.items():
+        name = next((name for name in names if name in loaded), None)
+        if name is None:
+            continue
+        rows = loaded[name]
+        features = rows.features
+        image = image_column(
+            config, list(features), [n for n, f in features.items() if type(f) is datasets.Image]
+        )
+        label = label_column(
+            config, list(features),
+            [n for n, f in features.items() if type(f) is datasets.ClassLabel],
+        )  # fmt: skip
+        known = getattr(features[label], "names", None) if label is not None else None
+        tables[split] = Table(
+            HubColumn(
+                rows.select_columns([image]).cast_column(image, datasets.Image(decode=False)), image
+            ),
+            [f"{name}, row {i}" for i in range(len(rows))],
+            None if label is None else list(rows[label]),
+            tuple(known) if known else None,
+            f"{config.name} {rows._fingerprint}",
+        )
+    if "train" not in tables:
+        raise UserError(
+            f"the dataset {config.name} has no split 'train'; its splits are {', '.join(loaded)}."
+        )
+    return tables
+
+
+@dataclass(frozen=True)
+class TfdsImages:
+    """Pictures of a TensorFlow Datasets source that is not decoded."""
+
+    source: Any
+    feature: str
+
+    def __getitem__(self, number: int) -> bytes:
+        return self.source[number][self.feature]
+
+
+def tfds(config: DataConfig) -> dict[str, Table]:
+    """`tfds:NAME`, prepared already as array_record, in `--data.path` or TFDS's own folder."""
+    try:
+        import tensorflow_datasets as tf_datasets
+    except ImportError as error:
+        raise UserError(
+            f"--data.name {config.name} needs the package tensorflow-datasets; pip install it."
+        ) from error
+    name = config.name.removeprefix("tfds:")
+    given = None if config.path is None else Path(config.path)
+    try:
+        if given is not None and (given / "dataset_info.json").exists():
+            builder = tf_datasets.builder_from_directory(str(given))
+        else:
+            builder = tf_datasets.builder(name, data_dir=given, file_format="array_record")
+        features = builder.info.features
+        image = image_column(
+            config, list(features),
+            [n for n, f in features.items() if isinstance(f, tf_datasets.features.Image)],
+        )  # fmt: skip
+        label = label_column(
+            config, list(features),
+            [n for n, f in features.items() if isinstance(f, tf_datasets.features.ClassLabel)],
+        )  # fmt: skip
+        skip = {image: tf_datasets.decode.SkipDecoding()}
+        sources = {
+            split: builder.as_data_source(name, decoders=skip)
+            for split, names in SPLITS.items() for name in names if name in builder.info.splits
+        }  # fmt: skip
+    except UserError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"TensorFlow Datasets has no '{name}' prepared in {given or '~/tensorflow_datasets'} "
+            f"({reason}); prepare it with `tfds build {name} --file_format=array_record` and name "
+            "its folder by --data.path."
+        ) from error
+    tables = {}
+    content = hashed(sorted(Path(builder.data_dir).glob("*.array_record*")))
+    for split, source in sources.items():
+        classes = None if label is None else [source[i][label] for i in range(len(source))]
+        known = features[label].names if label is not None else None
+        tables[split] = Table(
+            TfdsImages(source, image), [f"{split}, record {i}" for i in range(len(source))],
+            classes, tuple(known) if known else None, f"{split} {content}",
+        )  # fmt: skip
+    if "train" not in tables:
+        raise UserError(f"the dataset {config.name} has no split 'train'.")
+    return tables

@@ -1,0 +1,178 @@
+import errno
+import json
+import os
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from taming_jax.config import DataConfig
+from taming_jax.data import images, sources
+from taming_jax.data.images import decode
+from taming_jax.errors import UserError
+from tests.data import pictures
+from tests.data.pictures import encoded, picture
+
+
+def test_the_middle_square_resized_with_antialiasing():
+    image = picture(1, 90, 60)
+    found = decode(encoded(image, "PNG"), 20, 3, squeeze=False)
+    expected = image.resize((30, 20), Image.Resampling.BICUBIC).crop((5, 0, 25, 20))
+    np.testing.assert_array_equal(found, np.asarray(expected))
+    squeezed = decode(encoded(image, "PNG"), 20, 3, squeeze=True)
+    expected = image.resize((20, 20), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(squeezed, np.asarray(expected))
+    # Fine stripes become gray, not other stripes.
+    stripes = Image.fromarray(np.tile(np.array([0, 255], np.uint8), (128, 64)))
+    gray = decode(encoded(stripes, "PNG"), 13, 1, squeeze=False)
+    assert gray.shape == (13, 13, 1) and abs(gray.astype(int) - 127).max() < 40
+
+
+def test_a_picture_is_turned_as_exif_says():
+    image = picture(2, 60, 60)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    found = decode(encoded(image, "JPEG", exif=exif, quality=95), 60, 3, squeeze=False)
+    expected = np.rot90(np.asarray(image), -1).astype(int)
+    assert np.abs(found - expected).mean() < 8 < np.abs(found - np.asarray(image)).mean()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF", "JPEG", "BMP"])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_every_format_and_mode(kind, mode):
+    image = picture(3, 48, 48, mode)
+    options = {"lossless": True} if kind == "WEBP" else {}
+    found = decode(encoded(image, kind, **options), 48, 3, squeeze=False)
+    reference = np.asarray(image.convert("RGB")).astype(int)
+    assert found.shape == (48, 48, 3) and np.abs(found - reference).mean() < 12
+
+
+def test_palettes_transparency_and_print_colours():
+    image = picture(4, 32, 32)
+    reference = np.asarray(image).astype(int)
+
+    def error(content):
+        return np.abs(decode(content, 32, 3, squeeze=False) - reference).mean()
+
+    assert error(encoded(image.convert("P", palette=Image.Palette.ADAPTIVE), "PNG")) < 12
+    assert error(encoded(image.convert("CMYK"), "JPEG", quality=95)) < 12
+    clear = image.copy()
+    clear.putalpha(0)
+    assert (decode(encoded(clear, "PNG"), 32, 3, squeeze=False) == 255).all(), "clear is white"
+    deep = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
+    gray = decode(encoded(deep, "PNG"), 32, 1, squeeze=False)
+    assert np.abs(gray[..., 0].astype(int) - np.asarray(image.convert("L"))).max() <= 1
+
+
+def test_a_long_thin_picture_costs_no_memory():
+    found = decode(encoded(Image.new("RGB", (30_000, 3), "red"), "PNG"), 32, 3, squeeze=False)
+    assert (found == [255, 0, 0]).all()
+
+
+def test_bombs_are_refused(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(Image.DecompressionBombWarning):
+        decode(encoded(picture(5, 40, 40), "PNG"), 32, 3, squeeze=False)
+
+
+def config_of(tmp_path, **settings):
+    given = {
+        "name": "folder", "image_size": 16, "channels": 3, "path": str(tmp_path / "data"),
+        "cache": str(tmp_path / "cache"),
+    }  # fmt: skip
+    return DataConfig(**given | settings)
+
+
+def test_what_is_decoded_is_read_and_other_pictures_or_sizes_are_decoded(tmp_path):
+    root, said = pictures.write_folder(tmp_path / "data"), []
+    config = config_of(tmp_path)
+
+    def load(config):
+        said.clear()
+        return sources.pictured(sources.readers.folder(config), config, said.append)
+
+    first = load(config)
+    assert [line.split(" to ")[0] for line in said] == [
+        "Decoding 42 pictures", "Decoding 9 pictures", "Decoding 9 pictures",
+    ]  # fmt: skip
+    np.testing.assert_array_equal(load(config).train.images, first.train.images)
+    assert said == []
+    cropped = load(replace(config, random_crop=True))
+    assert len(said) == 1 and cropped.train.images.shape == (42, 18, 18, 3)
+    changed = next((root / "train").rglob("000.jpg"))
+    changed.write_bytes(encoded(picture(77)))
+    other = load(config)
+    assert len(said) == 1 and (other.train.images[0] != first.train.images[0]).any()
+
+
+def test_many_processes_decode_what_one_does(tmp_path):
+    big = {"train": pictures.split(150), "test": pictures.split(3)}
+    pictures.write_folder(tmp_path / "data", big)
+    loaded = [
+        sources.load(config_of(tmp_path, workers=n, cache=str(tmp_path / str(n)))) for n in (1, 3)
+    ]
+    for one, other in zip(*(part[:3] for part in loaded), strict=True):
+        np.testing.assert_array_equal(one.images, other.images)
+        np.testing.assert_array_equal(one.labels, other.labels)
+
+
+def harmed(root, share):
+    """Every so many pictures of the training split made unreadable, each in another way."""
+    files = sorted((root / "train").rglob("*.jpg"))
+    bad = files[:: round(1 / share)]
+    for i, file in enumerate(bad):
+        content = file.read_bytes()
+        file.write_bytes([
+            b"", content[: len(content) // 2], b"no picture", bytes(len(content)),
+            content[:4] + bytes(200) + content[204:],
+        ][i % 5])  # fmt: skip
+    return files, bad
+
+
+def test_unreadable_pictures_are_named_and_left_out(tmp_path):
+    root = pictures.write_folder(tmp_path / "data")
+    whole = sources.load(config_of(tmp_path))
+    files, bad = harmed(root, 1 / 9)
+    said, config = [], config_of(tmp_path, bad_share=0.2)
+    splits = sources.pictured(sources.readers.folder(config), config, said.append)
+    kept = [i for i, file in enumerate(files) if file not in bad]
+    np.testing.assert_array_equal(splits.train.images, whole.train.images[kept])
+    np.testing.assert_array_equal(splits.train.labels, whole.train.labels[kept])
+    assert f"{len(bad)} of 42 pictures cannot be read" in said[-1]
+    listed = next((tmp_path / "cache").glob("*-skipped.txt")).read_text().splitlines()
+    assert [line.split("\t")[0] for line in listed] == [str(f.relative_to(root)) for f in bad]
+    config = replace(config, bad_share=0.05, cache=str(tmp_path / "other"))
+    with pytest.raises(UserError, match="named in .*skipped.txt. Mend or remove them"):
+        sources.load(config)
+    assert not list((tmp_path / "other").glob("*/about.json"))
+
+
+def test_a_full_disk_is_a_sentence_and_leaves_no_half_cache(tmp_path, monkeypatch):
+    pictures.write_folder(tmp_path / "data")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(UserError, match="the disk is full, .* another --data.cache"):
+        sources.load(config_of(tmp_path))
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_writing_that_was_killed_is_never_used(tmp_path):
+    pictures.write_folder(tmp_path / "data")
+    expected = sources.load(config_of(tmp_path)).train.images.copy()
+    for place in (tmp_path / "cache").iterdir():
+        place.rename(place.with_name(f"{place.name}-partial-x"))
+    np.testing.assert_array_equal(sources.load(config_of(tmp_path)).train.images, expected)
+
+
+def test_the_cache_knows_its_version(tmp_path, monkeypatch):
+    pictures.write_folder(tmp_path / "data")
+    sources.load(config_of(tmp_path))
+    places = set((tmp_path / "cache").iterdir())
+    monkeypatch.setattr(images, "VERSION", 2)
+    sources.load(config_of(tmp_path))
+    assert len(set((tmp_path / "cache").iterdir()) - places) == 3
+    assert json.loads((next(iter(places)) / "about.json").read_text())["version"] == 1

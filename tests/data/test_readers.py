@@ -1,0 +1,150 @@
+"""The same pictures from every kind of source, and what cannot be read."""
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+
+from taming_jax.config import DataConfig
+from taming_jax.data import sources
+from taming_jax.errors import UserError
+from tests.data import pictures
+
+
+def config_of(tmp_path, name, path, **settings):
+    return DataConfig(
+        name=name, path=None if path is None else str(path), image_size=16, channels=3,
+        cache=str(tmp_path / "cache"), **settings,
+    )  # fmt: skip
+
+
+def test_four_kinds_of_source_give_the_same_splits(tmp_path):
+    folder = pictures.write_folder(tmp_path / "my pictures ü")
+    parquet = pictures.write_parquet(tmp_path / "parquet")
+    tfds = pictures.write_tfds(tmp_path / "tfds")
+    configs = {
+        "folder": config_of(tmp_path, "folder", folder),
+        "parquet": config_of(tmp_path, "someone/pictures", parquet),
+        "hub": config_of(tmp_path, str(parquet), None),
+        "tfds": config_of(tmp_path, "tfds:toy", tmp_path / "tfds"),
+        "tfds directory": config_of(tmp_path, "tfds:toy", tfds),
+    }
+    expected = sources.load(configs["folder"])
+    assert expected.class_names == pictures.NAMES
+    assert [len(part.images) for part in expected[:3]] == [42, 9, 9]
+    assert expected.train.labels.tolist() == pictures.SPLITS["train"][1]
+    for kind, config in configs.items():
+        splits = sources.load(config)
+        assert splits.class_names == expected.class_names, kind
+        for part, other in zip(splits[:3], expected[:3], strict=True):
+            np.testing.assert_array_equal(part.images, other.images, err_msg=kind)
+            np.testing.assert_array_equal(part.labels, other.labels, err_msg=kind)
+
+
+def test_folders_of_other_shapes(tmp_path):
+    contents, _ = pictures.split(20)
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for i, content in enumerate(contents):
+        (flat / f"{i}.JPEG").write_bytes(content)
+    (flat / "notes.txt").write_text("not a picture")
+    splits = sources.load(config_of(tmp_path, "folder", flat))
+    assert splits.class_names == ("all",) and sum(len(p.images) for p in splits[:3]) == 20
+    again = sources.load(config_of(tmp_path, "folder", flat))
+    np.testing.assert_array_equal(splits.test.images, again.test.images)
+    other = sources.load(config_of(tmp_path, "folder", flat, split_seed=1))
+    assert (splits.test.images != other.test.images).any()
+
+    train_only = pictures.write_folder(tmp_path / "a", {"train": pictures.split(30)})
+    classes = shutil.copytree(train_only / "train", tmp_path / "b")
+    first, second = (
+        sources.load(config_of(tmp_path, "folder", root)) for root in (train_only, classes)
+    )
+    assert first.class_names == second.class_names == pictures.NAMES
+    np.testing.assert_array_equal(first.train.images, second.train.images)
+
+
+def test_classes_of_the_test_split_alone_are_a_warning(tmp_path, capsys):
+    parts = {"train": pictures.split(9), "test": pictures.split(9)}
+    root = pictures.write_folder(tmp_path / "x", parts)
+    shutil.rmtree(root / "train" / pictures.NAMES[0])
+    splits = sources.load(config_of(tmp_path, "folder", tmp_path / "x"))
+    assert splits.class_names == (*pictures.NAMES[1:], pictures.NAMES[0])
+    assert "Warning: 1 classes are in the test split only" in capsys.readouterr().out
+
+
+def test_parquet_without_the_hubs_metadata(tmp_path):
+    contents, labels = pictures.split(12)
+    parts = {"train": (contents, labels)}
+    root = pictures.write_parquet(tmp_path / "numbers", parts, metadata=False)
+    assert sources.load(config_of(tmp_path, "a/b", root)).class_names == ("0", "1", "2")
+    named = (contents, [pictures.NAMES[label] for label in labels])
+    root = pictures.write_parquet(tmp_path / "n", {"train": named}, "kind", metadata=False)
+    splits = sources.load(config_of(tmp_path, "a/b", root, label_column="kind"))
+    assert splits.class_names == pictures.NAMES
+    assert sources.load(config_of(tmp_path, "a/b", root)).class_names == ("all",)
+
+
+def bad_labels(values):
+    contents, _ = pictures.split(len(values))
+    return {"train": (contents, values)}
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ([0, 1, None], "have no class"),
+        ([0, 1, -1], "are negative"),
+        ([0, 1, 3], "a class 3, but names for 3 only"),
+        ([0.5, 1.0, 2.0], "of type float"),
+    ],
+)
+def test_classes_that_are_none(tmp_path, values, says):
+    root = pictures.write_parquet(tmp_path / "data", bad_labels(values))
+    with pytest.raises(UserError, match=says):
+        sources.load(config_of(tmp_path, "a/b", root))
+
+
+def test_what_a_source_cannot_read_is_a_sentence(tmp_path):
+    empty, one, parquet = (tmp_path / name for name in ("empty", "one", "parquet"))
+    empty.mkdir()
+    one.mkdir()
+    (one / "a.jpg").write_bytes(pictures.split(1)[0][0])
+    pictures.write_parquet(parquet)
+    broken = shutil.copytree(parquet, tmp_path / "broken")
+    file = broken / "train-00000-of-00001.parquet"
+    file.write_bytes(file.read_bytes()[:1000])
+    for config, says in (
+        (config_of(tmp_path, "folder", None), "--data.name folder needs --data.path"),
+        (config_of(tmp_path, "folder", tmp_path / "no"), "is no folder"),
+        (config_of(tmp_path, "folder", empty), "holds no pictures"),
+        (config_of(tmp_path, "folder", one), "holds too few pictures"),
+        (config_of(tmp_path, "a/b", empty), "has no train"),
+        (config_of(tmp_path, "a/b", broken), "cannot be read .* fetch them again"),
+        (config_of(tmp_path, "a/b", parquet, image_column="img"), "its columns are image, label"),
+        (config_of(tmp_path, "a/b", parquet, label_column="kind"), "no column 'kind'"),
+        (config_of(tmp_path, "tfds:nothing", tmp_path), "tfds build nothing"),
+        (config_of(tmp_path, "cifar", None), "--data.name cifar is unknown"),
+    ):
+        with pytest.raises(UserError, match=says):
+            sources.load(config)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_files_one_may_not_read_are_a_sentence(tmp_path):
+    root = pictures.write_folder(tmp_path / "data")
+    next(root.rglob("*.jpg")).chmod(0)
+    with pytest.raises(UserError, match="give yourself the right"):
+        sources.load(config_of(tmp_path, "folder", root))
+
+
+def test_the_hub_without_a_network_is_a_sentence(tmp_path, monkeypatch):
+    import datasets
+
+    def refused(name):
+        raise ConnectionError("Couldn't reach the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", refused)
+    with pytest.raises(UserError, match="download its parquet files elsewhere .* --data.path"):
+        sources.load(config_of(tmp_path, "someone/pictures", None))
