@@ -15,8 +15,8 @@ CONFIG = Config(
         mirror=True,  # none
     ),
     vqgan=VQGANConfig(
-        epochs=300,  # 10, which shows the pictures to the network too seldom
-        batch_size=8,  # 128: more steps for as many pictures, and one GPU's memory
+        epochs=200,  # 10, which shows the pictures to the network too seldom
+        batch_size=4,  # 128; about 2.5 GB an image in float32: take more where memory allows
         channels=128,  # 64, with 4 blocks a level; these are the official code's
         multipliers=(1, 1, 2, 2, 4),
         blocks=2,
