@@ -1,10 +1,6 @@
 #!/usr/bin/env bash
-# Your own pictures, both stages, then samples: for a GPU.
-#
-#     bash scripts/folder.sh FOLDER
-#
-# FOLDER holds a folder a class, or pictures alone; further settings are passed on to both stages.
-# Run again to resume.
+# Your own pictures at 256 px, both stages, then samples, for a GPU: `bash scripts/folder.sh FOLDER`.
+# FOLDER holds a folder a class, or pictures alone.
 set -euo pipefail
 
 if [ $# -lt 1 ] || [ ! -d "$1" ]; then
@@ -13,9 +9,4 @@ if [ $# -lt 1 ] || [ ! -d "$1" ]; then
 fi
 pictures="$(cd "$1" && pwd)"
 shift
-cd "$(dirname "$0")/.."
-
-bash scripts/install.sh
-.venv/bin/python train_vqgan.py --config folder --data.path "$pictures" "$@"
-.venv/bin/python train_prior.py --config folder "$@"
-.venv/bin/python scripts/sample.py --workdir runs/folder --out runs/folder/figures/sample_grid.png
+exec bash "$(dirname "$0")/both.sh" folder --data.path "$pictures" "$@"
