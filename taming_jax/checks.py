@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 COUNTS = {
     "vqgan": (
         "channels", "blocks", "decoder_blocks", "latent_channels", "codebook_size", "code_dim",
-        "discriminator_filters", "discriminator_layers",
+        "discriminator_filters", "discriminator_layers", "discriminator_every",
     ),
     "prior": ("layers", "heads", "width", "augmented_versions"),
     "both": (

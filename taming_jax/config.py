@@ -139,6 +139,11 @@ class VQGANConfig(StageConfig):
     adaptive_weight: bool = True
     """Multiply that by the ratio of the reconstruction's and the adversarial gradient's norms."""
     adaptive_weight_max: float = 1e4
+    diff_augment: tuple[Literal["color", "translation", "cutout"], ...] = ()
+    """How real and fake images are changed alike before the discriminator sees them, for small
+    datasets."""
+    discriminator_every: int = 1
+    """The discriminator learns in every so many steps, to hold it back."""
     lecam_weight: float = 0.0
     """LeCAM regularisation of the discriminator, for small datasets; 0 is off."""
     lecam_decay: float = 0.999

@@ -33,7 +33,8 @@ CONFIG = Config(
         discriminator_start=0.25,  # epoch 5 of 10
         discriminator_weight=0.8,
         adaptive_weight=True,  # no: fixed weights need tuning for every dataset
-        lecam_weight=0.001,  # none; for a discriminator that sees few pictures
+        diff_augment=("color", "translation"),  # none; for a discriminator that sees few pictures
+        lecam_weight=0.001,  # none
         ema_decay=0.999,  # none
     ),
     prior=PriorConfig(

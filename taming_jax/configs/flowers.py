@@ -10,7 +10,7 @@ CONFIG: Config = replace(
     BIRDS,
     config="flowers",
     data=replace(BIRDS.data, name="dpdl-benchmark/oxford_flowers102"),
-    vqgan=replace(BIRDS.vqgan, epochs=2000),
+    vqgan=replace(BIRDS.vqgan, epochs=2000, diff_augment=("color", "translation", "cutout")),
     prior=replace(BIRDS.prior, epochs=2000, layers=8, width=256, dropout=0.3,
                   augmented_versions=16),
 )  # fmt: skip

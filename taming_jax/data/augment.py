@@ -4,6 +4,7 @@ Where training images are cropped at random, a source gives them an eighth large
 sees (`stored_size`). Everything else sees their middle.
 """
 
+from collections.abc import Sequence
 from typing import TypeVar
 
 import jax
@@ -47,3 +48,46 @@ def augmented(images: jax.Array, keys: jax.Array, config: DataConfig) -> jax.Arr
         return image
 
     return jax.vmap(one)(images, keys) if augments(config) else images
+
+
+def color(image: jax.Array, key: jax.Array) -> jax.Array:
+    """Brightness, saturation and contrast of an image [h,w,c] changed at random."""
+    brightness, saturation, contrast = jax.random.uniform(key, (3,))
+    image = image + brightness - 0.5
+    gray = image.mean(-1, keepdims=True)
+    image = (image - gray) * 2 * saturation + gray
+    mean = image.mean()
+    return (image - mean) * (contrast + 0.5) + mean
+
+
+def translation(image: jax.Array, key: jax.Array) -> jax.Array:
+    """An image [h,w,c] moved by up to an eighth of its size; what comes in is 0."""
+    h, w, c = image.shape
+    rows, columns = h // 8, w // 8
+    padded = jnp.pad(image, ((rows, rows), (columns, columns), (0, 0)))
+    top, left = jax.random.randint(key, (2,), 0, jnp.array([2 * rows + 1, 2 * columns + 1]))
+    return jax.lax.dynamic_slice(padded, (top, left, 0), (h, w, c))
+
+
+def cutout(image: jax.Array, key: jax.Array) -> jax.Array:
+    """An image [h,w,c] with a window of half its height and width, about a random place, at 0."""
+    h, w, _ = image.shape
+    row, column = jax.random.randint(key, (2,), 0, jnp.array([h, w]))
+    rows, columns = jnp.arange(h)[:, None] - row, jnp.arange(w)[None] - column
+    inside = (abs(2 * rows) < h // 2) & (abs(2 * columns) < w // 2)
+    return jnp.where(inside[..., None], 0.0, image)
+
+
+DIFFERENTIABLE = {"color": color, "translation": translation, "cutout": cutout}
+
+
+def diff_augmented(images: jax.Array, keys: jax.Array, kinds: Sequence[str]) -> jax.Array:
+    """Images float [b,h,w,c] in [-1, 1] as a discriminator is to see them, real and fake alike
+    (DiffAugment, arXiv 2006.10738), with a key [b] each: the gradient goes through."""
+
+    def one(image: jax.Array, key: jax.Array) -> jax.Array:
+        for kind, of_kind in zip(kinds, jax.random.split(key, len(kinds)), strict=True):
+            image = DIFFERENTIABLE[kind](image, of_kind)
+        return image
+
+    return jax.vmap(one)(images, keys) if kinds else images

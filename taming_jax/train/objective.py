@@ -17,6 +17,7 @@ from jax import lax
 
 from taming_jax import losses
 from taming_jax.config import Config, VQGANConfig
+from taming_jax.data.augment import diff_augmented
 from taming_jax.data.feeds import take, to_float
 from taming_jax.models.discriminator import Discriminator
 from taming_jax.models.lpips import lpips
@@ -101,9 +102,11 @@ class Networks:
         return self.mean(pull(cotangent)[0])
 
     def discriminate(
-        self, params: Any, stats: Any, images: jax.Array
+        self, params: Any, stats: Any, images: jax.Array, keys: jax.Array | None = None
     ) -> tuple[jax.Array, dict[str, Any]]:
         """Logits in training mode, and the running statistics afterwards."""
+        if keys is not None:
+            images = diff_augmented(images, keys, self.settings.diff_augment)
         logits, changed = self.discriminator.apply(
             {"params": params, "batch_stats": stats}, images, mutable=["batch_stats"]
         )
@@ -117,11 +120,13 @@ class Networks:
         lpips_params: Any,
         adversarial: bool,
         discriminator_steps: jax.Array | int = 0,
+        keys: tuple[jax.Array, jax.Array] | None = None,
     ) -> Gradients:
         """Every loss and gradient of one step on images float [b,h,w,c] in [-1, 1].
 
         `discriminator_steps` is how many steps the discriminator has taken (LeCAM's averages need
-        it).
+        it); `keys` [b] each are for what the discriminator sees of the real and of the fake images,
+        where that is augmented.
         """
         settings = self.settings
 
@@ -145,7 +150,9 @@ class Networks:
         metrics = metrics | {"codebook": codebook}
         discriminator_gradient, extra = None, None
         if adversarial:
-            adversary = self.adversary(discriminator, images, reconstruction, discriminator_steps)
+            adversary = self.adversary(
+                discriminator, images, reconstruction, discriminator_steps, keys
+            )
             weight = jnp.asarray(settings.discriminator_weight, jnp.float32)
             if settings.adaptive_weight:
                 weight *= losses.adaptive_weight(
@@ -177,18 +184,25 @@ class Networks:
         return self.sum((one_hot * jnp.asarray(weight)[..., None]).sum((0, 1, 2)))
 
     def adversary(
-        self, net: Net, images: jax.Array, reconstruction: jax.Array, steps: jax.Array | int
+        self,
+        net: Net,
+        images: jax.Array,
+        reconstruction: jax.Array,
+        steps: jax.Array | int,
+        keys: tuple[jax.Array, jax.Array] | None,
     ) -> Adversary:
         """The adversarial part: one forward pass on the reconstruction, one on the images."""
         settings, stats = self.settings, net.extra["batch_stats"]
+        for_real_images, for_fake_images = keys or (None, None)
 
         fake, pull_fake, stats = jax.vjp(
-            lambda params, x: self.discriminate(params, stats, x),
+            lambda params, x: self.discriminate(params, stats, x, for_fake_images),
             net.params, reconstruction, has_aux=True,
         )  # fmt: skip
         real, pull_real, stats = jax.vjp(
-            lambda params: self.discriminate(params, stats, images), net.params, has_aux=True
-        )
+            lambda params: self.discriminate(params, stats, images, for_real_images),
+            net.params, has_aux=True,
+        )  # fmt: skip
         extra = {"batch_stats": stats}
 
         def generator_loss(fake: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ from flax import struct
 from taming_jax.config import StageConfig
 
 # What randomness in a run is for; each purpose folds its own number into the run's seed.
-DROPOUT, LABELS, CODES, AUGMENTATION = range(4)
+DROPOUT, LABELS, CODES, AUGMENTATION, REAL, FAKE = range(6)
 
 
 def example_keys(seed: int, purpose: int, step: Any, place: jax.Array) -> jax.Array:

@@ -21,6 +21,8 @@ from taming_jax.train.devices import Compiled, Devices
 from taming_jax.train.objective import Networks
 from taming_jax.train.state import (
     AUGMENTATION,
+    FAKE,
+    REAL,
     Net,
     TrainState,
     clipped,
@@ -104,20 +106,29 @@ class VQGANStage:
 
         def step(state: TrainState, arrays: Any, lpips_params: Any) -> tuple[TrainState, Any]:
             generator, discriminator = state.nets["generator"], state.nets["discriminator"]
-            keys = example_keys(self.config.seed, AUGMENTATION, state.step, arrays["place"])
-            images = to_float(augmented(take(arrays)[0], keys, self.config.data))
+
+            def keys(purpose: int) -> jax.Array:
+                return example_keys(self.config.seed, purpose, state.step, arrays["place"])
+
+            images = to_float(augmented(take(arrays)[0], keys(AUGMENTATION), self.config.data))
+            seen = (keys(REAL), keys(FAKE)) if settings.diff_augment else None
             found = self.networks.gradients(
-                generator, discriminator, images, lpips_params, adversarial, state.step - self.start
-            )
+                generator, discriminator, images, lpips_params, adversarial,
+                state.step - self.start, seen,
+            )  # fmt: skip
             rate = self._rates["generator"](state.step)
             generator = generator.updated(self._optimiser, found.generator, rate)
             if settings.ema_decay is not None:
                 generator = generator.averaged(settings.ema_decay, state.step)
             if adversarial:
                 rate = self._rates["discriminator"](state.step)
-                discriminator = discriminator.updated(
-                    self._optimiser, found.discriminator, rate
-                ).replace(extra=found.extra)
+                learned = discriminator.updated(self._optimiser, found.discriminator, rate)
+                learns = (state.step - self.start) % settings.discriminator_every == 0
+                if settings.discriminator_every > 1:
+                    learned = jax.tree.map(
+                        lambda new, old: jnp.where(learns, new, old), learned, discriminator
+                    )
+                discriminator = learned.replace(extra=found.extra)
             nets = {"generator": generator, "discriminator": discriminator}
             return TrainState(state.step + 1, nets), found.metrics
 

@@ -4,7 +4,7 @@ import pytest
 
 from taming_jax.config import DataConfig
 from taming_jax.data import sources
-from taming_jax.data.augment import augmented, centred
+from taming_jax.data.augment import augmented, centred, diff_augmented
 from taming_jax.errors import UserError
 
 BOTH = DataConfig(name="synthetic", image_size=16, channels=3, random_crop=True, mirror=True)
@@ -47,3 +47,30 @@ def test_only_training_images_are_larger():
     assert splits.validation.images.shape[1:] == splits.test.images.shape[1:] == (16, 16, 3)
     with pytest.raises(UserError, match="leave --data.random-crop out"):
         sources.load(DataConfig(random_crop=True))
+
+
+def test_what_the_discriminator_sees_is_changed_as_it_says():
+    images = np.random.default_rng(1).uniform(-1, 1, (64, 16, 16, 3)).astype(np.float32)
+    keys = KEYS[:64]
+    cut = np.asarray(diff_augmented(images, keys, ["cutout"]))
+    hidden = (cut == 0).all(-1)
+    assert (cut[~hidden] == images[~hidden]).all()
+    assert hidden.sum((1, 2)).max() == 49 and hidden.any((1, 2)).all()
+    assert hidden.any(0).all(), "every place is hidden in some image"
+
+    moved = np.asarray(diff_augmented(images, keys, ["translation"]))
+    padded = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)))
+    places = [
+        [(i, j) for i in range(5) for j in range(5) if (a == b[i : i + 16, j : j + 16]).all()]
+        for a, b in zip(moved, padded, strict=True)
+    ]
+    assert all(len(found) == 1 for found in places) and len(set(map(tuple, places))) > 15
+
+    colored = np.asarray(diff_augmented(images, keys, ["color"]), np.float64)
+    # Every step is linear in the pixels, so what is left of a difference of two pixels' grays is
+    # the contrast, the same for all of an image.
+    grays = colored.mean(-1).reshape(64, -1), images.mean(-1).reshape(64, -1).astype(float)
+    contrast = (grays[0][:, :1] - grays[0][:, 1:]) / (grays[1][:, :1] - grays[1][:, 1:])
+    np.testing.assert_allclose(contrast, np.median(contrast, 1)[:, None] + 0 * contrast, rtol=1e-2)
+    assert 0.49 < contrast.min() < 0.7 and 1.3 < np.median(contrast, 1).max() < 1.51
+    assert diff_augmented(images, keys, []) is images

@@ -7,6 +7,7 @@ import pytest
 
 from taming_jax.config import load_config
 from taming_jax.convert.compvis import discriminator_variables, vqgan_params
+from taming_jax.data.augment import diff_augmented
 from taming_jax.models.lpips import load_lpips
 from taming_jax.train.objective import Networks
 from taming_jax.train.state import Net
@@ -167,3 +168,35 @@ def test_before_its_start_the_discriminator_is_left_alone():
 
     gradient = jax.jit(jax.grad(autoencoder))(generator.params)
     golden.assert_trees_close(found.generator, gradient, "gradient ", 1e-5, 1e-7)
+
+
+def test_augmentation_of_what_the_discriminator_sees_is_differentiated():
+    """Against the gradients of the losses written out, with the same changes to the images."""
+    kinds = ("color", "translation", "cutout")
+    networks, generator, discriminator, images = networks_and_state(
+        {"vqgan.diff_augment": kinds, "vqgan.adaptive_weight": False}
+    )
+    keys = tuple(jax.random.split(jax.random.key(i), len(images)) for i in (5, 6))
+    found = jax.jit(networks.gradients, static_argnums=4)(
+        generator, discriminator, images, {}, True, 0, keys
+    )
+    stats = discriminator.extra["batch_stats"]
+
+    def logits(params, x, keys):
+        return networks.discriminate(params, stats, diff_augmented(x, keys, kinds))[0]
+
+    def of_generator(params):
+        output = networks.generator.apply({"params": params}, images)
+        adversarial = -logits(discriminator.params, output.images, keys[1]).mean()
+        nll = jnp.abs(output.images - images).mean() + output.quantized.loss.mean()
+        return nll + networks.settings.discriminator_weight * adversarial, output.images
+
+    expected, reconstruction = jax.jit(jax.grad(of_generator, has_aux=True))(generator.params)
+    golden.assert_trees_close(found.generator, expected, "gradient ", 1e-5, 1e-7)
+
+    def of_discriminator(params):
+        real, fake = logits(params, images, keys[0]), logits(params, reconstruction, keys[1])
+        return 0.5 * (jax.nn.relu(1 - real).mean() + jax.nn.relu(1 + fake).mean())
+
+    expected = jax.jit(jax.grad(of_discriminator))(discriminator.params)
+    golden.assert_trees_close(found.discriminator, expected, "gradient ", 1e-5, 1e-7)
