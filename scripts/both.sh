@@ -4,7 +4,11 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-name="${1:?usage: bash scripts/both.sh NAME [settings]}"
+if [ $# -lt 1 ]; then
+    echo "usage: bash scripts/both.sh NAME [settings]; NAME is a preset." >&2
+    exit 2
+fi
+name="$1"
 shift
 for given in "$@"; do
     if [[ "$given" == --workdir* ]]; then

@@ -87,7 +87,8 @@ def main() -> None:
     from taming_jax.run import load_run
 
     run = load_run(given.workdir)
-    classes = run.labels(given.classes or range(len(run.class_names)))
+    asked = run.labels(given.classes or range(len(run.class_names)))
+    classes = np.array(list(dict.fromkeys(asked.tolist())), np.int32)  # each once
     labels = np.repeat(classes, given.per_class)
     images = to_uint8(
         run.sample(

@@ -315,6 +315,9 @@ def parse_arguments(arguments: Sequence[str], stage: str = "vqgan") -> tuple[Con
             f"the run in {base.folder} was trained otherwise: {'; '.join(different)}. Leave these "
             "settings out, or train a stage 1 with them."
         )
+    if config.data.path is not None:  # the run may be used from another folder
+        path = str(Path(config.data.path).absolute())
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=path))
     return validated(config), line.restart
 
 

@@ -20,7 +20,7 @@ from taming_jax.data.sources import Split
 from taming_jax.errors import UserError
 from taming_jax.losses import next_token
 from taming_jax.models.gpt import build_gpt, teacher_forced
-from taming_jax.models.vqgan import build_vqgan, decode_indices, encode
+from taming_jax.models.vqgan import build_vqgan, decode_indices, encode, images_at_once
 from taming_jax.sampling import sample
 from taming_jax.train.devices import Compiled, Devices
 from taming_jax.train.store import Store
@@ -39,6 +39,8 @@ def load_run(workdir: str | Path) -> "Run":
     Raises UserError where the folder holds no run, or none of its checkpoints can be read.
     """
     folder = Path(workdir)
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}; name a run's, such as runs/mnist_tiny.")
     prior = Store(folder, "prior", "nll", read_only=True)
     if prior.steps():
         arrays, config, step = prior.chosen()
@@ -82,9 +84,11 @@ class Run:
         """The names of the classes, in the order of their numbers."""
         return read_class_names(self.workdir) or sources.load(self.config.data).class_names
 
-    def labels(self, classes: Iterable[int | str]) -> np.ndarray:
+    def labels(self, classes: int | str | Iterable[int | str]) -> np.ndarray:
         """Classes by number or by name as numbers, int32 [n]; a string is a name before it is a
         number. UserError for others."""
+        if isinstance(classes, int | str | np.integer):
+            classes = [classes]
         names = self.class_names
         numbers = {name: i for i, name in enumerate(names)}
 
@@ -108,7 +112,7 @@ class Run:
 
     def sample(
         self,
-        classes: Sequence[int | str],
+        classes: int | str | Iterable[int | str],
         per_class: int = 1,
         *,
         temperature: float | None = None,
@@ -300,7 +304,8 @@ class Run:
         if not len(values):
             raise UserError("nothing was given: the first dimension is 0.")
         params = self.params if params is None else params
-        size = BATCH if len(values) > FEW else FEW
+        many = images_at_once(self.config, BATCH)
+        size = many if len(values) > FEW else min(FEW, many)
         parts = []
         with jax.default_matmul_precision("highest"):
             for start in range(0, len(values), size):

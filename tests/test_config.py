@@ -1,5 +1,6 @@
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
@@ -41,7 +42,7 @@ def test_the_command_line_overrides_the_preset():
     base = load_config("mnist")
     expected = dataclasses.replace(
         base, seed=7, workdir="w", dtype="bfloat16",
-        data=dataclasses.replace(base.data, path="p", image_size=32),
+        data=dataclasses.replace(base.data, path=str(Path("p").absolute()), image_size=32),
         vqgan=dataclasses.replace(
             base.vqgan, steps=3, batch_size=8, multipliers=(1, 2), discriminator_start=0.5
         ),

@@ -40,7 +40,7 @@ def sample(capsys, monkeypatch):
 
 
 def test_the_same_images_as_npz_as_a_grid_and_as_files(sample, run, both, tmp_path):
-    given = ["--workdir", both, "--classes", "square", 0, "--per-class", 3, "--seed", 5, "--out"]
+    given = ["--workdir", both, "--classes", "square", 0, 1, "--per-class", 3, "--seed", 5, "--out"]
     for out in ("s.npz", "s.png", "folder"):
         status, said, err = sample(*given, tmp_path / out)
         assert status == 0 and f"6 images of 2 classes are in {tmp_path / out}." in said, err
@@ -83,6 +83,7 @@ def test_classes_by_number_are_numbers_and_by_name_names(both):
     assert run.labels([1, np.int64(2)]).tolist() == [1, 2]
     assert run.labels(["1", "10", "cat", "3"]).tolist() == [0, 1, 3, 3]
     assert run.labels(str(i) for i in (2, 10)).tolist() == [2, 1]
+    assert run.labels(3).tolist() == run.labels("cat").tolist() == [3]
     for unknown in (-1, 4, "dog", "-1"):
         with pytest.raises(UserError, match="there is no class"):
             run.labels([unknown])
@@ -129,7 +130,7 @@ def test_the_log_likelihood_is_that_of_the_codes(run):
         ("--out nowhere/s.npz", "nowhere does not exist"),
         ("--out s.jpg", "name a .npz, a .png, or a folder"),
         ("--seed -1", "the seed is -1"),
-        ("--workdir nowhere", "nowhere holds no"),
+        ("--workdir nowhere", "there is no folder nowhere"),
     ],
 )
 def test_bad_input_is_a_sentence(sample, both, tmp_path, monkeypatch, arguments, says):

@@ -136,13 +136,17 @@ def cache_folder(config: DataConfig) -> Path:
 
 
 def decoded(
-    pictures: Pictures, size: int, config: DataConfig, say: Callable[[str], None] = print
+    pictures: Pictures,
+    size: int,
+    config: DataConfig,
+    say: Callable[[str], None] = print,
+    of_all: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Pictures as uint8 [n,size,size,channels], memory-mapped, and their labels int32 [n], without
     those that cannot be read. Decoded into the cache, in parallel, unless they are there.
 
-    Raises UserError where more than a share `config.bad_share` cannot be read, or where the cache
-    cannot be written.
+    Raises UserError where more than a share `config.bad_share` cannot be read, of these pictures or
+    of the number `of_all` of the dataset, or where the cache cannot be written.
     """
     seen = [VERSION, pictures.content, size, config.channels, config.squeeze]
     key = hashlib.sha256(json.dumps(seen).encode() + pictures.numbers.tobytes()).hexdigest()[:20]
@@ -150,7 +154,8 @@ def decoded(
     place = root / key
     try:
         if not (place / "about.json").exists():
-            fill(place, pictures, (len(pictures), size, size, config.channels), config, say)
+            shape = (len(pictures), size, size, config.channels)
+            fill(place, pictures, shape, config, say, of_all or len(pictures))
         about = json.loads((place / "about.json").read_text(encoding="utf-8"))
         kept = np.array(about["kept"], int)
         shape = (len(kept), size, size, config.channels)
@@ -168,7 +173,7 @@ def decoded(
 
 def fill(
     place: Path, pictures: Pictures, shape: tuple[int, ...], config: DataConfig,
-    say: Callable[[str], None],
+    say: Callable[[str], None], of_all: int,
 ) -> None:  # fmt: skip
     """Decodes pictures into a new folder of the cache."""
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -183,7 +188,7 @@ def fill(
         bad = decode_all(pictures, file, shape, config, say)
         kept = [i for i in range(len(pictures)) if i not in bad]
         if bad:
-            report_bad(pictures, bad, place, config, say)
+            report_bad(pictures, bad, place, config, say, of_all)
             images = np.memmap(file, np.uint8, "r+", shape=shape)
             for to, source in enumerate(kept):
                 images[to] = images[source]
@@ -230,7 +235,7 @@ def decode_all(
 
 def report_bad(
     pictures: Pictures, bad: dict[int, str], place: Path, config: DataConfig,
-    say: Callable[[str], None],
+    say: Callable[[str], None], of_all: int,
 ) -> None:  # fmt: skip
     """Names the pictures that cannot be read in a file; UserError where they are too many."""
     listed = place.with_name(f"{place.name}-skipped.txt")
@@ -241,7 +246,7 @@ def report_bad(
         f"{len(bad)} of {len(pictures)} pictures cannot be read, {pictures.names[first]} for one "
         f"({bad[first]}); they are named in {listed}"
     )
-    if len(bad) > config.bad_share * len(pictures):
+    if len(bad) > config.bad_share * of_all:
         raise UserError(
             f"{text}. Mend or remove them, or allow a larger share by --data.bad-share."
         )

@@ -189,10 +189,10 @@ def pictured(
             rest, cut = cut_by_seed(n, share, config.split_seed)
             pictures[split] = pictures["train"].part(cut)
             pictures["train"] = pictures["train"].part(rest)
-    parts = {}
+    parts, of_all = {}, sum(map(len, pictures.values()))
     for split in ("train", "validation", "test"):
         size = stored_size(config) if split == "train" else config.image_size
-        parts[split] = Split(*decoded(pictures[split], size, config, say))
+        parts[split] = Split(*decoded(pictures[split], size, config, say, of_all))
         if not len(parts[split].images):
             raise UserError(f"no picture of the {split} split can be read.")
     unlearned = set(parts["test"].labels.tolist()) - set(parts["train"].labels.tolist())

@@ -83,6 +83,12 @@ def grid_size(config: Config) -> int:
     return config.data.image_size // 2 ** (len(config.vqgan.multipliers) - 1)
 
 
+def images_at_once(config: Config, most: int) -> int:
+    """How many images a device encodes or decodes at once, so that large ones fit in memory: a
+    million pixels in all, at most so many images."""
+    return min(max(2**20 // config.data.image_size**2, 1), most)
+
+
 def reconstruct(model: VQGAN, params: Any, images: jax.Array) -> Reconstruction:
     """Images float [b,h,w,c] in [-1, 1] through the codes and back."""
     return cast(Reconstruction, model.apply({"params": params}, images))

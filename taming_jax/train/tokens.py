@@ -22,7 +22,7 @@ from taming_jax.config import Config
 from taming_jax.data.augment import augmented, centred
 from taming_jax.data.feeds import ResidentFeed, take, to_float
 from taming_jax.data.sources import Split
-from taming_jax.models.vqgan import VQGAN, encode
+from taming_jax.models.vqgan import VQGAN, encode, images_at_once
 from taming_jax.train.devices import Devices
 from taming_jax.train.state import AUGMENTATION, example_keys
 from taming_jax.train.store import digest, named_arrays
@@ -94,12 +94,13 @@ class Tokenizer:
             state = {"params": self._params, "version": np.int32(version)}
             state = self.devices.replicate(state)
             label = name + (f", version {version}" if version else "")
+            size = images_at_once(self._config, 256) * len(self.devices)
             self._say(f"Encoding {label}: {len(missing)} files of up to {FILE} images.")
             for start in tqdm(missing, desc=label, unit="file", disable=None):
                 self._check()
                 part = Split(*(x[start : start + FILE] for x in split))
                 codes = []
-                for batch in ResidentFeed(part, 256 * len(self.devices), 0, self.devices).once():
+                for batch in ResidentFeed(part, size, 0, self.devices).once():
                     of_all = {"place": batch.arrays["index"] + np.int32(start)}
                     codes.append(self.devices.gather(compiled(state, batch.arrays | of_all)))
                 whole = np.concatenate(codes)[: len(part.images)]

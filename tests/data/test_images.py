@@ -148,6 +148,13 @@ def test_unreadable_pictures_are_named_and_left_out(tmp_path):
     assert not list((tmp_path / "other").glob("*/about.json"))
 
 
+def test_one_unreadable_picture_of_a_small_split_is_one_of_all(tmp_path):
+    root = pictures.write_folder(tmp_path / "data")
+    next((root / "test").rglob("*.jpg")).write_bytes(b"no picture")
+    splits = sources.load(config_of(tmp_path, bad_share=0.05))  # one of 9, and of 60
+    assert len(splits.test.images) == 8
+
+
 def test_a_full_disk_is_a_sentence_and_leaves_no_half_cache(tmp_path, monkeypatch):
     pictures.write_folder(tmp_path / "data")
 
