@@ -6,10 +6,11 @@ CONFIG = Config(
     config="mnist_tiny",
     data=DataConfig(name="mnist", image_size=28, channels=1),
     vqgan=VQGANConfig(
-        steps=800,
+        steps=640,
         batch_size=64,
-        eval_every=200,
-        checkpoint_every=200,
+        eval_every=160,
+        checkpoint_every=160,
+        draw_every=320,
         channels=16,
         multipliers=(1, 2, 2),
         blocks=1,
@@ -35,7 +36,8 @@ CONFIG = Config(
         ema_decay=0.99,
     ),
     prior=PriorConfig(
-        steps=1500, batch_size=64, layers=4, heads=4, width=128, dropout=0.0,
-        learning_rate=1e-3, clip=1.0, schedule="one-cycle", guidance_scale=1.75,
+        steps=1000, batch_size=64, eval_every=250, checkpoint_every=250, draw_every=500,
+        layers=4, heads=4, width=128, dropout=0.0, learning_rate=1e-3, clip=1.0,
+        schedule="one-cycle", guidance_scale=2.0,
     ),
 )  # fmt: skip
