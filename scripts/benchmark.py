@@ -61,6 +61,20 @@ def peak_memory(device: Any) -> str:
     return f"{peak / 2**20:.0f} MiB of the process"
 
 
+def median_step(
+    compiled: Callable, state: Any, feed: ResidentFeed, frozen: tuple, steps: int
+) -> tuple[float, Any]:
+    """Seconds a step, and the state afterwards."""
+    times = []
+    for number in range(steps + 1):
+        arrays = feed.batch(number).arrays
+        begin = time.perf_counter()
+        state, metrics = compiled(state, arrays, *frozen)
+        jax.block_until_ready((state, metrics))
+        times.append(time.perf_counter() - begin)
+    return float(np.median(times[1:])), state  # the first warms caches
+
+
 def measure(stage: VQGANStage, devices: Devices, steps: int) -> None:
     batch_size = stage.config.vqgan.batch_size
     feed, _ = stage.feeds()
@@ -73,14 +87,7 @@ def measure(stage: VQGANStage, devices: Devices, steps: int) -> None:
         begin = time.perf_counter()
         compiled = step.lower(state, feed.batch(0).arrays).compile()
         compile_time = time.perf_counter() - begin
-        times = []
-        for number in range(steps + 1):
-            arrays = feed.batch(number).arrays
-            begin = time.perf_counter()
-            state, metrics = compiled(state, arrays, *step.frozen)
-            jax.block_until_ready((state, metrics))
-            times.append(time.perf_counter() - begin)
-        median = float(np.median(times[1:]))  # the first warms caches
+        median, state = median_step(compiled, state, feed, step.frozen, steps)
         print(
             f"{name:<26}{compile_time:>8.1f} s{1 / median:>10.2f}{batch_size / median:>10.1f}"
             f"{flops(compiled) * len(devices) / 1e9:>12.2f}  {peak_memory(devices.list[0])}"
@@ -160,14 +167,7 @@ def measure_prior(config: Config, devices: Devices, steps: int) -> None:
     step = functools.partial(training_step, config, model, 1000, devices.axis_name)
     state = copied(devices.replicate(fresh_transformer(config, model, jax.random.key(0))))
     compiled = devices.compile(step, donate=True).lower(state, feed.batch(0).arrays).compile()
-    times = []
-    for number in range(steps + 1):
-        arrays = feed.batch(number).arrays
-        begin = time.perf_counter()
-        state, metrics = compiled(state, arrays)
-        jax.block_until_ready((state, metrics))
-        times.append(time.perf_counter() - begin)
-    median = float(np.median(times[1:]))
+    median, _ = median_step(compiled, state, feed, (), steps)
     print(
         f"{1 / median:.2f} steps/s, {batch_size / median:.1f} images/s, "
         f"{flops(compiled) * len(devices) / 1e9:.2f} GFLOP/step, {peak_memory(devices.list[0])}"

@@ -138,15 +138,15 @@ def cache_folder(config: DataConfig) -> Path:
 def decoded(
     pictures: Pictures,
     size: int,
+    of_all: int,
     config: DataConfig,
     say: Callable[[str], None] = print,
-    of_all: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Pictures as uint8 [n,size,size,channels], memory-mapped, and their labels int32 [n], without
     those that cannot be read. Decoded into the cache, in parallel, unless they are there.
 
-    Raises UserError where more than a share `config.bad_share` cannot be read, of these pictures or
-    of the number `of_all` of the dataset, or where the cache cannot be written.
+    Raises UserError where those that cannot be read are more than a share `config.bad_share` of the
+    dataset's pictures, `of_all` in number, or where the cache cannot be written.
     """
     seen = [VERSION, pictures.content, size, config.channels, config.squeeze]
     key = hashlib.sha256(json.dumps(seen).encode() + pictures.numbers.tobytes()).hexdigest()[:20]
@@ -155,7 +155,7 @@ def decoded(
     try:
         if not (place / "about.json").exists():
             shape = (len(pictures), size, size, config.channels)
-            fill(place, pictures, shape, config, say, of_all or len(pictures))
+            fill(place, pictures, shape, config, say, of_all)
         about = json.loads((place / "about.json").read_text(encoding="utf-8"))
         kept = np.array(about["kept"], int)
         shape = (len(kept), size, size, config.channels)

@@ -2,6 +2,7 @@
 Datasets. Each function answers tables: by split, a reader and what a person would call its
 pictures, with the values of the class column."""
 
+import bisect
 import functools
 import hashlib
 import json
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from taming_jax.checks import flag
 from taming_jax.config import DataConfig
 from taming_jax.data.images import Reader
 from taming_jax.errors import UserError
@@ -111,16 +113,14 @@ class ParquetColumn:
     groups: list[tuple[int, int, int]]  # of every row group: file, number, rows before it
 
     def __getitem__(self, number: int) -> bytes:
-        at = max(i for i, group in enumerate(self.groups) if group[2] <= number)
+        at = bisect.bisect_right(self.groups, number, key=lambda group: group[2]) - 1
         file, group, before = self.groups[at]
-        value = self._rows(file, group)[number - before].as_py()
+        rows = read_group(str(self.files[file]), group, self.column)
+        value = rows[number - before].as_py()
         value = value["bytes"] if isinstance(value, dict) else value
         if value is None:
             raise ValueError("no bytes")
         return value
-
-    def _rows(self, file: int, group: int) -> Any:
-        return read_group(str(self.files[file]), group, self.column)
 
 
 @functools.lru_cache(maxsize=4)
@@ -148,17 +148,16 @@ def parquet(config: DataConfig) -> dict[str, Table]:
             opened = [pq.ParquetFile(file) for file in files]
             schema = opened[0].schema_arrow
             features = described(schema)
-            image = image_column(config, schema.names, [
-                n for n in schema.names
-                if features.get(n, {}).get("_type") == "Image" or holds_bytes(schema.field(n).type)
-            ])  # fmt: skip
-            label = label_column(config, schema.names, [
-                n for n in schema.names if features.get(n, {}).get("_type") == "ClassLabel"
-            ])  # fmt: skip
+            kinds = {name: features.get(name, {}).get("_type") for name in schema.names}
+            image, label = columns(
+                config, schema.names,
+                [n for n in kinds if kinds[n] == "Image" or holds_bytes(schema.field(n).type)],
+                [n for n in kinds if kinds[n] == "ClassLabel"],
+            )  # fmt: skip
             classes = names = None
             if label is not None:
-                columns = [file.read(columns=[label]).column(0).to_pylist() for file in opened]
-                classes = [value for column in columns for value in column]
+                read = [file.read(columns=[label]).column(0).to_pylist() for file in opened]
+                classes = [value for values in read for value in values]
                 names = features.get(label, {}).get("names")
             groups, before = [], 0
             for i, file in enumerate(opened):
@@ -195,31 +194,24 @@ def holds_bytes(kind: Any) -> bool:
     return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
 
 
-def image_column(config: DataConfig, names: Sequence[str], found: Sequence[str]) -> str:
-    """The setting, or the first column that holds images. UserError where there is none."""
-    wanted = config.image_column
-    if wanted is None and found:
-        return found[0]
-    if wanted is None or wanted not in names:
-        what = "no column of images" if wanted is None else f"no column '{wanted}'"
-        raise UserError(
-            f"the dataset has {what}; its columns are {', '.join(names)} (--data.image-column)."
-        )
-    return wanted
-
-
-def label_column(config: DataConfig, names: Sequence[str], found: Sequence[str]) -> str | None:
-    """The setting, or the first column of classes, or one that is called so, or None."""
-    wanted = config.label_column
-    if wanted is None:
-        called = [name for name in ("label", "labels") if name in names]
-        return next(iter([*found, *called]), None)
-    if wanted not in names:
-        raise UserError(
-            f"the dataset has no column '{wanted}'; its columns are {', '.join(names)} "
-            "(--data.label-column)."
-        )
-    return wanted
+def columns(
+    config: DataConfig, names: Sequence[str], images: Sequence[str], labels: Sequence[str]
+) -> tuple[str, str | None]:
+    """The columns of images and of classes: the settings, or the first of those that hold such by
+    their kind, or are called so; None where there are no classes. UserError where there are no
+    images, or no column of a setting's name."""
+    has = f"its columns are {', '.join(names)}"
+    for setting in ("image_column", "label_column"):
+        wanted = getattr(config, setting)
+        if wanted is not None and wanted not in names:
+            raise UserError(
+                f"the dataset has no column '{wanted}'; {has} ({flag('data', setting)})."
+            )
+    called = [name for name in ("label", "labels") if name in names]
+    image = config.image_column or next(iter(images), None)
+    if image is None:
+        raise UserError(f"the dataset has no column of images; {has} (--data.image-column).")
+    return image, config.label_column or next(iter([*labels, *called]), None)
 
 
 @dataclass(frozen=True)
@@ -260,11 +252,9 @@ def hub(config: DataConfig) -> dict[str, Table]:
             continue
         rows = loaded[name]
         features = rows.features
-        image = image_column(
-            config, list(features), [n for n, f in features.items() if type(f) is datasets.Image]
-        )
-        label = label_column(
+        image, label = columns(
             config, list(features),
+            [n for n, f in features.items() if type(f) is datasets.Image],
             [n for n, f in features.items() if type(f) is datasets.ClassLabel],
         )  # fmt: skip
         known = getattr(features[label], "names", None) if label is not None else None
@@ -311,12 +301,9 @@ def tfds(config: DataConfig) -> dict[str, Table]:
         else:
             builder = tf_datasets.builder(name, data_dir=given, file_format="array_record")
         features = builder.info.features
-        image = image_column(
+        image, label = columns(
             config, list(features),
             [n for n, f in features.items() if isinstance(f, tf_datasets.features.Image)],
-        )  # fmt: skip
-        label = label_column(
-            config, list(features),
             [n for n, f in features.items() if isinstance(f, tf_datasets.features.ClassLabel)],
         )  # fmt: skip
         skip = {image: tf_datasets.decode.SkipDecoding()}

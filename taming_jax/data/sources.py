@@ -192,7 +192,7 @@ def pictured(
     parts, of_all = {}, sum(map(len, pictures.values()))
     for split in ("train", "validation", "test"):
         size = stored_size(config) if split == "train" else config.image_size
-        parts[split] = Split(*decoded(pictures[split], size, config, say, of_all))
+        parts[split] = Split(*decoded(pictures[split], size, of_all, config, say))
         if not len(parts[split].images):
             raise UserError(f"no picture of the {split} split can be read.")
     unlearned = set(parts["test"].labels.tolist()) - set(parts["train"].labels.tolist())

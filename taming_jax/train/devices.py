@@ -43,12 +43,10 @@ class Devices:
 
     def __init__(self, count: int | None = None):
         available = jax.local_devices()
-        if count is not None and count < 1:
-            raise UserError(f"--devices is {count}; it must be 1 or more.")
-        if count is not None and count > len(available):
+        if count is not None and not 1 <= count <= len(available):
             raise UserError(
                 f"--devices is {count}, but there are {len(available)} "
-                f"({available[0].platform}); ask for that many or fewer."
+                f"({available[0].platform}); ask for 1 to that many."
             )
         self.list = available[:count]
         self.axis_name = "devices" if len(self.list) > 1 else None

@@ -119,8 +119,9 @@ class PriorStage:
         different = differences(config, trained, ("data", "vqgan"))
         if different:
             raise UserError(
-                f"the prior in {config.folder} speaks the codes of another stage 1 than the one "
-                f"there now: {'; '.join(different)}. --restart begins a prior on the new one."
+                f"the generator of the prior in {config.folder} was trained otherwise: "
+                f"{'; '.join(different)}. Leave these settings out; where stage 1 was trained "
+                "anew, --restart begins a prior on it."
             )
         self.splits = sources.load(config.data)
         # In float32 whatever the transformer computes in: the codes are the data.

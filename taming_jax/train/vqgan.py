@@ -123,8 +123,8 @@ class VQGANStage:
             if adversarial:
                 rate = self._rates["discriminator"](state.step)
                 learned = discriminator.updated(self._optimiser, found.discriminator, rate)
-                learns = (state.step - self.start) % settings.discriminator_every == 0
                 if settings.discriminator_every > 1:
+                    learns = (state.step - self.start) % settings.discriminator_every == 0
                     learned = jax.tree.map(
                         lambda new, old: jnp.where(learns, new, old), learned, discriminator
                     )
