@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from taming_jax.config import Config, load_config
-from taming_jax.data.feeds import ResidentFeed, take, to_float
+from taming_jax.data.feeds import Feed, ResidentFeed, take, to_float
 from taming_jax.data.sources import Split
 from taming_jax.errors import UserError, report
 from taming_jax.models.gpt import GPT, build_gpt, teacher_forced
@@ -62,7 +62,7 @@ def peak_memory(device: Any) -> str:
 
 
 def median_step(
-    compiled: Callable, state: Any, feed: ResidentFeed, frozen: tuple, steps: int
+    compiled: Callable, state: Any, feed: Feed, frozen: tuple, steps: int
 ) -> tuple[float, Any]:
     """Seconds a step, and the state afterwards."""
     times = []

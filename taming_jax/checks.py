@@ -61,8 +61,10 @@ def check(config: "Config") -> None:
         if not 0 < getattr(data, key) < 1:
             value = getattr(data, key)
             raise UserError(f"{flag('data', key)} is {value}; it is a share between 0 and 1.")
-    if not 0 <= data.bad_share <= 1:
-        raise UserError(f"--data.bad-share is {data.bad_share}; it is a share, from 0 to 1.")
+    for key in ("bad_share", "resident_share"):
+        value = getattr(data, key)
+        if not 0 <= value <= 1:
+            raise UserError(f"{flag('data', key)} is {value}; it is a share, from 0 to 1.")
     if data.workers is not None and data.workers < 1:
         raise UserError(f"--data.workers is {data.workers}; it must be 1 or more.")
     if data.channels not in (1, 3):

@@ -56,6 +56,9 @@ class DataConfig:
     """The largest share of pictures that may be unreadable and left out."""
     workers: int | None = free(None)
     """Processes that decode pictures; one a core unless told."""
+    resident_share: float = free(0.2)
+    """A split that takes no more than this share of a device's memory is kept there; a larger one
+    is read from the disk, batch by batch."""
     test_share: float = 0.1
     """The share of the images kept for testing, where a dataset has no test split."""
     validation_share: float = 0.05

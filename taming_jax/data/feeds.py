@@ -6,8 +6,10 @@ and the number of a step alone says what the step reads.
 """
 
 import functools
-from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, SupportsIndex
 
 import jax
 import numpy as np
@@ -17,18 +19,23 @@ from taming_jax.data.sources import Split
 
 class Batch(NamedTuple):
     """What one step reads. `step` is the host's number of the step (how a stage chooses among
-    compiled steps); `arrays` is what the compiled step is called with: `images` uint8 [n,h,w,c]
-    and `labels` int32 [n], of which the examples are those at `index` int32 [b]; in training
-    `place` int32 [b] is an example's place in the batch of all devices, for its random keys; in
-    evaluation `weight` float32 [b] is 0 for the examples that only fill the last batch."""
+    compiled steps); `arrays` is what the compiled step is called with, and what `take` reads:
+    `images` uint8 [n,h,w,c] and `labels` int32 [n], of which the examples are those at `index`
+    int32 [b], or, without an index, the examples themselves; in training `place` int32 [b] is an
+    example's place in the batch of all devices, for its random keys; in evaluation `weight`
+    float32 [b] is 0 for the examples that only fill the last batch."""
 
     step: int
     arrays: dict[str, Any]
 
 
 class Placement(Protocol):
-    """Puts arrays on the devices; train/devices.py has the one that is used."""
+    """Puts arrays on the devices; train/devices.py has the one that is used. `memory` is that of
+    one device, in bytes; `own` are the rows of a batch that this process reads."""
 
+    @property
+    def memory(self) -> int: ...
+    def own(self, batch_size: int) -> slice: ...
     def replicate(self, tree: Any) -> Any: ...
     def shard(self, tree: Any) -> Any: ...
 
@@ -51,40 +58,140 @@ def stream(seed: int, n: int, start: int, count: int) -> tuple[np.ndarray, np.nd
     return epochs.astype(np.int32), index
 
 
-class ResidentFeed:
-    """A whole split on the devices as uint8; a batch is then only the indices of its examples."""
+class Feed:
+    """A split in batches of `batch_size`, by the order of `seed`: which examples each one holds.
+    How they reach the devices is its subclasses' matter."""
 
-    def __init__(self, split: Split, batch_size: int, seed: int, placement: Placement):
-        self.size = len(split.images)
-        self.batch_size = batch_size
-        self._seed = seed
-        self._placement = placement
-        self._resident: dict[str, Any] = placement.replicate(split._asdict())
+    def __init__(self, size: int, batch_size: int, seed: int, placement: Placement):
+        self.size, self.batch_size = size, batch_size
+        self._seed, self._placement = seed, placement
+        self._own = placement.own(batch_size)
 
     def _index(self, epochs: np.ndarray, index: np.ndarray) -> np.ndarray:
-        """Where the examples of the stream lie among the resident ones."""
+        """Where the examples of the stream lie."""
         return index
+
+    def _training(self, step: int) -> dict[str, np.ndarray]:
+        first = step * self.batch_size
+        index = self._index(*stream(self._seed, self.size, first, self.batch_size))
+        place = np.arange(self.batch_size, dtype=np.int32)
+        return {"index": index[self._own], "place": place[self._own]}
+
+    def _evaluation(self, number: int) -> dict[str, np.ndarray]:
+        first = number * self.batch_size
+        index = np.arange(first, first + self.batch_size, dtype=np.int32)[self._own]
+        weight = (index < self.size).astype(np.float32)
+        return {"index": np.minimum(index, self.size - 1), "weight": weight}
 
     def batch(self, step: int) -> Batch:
         """The batch of step `step` (the first is 0) of training."""
-        index = self._index(*stream(
-            self._seed, self.size, step * self.batch_size, self.batch_size
-        ))  # fmt: skip
-        place = np.arange(self.batch_size, dtype=np.int32)
-        return Batch(step, self._resident | self._placement.shard({"index": index, "place": place}))
+        raise NotImplementedError
 
     def once(self) -> Iterator[Batch]:
         """Every example once, in order, in batches of one size."""
-        for step, start in enumerate(range(0, self.size, self.batch_size)):
-            index = np.arange(start, start + self.batch_size, dtype=np.int32)
-            weight = (index < self.size).astype(np.float32)
-            index = np.minimum(index, self.size - 1)
-            shards = self._placement.shard({"index": index, "weight": weight})
-            yield Batch(step, self._resident | shards)
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Ends what reads ahead."""
+
+
+class ResidentFeed(Feed):
+    """A whole split on the devices as uint8; a batch is then only the indices of its examples."""
+
+    def __init__(self, split: Split, batch_size: int, seed: int, placement: Placement):
+        super().__init__(len(split.images), batch_size, seed, placement)
+        self._resident: dict[str, Any] = placement.replicate(split._asdict())
+
+    def batch(self, step: int) -> Batch:
+        return Batch(step, self._resident | self._placement.shard(self._training(step)))
+
+    def once(self) -> Iterator[Batch]:
+        for number in range(-(-self.size // self.batch_size)):
+            shards = self._placement.shard(self._evaluation(number))
+            yield Batch(number, self._resident | shards)
+
+
+@dataclass(frozen=True)
+class Reads:
+    """Batch after batch as numpy arrays, which is a source to grain: `which` answers a batch's
+    index, and what else goes with it."""
+
+    split: Split
+    which: Callable[[int], dict[str, np.ndarray]]
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, number: SupportsIndex) -> dict[str, np.ndarray]:
+        arrays = self.which(int(number))
+        index = arrays.pop("index")
+        # Copies, so that a mapped file is read here and now, not in the step.
+        return arrays | {name: np.array(x[index]) for name, x in self.split._asdict().items()}
+
+
+class StreamingFeed(Feed):
+    """A split that stays where it is, on the disk as a rule: grain's threads read its batches ahead
+    of the step, and AHEAD of them are on their way to the devices. The batches, and their order,
+    are ResidentFeed's.
+
+    Threads, since reading decoded images is copying, which holds no lock of Python's: worker
+    processes were four times slower here."""
+
+    AHEAD = 2
+    THREADS = 4
+
+    def __init__(self, split: Split, batch_size: int, seed: int, placement: Placement):
+        super().__init__(len(split.images), batch_size, seed, placement)
+        self._split = split
+        self._reading: Any = None
+        self._ahead: deque[Batch] = deque()
+
+    def _read(self, which: Callable, start: int, count: int) -> Any:
+        import grain
+
+        options = grain.ReadOptions(num_threads=self.THREADS, prefetch_buffer_size=2 * self.THREADS)
+        reads = grain.MapDataset.source(Reads(self._split, which, count))
+        return iter(reads[start:].to_iter_dataset(options))
+
+    def batch(self, step: int) -> Batch:
+        if self._reading is None or self._ahead[0].step != step:  # the first, or another than next
+            self.close()
+            self._reading = self._read(self._training, step, 2**31)
+            self._next = step
+        while len(self._ahead) <= self.AHEAD:
+            arrays = self._placement.shard(next(self._reading))
+            self._ahead.append(Batch(self._next, arrays))
+            self._next += 1
+        return self._ahead.popleft()
+
+    def once(self) -> Iterator[Batch]:
+        reading = self._read(self._evaluation, 0, -(-self.size // self.batch_size))
+        try:
+            for number, arrays in enumerate(reading):
+                yield Batch(number, self._placement.shard(arrays))
+        finally:
+            reading.close()
+
+    def close(self) -> None:
+        if self._reading is not None:
+            self._reading.close()
+        self._reading = None
+        self._ahead.clear()
+
+
+def feed(
+    split: Split, batch_size: int, seed: int, placement: Placement, resident_share: float
+) -> Feed:
+    """A split's feed: resident where it takes no more than a share of a device's memory."""
+    fits = split.images.nbytes <= resident_share * placement.memory
+    return (ResidentFeed if fits else StreamingFeed)(split, batch_size, seed, placement)
 
 
 def take(arrays: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
     """Inside a step: a batch's images uint8 [b,h,w,c] (or its grids of codes) and labels [b]."""
+    if "index" not in arrays:
+        return arrays["images"], arrays["labels"]
     return arrays["images"][arrays["index"]], arrays["labels"][arrays["index"]]
 
 

@@ -4,6 +4,7 @@ What differs is only the axis name that a step averages over: None, or "devices"
 the state is replicated: every leaf has a leading axis of devices.
 """
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -50,9 +51,27 @@ class Devices:
             )
         self.list = available[:count]
         self.axis_name = "devices" if len(self.list) > 1 else None
+        # The layout that pmap answers with: another one would compile the next step again.
+        self._layout = jax.sharding.NamedSharding(
+            jax.sharding.Mesh(np.array(self.list), ("devices",)),
+            jax.sharding.PartitionSpec("devices"),
+        )
 
     def __len__(self) -> int:
         return len(self.list)
+
+    @property
+    def memory(self) -> int:
+        """Bytes of memory a device has; on a CPU, its part of what its devices share."""
+        stats = self.list[0].memory_stats() or {}
+        if "bytes_limit" in stats:
+            return stats["bytes_limit"]
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(self)
+
+    def own(self, batch_size: int) -> slice:
+        """The rows of a batch that this process reads: all, or of several processes its part."""
+        size = batch_size // jax.process_count()
+        return slice(jax.process_index() * size, (jax.process_index() + 1) * size)
 
     def check_batch(self, name: str, batch_size: int) -> None:
         """UserError where a batch cannot be divided among the devices."""
@@ -81,21 +100,20 @@ class Devices:
         """The same arrays on every device."""
         if self.axis_name is None:
             return jax.device_put(tree, self.list[0])
-        # In the layout that pmap answers with: another one would compile the next step again.
-        mesh = jax.sharding.Mesh(np.array(self.list), (self.axis_name,))
-        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(self.axis_name))
 
-        def spread(x: Any) -> jax.Array:
+        def spread(x: Any) -> np.ndarray:
             x = np.asarray(x)
-            return jax.device_put(np.broadcast_to(x, (len(self), *x.shape)), sharding)
+            return np.broadcast_to(x, (len(self), *x.shape))
 
-        return jax.tree.map(spread, tree)
+        return jax.device_put(jax.tree.map(spread, tree), self._layout)
 
     def shard(self, tree: Any) -> Any:
-        """Arrays [n, ...] divided along their first axis: [devices, n / devices, ...]."""
+        """Arrays [n, ...] divided along their first axis, on the devices: [devices, n / devices,
+        ...]. They may still be on their way."""
         if self.axis_name is None:
-            return tree
-        return jax.tree.map(lambda x: x.reshape(len(self), -1, *x.shape[1:]), tree)
+            return jax.device_put(tree, self.list[0])
+        parts = jax.tree.map(lambda x: x.reshape(len(self), -1, *x.shape[1:]), tree)
+        return jax.device_put(parts, self._layout)
 
     def gather(self, values: jax.Array) -> np.ndarray:
         """What a compiled function answered for a sharded batch, from all devices: [n, ...]."""

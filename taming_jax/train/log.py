@@ -1,9 +1,11 @@
 """What a run says: a progress bar on a terminal, else plain lines; JSON lines; TensorBoard."""
 
+import contextlib
 import json
 import math
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +57,13 @@ class Log:
         partial.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
         partial.replace(self.path)
         self._file = self.path.open("a", encoding="utf-8")
+        # Apart from the rows, which are the same whenever and wherever the run is computed.
+        self._speed = self.path.with_name(f"{name}_speed.jsonl").open("a", encoding="utf-8")
         self._tensorboard = SummaryWriter(str(folder / "tensorboard" / name), purge_step=start + 1)
         self._start, self._steps = start, steps
         self._began = self._said = time.monotonic()
         self._first: int | None = None  # steps before the clock: the first one is compiled
+        self._waited, self._row_at, self._row_step = 0.0, self._began, start
         self._bar = None
         if sys.stderr.isatty():
             self._bar = tqdm(
@@ -82,6 +87,8 @@ class Log:
         for key, value in metrics.items():
             self._tensorboard.add_scalar(f"{split}/{key}", value, step)
         shown = "  ".join(f"{key} {metrics[key]:.4g}" for key in SHOWN if key in metrics)
+        if split == "train":
+            shown += self._pace(step)
         if split == "validation":
             self._said = time.monotonic()
             self.say(f"step {step}/{self._steps}  validation  {shown}")
@@ -90,6 +97,27 @@ class Log:
         elif time.monotonic() - self._said > 10 or step == self._steps:
             self._said = time.monotonic()
             self.say(f"step {step}/{self._steps}  {shown}  {self._left(step)}")
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around what waits for data."""
+        begin = time.monotonic()
+        yield
+        self._waited += time.monotonic() - begin
+
+    def _pace(self, step: int) -> str:
+        """Notes how fast the steps since the last row were and the share of their time that went by
+        waiting for data, and answers the share, where it is worth a word."""
+        now = time.monotonic()
+        spent, steps = now - self._row_at, step - self._row_step
+        waiting = self._waited / spent
+        speed = {"steps_per_second": round(steps / spent, 4), "waiting": round(waiting, 4)}
+        self._speed.write(json.dumps({"step": step, **speed}) + "\n")
+        self._speed.flush()
+        for key, value in speed.items():
+            self._tensorboard.add_scalar(f"speed/{key}", value, step)
+        self._waited, self._row_at, self._row_step = 0.0, now, step
+        return f"  waiting for data {waiting:.0%}" if waiting >= 0.01 else ""
 
     def advance(self, step: int) -> None:
         """Shows that `step` steps are done."""
@@ -109,4 +137,5 @@ class Log:
         if self._bar is not None:
             self._bar.close()
         self._file.close()
+        self._speed.close()
         self._tensorboard.close()

@@ -10,7 +10,7 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -19,21 +19,12 @@ import jax
 import numpy as np
 
 from taming_jax.config import Config, StageConfig, validated, write_config
-from taming_jax.data.feeds import Batch
+from taming_jax.data.feeds import Batch, Feed
 from taming_jax.errors import Interrupted, RunFailed, UserError
 from taming_jax.train.devices import Devices
 from taming_jax.train.log import Log
 from taming_jax.train.state import TrainState, copied
 from taming_jax.train.store import Store
-
-
-class Feed(Protocol):
-    """A split: `batch(step)` in training, `once()` in validation."""
-
-    size: int
-
-    def batch(self, step: int) -> Batch: ...
-    def once(self) -> Iterator[Batch]: ...
 
 
 class Stage(Protocol):
@@ -193,6 +184,8 @@ class Loop:
             "Compiling the first step takes a while."
         )
         with contextlib.ExitStack() as stack:
+            for feed in (self.training, self.validation):
+                stack.callback(feed.close)
             stack.callback(self.log.close)
             stack.callback(self.store.close)
             stack.callback(self.store.wait)
@@ -203,7 +196,8 @@ class Loop:
         drawn = start
         for step in range(start, self.steps):
             try:
-                batch = self.training.batch(step)
+                with self.log.waiting():
+                    batch = self.training.batch(step)
             except Interrupted:  # what is trained is saved; the step was not begun
                 self._settle()
                 self.store.save(step, self.devices.fetch(state), self.config, None)

@@ -14,7 +14,7 @@ from taming_jax import figures, losses
 from taming_jax.config import Config
 from taming_jax.data import sources
 from taming_jax.data.augment import augmented
-from taming_jax.data.feeds import Batch, ResidentFeed, take, to_float
+from taming_jax.data.feeds import Batch, Feed, feed, take, to_float
 from taming_jax.models.lpips import load_lpips
 from taming_jax.models.vqgan import VQGAN, decode_indices, grid_size, reconstruct
 from taming_jax.train.devices import Compiled, Devices
@@ -60,10 +60,10 @@ class VQGANStage:
         self._evaluate = devices.compile(self._evaluation, frozen)
         self._reconstruct, self._decode = _drawing(self.networks.generator)
 
-    def feeds(self, check: Callable[[], None] = lambda: None) -> tuple[ResidentFeed, ResidentFeed]:
-        size = self.config.vqgan.batch_size
+    def feeds(self, check: Callable[[], None] = lambda: None) -> tuple[Feed, Feed]:
+        size, share = self.config.vqgan.batch_size, self.config.data.resident_share
         train, validation = (
-            ResidentFeed(split, size, self.config.seed, self.devices)
+            feed(split, size, self.config.seed, self.devices, share)
             for split in (self.splits.train, self.splits.validation)
         )
         return train, validation

@@ -1,5 +1,6 @@
 import jax
 import numpy as np
+import pytest
 
 from taming_jax.data import feeds
 from taming_jax.data.sources import Split
@@ -42,6 +43,70 @@ def test_once_reads_each_example_once():
         if weight
     ]
     assert kept == list(range(10))
+
+
+@pytest.fixture
+def mapped(tmp_path):
+    """A split whose images lie on the disk."""
+    images = np.random.default_rng(0).integers(0, 256, (50, 6, 6, 3), np.uint8)
+    images.tofile(tmp_path / "images.u8")
+    images = np.memmap(tmp_path / "images.u8", np.uint8, "r", shape=images.shape)
+    return Split(images, np.arange(50, dtype=np.int32))
+
+
+def taken(batch, devices):
+    """A batch's examples and their places or weights, as the devices see them."""
+    arrays = dict(batch.arrays)
+    seen = devices.compile(lambda _, arrays: feeds.take(arrays))(devices.replicate(0), arrays)
+    rest = [arrays[name] for name in ("place", "weight") if name in arrays]
+    return [devices.gather(x) for x in (*seen, *rest)]
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_streaming_and_resident_feeds_give_the_same_batches(mapped, count):
+    devices = Devices(count)
+    kinds = [feeds.feed(mapped, 8, 5, devices, share) for share in (0.2, 0.0)]
+    assert [type(kind) for kind in kinds] == [feeds.ResidentFeed, feeds.StreamingFeed]
+    steps = list(range(20))  # three epochs, and batches that cross their ends
+    read = [[kind.batch(step) for step in steps] for kind in kinds]
+    read += [list(kind.once()) for kind in kinds]  # while training's are read ahead
+    for resident, streamed in zip(read[0] + read[2], read[1] + read[3], strict=True):
+        assert resident.step == streamed.step
+        for one, other in zip(taken(resident, devices), taken(streamed, devices), strict=True):
+            np.testing.assert_array_equal(one, other)
+    kinds[1].close()
+
+
+def test_a_streaming_feed_begins_at_any_step(mapped):
+    devices = Devices(1)
+    streamed = feeds.StreamingFeed(mapped, 8, 5, devices)
+    for step in (0, 1, 1234, 1235, 3):
+        resident = feeds.ResidentFeed(mapped, 8, 5, devices)
+        pairs = zip(
+            taken(resident.batch(step), devices), taken(streamed.batch(step), devices), strict=True
+        )
+        for one, other in pairs:
+            np.testing.assert_array_equal(one, other)
+    streamed.close()
+    streamed.close()
+
+
+@pytest.mark.parametrize("kind", [feeds.ResidentFeed, feeds.StreamingFeed])
+def test_processes_read_a_part_each_of_the_same_batch(mapped, kind, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    parts = []
+    for process in range(2):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        feed = kind(mapped, 8, 5, Devices(1))
+        parts.append([feed.batch(9), *feed.once()])
+        feed.close()
+    monkeypatch.undo()
+    whole = feeds.ResidentFeed(mapped, 8, 5, Devices(1))
+    for first, second, both in zip(*parts, [whole.batch(9), *whole.once()], strict=True):
+        for one, other, expected in zip(
+            *(taken(batch, Devices(1)) for batch in (first, second, both)), strict=True
+        ):
+            np.testing.assert_array_equal(np.concatenate([one, other]), expected)
 
 
 def test_uint8_to_float_reaches_both_ends():
