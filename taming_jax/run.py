@@ -24,7 +24,7 @@ from taming_jax.models.vqgan import build_vqgan, decode_indices, encode, images_
 from taming_jax.sampling import sample
 from taming_jax.train.devices import Compiled, Devices
 from taming_jax.train.store import Store
-from taming_jax.train.tokens import Tokenizer, read_class_names
+from taming_jax.train.tokens import Tokenizer
 
 MICRO = 32  # images a device draws at once: another size would round otherwise, and turn a code
 # Images a call of the compiled functions, which are compiled for these two sizes; the last batch is
@@ -82,7 +82,11 @@ class Run:
     @functools.cached_property
     def class_names(self) -> tuple[str, ...]:
         """The names of the classes, in the order of their numbers."""
-        return read_class_names(self.workdir) or sources.load(self.config.data).class_names
+        stage = "vqgan" if self.transformer is None else "prior"
+        dataset = Store(self.workdir, stage, "nll", read_only=True).dataset(self.step)
+        if dataset is None:
+            return sources.load(self.config.data).class_names
+        return tuple(dataset["class_names"])
 
     def labels(self, classes: int | str | Iterable[int | str]) -> np.ndarray:
         """Classes by number or by name as numbers, int32 [n]; a string is a name before it is a

@@ -8,6 +8,7 @@ No JAX here: this is imported by worker processes.
 
 import concurrent.futures
 import errno
+import fcntl
 import functools
 import hashlib
 import io
@@ -16,6 +17,7 @@ import multiprocessing
 import os
 import shutil
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -122,6 +124,15 @@ _decoder: list[Decoder] = []  # a worker process's own
 
 def begin_worker(decoder: Decoder) -> None:
     _decoder[:] = [decoder]
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent() -> None:
+    """Ends a worker whose parent was killed, and which would wait for its next job for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def work(numbers: np.ndarray, first: int) -> dict[int, str]:
@@ -154,8 +165,14 @@ def decoded(
     place = root / key
     try:
         if not (place / "about.json").exists():
-            shape = (len(pictures), size, size, config.channels)
-            fill(place, pictures, shape, config, say, of_all)
+            root.mkdir(parents=True, exist_ok=True)
+            with (root / f".{key}.lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # a process that decodes the same is waited for
+                for left in root.glob(f"{key}-partial-*"):  # by one that was killed
+                    shutil.rmtree(left, ignore_errors=True)
+                if not (place / "about.json").exists():
+                    shape = (len(pictures), size, size, config.channels)
+                    fill(place, pictures, shape, config, say, of_all)
         about = json.loads((place / "about.json").read_text(encoding="utf-8"))
         kept = np.array(about["kept"], int)
         shape = (len(kept), size, size, config.channels)
@@ -176,7 +193,6 @@ def fill(
     say: Callable[[str], None], of_all: int,
 ) -> None:  # fmt: skip
     """Decodes pictures into a new folder of the cache."""
-    place.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f"{place.name}-partial-", dir=place.parent))
     try:
         file = work / "images.u8"
@@ -196,11 +212,7 @@ def fill(
             os.truncate(file, len(kept) * int(np.prod(shape[1:])))
         about = {"version": VERSION, "shape": [len(kept), *shape[1:]], "kept": kept}
         (work / "about.json").write_text(json.dumps(about), encoding="utf-8")
-        try:
-            work.rename(place)
-        except OSError:
-            if not (place / "about.json").exists():  # else another process was first
-                raise
+        work.rename(place)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -212,7 +224,7 @@ def decode_all(
     """Decodes pictures into a file, in worker processes where there are many."""
     starts = range(0, len(pictures), CHUNK)
     workers = min(config.workers or os.cpu_count() or 1, len(starts))
-    say(f"Decoding {len(pictures)} pictures to {shape[1]}x{shape[2]} into {file.parent.parent}.")
+    say(f"decoding {len(pictures)} pictures to {shape[1]}x{shape[2]} into {file.parent.parent}.")
     jobs = [(pictures.numbers[start : start + CHUNK], start) for start in starts]
     decoder = Decoder(pictures.reader, str(file), shape, config.squeeze)
     bad: dict[int, str] = {}

@@ -6,7 +6,7 @@ import bisect
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,15 +63,18 @@ class Files:
         return self.paths[number].read_bytes()
 
 
-def folder(config: DataConfig) -> dict[str, Table]:
+def folder(config: DataConfig, say: Callable[[str], None] = print) -> dict[str, Table]:
     """`train/CLASS/*` with or without `validation/` and `test/`, or `CLASS/*`, or pictures alone;
-    classes are named by their folders."""
+    classes are named by their folders. What belongs to no split or class is left out, and said."""
     root = existing(config, "the folder with your pictures")
     found = {
         split: root / name for split, names in SPLITS.items() for name in names
         if (root / name).is_dir()
     }  # fmt: skip
-    if "train" not in found:
+    left_out = []
+    if "train" in found:
+        left_out = [place for place in root.iterdir() if place not in found.values()]
+    else:
         found = {"train": root}
     tables = {}
     for split, place in found.items():
@@ -84,6 +87,7 @@ def folder(config: DataConfig) -> dict[str, Table]:
             raise UserError(f"{place} holds no pictures ({kinds}); put some there.")
         below = [file.relative_to(place).parts for file in files]
         if any(len(parts) > 1 for parts in below):  # pictures beside the folders have no class
+            left_out += [file for file, parts in zip(files, below, strict=True) if len(parts) < 2]
             files = [file for file, parts in zip(files, below, strict=True) if len(parts) > 1]
             classes: list[str] | None = [file.relative_to(place).parts[0] for file in files]
         else:
@@ -96,6 +100,10 @@ def folder(config: DataConfig) -> dict[str, Table]:
                 f"{error.filename} cannot be read ({error.strerror}); give yourself the right to."
             ) from error
         tables[split] = Table(Files(files), names, classes, None, content)
+    left_out = [place for place in left_out if place.is_dir() or is_picture(place)]
+    if left_out:
+        which = "a split" if found["train"] != root else "a class"
+        say(f"Left out, as they are in no folder of {which}: {len(left_out)}, {left_out[0]} first.")
     return tables
 
 

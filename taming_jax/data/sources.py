@@ -4,13 +4,14 @@ A source is a function of the data settings that answers `Splits`. A new dataset
 function, its line in `SOURCES`, and a preset.
 """
 
+import functools
 import gzip
 import zlib
 from collections.abc import Callable
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -54,6 +55,42 @@ def load(config: DataConfig) -> Splits:
         f"--data.name {config.name} is unknown; the datasets are {', '.join(sorted(SOURCES))}, "
         "OWNER/NAME of the Hugging Face hub, and tfds:NAME of TensorFlow Datasets."
     )
+
+
+def identity(splits: Splits) -> dict[str, Any]:
+    """What a dataset is known by when a run goes on: plain values that JSON can hold. `means` are
+    of some training and validation images: of other pictures they are others, while another
+    version of a decoder, which rounds otherwise, changes them by less than 1."""
+
+    def means(images: np.ndarray) -> list[float]:
+        places = np.linspace(0, len(images) - 1, min(len(images), 64)).astype(int)
+        return [round(float(images[i].mean()), 2) for i in places]
+
+    chosen = {"training": splits.train, "validation": splits.validation}
+    return {
+        "images": {name: len(split.images) for name, split in chosen.items()},
+        "means": {name: means(split.images) for name, split in chosen.items()},
+        "class_names": list(splits.class_names),
+    }
+
+
+def unlike(now: dict[str, Any], then: dict[str, Any]) -> list[str]:
+    """How a dataset is another than it was, by their identities, a phrase a difference."""
+    found = []
+    for name, count in then["images"].items():
+        if now["images"][name] != count:
+            found.append(f"there are {now['images'][name]} {name} images, not {count}")
+    names, before = now["class_names"], then["class_names"]
+    if len(names) != len(before):
+        found.append(f"there are {len(names)} classes, not {len(before)}")
+    elif names != before:
+        one, other = next(pair for pair in zip(names, before, strict=True) if pair[0] != pair[1])
+        found.append(f"a class is called '{one}', not '{other}'")
+    if not found:
+        for name, means in then["means"].items():
+            if max(np.abs(np.subtract(now["means"][name], means))) > 1:
+                found.append(f"the {name} images are others")
+    return found
 
 
 def cut_validation(train: Split, config: DataConfig) -> tuple[Split, Split]:
@@ -192,7 +229,8 @@ def pictured(
     parts, of_all = {}, sum(map(len, pictures.values()))
     for split in ("train", "validation", "test"):
         size = stored_size(config) if split == "train" else config.image_size
-        parts[split] = Split(*decoded(pictures[split], size, of_all, config, say))
+        of_split = functools.partial(_say_of, split, say)
+        parts[split] = Split(*decoded(pictures[split], size, of_all, config, of_split))
         if not len(parts[split].images):
             raise UserError(f"no picture of the {split} split can be read.")
     unlearned = set(parts["test"].labels.tolist()) - set(parts["train"].labels.tolist())
@@ -202,6 +240,10 @@ def pictured(
             "images, given their class, mean little."
         )
     return Splits(**parts, class_names=class_names)
+
+
+def _say_of(split: str, say: Callable[[str], None], sentence: str) -> None:
+    say(f"{split}: {sentence}")
 
 
 def numbered(

@@ -30,6 +30,7 @@ from taming_jax.train.store import Store
 class Stage(Protocol):
     """A stage of the pipeline, as the loop needs it.
 
+    `dataset` is the identity of its data (data/sources.py).
     `monitor` names the metric of a validation that chooses the best checkpoint, lower being better.
     Where feeds take their time (tokens are encoded), they call `check` now and then, which raises
     Interrupted after a signal. `eval_step` answers sums over a batch and `summarise` the metrics of
@@ -38,6 +39,7 @@ class Stage(Protocol):
 
     name: str
     monitor: str
+    dataset: dict[str, Any]
 
     def feeds(self, check: Callable[[], None]) -> tuple[Feed, Feed]: ...
     def init(self, key: jax.Array) -> TrainState: ...
@@ -61,7 +63,7 @@ def train(build: Callable[[Config, Devices], Stage], config: Config, restart: bo
         devices = Devices(config.devices)
         stage = build(config, devices)
         folder = usable(config.folder)
-        store = Store(folder, stage.name, stage.monitor)
+        store = Store(folder, stage.name, stage.monitor, dataset=stage.dataset)
         if restart:
             store.clear()
         sections = ("seed", "dtype", "data", stage.name)

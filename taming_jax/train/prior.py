@@ -37,7 +37,7 @@ from taming_jax.train.state import (
     schedule,
 )
 from taming_jax.train.store import chosen_generator
-from taming_jax.train.tokens import TokenFeed, Tokenizer, write_class_names
+from taming_jax.train.tokens import TokenFeed, Tokenizer
 
 
 def adamw(config: Config) -> Any:
@@ -115,7 +115,7 @@ class PriorStage:
     def __init__(self, config: Config, devices: Devices, restart: bool = False):
         devices.check_batch(self.name, config.prior.batch_size)
         self.config, self.devices = config, devices
-        self.generator, trained = chosen_generator(config.folder, anew=restart)
+        self.generator, trained, seen = chosen_generator(config.folder, anew=restart)
         different = differences(config, trained, ("data", "vqgan"))
         if different:
             raise UserError(
@@ -124,6 +124,13 @@ class PriorStage:
                 "anew, --restart begins a prior on it."
             )
         self.splits = sources.load(config.data)
+        self.dataset = sources.identity(self.splits)
+        others = [] if seen is None else sources.unlike(self.dataset, seen)
+        if others:
+            raise UserError(
+                f"the generator in {config.folder} was trained on other data: {'; '.join(others)}. "
+                "Name the same by --data.path, or train a stage 1 on this in another --workdir."
+            )
         # In float32 whatever the transformer computes in: the codes are the data.
         self.vqgan = build_vqgan(dataclasses.replace(config, dtype="float32"))
         self.model = build_gpt(config, len(self.splits.class_names))
@@ -141,7 +148,6 @@ class PriorStage:
         versions = settings.augmented_versions if augments(self.config.data) else 1
         train = TokenFeed(tokenizer, "train", self.splits.train, settings.batch_size, versions)
         validation = TokenFeed(tokenizer, "validation", self.splits.validation, settings.batch_size)
-        write_class_names(self.config.folder, self.splits.class_names)
         return train, validation
 
     def init(self, key: jax.Array) -> TrainState:

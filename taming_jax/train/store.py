@@ -1,8 +1,9 @@
 """The Orbax store that generator, discriminator and transformer share.
 
 A stage's checkpoints lie in `checkpoints/NAME/STEP`, each one commit of two items: `state`, the
-arrays by their names, and `about`, the hash of each array and the config. Orbax makes a commit
-whole or not at all, but restores a flipped byte without a word: hence the hashes.
+arrays by their names, and `about`, the hash of each array, the config, and what the dataset is
+known by. Orbax makes a commit whole or not at all, but restores a flipped byte without a word:
+hence the hashes.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -23,6 +24,7 @@ from flax import traverse_util
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from taming_jax.config import Config, differences, from_dict, to_dict
+from taming_jax.data.sources import unlike
 from taming_jax.errors import RunFailed, UserError
 
 logging.getLogger("absl").setLevel(logging.ERROR)
@@ -49,10 +51,18 @@ def digest(array: np.ndarray) -> str:
 
 class Store:
     """The checkpoints of one stage in a run's folder: the last two, and the best by `monitor`
-    (lower is better)."""
+    (lower is better). `dataset` is the identity (data/sources.py) of what the stage trains on,
+    which each checkpoint keeps, and a resumed run has to equal."""
 
-    def __init__(self, folder: Path, name: str, monitor: str, read_only: bool = False):
-        self._read_only = read_only
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        monitor: str,
+        read_only: bool = False,
+        dataset: dict[str, Any] | None = None,
+    ):
+        self._read_only, self._dataset = read_only, dataset
         self.path = folder.absolute() / "checkpoints" / name
         self._monitor = monitor
         self._manager: ocp.CheckpointManager | None = None
@@ -117,6 +127,7 @@ class Store:
             "hashes": {"/".join(path): digest(array) for path, array in arrays.items()},
             "config": to_dict(config),
             "metrics": metrics,
+            "dataset": self._dataset,
         }
         about["hash"] = text_hash(about)
         items = ocp.args.Composite(
@@ -194,6 +205,11 @@ class Store:
                 f"{folder} was written by another version of this program: {error}"
             ) from error
 
+    def dataset(self, step: int) -> dict[str, Any] | None:
+        """The identity of the dataset that a checkpoint was trained on, where it keeps one.
+        ValueError where it is damaged."""
+        return self._about(step).get("dataset")
+
     def chosen(self) -> tuple[dict[tuple[str, ...], np.ndarray], Config, int]:
         """The best checkpoint (the newest where none was validated), or where it is damaged, which
         is said, the next that can be read: its arrays, its config and its step.
@@ -237,6 +253,7 @@ class Store:
                 say(f"The checkpoint {self.path / str(step)} is damaged: {error}.")
                 continue
             self._check_same(trained, config, sections)
+            self._check_dataset(step)
             damaged += [older for older in self.steps() if older < step and self._harmed(older)]
             self._set_aside(damaged, say)
             if damaged and damaged[0] > step:
@@ -264,6 +281,16 @@ class Store:
                 f"{self.path} holds a run with other settings: {'; '.join(different)}. Use the "
                 "same settings, another --workdir, or --restart to begin anew."
             )
+
+    def _check_dataset(self, step: int) -> None:
+        then = self.dataset(step)
+        if then is not None and self._dataset is not None:
+            different = unlike(self._dataset, then)
+            if different:
+                raise UserError(
+                    f"{self.path} holds a run on other data: {'; '.join(different)}. Name the same "
+                    "data by --data.path, or use another --workdir, or --restart to begin anew."
+                )
 
     def _set_aside(self, steps: list[int], say: Callable[[str], None]) -> None:
         self.close()
@@ -313,10 +340,19 @@ def fill(template: Any, arrays: dict[tuple[str, ...], np.ndarray]) -> Any:
     return jax.tree.unflatten(jax.tree.structure(template), leaves)
 
 
-def chosen_generator(folder: Path, anew: bool = False) -> tuple[Any, Config]:
-    """The generator whose codes a run's prior speaks, and the config it was trained with: the one
-    in the newest checkpoint of the prior, or, before there is one (or where the prior begins
-    `anew`), the best of stage 1, its moving average where it keeps one.
+class Generator(NamedTuple):
+    """A trained generator: its parameters, its config, and the identity of the dataset it was
+    trained on, where that is known."""
+
+    params: Any
+    config: Config
+    dataset: dict[str, Any] | None
+
+
+def chosen_generator(folder: Path, anew: bool = False) -> Generator:
+    """The generator whose codes a run's prior speaks: the one in the newest checkpoint of the
+    prior, or, before there is one (or where the prior begins `anew`), the best of stage 1, its
+    moving average where it keeps one.
 
     Raises UserError where the folder holds neither.
     """
@@ -326,8 +362,9 @@ def chosen_generator(folder: Path, anew: bool = False) -> tuple[Any, Config]:
             arrays, config = prior.read(step)
         except ValueError:
             continue
-        return traverse_util.unflatten_dict(arrays)["nets"]["generator"]["params"], config
+        params = traverse_util.unflatten_dict(arrays)["nets"]["generator"]["params"]
+        return Generator(params, config, prior.dataset(step))
     vqgan = Store(folder, "vqgan", "nll", read_only=True)
-    arrays, config, _ = vqgan.chosen()
+    arrays, config, step = vqgan.chosen()
     net = traverse_util.unflatten_dict(arrays)["nets"]["generator"]
-    return net.get("ema", net["params"]), config
+    return Generator(net.get("ema", net["params"]), config, vqgan.dataset(step))

@@ -170,19 +170,3 @@ def read(place: Path, start: int, say: Callable[[str], None]) -> np.ndarray | No
             return np.load(io.BytesIO(content), allow_pickle=False)
         say(f"The token file {file} is damaged; its images are encoded again.")
     return None
-
-
-def write_class_names(folder: Path, names: tuple[str, ...]) -> None:
-    """Notes the names of the classes in a run's folder, which then needs no data to be sampled."""
-    partial = folder / ".class_names.partial"
-    partial.write_text(json.dumps(names, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(folder / "class_names.json")
-
-
-def read_class_names(folder: Path) -> tuple[str, ...] | None:
-    """What `write_class_names` noted; None where it is missing or damaged."""
-    try:
-        names = json.loads((folder / "class_names.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return tuple(names) if isinstance(names, list) else None

@@ -44,6 +44,7 @@ class VQGANStage:
         frozen = devices.replicate(load_lpips() if settings.perceptual_weight else {})
         self.config, self.devices = config, devices
         self.splits = sources.load(config.data)
+        self.dataset = sources.identity(self.splits)
         self.steps = settings.total_steps(len(self.splits.train.images))
         self.start = round(settings.discriminator_start * self.steps)
         self.networks = Networks.build(config, devices.axis_name)

@@ -84,6 +84,10 @@ def config_of(tmp_path, **settings):
     return DataConfig(**given | settings)
 
 
+def visible(folder):
+    return [place for place in folder.iterdir() if not place.name.startswith(".")]
+
+
 def test_what_is_decoded_is_read_and_other_pictures_or_sizes_are_decoded(tmp_path):
     root, said = pictures.write_folder(tmp_path / "data"), []
     config = config_of(tmp_path)
@@ -94,7 +98,8 @@ def test_what_is_decoded_is_read_and_other_pictures_or_sizes_are_decoded(tmp_pat
 
     first = load(config)
     assert [line.split(" to ")[0] for line in said] == [
-        "Decoding 42 pictures", "Decoding 9 pictures", "Decoding 9 pictures",
+        "train: decoding 42 pictures", "validation: decoding 9 pictures",
+        "test: decoding 9 pictures",
     ]  # fmt: skip
     np.testing.assert_array_equal(load(config).train.images, first.train.images)
     assert said == []
@@ -164,22 +169,23 @@ def test_a_full_disk_is_a_sentence_and_leaves_no_half_cache(tmp_path, monkeypatc
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(UserError, match="the disk is full, .* another --data.cache"):
         sources.load(config_of(tmp_path))
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert visible(tmp_path / "cache") == []
 
 
 def test_a_writing_that_was_killed_is_never_used(tmp_path):
     pictures.write_folder(tmp_path / "data")
     expected = sources.load(config_of(tmp_path)).train.images.copy()
-    for place in (tmp_path / "cache").iterdir():
+    for place in visible(tmp_path / "cache"):
         place.rename(place.with_name(f"{place.name}-partial-x"))
     np.testing.assert_array_equal(sources.load(config_of(tmp_path)).train.images, expected)
+    assert len(visible(tmp_path / "cache")) == 3, "and is removed"
 
 
 def test_the_cache_knows_its_version(tmp_path, monkeypatch):
     pictures.write_folder(tmp_path / "data")
     sources.load(config_of(tmp_path))
-    places = set((tmp_path / "cache").iterdir())
+    places = set(visible(tmp_path / "cache"))
     monkeypatch.setattr(images, "VERSION", 2)
     sources.load(config_of(tmp_path))
-    assert len(set((tmp_path / "cache").iterdir()) - places) == 3
+    assert len(set(visible(tmp_path / "cache")) - places) == 3
     assert json.loads((next(iter(places)) / "about.json").read_text())["version"] == 1

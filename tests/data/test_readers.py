@@ -65,6 +65,19 @@ def test_folders_of_other_shapes(tmp_path):
     np.testing.assert_array_equal(first.train.images, second.train.images)
 
 
+def test_what_belongs_to_no_class_or_split_is_said(tmp_path, capsys):
+    root = pictures.write_folder(tmp_path / "a")
+    sources.load(config_of(tmp_path, "folder", root))
+    assert "Left out" not in capsys.readouterr().out
+    shutil.copytree(root / "train", root / "more")
+    sources.load(config_of(tmp_path, "folder", root))
+    assert f"in no folder of a split: 1, {root / 'more'} first." in capsys.readouterr().out
+    shutil.copy(next((root / "more").rglob("*.jpg")), root / "more" / "loose.jpg")
+    sources.load(config_of(tmp_path, "folder", root / "more"))
+    said = capsys.readouterr().out
+    assert f"in no folder of a class: 1, {root / 'more' / 'loose.jpg'} first." in said
+
+
 def test_classes_of_the_test_split_alone_are_a_warning(tmp_path, capsys):
     parts = {"train": pictures.split(9), "test": pictures.split(9)}
     root = pictures.write_folder(tmp_path / "x", parts)

@@ -1,4 +1,5 @@
 import gzip
+import json
 from importlib import resources
 
 import numpy as np
@@ -104,3 +105,28 @@ def test_synthetic_images_of_any_size():
     splits = sources.load(DataConfig(name="synthetic", image_size=20, channels=3))
     assert splits.train.images.shape[1:] == splits.test.images.shape[1:] == (20, 20, 3)
     assert set(splits.train.labels) == {0, 1, 2, 3} and splits.train.images.max() == 255
+
+
+def test_a_dataset_is_known_again_and_another_is_not():
+    splits = sources.load(DataConfig(name="synthetic", image_size=16))
+    known = json.loads(json.dumps(sources.identity(splits)))
+    assert sources.unlike(sources.identity(splits), known) == []
+
+    def differs(**parts):
+        return sources.unlike(sources.identity(splits._replace(**parts)), known)
+
+    train = splits.train
+    off = np.random.default_rng(0).integers(-1, 2, train.images.shape)
+    nearly = np.clip(train.images + off, 0, 255)  # as another decoder rounds
+    assert differs(train=train._replace(images=nearly.astype(np.uint8))) == []
+    assert differs(train=train._replace(images=255 - train.images)) == [
+        "the training images are others"
+    ]
+    fewer = sources.Split(train.images[1:], train.labels[1:])
+    assert differs(train=fewer) == [
+        f"there are {len(fewer.images)} training images, not {len(train.images)}"
+    ]
+    assert differs(class_names=("a", "b")) == ["there are 2 classes, not 4"]
+    assert differs(class_names=("disc", "square", "ring", "x")) == [
+        "a class is called 'ring', not 'large disc'"
+    ]

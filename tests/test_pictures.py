@@ -1,0 +1,153 @@
+"""One's own pictures through both stages: streamed or resident, stopped, harmed, exchanged."""
+
+import json
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from taming_jax.data import sources
+from taming_jax.train.store import Store
+from tests import commands
+from tests.data import pictures
+from tests.data.test_images import harmed, visible
+
+STEPS = 12  # of 8 of 42 images: more than two epochs
+STAGE1 = [
+    "train_vqgan.py", "--config", "birds_tiny", "--data.name", "folder", "--data.image-size", "16",
+    "--vqgan.channels", "4", "--vqgan.multipliers", "1", "2", "--vqgan.batch-size", "8",
+    "--vqgan.latent-channels", "8", "--vqgan.discriminator-layers", "2",
+    "--vqgan.discriminator-start", "0.5", "--vqgan.steps", STEPS, "--vqgan.checkpoint-every", "4",
+]  # fmt: skip
+STAGE2 = [
+    "train_prior.py", "--config", "birds_tiny", "--prior.steps", "4", "--prior.batch-size", "8",
+    "--prior.layers", "1", "--prior.width", "16", "--prior.augmented-versions", "2",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with pictures, and a cache beside it."""
+    place = tmp_path_factory.mktemp("pictures")
+    pictures.write_folder(place / "my pictures ü")
+    return place
+
+
+def given(place, workdir):
+    return [
+        "--data.path", place / "my pictures ü", "--data.cache", place / "cache", "--workdir",
+        workdir,
+    ]  # fmt: skip
+
+
+def trained(place, workdir, *settings, devices=1):
+    status, out, err = commands.run(*STAGE1, *given(place, workdir), *settings, devices=devices)
+    assert status == 0, err
+    return out
+
+
+def arrays(workdir):
+    return Store(workdir, "vqgan", "nll", read_only=True).read(STEPS)[0]
+
+
+def rows(workdir):
+    lines = (workdir / "metrics" / "vqgan.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def resident(place):
+    trained(place, place / "resident")
+    return place / "resident"
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4])
+def test_a_streaming_run_that_is_killed_goes_on_bit_for_bit(place, resident, tmp_path, devices):
+    streaming = ("--data.resident-share", 0)
+    trained(place, tmp_path / "whole", *streaming, devices=devices)
+    process = commands.start(
+        *STAGE1, *given(place, tmp_path / "killed"), *streaming, devices=devices
+    )
+    while not (tmp_path / "killed" / "checkpoints" / "vqgan" / "4").exists():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    steps = Store(tmp_path / "killed", "vqgan", "nll", read_only=True).steps()
+    assert steps and steps[-1] < STEPS and steps[-1] * 8 % 42, "in the middle of an epoch"
+    trained(place, tmp_path / "killed", *streaming, devices=devices)
+    expected = arrays(tmp_path / "whole")
+    for path, array in arrays(tmp_path / "killed").items():
+        np.testing.assert_array_equal(array, expected[path], err_msg=".".join(path))
+    assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
+    for row, other in zip(rows(tmp_path / "whole"), rows(resident), strict=True):
+        assert row["l1"] == pytest.approx(other["l1"], rel=1e-3), "the batches are those"
+    speed = (tmp_path / "whole" / "metrics" / "vqgan_speed.jsonl").read_text().splitlines()
+    assert all(0 <= json.loads(line)["waiting"] <= 1 for line in speed) and len(speed) >= STEPS
+
+
+def test_from_a_folder_to_samples(place, resident, tmp_path):
+    """Stage 2 needs the data; sampling by name does not."""
+    workdir = shutil.copytree(resident, tmp_path / "run")
+    status, _, err = commands.run(*STAGE2, *given(place, workdir))
+    assert status == 0, err
+    status, _, err = commands.run(
+        "scripts/sample.py",
+        "--workdir",
+        workdir,
+        "--classes",
+        "zèbre",
+        "--per-class",
+        2,
+        "--out",
+        tmp_path / "s.npz",
+    )
+    assert status == 0, err
+    images = np.load(tmp_path / "s.npz")["images"]
+    assert images.shape == (2, 16, 16, 3) and images.dtype == np.uint8
+
+
+def test_a_run_refuses_to_go_on_with_other_pictures(place, resident, tmp_path):
+    other = shutil.copytree(place / "my pictures ü", tmp_path / "my pictures ü")
+    next((other / "train").rglob("*.jpg")).unlink()
+    before = {p: p.read_bytes() for p in resident.rglob("*") if p.is_file()}
+    for script in (STAGE1, STAGE2):
+        status, _, err = commands.run(*script, *given(tmp_path, resident))
+        assert status == 2 and err.count("\n") == 1, err
+        assert "other data: there are 41 training images, not 42" in err
+    assert {p: p.read_bytes() for p in resident.rglob("*") if p.is_file()} == before
+
+
+def test_harmed_pictures_are_left_out_or_too_many(place, tmp_path):
+    shutil.copytree(place / "my pictures ü", tmp_path / "my pictures ü")
+    harmed(tmp_path / "my pictures ü", 1 / 8)
+    out = trained(tmp_path, tmp_path / "run", "--vqgan.steps", 1)
+    assert "6 of 42 pictures cannot be read" in out
+    (listed,) = (tmp_path / "cache").glob("*-skipped.txt")
+    assert len(listed.read_text().splitlines()) == 6
+    shutil.copytree(place / "my pictures ü", tmp_path / "most" / "my pictures ü")
+    harmed(tmp_path / "most" / "my pictures ü", 1)
+    status, _, err = commands.run(*STAGE1, *given(tmp_path / "most", tmp_path / "none"))
+    assert status == 2 and "42 of 42 pictures cannot be read" in err
+    assert not (tmp_path / "none").exists()
+
+
+def test_decoding_that_is_killed_is_begun_again_and_leaves_nothing(place, tmp_path):
+    many = {"train": pictures.split(400), "test": pictures.split(3)}
+    pictures.write_folder(tmp_path / "my pictures ü", many)
+    settings = ("--data.workers", 2, "--vqgan.steps", 1)
+    process = commands.start(*STAGE1, *given(tmp_path, tmp_path / "run"), *settings)
+    while not list((tmp_path / "cache").glob("*-partial-*")):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)  # which its workers, that share its pipes, do not prolong
+    assert list((tmp_path / "cache").glob("*-partial-*"))
+    trained(tmp_path, tmp_path / "run", *settings)
+    assert len(visible(tmp_path / "cache")) == 3
+    data = Store(tmp_path / "run", "vqgan", "nll", read_only=True).read(1)[1].data
+    kept = sources.load(data).train.images
+    shutil.rmtree(tmp_path / "cache")
+    np.testing.assert_array_equal(sources.load(data).train.images, kept)
