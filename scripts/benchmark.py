@@ -5,19 +5,23 @@
     python scripts/benchmark.py --config mnist --stage vqgan --batch-size 64 --compare-plain
     python scripts/benchmark.py --config mnist --stage prior
     python scripts/benchmark.py --stage sample
+    python scripts/benchmark.py --config birds --stage data --data-path FOLDER
 
 The first prints, for the step before and after the discriminator's start: compile time, steps and
 images a second, floating-point operations a step, and peak memory. With `--compare-plain` it also
 compiles the same step written as the papers' code does it (tests/plain_step.py, in a checkout),
 with the adaptive weight on, compares the gradients, and times the two in turn. `--stage sample`
 times the sampling of grids of 16x16 codes by a prior of 8 layers of width 256, with its cache and
-without.
+without. `--stage data` times how pictures are decoded, by one core into a cache of its own, and how
+they are then streamed from there to the devices.
 """
 
 import argparse
+import dataclasses
 import functools
 import resource
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +32,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from taming_jax.config import Config, load_config
-from taming_jax.data.feeds import Feed, ResidentFeed, take, to_float
+from taming_jax.data import sources
+from taming_jax.data.feeds import Feed, ResidentFeed, StreamingFeed, take, to_float
 from taming_jax.data.sources import Split
 from taming_jax.errors import UserError, report
 from taming_jax.models.gpt import GPT, build_gpt, teacher_forced
@@ -214,17 +219,43 @@ def measure_sampling(repeats: int) -> None:
     )
 
 
+def measure_data(config: Config, devices: Devices, steps: int) -> None:
+    """Decoding, from the source to the cache, and streaming from the cache."""
+    with tempfile.TemporaryDirectory() as cache:
+        data = dataclasses.replace(config.data, cache=cache, workers=1)
+        begin = time.perf_counter()
+        splits = sources.load(data)
+        seconds = time.perf_counter() - begin
+        count = sum(len(split.images) for split in splits[:3])
+        print(f"decoding: {count / seconds:.0f} pictures a second, one core")
+        batch_size = config.vqgan.batch_size
+        feed = StreamingFeed(splits.train, batch_size, 0, devices)
+        count = max(steps, -(-2 * len(splits.train.images) // batch_size))
+        jax.block_until_ready(feed.batch(0).arrays)
+        begin = time.perf_counter()
+        for step in range(1, count + 1):
+            jax.block_until_ready(feed.batch(step).arrays)
+        seconds = time.perf_counter() - begin
+        feed.close()
+        size = splits.train.images.shape[1]
+        print(
+            f"streaming: {count * batch_size / seconds:.0f} images of {size}x{size} a second, in "
+            f"batches of {batch_size}"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="mnist")
-    parser.add_argument("--stage", choices=["vqgan", "prior", "sample"], default="vqgan")
+    parser.add_argument("--stage", choices=["vqgan", "prior", "sample", "data"], default="vqgan")
     parser.add_argument("--batch-size", type=int, help="the preset's unless told")
+    parser.add_argument("--data-path", help="local files, in place of the preset's download")
     parser.add_argument("--devices", type=int)
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each kind")
     parser.add_argument("--compare-plain", action="store_true")
     given = parser.parse_args()
 
-    overrides: dict[str, Any] = {"devices": given.devices}
+    overrides: dict[str, Any] = {"devices": given.devices, "data.path": given.data_path}
     if given.compare_plain:
         overrides |= {"vqgan.adaptive_weight": True, "devices": 1}
     if given.batch_size is not None:
@@ -234,11 +265,13 @@ def main() -> None:
     sizes = {"vqgan": config.vqgan.batch_size, "prior": config.prior.batch_size}
     what = {stage: f"{given.config}, {stage}: batches of {size}" for stage, size in sizes.items()}
     print(
-        f"{what.get(given.stage, 'sampling')} on {len(devices)} {devices.list[0].device_kind} "
+        f"{what.get(given.stage, given.stage)} on {len(devices)} {devices.list[0].device_kind} "
         f"device(s), {config.dtype}, jax {jax.__version__}"
     )
     if given.stage == "sample":
         measure_sampling(given.steps)
+    elif given.stage == "data":
+        measure_data(config, devices, given.steps)
     elif given.stage == "prior":
         measure_prior(config, devices, given.steps)
     elif given.compare_plain:

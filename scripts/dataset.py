@@ -6,6 +6,7 @@
 Takes the settings of the training scripts, of which only those of the data matter.
 """
 
+import argparse
 import dataclasses
 import hashlib
 import sys
@@ -43,17 +44,17 @@ def hashes(split: Split) -> set[bytes]:
 
 
 def main() -> None:
-    arguments = sys.argv[1:]
-    out = None
-    if "--out" in arguments:
-        at = arguments.index("--out")
-        if at + 1 == len(arguments) or not arguments[at + 1].endswith(".png"):
-            raise UserError("--out needs the name of a .png.")
-        out = Path(arguments[at + 1])
-        if not out.absolute().parent.is_dir():
-            raise UserError(f"--out {out}: the folder {out.absolute().parent} does not exist.")
-        del arguments[at : at + 2]
-    config, _ = parse_arguments(arguments)
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--out")
+    given, rest = own.parse_known_args()
+    if {"-h", "--help"} & set(rest):
+        print(__doc__)
+    out = None if given.out is None else Path(given.out)
+    if out is not None and out.suffix != ".png":
+        raise UserError(f"--out {out}: name a .png.")
+    if out is not None and not out.absolute().parent.is_dir():
+        raise UserError(f"--out {out}: the folder {out.absolute().parent} does not exist.")
+    config, _ = parse_arguments(rest)
     # All splits at one size, so that the same picture is the same array in each.
     splits: Splits = sources.load(dataclasses.replace(config.data, random_crop=False))
     named = {name: getattr(splits, name) for name in ("train", "validation", "test")}
@@ -68,8 +69,12 @@ def main() -> None:
         from taming_jax.figures import sheet
 
         images = splits.train.images
-        chosen = np.linspace(0, len(images) - 1, min(64, len(images))).astype(int)
-        sheet(images[chosen], out, 8, f"{config.data.name}: {len(images)} training images")
+        sheet(
+            images[sources.spread(len(images), 64)],
+            out,
+            8,
+            f"{config.data.path or config.data.name}: {len(images)} training images",
+        )
         print(f"A sheet of them is in {out}.")
 
 

@@ -17,13 +17,19 @@ import numpy as np
 
 from taming_jax.errors import RunFailed, UserError, report
 
+ROWS = 10  # of a grid, unless its classes are named
+
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--workdir", required=True, help="the run's folder")
-    parser.add_argument("--classes", nargs="+", help="numbers or names; all unless told")
+    parser.add_argument(
+        "--classes",
+        nargs="+",
+        help=f"numbers or names; all unless told, but for a grid, of {ROWS} of them",
+    )
     parser.add_argument("--per-class", type=int, default=8)
     parser.add_argument("--temperature", type=float, help="0 is greedy")
     parser.add_argument("--top-k", type=int)
@@ -83,11 +89,14 @@ def main() -> None:
     if given.batch_size is not None and given.batch_size < 1:
         raise UserError(f"--batch-size is {given.batch_size}; it must be 1 or more.")
     check_writable(out, kind)
+    from taming_jax.data.sources import spread
     from taming_jax.figures import labelled_grid, save, to_uint8
     from taming_jax.run import load_run
 
     run = load_run(given.workdir)
-    asked = run.labels(given.classes or range(len(run.class_names)))
+    known = len(run.class_names)
+    unless_told = spread(known, ROWS if kind == ".png" else known)
+    asked = run.labels(given.classes or unless_told)
     classes = np.array(list(dict.fromkeys(asked.tolist())), np.int32)  # each once
     labels = np.repeat(classes, given.per_class)
     images = to_uint8(
@@ -108,6 +117,8 @@ def main() -> None:
     except OSError as error:
         raise RunFailed(f"{out} could not be written: {error.strerror or error}.") from error
     print(f"{len(images)} images of {len(classes)} classes are in {out}.")
+    if given.classes is None and len(classes) < known:
+        print(f"There are {known} classes; --classes names others.")
 
 
 if __name__ == "__main__":

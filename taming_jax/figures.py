@@ -228,9 +228,11 @@ def class_samples(images: np.ndarray, names: Sequence[str], path: Path, step: in
 def labelled_grid(images: np.ndarray, names: Sequence[str], columns: int) -> Figure:
     """Images [n,h,w,c] in rows of `columns`, with the name of each row beside it."""
     picture = tiles(images, columns)
+    names = [name if len(name) <= 24 else f"{name[:23]}…" for name in names]
     width = min(columns, 8.0)
     height = width * picture.shape[0] / picture.shape[1]
-    figure = Figure(figsize=(width + 0.8, height + 0.45), layout="constrained")
+    beside = max(0.8, 0.09 * max(map(len, names)))  # inches, of nine points' letters
+    figure = Figure(figsize=(width + beside, height + 0.45), layout="constrained")
     axes = figure.add_subplot()
     show(axes, picture)
     row = (picture.shape[0] + 2) / len(names)

@@ -14,6 +14,7 @@ from taming_jax.data import sources
 from taming_jax.errors import UserError
 from taming_jax.figures import to_uint8
 from taming_jax.models.gpt import teacher_forced
+from taming_jax.run import Run
 from tests import commands
 
 
@@ -56,6 +57,25 @@ def test_the_same_images_as_npz_as_a_grid_and_as_files(sample, run, both, tmp_pa
         np.testing.assert_array_equal(Image.open(tmp_path / "folder" / name), image[..., 0])
     with Image.open(tmp_path / "s.png") as grid:
         assert min(grid.size) > 100
+
+
+def test_a_grid_has_a_few_rows_of_many_classes(sample, both, tmp_path, monkeypatch):
+    names = tuple(f"a class with a long name, number {i}" for i in range(200))
+    monkeypatch.setattr(Run, "class_names", names)
+    asked = []
+
+    def draw(self, classes, per_class, **_):
+        asked.extend(classes)
+        return np.zeros((len(classes) * per_class, 16, 16, 1), np.float32)
+
+    monkeypatch.setattr(Run, "sample", draw)
+    status, said, err = sample("--workdir", both, "--out", tmp_path / "s.png")
+    assert status == 0 and "There are 200 classes; --classes names others." in said, err
+    assert len(asked) == 10 and asked[0] == 0 and asked[-1] == 199
+    with Image.open(tmp_path / "s.png") as grid:
+        assert grid.size[1] < 2 * grid.size[0]
+    sample("--workdir", both, "--out", tmp_path / "s.npz")
+    assert asked[10:] == list(range(200)), "where nobody looks, all of them"
 
 
 def test_image_n_of_a_class_depends_on_nothing_else(run):

@@ -6,6 +6,7 @@ import bisect
 import functools
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -243,7 +244,11 @@ def hub(config: DataConfig) -> dict[str, Table]:
             f"--data.name {config.name} needs the package datasets; pip install datasets, or name "
             "a folder with its parquet files by --data.path."
         ) from error
-    datasets.disable_progress_bars()
+    print(
+        f"Looking for {config.name} in the Hugging Face hub's cache, else in the hub.", flush=True
+    )
+    # Without a network it warns twice of each of several tries; one sentence at the end is enough.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         loaded = datasets.load_dataset(config.name)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:

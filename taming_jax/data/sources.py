@@ -57,14 +57,18 @@ def load(config: DataConfig) -> Splits:
     )
 
 
+def spread(n: int, most: int) -> np.ndarray:
+    """The places of n things, or of `most` of them, evenly from the first to the last."""
+    return np.linspace(0, n - 1, min(n, most)).astype(int)
+
+
 def identity(splits: Splits) -> dict[str, Any]:
     """What a dataset is known by when a run goes on: plain values that JSON can hold. `means` are
     of some training and validation images: of other pictures they are others, while another
     version of a decoder, which rounds otherwise, changes them by less than 1."""
 
     def means(images: np.ndarray) -> list[float]:
-        places = np.linspace(0, len(images) - 1, min(len(images), 64)).astype(int)
-        return [round(float(images[i].mean()), 2) for i in places]
+        return [round(float(images[i].mean()), 2) for i in spread(len(images), 64)]
 
     chosen = {"training": splits.train, "validation": splits.validation}
     return {

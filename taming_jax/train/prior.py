@@ -190,18 +190,19 @@ class PriorStage:
         self, state: TrainState, folder: Path, sums: dict[str, np.ndarray], rows: list[dict]
     ) -> None:
         """The figures of stage 2."""
-        names = self.splits.class_names[:10]
-        columns = 8
+        names, columns = self.splits.class_names, 8
+        classes = sources.spread(len(names), 10).astype(np.int32)
         transformer, generator = (
             self.devices.fetch(state.nets[name].params) for name in ("transformer", "generator")
         )
-        labels = np.repeat(np.arange(len(names), dtype=np.int32), columns)
+        labels = np.repeat(classes, columns)
         images = self._sample(transformer, generator, labels, np.uint32(self.config.seed))
         step = int(self.devices.fetch(state.step))
         figures.loss_curves(
             rows, folder / "prior_loss.png", "Prior", names={"nll": "loss (nats a code)"}
         )
-        figures.class_samples(np.asarray(images), names, folder / "samples.png", step)
+        drawn = [names[i] for i in classes]
+        figures.class_samples(np.asarray(images), drawn, folder / "samples.png", step)
 
 
 def corrupted(keep: float, codebook_size: int, key: jax.Array, codes: jax.Array) -> jax.Array:
