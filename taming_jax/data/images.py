@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from taming_jax.config import DataConfig
@@ -114,6 +114,8 @@ class Decoder:
             try:
                 content = self.reader[number]
                 self.images[place] = decode(content, self.shape[1], self.shape[3], self.squeeze)
+            except UnidentifiedImageError:
+                bad[place] = "no picture of a known kind"
             except Exception as error:  # noqa: BLE001 - damage raises many kinds
                 bad[place] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         return bad
