@@ -45,8 +45,10 @@ def named_arrays(tree: Any) -> dict[tuple[str, ...], Any]:
 
 def digest(array: np.ndarray) -> str:
     """A hash of an array's type, shape and bytes."""
-    kind = f"{array.dtype.str}{array.shape}".encode()
-    return hashlib.sha256(kind + np.ascontiguousarray(array).tobytes()).hexdigest()
+    found = hashlib.sha256(f"{array.dtype.str}{array.shape}".encode())
+    # Its own memory, since an array may be a mapped file larger than what there is.
+    found.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return found.hexdigest()
 
 
 class Store:
