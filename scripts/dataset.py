@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import hashlib
 import sys
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -29,13 +28,10 @@ def describe(name: str, split: Split, class_names: tuple[str, ...]) -> str:
         means += part.mean((1, 2)).sum(0) / n
         squares += np.square(part).mean((1, 2)).sum(0) / n
     deviations = np.sqrt(np.maximum(squares - means**2, 0))
-    counts = Counter(split.labels.tolist())
-    most = ", ".join(f"{class_names[i]} {count}" for i, count in counts.most_common(3))
-    least = ", ".join(f"{class_names[i]} {count}" for i, count in counts.most_common()[:-4:-1])
     of_channels = ", ".join(f"{m:.1f} ± {d:.1f}" for m, d in zip(means, deviations, strict=True))
     return (
         f"{name}: {n} images of {h}x{w}x{c}, mean and deviation of each channel {of_channels}; "
-        f"{len(counts)} of {len(class_names)} classes, most: {most}; fewest: {least}"
+        f"{len(np.unique(split.labels))} of {len(class_names)} classes"
     )
 
 
@@ -54,12 +50,20 @@ def main() -> None:
         raise UserError(f"--out {out}: name a .png.")
     if out is not None and not out.absolute().parent.is_dir():
         raise UserError(f"--out {out}: the folder {out.absolute().parent} does not exist.")
+    if out is not None and out.is_dir():
+        raise UserError(f"--out {out} is a folder; name a .png.")
     config, _ = parse_arguments(rest)
     # All splits at one size, so that the same picture is the same array in each.
     splits: Splits = sources.load(dataclasses.replace(config.data, random_crop=False))
     named = {name: getattr(splits, name) for name in ("train", "validation", "test")}
     for name, split in named.items():
         print(describe(name, split, splits.class_names))
+    print(f"{'class':<40}" + "".join(f"{name:>12}" for name in named))
+    counts = [
+        np.bincount(split.labels, minlength=len(splits.class_names)) for split in named.values()
+    ]
+    for name, *of_splits in zip(splits.class_names, *counts, strict=True):
+        print(f"{name:<40}" + "".join(f"{count:>12}" for count in of_splits))
     seen = {name: hashes(split) for name, split in named.items()}
     for name, split in named.items():
         print(f"{len(split.images) - len(seen[name])} duplicates within {name}")

@@ -231,7 +231,7 @@ def labelled_grid(images: np.ndarray, names: Sequence[str], columns: int) -> Fig
     names = [name if len(name) <= 24 else f"{name[:23]}…" for name in names]
     width = min(columns, 8.0)
     height = width * picture.shape[0] / picture.shape[1]
-    beside = max(0.8, 0.09 * max(map(len, names)))  # inches, of nine points' letters
+    beside = max(0.8, 0.3 + 0.1 * max(map(len, names)))  # inches, of nine points' letters
     figure = Figure(figsize=(width + beside, height + 0.45), layout="constrained")
     axes = figure.add_subplot()
     show(axes, picture)

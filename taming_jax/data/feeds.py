@@ -126,8 +126,8 @@ class Reads:
     def __getitem__(self, number: SupportsIndex) -> dict[str, np.ndarray]:
         arrays = self.which(int(number))
         index = arrays.pop("index")
-        # Copies, so that a mapped file is read here and now, not in the step.
-        return arrays | {name: np.array(x[index]) for name, x in self.split._asdict().items()}
+        # Copied, since they are picked by index: a mapped file is read here, not in the step.
+        return arrays | {name: np.asarray(x)[index] for name, x in self.split._asdict().items()}
 
 
 class StreamingFeed(Feed):

@@ -1,12 +1,15 @@
 """From encoded pictures to uint8 arrays, once: decoding, resizing, and the cache on disk.
 
 A decoded split lies in the cache as one folder: `images.u8` (raw bytes, memory-mapped) and
-`about.json` (its shape, and which pictures it holds), under a key of the pictures' content and of
-how they were resized. It appears whole or not at all: it is written beside its place and renamed.
+`about.json` (which pictures it holds, and which could not be read), under a key of the pictures'
+content and of how they were resized. It appears whole or not at all: it is written beside its place
+and renamed.
 No JAX here: this is imported by worker processes.
 """
 
 import concurrent.futures
+import concurrent.futures.process
+import contextlib
 import errno
 import fcntl
 import functools
@@ -16,13 +19,14 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -31,7 +35,7 @@ from tqdm import tqdm
 from taming_jax.config import DataConfig
 from taming_jax.errors import UserError
 
-VERSION = 1  # of the cache's format; another version is another key
+VERSION = 2  # of the cache's format; another version is another key
 CHUNK = 64  # pictures a worker takes at once
 
 
@@ -116,7 +120,11 @@ class Decoder:
                 self.images[place] = decode(content, self.shape[1], self.shape[3], self.squeeze)
             except UnidentifiedImageError:
                 bad[place] = "no picture of a known kind"
-            except Exception as error:  # noqa: BLE001 - damage raises many kinds
+            except MemoryError:
+                raise
+            except Exception as error:  # damage raises many kinds
+                if isinstance(error, OSError) and error.errno is not None:
+                    raise  # the disk's trouble, not the picture's
                 bad[place] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         return bad
 
@@ -148,51 +156,93 @@ def cache_folder(config: DataConfig) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "taming_jax"
 
 
-def decoded(
-    pictures: Pictures,
-    size: int,
-    of_all: int,
-    config: DataConfig,
-    say: Callable[[str], None] = print,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures as uint8 [n,size,size,channels], memory-mapped, and their labels int32 [n], without
-    those that cannot be read. Decoded into the cache, in parallel, unless they are there.
+class Decoded(NamedTuple):
+    """`images` uint8 [n,size,size,channels], memory-mapped, and `labels` int32 [n] of the pictures
+    that could be read; how many could not, and a phrase that says which."""
 
-    Raises UserError where those that cannot be read are more than a share `config.bad_share` of the
-    dataset's pictures, `of_all` in number, or where the cache cannot be written.
-    """
+    images: np.ndarray
+    labels: np.ndarray
+    bad: int
+    says: str
+
+
+def decoded(
+    pictures: Pictures, size: int, config: DataConfig, say: Callable[[str], None] = print
+) -> Decoded:
+    """Pictures as arrays: decoded into the cache, in parallel, unless they are there. Raises
+    UserError where a picture's file, or the cache, cannot be read or written."""
     seen = [VERSION, pictures.content, size, config.channels, config.squeeze]
     key = hashlib.sha256(json.dumps(seen).encode() + pictures.numbers.tobytes()).hexdigest()[:20]
     root = cache_folder(config)
     place = root / key
+    shape = (len(pictures), size, size, config.channels)
     try:
-        if not (place / "about.json").exists():
-            root.mkdir(parents=True, exist_ok=True)
-            with (root / f".{key}.lock").open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)  # a process that decodes the same is waited for
-                for left in root.glob(f"{key}-partial-*"):  # by one that was killed
+        root.mkdir(parents=True, exist_ok=True)
+        found = opened(place, pictures, shape)
+        if found is None:
+            with locked(root / f".{key}.lock", say):
+                for left in root.glob(f"{key}-partial-*"):  # by a process that was killed
                     shutil.rmtree(left, ignore_errors=True)
-                if not (place / "about.json").exists():
-                    shape = (len(pictures), size, size, config.channels)
-                    fill(place, pictures, shape, config, say, of_all)
-        about = json.loads((place / "about.json").read_text(encoding="utf-8"))
-        kept = np.array(about["kept"], int)
-        shape = (len(kept), size, size, config.channels)
-        return np.memmap(place / "images.u8", np.uint8, "r", shape=shape), pictures.labels[kept]
+                found = opened(place, pictures, shape)  # another process may have been first
+                if found is None:
+                    shutil.rmtree(place, ignore_errors=True)
+                    fill(place, pictures, shape, config, say)
+                    found = opened(place, pictures, shape)
+        if found is None:
+            raise OSError(errno.EIO, "what was written is not what is read")
+        return found
     except OSError as error:
         reason = error.strerror or str(error)
+        if error.filename is not None and root not in Path(str(error.filename)).parents:
+            raise UserError(
+                f"{error.filename} cannot be read ({reason}); mend that, and run the same again."
+            ) from error
         if error.errno == errno.ENOSPC:
-            need = len(pictures) * size * size * config.channels / 2**20
-            reason = f"the disk is full, {need:.0f} MiB are needed"
+            reason = f"the disk is full, {np.prod(shape) / 2**20:.0f} MiB are needed"
         raise UserError(
             f"the image cache {root} cannot be used: {reason}; free it, or choose another "
             "--data.cache."
         ) from error
 
 
+def opened(place: Path, pictures: Pictures, shape: tuple[int, ...]) -> Decoded | None:
+    """What lies in a place of the cache; None where nothing does, or it is damaged."""
+    try:
+        about = json.loads((place / "about.json").read_text(encoding="utf-8"))
+        kept, bad, says = np.array(about["kept"], int), about["bad"], about["says"]
+        images = np.zeros((0, *shape[1:]), np.uint8)
+        if len(kept):  # an empty file cannot be mapped
+            images = np.memmap(place / "images.u8", np.uint8, "r", shape=(len(kept), *shape[1:]))
+        return Decoded(images, pictures.labels[kept], bad, says)
+    except (FileNotFoundError, ValueError, KeyError):
+        return None
+
+
+@contextlib.contextmanager
+def locked(file: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """While no other process holds the lock of a file, which ends with its process."""
+    with file.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            # Set while a worker runs its parent's script again in order to begin: it would wait
+            # for ever for what that parent holds.
+            if getattr(multiprocessing.current_process(), "_inheriting", False):
+                raise UserError(UNGUARDED) from error
+            say("another process decodes the same pictures; waiting for it.")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+UNGUARDED = (
+    "the processes that decode pictures could not begin; a script of your own must load data and "
+    "train under `if __name__ == '__main__':`, or decode in one process, by --data.workers 1."
+)
+
+
 def fill(
     place: Path, pictures: Pictures, shape: tuple[int, ...], config: DataConfig,
-    say: Callable[[str], None], of_all: int,
+    say: Callable[[str], None],
 ) -> None:  # fmt: skip
     """Decodes pictures into a new folder of the cache."""
     work = Path(tempfile.mkdtemp(prefix=f"{place.name}-partial-", dir=place.parent))
@@ -206,14 +256,17 @@ def fill(
         bad = decode_all(pictures, file, shape, config, say)
         kept = [i for i in range(len(pictures)) if i not in bad]
         if bad:
-            report_bad(pictures, bad, place, config, say, of_all)
             images = np.memmap(file, np.uint8, "r+", shape=shape)
             for to, source in enumerate(kept):
                 images[to] = images[source]
             images.flush()
             os.truncate(file, len(kept) * int(np.prod(shape[1:])))
-        about = {"version": VERSION, "shape": [len(kept), *shape[1:]], "kept": kept}
+        says = listed(pictures, bad, place.with_name(f"{place.name}-skipped.txt"))
+        about = {"version": VERSION, "kept": kept, "bad": len(bad), "says": says}
         (work / "about.json").write_text(json.dumps(about), encoding="utf-8")
+        for written in (file, work / "about.json"):  # on the disk before it has its name
+            with written.open("r+b") as raw:
+                os.fsync(raw.fileno())
         work.rename(place)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -237,31 +290,36 @@ def decode_all(
                 bar.update(len(job[0]))
             return bad
         # Fresh processes: a fork of one that runs JAX's threads may hang.
-        with concurrent.futures.ProcessPoolExecutor(
+        pool = concurrent.futures.ProcessPoolExecutor(
             workers, multiprocessing.get_context("spawn"), begin_worker, (decoder,)
-        ) as pool:
+        )
+        try:
+            # Blocked while the workers begin, who inherit that: a terminal sends SIGINT to them
+            # all, and it is the parent's to answer.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             futures = {pool.submit(work, *job): len(job[0]) for job in jobs}
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
             for future in concurrent.futures.as_completed(futures):
                 bad |= future.result()
                 bar.update(futures[future])
+        except concurrent.futures.process.BrokenProcessPool as error:
+            raise UserError(
+                f"a process that decodes pictures died; where memory is short, take fewer "
+                f"--data.workers. Else {UNGUARDED}"
+            ) from error
+        finally:  # after a signal, what is not begun is left
+            pool.shutdown(wait=True, cancel_futures=True)
     return bad
 
 
-def report_bad(
-    pictures: Pictures, bad: dict[int, str], place: Path, config: DataConfig,
-    say: Callable[[str], None], of_all: int,
-) -> None:  # fmt: skip
-    """Names the pictures that cannot be read in a file; UserError where they are too many."""
-    listed = place.with_name(f"{place.name}-skipped.txt")
+def listed(pictures: Pictures, bad: dict[int, str], file: Path) -> str:
+    """Names the pictures that cannot be read in a file, and answers a phrase about them."""
+    if not bad:
+        return ""
     lines = [f"{pictures.names[i]}\t{bad[i]}\n" for i in sorted(bad)]
-    listed.write_text("".join(lines), encoding="utf-8")
+    file.write_text("".join(lines), encoding="utf-8")
     first = min(bad)
-    text = (
+    return (
         f"{len(bad)} of {len(pictures)} pictures cannot be read, {pictures.names[first]} for one "
-        f"({bad[first]}); they are named in {listed}"
+        f"({bad[first]}); they are named in {file}"
     )
-    if len(bad) > config.bad_share * of_all:
-        raise UserError(
-            f"{text}. Mend or remove them, or allow a larger share by --data.bad-share."
-        )
-    say(f"{text}, and left out.")

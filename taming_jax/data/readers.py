@@ -7,7 +7,8 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,16 +74,19 @@ def folder(config: DataConfig, say: Callable[[str], None] = print) -> dict[str, 
         if (root / name).is_dir()
     }  # fmt: skip
     left_out = []
-    if "train" in found:
-        left_out = [place for place in root.iterdir() if place not in found.values()]
-    else:
-        found = {"train": root}
+    try:
+        if "train" in found:
+            left_out = [place for place in root.iterdir() if place not in found.values()]
+        else:
+            found = {"train": root}
+        below_each = {split: sorted(pictures_below(place)) for split, place in found.items()}
+    except OSError as error:
+        raise UserError(
+            f"{error.filename} cannot be read ({error.strerror}); give yourself the right to."
+        ) from error
     tables = {}
     for split, place in found.items():
-        try:
-            files = sorted(file for file in place.rglob("*") if is_picture(file))
-        except OSError as error:
-            raise UserError(f"{error.filename} cannot be read ({error.strerror}).") from error
+        files = below_each[split]
         if not files:
             kinds = " ".join(sorted(SUFFIXES))
             raise UserError(f"{place} holds no pictures ({kinds}); put some there.")
@@ -101,11 +105,26 @@ def folder(config: DataConfig, say: Callable[[str], None] = print) -> dict[str, 
                 f"{error.filename} cannot be read ({error.strerror}); give yourself the right to."
             ) from error
         tables[split] = Table(Files(files), names, classes, None, content)
-    left_out = [place for place in left_out if place.is_dir() or is_picture(place)]
+    left_out = [
+        place for place in left_out
+        if not place.name.startswith(".") and (place.is_dir() or is_picture(place))
+    ]  # fmt: skip
     if left_out:
         which = "a split" if found["train"] != root else "a class"
         say(f"Left out, as they are in no folder of {which}: {len(left_out)}, {left_out[0]} first.")
     return tables
+
+
+def pictures_below(place: Path) -> Iterator[Path]:
+    """The pictures in a folder and its folders, linked ones too, without hidden ones. OSError
+    where one cannot be read."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for folder, below, names in os.walk(place, onerror=refuse, followlinks=True):
+        below[:] = [name for name in below if not name.startswith(".")]
+        yield from filter(is_picture, (Path(folder, name) for name in names))
 
 
 def is_picture(file: Path) -> bool:
@@ -164,6 +183,12 @@ def parquet(config: DataConfig) -> dict[str, Table]:
                 [n for n in kinds if kinds[n] == "ClassLabel"],
             )  # fmt: skip
             classes = names = None
+            for name, file in zip(files, opened, strict=True):
+                if not {image, label} - {None} <= set(file.schema_arrow.names):
+                    raise UserError(
+                        f"{name} has other columns than {files[0].name}: "
+                        f"{', '.join(file.schema_arrow.names)}; fetch them again."
+                    )
             if label is not None:
                 read = [file.read(columns=[label]).column(0).to_pylist() for file in opened]
                 classes = [value for values in read for value in values]
@@ -181,6 +206,7 @@ def parquet(config: DataConfig) -> dict[str, Table]:
             ) from error
         rows = [f"{split}*.parquet, row {i}" for i in range(before)]
         reader = ParquetColumn(files, image, groups)
+        content = f"{image} {content}"  # another column holds other pictures
         tables[split] = Table(reader, rows, classes, tuple(names) if names else None, content)
     if "train" not in tables:
         raise UserError(f"{root} has no train*.parquet; put the dataset's parquet files there.")
@@ -220,6 +246,11 @@ def columns(
     image = config.image_column or next(iter(images), None)
     if image is None:
         raise UserError(f"the dataset has no column of images; {has} (--data.image-column).")
+    if image not in images:
+        raise UserError(
+            f"the column '{image}' holds no images; {', '.join(images) or 'no other'} does "
+            "(--data.image-column)."
+        )
     return image, config.label_column or next(iter([*labels, *called]), None)
 
 
@@ -267,7 +298,8 @@ def hub(config: DataConfig) -> dict[str, Table]:
         features = rows.features
         image, label = columns(
             config, list(features),
-            [n for n, f in features.items() if type(f) is datasets.Image],
+            [n for n, f in features.items()
+             if type(f) is datasets.Image or getattr(f, "dtype", None) == "binary"],
             [n for n, f in features.items() if type(f) is datasets.ClassLabel],
         )  # fmt: skip
         known = getattr(features[label], "names", None) if label is not None else None
@@ -278,7 +310,7 @@ def hub(config: DataConfig) -> dict[str, Table]:
             [f"{name}, row {i}" for i in range(len(rows))],
             None if label is None else list(rows[label]),
             tuple(known) if known else None,
-            f"{config.name} {rows._fingerprint}",
+            f"{image} {config.name} {rows._fingerprint}",
         )
     if "train" not in tables:
         raise UserError(
@@ -313,6 +345,8 @@ def tfds(config: DataConfig) -> dict[str, Table]:
             builder = tf_datasets.builder_from_directory(str(given))
         else:
             builder = tf_datasets.builder(name, data_dir=given, file_format="array_record")
+        if not builder.info.splits:
+            raise ValueError("it is known, but not prepared")
         features = builder.info.features
         image, label = columns(
             config, list(features),
@@ -340,7 +374,7 @@ def tfds(config: DataConfig) -> dict[str, Table]:
         known = features[label].names if label is not None else None
         tables[split] = Table(
             TfdsImages(source, image), [f"{split}, record {i}" for i in range(len(source))],
-            classes, tuple(known) if known else None, f"{split} {content}",
+            classes, tuple(known) if known else None, f"{image} {split} {content}",
         )  # fmt: skip
     if "train" not in tables:
         raise UserError(f"the dataset {config.name} has no split 'train'.")

@@ -212,6 +212,9 @@ def pictured(
 ) -> Splits:
     """Encoded pictures as Splits. What the data does not have as a split of its own is cut from
     its training split, by seed."""
+    tables = {split: table for split, table in tables.items() if len(table.names)}
+    if "train" not in tables:
+        raise UserError(f"the training split of {config.path or config.name} is empty.")
     labels, class_names = numbered(tables, config)
     pictures = {
         split: Pictures(
@@ -230,12 +233,23 @@ def pictured(
             rest, cut = cut_by_seed(n, share, config.split_seed)
             pictures[split] = pictures["train"].part(cut)
             pictures["train"] = pictures["train"].part(rest)
-    parts, of_all = {}, sum(map(len, pictures.values()))
+    parts, bad, of_all = {}, [], sum(map(len, pictures.values()))
     for split in ("train", "validation", "test"):
         size = stored_size(config) if split == "train" else config.image_size
         of_split = functools.partial(_say_of, split, say)
-        parts[split] = Split(*decoded(pictures[split], size, of_all, config, of_split))
-        if not len(parts[split].images):
+        found = decoded(pictures[split], size, config, of_split)
+        parts[split] = Split(found.images, found.labels)
+        if found.bad:
+            bad.append((found.bad, f"{split}: {found.says}"))
+    if sum(count for count, _ in bad) > config.bad_share * of_all:
+        raise UserError(
+            f"{'; '.join(says for _, says in bad)}. Mend or remove them, or allow a larger share "
+            "by --data.bad-share."
+        )
+    for _, says in bad:
+        say(f"{says}, and left out.")
+    for split, part in parts.items():
+        if not len(part.images):
             raise UserError(f"no picture of the {split} split can be read.")
     unlearned = set(parts["test"].labels.tolist()) - set(parts["train"].labels.tolist())
     if unlearned:
@@ -271,6 +285,11 @@ def numbered(
         known = next((table.class_names for table in tables.values() if table.class_names), None)
         if min(values) < 0:
             raise UserError(f"some classes of {where} are negative; count them from 0.")
+        if known is None and max(values) > 1000 + 10 * len(values):
+            raise UserError(
+                f"the classes of {where} go up to {max(values)}, for {len(values)} pictures; count "
+                "them from 0."
+            )
         names = known or tuple(map(str, range(max(values) + 1)))
         if max(values) >= len(names):
             raise UserError(

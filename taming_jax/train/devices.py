@@ -75,7 +75,7 @@ class Devices:
 
     def check_batch(self, name: str, batch_size: int) -> None:
         """UserError where a batch cannot be divided among the devices."""
-        n = len(self)
+        n = len(self) * jax.process_count()
         if batch_size % n:
             raise UserError(
                 f"--{name}.batch-size {batch_size} cannot be divided among {n} devices; "

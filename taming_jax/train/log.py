@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -40,6 +40,15 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def continued(path: Path, start: int) -> tuple[list[dict[str, Any]], TextIO]:
+    """The rows of a JSON-lines file up to step `start`, and the file, cut there, to go on with."""
+    rows = [row for row in read_rows(path) if row["step"] <= start]
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    partial.replace(path)
+    return rows, path.open("a", encoding="utf-8")
+
+
 class Log:
     """The log of one stage of a run, from step `start` of `steps` on.
 
@@ -52,18 +61,14 @@ class Log:
 
         self.path = folder / "metrics" / f"{name}.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.rows = [row for row in read_rows(self.path) if row["step"] <= start]
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
-        partial.replace(self.path)
-        self._file = self.path.open("a", encoding="utf-8")
+        self.rows, self._file = continued(self.path, start)
         # Apart from the rows, which are the same whenever and wherever the run is computed.
-        self._speed = self.path.with_name(f"{name}_speed.jsonl").open("a", encoding="utf-8")
+        self._speed = continued(self.path.with_name(f"{name}_speed.jsonl"), start)[1]
         self._tensorboard = SummaryWriter(str(folder / "tensorboard" / name), purge_step=start + 1)
         self._start, self._steps = start, steps
         self._began = self._said = time.monotonic()
         self._first: int | None = None  # steps before the clock: the first one is compiled
-        self._waited, self._row_at, self._row_step = 0.0, self._began, start
+        self._waited, self._steps_began, self._row_step = 0.0, 0.0, start
         self._bar = None
         if sys.stderr.isatty():
             self._bar = tqdm(
@@ -102,21 +107,22 @@ class Log:
     def waiting(self) -> Iterator[None]:
         """Around what waits for data."""
         begin = time.monotonic()
+        self._steps_began = self._steps_began or begin
         yield
         self._waited += time.monotonic() - begin
 
     def _pace(self, step: int) -> str:
-        """Notes how fast the steps since the last row were and the share of their time that went by
-        waiting for data, and answers the share, where it is worth a word."""
-        now = time.monotonic()
-        spent, steps = now - self._row_at, step - self._row_step
+        """Notes how fast the steps since the last row were (without what came after that row:
+        validation, figures, a checkpoint), and the share of their time that went by waiting for
+        data; answers the share, where it is worth a word."""
+        spent, steps = time.monotonic() - self._steps_began, step - self._row_step
         waiting = self._waited / spent
         speed = {"steps_per_second": round(steps / spent, 4), "waiting": round(waiting, 4)}
         self._speed.write(json.dumps({"step": step, **speed}) + "\n")
         self._speed.flush()
         for key, value in speed.items():
             self._tensorboard.add_scalar(f"speed/{key}", value, step)
-        self._waited, self._row_at, self._row_step = 0.0, now, step
+        self._waited, self._steps_began, self._row_step = 0.0, 0.0, step
         return f"  waiting for data {waiting:.0%}" if waiting >= 0.01 else ""
 
     def advance(self, step: int) -> None:

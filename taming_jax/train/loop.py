@@ -10,7 +10,7 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -61,7 +61,8 @@ def train(build: Callable[[Config, Devices], Stage], config: Config, restart: bo
     validated(config)
     with Signals() as signals:
         devices = Devices(config.devices)
-        stage = build(config, devices)
+        with signals.at_once():  # pictures may be decoded, for long
+            stage = build(config, devices)
         folder = usable(config.folder)
         store = Store(folder, stage.name, stage.monitor, dataset=stage.dataset)
         if restart:
@@ -116,6 +117,7 @@ class Signals:
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._at_once = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Signals":
@@ -124,9 +126,18 @@ class Signals:
                 self._before[signum] = signal.signal(signum, self._receive)
         return self
 
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """While there is nothing to save: a signal raises Interrupted where it finds the run."""
+        self._at_once = True
+        yield
+        self._at_once = False
+
     def _receive(self, signum: int, frame: FrameType | None) -> None:
         self.received = signum
         self.__exit__()
+        if self._at_once:
+            self.check()
         print(
             "\nStopping after this step, and saving; a second signal does neither.", file=sys.stderr
         )

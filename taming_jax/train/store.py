@@ -47,7 +47,7 @@ def digest(array: np.ndarray) -> str:
     """A hash of an array's type, shape and bytes."""
     found = hashlib.sha256(f"{array.dtype.str}{array.shape}".encode())
     # Its own memory, since an array may be a mapped file larger than what there is.
-    found.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    found.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return found.hexdigest()
 
 

@@ -1,6 +1,10 @@
 import errno
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +15,7 @@ from taming_jax.config import DataConfig
 from taming_jax.data import images, sources
 from taming_jax.data.images import decode
 from taming_jax.errors import UserError
+from tests import commands
 from tests.data import pictures
 from tests.data.pictures import encoded, picture
 
@@ -147,17 +152,98 @@ def test_unreadable_pictures_are_named_and_left_out(tmp_path):
     assert f"{len(bad)} of 42 pictures cannot be read" in said[-1]
     listed = next((tmp_path / "cache").glob("*-skipped.txt")).read_text().splitlines()
     assert [line.split("\t")[0] for line in listed] == [str(f.relative_to(root)) for f in bad]
-    config = replace(config, bad_share=0.05, cache=str(tmp_path / "other"))
+    # The share is asked for each time, of all splits together, and what is left out is said.
+    again = []
+    sources.pictured(sources.readers.folder(config), config, again.append)
+    assert again == said[-1:]
     with pytest.raises(UserError, match="named in .*skipped.txt. Mend or remove them"):
-        sources.load(config)
-    assert not list((tmp_path / "other").glob("*/about.json"))
+        sources.load(replace(config, bad_share=0.05))
 
 
-def test_one_unreadable_picture_of_a_small_split_is_one_of_all(tmp_path):
+def test_unreadable_pictures_of_all_splits_are_summed(tmp_path):
     root = pictures.write_folder(tmp_path / "data")
+    for split in pictures.SPLITS:
+        next((root / split).rglob("*.jpg")).write_bytes(b"no picture")
+    assert len(sources.load(config_of(tmp_path, bad_share=0.05)).test.images) == 8  # 3 of 60
+    with pytest.raises(UserError, match="train: 1 of 42 .*; validation: 1 of 9 .*; test: 1 of 9"):
+        sources.load(config_of(tmp_path, bad_share=0.04))
+
+
+def test_a_split_of_which_nothing_can_be_read(tmp_path):
+    root = pictures.write_folder(tmp_path / "data", pictures.SPLITS | {"test": pictures.split(1)})
     next((root / "test").rglob("*.jpg")).write_bytes(b"no picture")
-    splits = sources.load(config_of(tmp_path, bad_share=0.05))  # one of 9, and of 60
-    assert len(splits.test.images) == 8
+    for _ in range(2):
+        with pytest.raises(UserError, match="no picture of the test split can be read"):
+            sources.load(config_of(tmp_path))
+
+
+@pytest.mark.parametrize("harm", ["images.u8", "about.json"])
+def test_a_damaged_entry_is_decoded_again(tmp_path, harm):
+    pictures.write_folder(tmp_path / "data")
+    expected = sources.load(config_of(tmp_path)).train.images.copy()
+    for file in (tmp_path / "cache").glob(f"*/{harm}"):
+        file.write_bytes(file.read_bytes()[:-50])
+    np.testing.assert_array_equal(sources.load(config_of(tmp_path)).train.images, expected)
+
+
+def test_the_disks_trouble_is_not_the_pictures(tmp_path, monkeypatch):
+    pictures.write_folder(tmp_path / "data")
+
+    def broken(self, number):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), "a.jpg")
+
+    monkeypatch.setattr("taming_jax.data.readers.Files.__getitem__", broken)
+    with pytest.raises(UserError, match=r"a\.jpg cannot be read \(Input/output error\)"):
+        sources.load(config_of(tmp_path))
+    assert visible(tmp_path / "cache") == []
+
+
+SCRIPT = """
+import sys
+from taming_jax.config import DataConfig
+from taming_jax.data import sources
+from taming_jax.errors import report
+
+config = DataConfig(name="folder", image_size=16, channels=3, path={path!r}, cache={cache!r},
+                    workers=2)
+{guard}sys.exit(report(lambda: sources.load(config)))
+"""
+
+
+def test_a_script_without_the_guard_of_processes_is_told_so(tmp_path):
+    pictures.write_folder(tmp_path / "data", {"train": pictures.split(150)})
+    for guard, status in (("", 2), ("if __name__ == '__main__': ", 0)):
+        script = tmp_path / "script.py"
+        script.write_text(SCRIPT.format(
+            path=str(tmp_path / "data"), cache=str(tmp_path / "cache"), guard=guard
+        ))  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, script], capture_output=True, text=True, timeout=120, check=False,
+            env=os.environ | {"PYTHONPATH": str(commands.ROOT)},
+        )  # fmt: skip
+        assert done.returncode == status, done.stderr
+        assert ("if __name__ == '__main__':" in done.stderr) == (status == 2)
+
+
+def test_ctrl_c_while_pictures_are_decoded_is_one_sentence(tmp_path):
+    contents, labels = pictures.split(100)
+    pictures.write_folder(tmp_path / "data", {"train": (contents * 40, labels * 40)})
+    process = subprocess.Popen(
+        [sys.executable, "train_vqgan.py", "--config", "birds_tiny", "--data.name", "folder",
+         "--data.path", tmp_path / "data", "--data.cache", tmp_path / "cache", "--data.workers",
+         "2", "--workdir", tmp_path / "run"],
+        cwd=commands.ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        start_new_session=True,
+    )  # fmt: skip
+    while not list((tmp_path / "cache").glob("*-partial-*")):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.002)
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to the workers as well
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err, err
+    assert "Stopped by SIGINT before the next step" in err
+    assert not list((tmp_path / "cache").glob("*-partial-*")) and not (tmp_path / "run").exists()
 
 
 def test_a_full_disk_is_a_sentence_and_leaves_no_half_cache(tmp_path, monkeypatch):
@@ -185,7 +271,9 @@ def test_the_cache_knows_its_version(tmp_path, monkeypatch):
     pictures.write_folder(tmp_path / "data")
     sources.load(config_of(tmp_path))
     places = set(visible(tmp_path / "cache"))
-    monkeypatch.setattr(images, "VERSION", 2)
+    monkeypatch.setattr(images, "VERSION", images.VERSION + 1)
     sources.load(config_of(tmp_path))
     assert len(set(visible(tmp_path / "cache")) - places) == 3
-    assert json.loads((next(iter(places)) / "about.json").read_text())["version"] == 1
+    assert (
+        json.loads((next(iter(places)) / "about.json").read_text())["version"] == images.VERSION - 1
+    )

@@ -42,6 +42,31 @@ def test_four_kinds_of_source_give_the_same_splits(tmp_path):
             np.testing.assert_array_equal(part.labels, other.labels, err_msg=kind)
 
 
+def test_another_column_of_images_is_another_cache(tmp_path):
+    import pyarrow
+    import pyarrow.parquet as pq
+
+    (tmp_path / "two").mkdir()
+    contents, _ = pictures.split(12)
+    table = pyarrow.table({"image": contents, "mask": contents[::-1]})
+    pq.write_table(table, tmp_path / "two" / "train.parquet")
+    first, second = (
+        sources.load(config_of(tmp_path, "a/b", tmp_path / "two", image_column=column))
+        for column in ("image", "mask")
+    )
+    assert (first.train.images != second.train.images).any()
+
+
+def test_hidden_folders_are_no_classes(tmp_path):
+    contents, _ = pictures.split(10)
+    (tmp_path / "flat" / ".thumbs").mkdir(parents=True)
+    for i, content in enumerate(contents):
+        (tmp_path / "flat" / f"{i}.jpg").write_bytes(content)
+        (tmp_path / "flat" / ".thumbs" / f"{i}.jpg").write_bytes(content)
+    splits = sources.load(config_of(tmp_path, "folder", tmp_path / "flat"))
+    assert splits.class_names == ("all",) and sum(len(p.images) for p in splits[:3]) == 10
+
+
 def test_folders_of_other_shapes(tmp_path):
     contents, _ = pictures.split(20)
     flat = tmp_path / "flat"
@@ -137,6 +162,11 @@ def test_what_a_source_cannot_read_is_a_sentence(tmp_path):
         (config_of(tmp_path, "a/b", broken), "cannot be read .* fetch them again"),
         (config_of(tmp_path, "a/b", parquet, image_column="img"), "its columns are image, label"),
         (config_of(tmp_path, "a/b", parquet, label_column="kind"), "no column 'kind'"),
+        (
+            config_of(tmp_path, "a/b", parquet, image_column="label"),
+            "'label' holds no images; image",
+        ),
+        (config_of(tmp_path, "tfds:cifar10", tmp_path), "tfds build cifar10"),
         (config_of(tmp_path, "tfds:nothing", tmp_path), "tfds build nothing"),
         (config_of(tmp_path, "cifar", None), "--data.name cifar is unknown"),
     ):
