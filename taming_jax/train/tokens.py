@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from taming_jax.config import Config
 from taming_jax.data.augment import augmented, centred
-from taming_jax.data.feeds import ResidentFeed, take, to_float
+from taming_jax.data.feeds import ResidentFeed, StreamingFeed, take, to_float
 from taming_jax.data.sources import Split
 from taming_jax.models.vqgan import VQGAN, encode, images_at_once
 from taming_jax.train.devices import Devices
@@ -30,11 +30,11 @@ from taming_jax.train.store import digest, named_arrays
 FILE = 4096  # images a file
 
 
-def key_of(params: Any, images: np.ndarray, seen: list[Any]) -> str:
-    """A name for what a generator makes of some images, and of how they are `seen`."""
+def key_of(params: Any, images: str, seen: list[Any]) -> str:
+    """A name for what a generator makes of images, by their digest, and of how they are `seen`."""
     arrays = named_arrays(params)
     parts = ["/".join(path) + digest(np.asarray(arrays[path])) for path in sorted(arrays)]
-    whole = "".join([*parts, digest(images), json.dumps(seen)])
+    whole = "".join([*parts, images, json.dumps(seen)])
     return hashlib.sha256(whole.encode()).hexdigest()[:16]
 
 
@@ -61,6 +61,7 @@ class Tokenizer:
         self._folder, self._params, self._config = folder, params, config
         self._dtype, self._say = smallest_unsigned(model.quantizer.codebook_size), say
         self._check = check
+        self._known: tuple[np.ndarray | None, str] = None, ""  # the last images, and their digest
 
         def codes(params: Any, images: jax.Array) -> jax.Array:
             with jax.default_matmul_precision("highest"):
@@ -84,7 +85,9 @@ class Tokenizer:
         seen = [data.image_size]
         if version:
             seen += [data.random_crop, data.mirror, self._config.seed, version]
-        place = self._folder / key_of(self._params, split.images, seen) / name
+        if self._known[0] is not split.images:  # read through once, not for each version
+            self._known = split.images, digest(split.images)
+        place = self._folder / key_of(self._params, self._known[1], seen) / name
         starts = range(0, len(split.images), FILE)
         kept = {start: read(place, start, self._say) for start in starts}
         missing = [start for start in starts if kept[start] is None]
@@ -100,9 +103,11 @@ class Tokenizer:
                 self._check()
                 part = Split(*(x[start : start + FILE] for x in split))
                 codes = []
-                for batch in ResidentFeed(part, size, 0, self.devices).once():
-                    of_all = {"place": batch.arrays["index"] + np.int32(start)}
-                    codes.append(self.devices.gather(compiled(state, batch.arrays | of_all)))
+                for batch in StreamingFeed(part, size, 0, self.devices).once():
+                    first = start + batch.step * size
+                    places = self.devices.shard(np.arange(first, first + size, dtype=np.int32))
+                    arrays = batch.arrays | {"place": places}
+                    codes.append(self.devices.gather(compiled(state, arrays)))
                 whole = np.concatenate(codes)[: len(part.images)]
                 kept[start] = write(place, start, whole, self._dtype)
         return Split(np.concatenate([kept[start] for start in starts]), split.labels)
