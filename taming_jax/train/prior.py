@@ -22,7 +22,7 @@ from taming_jax.data.augment import augments
 from taming_jax.data.feeds import Batch, take
 from taming_jax.errors import UserError
 from taming_jax.models.gpt import GPT, apply_train, build_gpt, teacher_forced
-from taming_jax.models.vqgan import VQGAN, build_vqgan, decode_indices
+from taming_jax.models.vqgan import build_vqgan, decode_indices
 from taming_jax.sampling import sample
 from taming_jax.train.devices import Devices, averaged, summed
 from taming_jax.train.state import (
@@ -138,7 +138,8 @@ class PriorStage:
         step = functools.partial(training_step, config, self.model, self.steps, devices.axis_name)
         self._step = devices.compile(step, donate=True)
         self._evaluate = devices.compile(self.evaluation)
-        self._sample = jax.jit(functools.partial(draw_images, self.model, self.vqgan, config.prior))
+        self._sample = jax.jit(functools.partial(draw_codes, self.model, config.prior))
+        self._decode = jax.jit(functools.partial(decode_indices, self.vqgan))
 
     def feeds(self, check: Callable[[], None] = lambda: None) -> tuple[TokenFeed, TokenFeed]:
         folder, settings = self.config.folder / "tokens", self.config.prior
@@ -196,13 +197,16 @@ class PriorStage:
             self.devices.fetch(state.nets[name].params) for name in ("transformer", "generator")
         )
         labels = np.repeat(classes, columns)
-        images = self._sample(transformer, generator, labels, np.uint32(self.config.seed))
+        codes = self._sample(transformer, labels, np.uint32(self.config.seed))
+        # A row at a time: all of them at 256 px are more than many a device's memory holds.
+        rows_of_codes = np.split(np.asarray(codes), len(classes))
+        images = np.concatenate([self._decode(generator, row) for row in rows_of_codes])
         step = int(self.devices.fetch(state.step))
         figures.loss_curves(
             rows, folder / "prior_loss.png", "Prior", names={"nll": "loss (nats a code)"}
         )
         drawn = [names[i] for i in classes]
-        figures.class_samples(np.asarray(images), drawn, folder / "samples.png", step)
+        figures.class_samples(images, drawn, folder / "samples.png", step)
 
 
 def corrupted(keep: float, codebook_size: int, key: jax.Array, codes: jax.Array) -> jax.Array:
@@ -213,17 +217,15 @@ def corrupted(keep: float, codebook_size: int, key: jax.Array, codes: jax.Array)
     return jnp.where(jax.random.bernoulli(which, keep, codes.shape), codes, drawn)
 
 
-def draw_images(
+def draw_codes(
     model: GPT,
-    vqgan: VQGAN,
     prior: PriorConfig,
     transformer: Any,
-    generator: Any,
     labels: jax.Array,
     seed: jax.Array | np.uint32,
 ) -> jax.Array:
-    """Images float [b,h,w,c] in [-1, 1] of classes int [b], image i by the key of its place, drawn
-    as the preset says."""
+    """Grids of codes int32 [b,h',w'] of classes int [b], grid i by the key of its place, drawn as
+    the preset says."""
     keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(
         jnp.arange(len(labels))
     )
@@ -231,4 +233,4 @@ def draw_images(
         model, transformer, labels, keys, prior.temperature, prior.top_k, prior.top_p,
         prior.guidance_scale,
     )  # fmt: skip
-    return decode_indices(vqgan, generator, codes.reshape(len(labels), *model.grid))
+    return codes.reshape(len(labels), *model.grid)
