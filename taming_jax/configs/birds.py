@@ -38,7 +38,7 @@ CONFIG = Config(
         ema_decay=0.999,  # none
     ),
     prior=PriorConfig(
-        epochs=300, batch_size=64, layers=12, heads=8, width=512, dropout=0.2,
+        epochs=300, batch_size=32, layers=12, heads=8, width=512, dropout=0.2,
         learning_rate=3e-4, clip=1.0, schedule="one-cycle", augmented_versions=8,
         guidance_scale=1.5,
     ),
