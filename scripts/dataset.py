@@ -73,12 +73,8 @@ def main() -> None:
         from taming_jax.figures import sheet
 
         images = splits.train.images
-        sheet(
-            images[sources.spread(len(images), 64)],
-            out,
-            8,
-            f"{config.data.path or config.data.name}: {len(images)} training images",
-        )
+        title = f"{config.data.path or config.data.name}: {len(images)} training images"
+        sheet(images[sources.spread(len(images), 64)], out, 8, title)
         print(f"A sheet of them is in {out}.")
 
 

@@ -43,12 +43,15 @@ def load_run(workdir: str | Path) -> "Run":
         raise UserError(f"there is no folder {folder}; name a run's, such as runs/mnist_tiny.")
     prior = Store(folder, "prior", "nll", read_only=True)
     if prior.steps():
-        arrays, config, step = prior.chosen()
+        (arrays, config, dataset), step = prior.chosen()
         nets = traverse_util.unflatten_dict(arrays)["nets"]
-        return Run(folder, config, step, nets["generator"]["params"], nets["transformer"]["params"])
-    arrays, config, step = Store(folder, "vqgan", "nll", read_only=True).chosen()
+        return Run(
+            folder, config, step, dataset, nets["generator"]["params"],
+            nets["transformer"]["params"],
+        )  # fmt: skip
+    (arrays, config, dataset), step = Store(folder, "vqgan", "nll", read_only=True).chosen()
     net = traverse_util.unflatten_dict(arrays)["nets"]["generator"]
-    return Run(folder, config, step, net.get("ema", net["params"]))
+    return Run(folder, config, step, dataset, net.get("ema", net["params"]))
 
 
 class Run:
@@ -59,9 +62,15 @@ class Run:
     """
 
     def __init__(
-        self, workdir: Path, config: Config, step: int, generator: Any, transformer: Any = None
+        self,
+        workdir: Path,
+        config: Config,
+        step: int,
+        dataset: dict[str, Any] | None,
+        generator: Any,
+        transformer: Any = None,
     ):
-        self.workdir, self.config, self.step = workdir, config, step
+        self.workdir, self.config, self.step, self._dataset = workdir, config, step, dataset
         self.params = jax.device_put(generator)
         # Codes are always computed in float32, as those the prior learned from were.
         self.model = build_vqgan(dataclasses.replace(config, dtype="float32"))
@@ -82,11 +91,9 @@ class Run:
     @functools.cached_property
     def class_names(self) -> tuple[str, ...]:
         """The names of the classes, in the order of their numbers."""
-        stage = "vqgan" if self.transformer is None else "prior"
-        dataset = Store(self.workdir, stage, "nll", read_only=True).dataset(self.step)
-        if dataset is None:
+        if self._dataset is None:
             return sources.load(self.config.data).class_names
-        return tuple(dataset["class_names"])
+        return tuple(self._dataset["class_names"])
 
     def labels(self, classes: int | str | Iterable[int | str]) -> np.ndarray:
         """Classes by number or by name as numbers, int32 [n]; a string is a name before it is a

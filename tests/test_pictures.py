@@ -94,16 +94,9 @@ def test_from_a_folder_to_samples(place, resident, tmp_path):
     status, _, err = commands.run(*STAGE2, *given(place, workdir))
     assert status == 0, err
     status, _, err = commands.run(
-        "scripts/sample.py",
-        "--workdir",
-        workdir,
-        "--classes",
-        "zèbre",
-        "--per-class",
-        2,
-        "--out",
+        "scripts/sample.py", "--workdir", workdir, "--classes", "zèbre", "--per-class", 2, "--out",
         tmp_path / "s.npz",
-    )
+    )  # fmt: skip
     assert status == 0, err
     images = np.load(tmp_path / "s.npz")["images"]
     assert images.shape == (2, 16, 16, 3) and images.dtype == np.uint8

@@ -96,6 +96,13 @@ def test_what_was_compiled_is_used_again(run):
     assert other.shape == (1, 16, 16, 1)
 
 
+def test_the_names_of_classes_outlive_the_checkpoint(both, tmp_path):
+    """As where stage 2 trains on, and its store keeps another."""
+    run = taming_jax.load_run(shutil.copytree(both, tmp_path / "run"))
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    assert run.class_names == ("disc", "square", "large disc", "large square")
+
+
 def test_classes_by_number_are_numbers_and_by_name_names(both):
     """Names that are other classes' numbers, as folders may have."""
     run = taming_jax.load_run(both)

@@ -5,6 +5,7 @@ Batches run across the ends of epochs, so every shape is static, every example c
 and the number of a step alone says what the step reads.
 """
 
+import abc
 import functools
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -58,7 +59,7 @@ def stream(seed: int, n: int, start: int, count: int) -> tuple[np.ndarray, np.nd
     return epochs.astype(np.int32), index
 
 
-class Feed:
+class Feed(abc.ABC):
     """A split in batches of `batch_size`, by the order of `seed`: which examples each one holds.
     How they reach the devices is its subclasses' matter."""
 
@@ -83,15 +84,15 @@ class Feed:
         weight = (index < self.size).astype(np.float32)
         return {"index": np.minimum(index, self.size - 1), "weight": weight}
 
+    @abc.abstractmethod
     def batch(self, step: int) -> Batch:
         """The batch of step `step` (the first is 0) of training."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def once(self) -> Iterator[Batch]:
         """Every example once, in order, in batches of one size."""
-        raise NotImplementedError
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most read nothing ahead
         """Ends what reads ahead."""
 
 
@@ -146,6 +147,7 @@ class StreamingFeed(Feed):
         self._split = split
         self._reading: Any = None
         self._ahead: deque[Batch] = deque()
+        self._next = 0  # the step after those ahead
 
     def _read(self, which: Callable, start: int, count: int) -> Any:
         import grain
@@ -155,7 +157,7 @@ class StreamingFeed(Feed):
         return iter(reads[start:].to_iter_dataset(options))
 
     def batch(self, step: int) -> Batch:
-        if self._reading is None or self._ahead[0].step != step:  # the first, or another than next
+        if self._reading is None or step != self._next - len(self._ahead):
             self.close()
             self._reading = self._read(self._training, step, 2**31)
             self._next = step

@@ -37,6 +37,10 @@ from taming_jax.errors import UserError
 
 VERSION = 2  # of the cache's format; another version is another key
 CHUNK = 64  # pictures a worker takes at once
+UNGUARDED = (
+    "the processes that decode pictures could not begin; a script of your own must load data and "
+    "train under `if __name__ == '__main__':`, or decode in one process, by --data.workers 1."
+)
 
 
 class Reader(Protocol):
@@ -193,9 +197,10 @@ def decoded(
         return found
     except OSError as error:
         reason = error.strerror or str(error)
-        if error.filename is not None and root not in Path(str(error.filename)).parents:
+        file = root if error.filename is None else Path(os.fsdecode(error.filename))
+        if not file.is_relative_to(root) and not root.is_relative_to(file):
             raise UserError(
-                f"{error.filename} cannot be read ({reason}); mend that, and run the same again."
+                f"{file} cannot be read ({reason}); mend that, and run the same again."
             ) from error
         if error.errno == errno.ENOSPC:
             reason = f"the disk is full, {np.prod(shape) / 2**20:.0f} MiB are needed"
@@ -232,12 +237,6 @@ def locked(file: Path, say: Callable[[str], None]) -> Iterator[None]:
             say("another process decodes the same pictures; waiting for it.")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-
-
-UNGUARDED = (
-    "the processes that decode pictures could not begin; a script of your own must load data and "
-    "train under `if __name__ == '__main__':`, or decode in one process, by --data.workers 1."
-)
 
 
 def fill(

@@ -78,9 +78,12 @@ def identity(splits: Splits) -> dict[str, Any]:
     }
 
 
-def unlike(now: dict[str, Any], then: dict[str, Any]) -> list[str]:
-    """How a dataset is another than it was, by their identities, a phrase a difference."""
-    found = []
+def unlike(now: dict[str, Any] | None, then: dict[str, Any] | None) -> list[str]:
+    """How a dataset is another than it was, by their identities, a phrase a difference; nothing
+    where one of them is not known."""
+    found: list[str] = []
+    if now is None or then is None:
+        return found
     for name, count in then["images"].items():
         if now["images"][name] != count:
             found.append(f"there are {now['images'][name]} {name} images, not {count}")

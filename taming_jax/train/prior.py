@@ -125,7 +125,7 @@ class PriorStage:
             )
         self.splits = sources.load(config.data)
         self.dataset = sources.identity(self.splits)
-        others = [] if seen is None else sources.unlike(self.dataset, seen)
+        others = sources.unlike(self.dataset, seen)
         if others:
             raise UserError(
                 f"the generator in {config.folder} was trained on other data: {'; '.join(others)}. "

@@ -51,6 +51,15 @@ def digest(array: np.ndarray) -> str:
     return found.hexdigest()
 
 
+class Checkpoint(NamedTuple):
+    """A checkpoint's arrays by name, the config it was trained with, and the identity
+    (data/sources.py) of the dataset it was trained on, where it keeps one."""
+
+    arrays: dict[tuple[str, ...], np.ndarray]
+    config: Config
+    dataset: dict[str, Any] | None
+
+
 class Store:
     """The checkpoints of one stage in a run's folder: the last two, and the best by `monitor`
     (lower is better). `dataset` is the identity (data/sources.py) of what the stage trains on,
@@ -177,8 +186,8 @@ class Store:
             raise ValueError("what it says of itself is not what was saved")
         return about
 
-    def read(self, step: int) -> tuple[dict[tuple[str, ...], np.ndarray], Config]:
-        """A checkpoint's arrays by name and the config it was trained with.
+    def read(self, step: int) -> Checkpoint:
+        """A whole checkpoint.
 
         Raises ValueError, with what is wrong, where the checkpoint is damaged, and UserError where
         it is whole but of another version of this program.
@@ -201,20 +210,15 @@ class Store:
             if digest(array) != hashes["/".join(path)]:
                 raise ValueError(f"the array {'.'.join(path)} is not what was saved")
         try:
-            return arrays, from_dict(Config, about["config"])
+            return Checkpoint(arrays, from_dict(Config, about["config"]), about.get("dataset"))
         except UserError as error:
             raise UserError(
                 f"{folder} was written by another version of this program: {error}"
             ) from error
 
-    def dataset(self, step: int) -> dict[str, Any] | None:
-        """The identity of the dataset that a checkpoint was trained on, where it keeps one.
-        ValueError where it is damaged."""
-        return self._about(step).get("dataset")
-
-    def chosen(self) -> tuple[dict[tuple[str, ...], np.ndarray], Config, int]:
+    def chosen(self) -> tuple[Checkpoint, int]:
         """The best checkpoint (the newest where none was validated), or where it is damaged, which
-        is said, the next that can be read: its arrays, its config and its step.
+        is said, the next that can be read; and its step.
 
         Raises UserError where there is none.
         """
@@ -228,7 +232,7 @@ class Store:
         tried = list(dict.fromkeys([*([] if best is None else [best]), *reversed(steps)]))
         for step in tried:
             try:
-                return *self.read(step), step
+                return self.read(step), step
             except ValueError as error:
                 print(f"The checkpoint {self.path / str(step)} is damaged: {error}.")
         raise UserError(f"every checkpoint in {self.path} is damaged; bring one back from a copy.")
@@ -249,18 +253,17 @@ class Store:
         damaged = []
         for step in reversed(self.steps()):
             try:
-                arrays, trained = self.read(step)
+                checkpoint = self.read(step)
             except ValueError as error:
                 damaged.append(step)
                 say(f"The checkpoint {self.path / str(step)} is damaged: {error}.")
                 continue
-            self._check_same(trained, config, sections)
-            self._check_dataset(step)
+            self._check_same(checkpoint, config, sections)
             damaged += [older for older in self.steps() if older < step and self._harmed(older)]
             self._set_aside(damaged, say)
             if damaged and damaged[0] > step:
                 say(f"The one before it, of step {step}, is used.")
-            return fill(template, arrays)
+            return fill(template, checkpoint.arrays)
         if damaged:
             raise UserError(
                 f"every checkpoint in {self.path} is damaged; bring one back from a copy, or begin "
@@ -276,23 +279,21 @@ class Store:
             return True
         return False
 
-    def _check_same(self, trained: Config, config: Config, sections: tuple[str, ...]) -> None:
-        different = differences(config, trained, sections)
+    def _check_same(
+        self, checkpoint: Checkpoint, config: Config, sections: tuple[str, ...]
+    ) -> None:
+        different = differences(config, checkpoint.config, sections)
         if different:
             raise UserError(
                 f"{self.path} holds a run with other settings: {'; '.join(different)}. Use the "
                 "same settings, another --workdir, or --restart to begin anew."
             )
-
-    def _check_dataset(self, step: int) -> None:
-        then = self.dataset(step)
-        if then is not None and self._dataset is not None:
-            different = unlike(self._dataset, then)
-            if different:
-                raise UserError(
-                    f"{self.path} holds a run on other data: {'; '.join(different)}. Name the same "
-                    "data by --data.path, or use another --workdir, or --restart to begin anew."
-                )
+        others = unlike(self._dataset, checkpoint.dataset)
+        if others:
+            raise UserError(
+                f"{self.path} holds a run on other data: {'; '.join(others)}. Name the same data "
+                "by --data.path, or use another --workdir, or --restart to begin anew."
+            )
 
     def _set_aside(self, steps: list[int], say: Callable[[str], None]) -> None:
         self.close()
@@ -361,12 +362,12 @@ def chosen_generator(folder: Path, anew: bool = False) -> Generator:
     prior = Store(folder, "prior", "nll", read_only=True)
     for step in [] if anew else reversed(prior.steps()):
         try:
-            arrays, config = prior.read(step)
+            arrays, config, dataset = prior.read(step)
         except ValueError:
             continue
         params = traverse_util.unflatten_dict(arrays)["nets"]["generator"]["params"]
-        return Generator(params, config, prior.dataset(step))
+        return Generator(params, config, dataset)
     vqgan = Store(folder, "vqgan", "nll", read_only=True)
-    arrays, config, step = vqgan.chosen()
+    (arrays, config, dataset), _ = vqgan.chosen()
     net = traverse_util.unflatten_dict(arrays)["nets"]["generator"]
-    return Generator(net.get("ema", net["params"]), config, vqgan.dataset(step))
+    return Generator(net.get("ema", net["params"]), config, dataset)

@@ -258,6 +258,14 @@ def test_a_full_disk_is_a_sentence_and_leaves_no_half_cache(tmp_path, monkeypatc
     assert visible(tmp_path / "cache") == []
 
 
+def test_a_cache_that_cannot_be_made_is_named_as_such(tmp_path):
+    pictures.write_folder(tmp_path / "data")
+    (tmp_path / "file").write_text("mine")
+    for place in (tmp_path / "file", tmp_path / "file" / "cache"):
+        with pytest.raises(UserError, match="the image cache .* another --data.cache"):
+            sources.load(config_of(tmp_path, cache=str(place)))
+
+
 def test_a_writing_that_was_killed_is_never_used(tmp_path):
     pictures.write_folder(tmp_path / "data")
     expected = sources.load(config_of(tmp_path)).train.images.copy()
