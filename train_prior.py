@@ -8,17 +8,23 @@ Data and stage 1 are those of the run in the workdir. The same command again res
 import functools
 import sys
 
-from taming_jax.config import parse_arguments
+from taming_jax.command_line import Command, parse_arguments
 from taming_jax.errors import report
 
 
-def main() -> None:
-    config, restart = parse_arguments(sys.argv[1:], "prior")
+def work(given: Command) -> None:
     # Heavy, and not needed to answer a wrong flag.
     from taming_jax.train.loop import train
     from taming_jax.train.prior import PriorStage
 
-    train(functools.partial(PriorStage, restart=restart), config, restart)
+    train(functools.partial(PriorStage, restart=given.restart), given.config, given.restart)
+
+
+def main() -> None:
+    given = parse_arguments(sys.argv[1:], "prior")
+    from taming_jax.train.hosts import watched
+
+    watched(functools.partial(work, given), given.processes)
 
 
 if __name__ == "__main__":

@@ -4,19 +4,26 @@
 The same command again resumes a run that was stopped.
 """
 
+import functools
 import sys
 
-from taming_jax.config import parse_arguments
+from taming_jax.command_line import Command, parse_arguments
 from taming_jax.errors import report
 
 
-def main() -> None:
-    config, restart = parse_arguments(sys.argv[1:])
+def work(given: Command) -> None:
     # Heavy, and not needed to answer a wrong flag.
     from taming_jax.train.loop import train
     from taming_jax.train.vqgan import VQGANStage
 
-    train(VQGANStage, config, restart)
+    train(VQGANStage, given.config, given.restart)
+
+
+def main() -> None:
+    given = parse_arguments(sys.argv[1:])
+    from taming_jax.train.hosts import watched
+
+    watched(functools.partial(work, given), given.processes)
 
 
 if __name__ == "__main__":

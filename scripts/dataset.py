@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from taming_jax.config import parse_arguments
+from taming_jax.command_line import parse_arguments
 from taming_jax.data import sources
 from taming_jax.data.sources import Split, Splits
 from taming_jax.errors import UserError, report
@@ -52,7 +52,7 @@ def main() -> None:
         raise UserError(f"--out {out}: the folder {out.absolute().parent} does not exist.")
     if out is not None and out.is_dir():
         raise UserError(f"--out {out} is a folder; name a .png.")
-    config, _ = parse_arguments(rest)
+    config = parse_arguments(rest).config
     # All splits at one size, so that the same picture is the same array in each.
     splits: Splits = sources.load(dataclasses.replace(config.data, random_crop=False))
     named = {name: getattr(splits, name) for name in ("train", "validation", "test")}

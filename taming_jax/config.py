@@ -1,11 +1,10 @@
-"""Every setting of both stages, as frozen dataclasses, and the three ways to one: by a preset's
-name, from a run's `config.json`, from a command line.
+"""Every setting of both stages, as frozen dataclasses, and the ways to one: by a preset's name, or
+from a run's `config.json`; command_line.py has the third.
 
 A field made with `free` says how long, how often or where a run is computed, and may change when
 the run is resumed. Every other field says what is trained and may not.
 """
 
-import argparse
 import dataclasses
 import difflib
 import importlib
@@ -225,12 +224,6 @@ class Config:
         return Path(self.workdir or f"runs/{self.config}")
 
 
-@dataclass(frozen=True)
-class CommandLine(Config):
-    restart: bool = False
-    """Begin anew in a workdir that holds a run of this stage."""
-
-
 def presets() -> list[str]:
     """The names of the presets."""
     from taming_jax import configs
@@ -277,67 +270,25 @@ def load_config(name: str | Path, overrides: Mapping[str, Any] | None = None) ->
     return validated(config)
 
 
-def parse_arguments(arguments: Sequence[str], stage: str = "vqgan") -> tuple[Config, bool]:
-    """The command line of both training scripts: the config, and whether to begin anew.
-
-    `--config` is read first and names the defaults; tyro reads the rest, and exits with status 2
-    and its own message where a flag is wrong. Stage "prior" takes the data and stage 1's settings
-    from the run in its workdir; flags that contradict them raise UserError.
-    """
-    import tyro
-
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    first.add_argument("--config")
-    first.add_argument("--workdir")
-    try:
-        known, rest = first.parse_known_args(list(arguments))
-    except argparse.ArgumentError as error:
-        raise UserError(f"{error}; --config NAME and --workdir DIR need a value.") from error
-    if known.config is None and not {"-h", "--help"} & set(rest):
-        raise UserError(f"say which --config to train; the presets are {', '.join(presets())}.")
-    base = load_config(known.config or "mnist")  # for --help alone, mnist's defaults
-    if known.workdir is not None:
-        base = dataclasses.replace(base, workdir=known.workdir)
-    run = base
-    if stage == "prior" and known.config is not None:
-        if not (base.folder / "config.json").exists():
-            raise UserError(
-                f"{base.folder} holds no stage 1 to learn the codes of; train it first: "
-                f"python train_vqgan.py --config {known.config}."
-            )
-        run = read_config(base.folder / "config.json")
-        base = dataclasses.replace(
-            base, seed=run.seed, dtype=run.dtype, data=run.data, vqgan=run.vqgan
-        )
-    shallow = {f.name: getattr(base, f.name) for f in dataclasses.fields(Config)}
-    line = tyro.cli(CommandLine, default=CommandLine(**shallow), args=rest)
-    config = Config(**{name: getattr(line, name) for name in shallow})
-    different = differences(config, run, ("data", "vqgan")) if stage == "prior" else []
-    if different:
-        raise UserError(
-            f"the run in {base.folder} was trained otherwise: {'; '.join(different)}. Leave these "
-            "settings out, or train a stage 1 with them."
-        )
-    if config.data.path is not None:  # the run may be used from another folder
-        path = str(Path(config.data.path).absolute())
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=path))
-    return validated(config), line.restart
-
-
 def validated(config: Config) -> Config:
     """The config itself, where its settings can work together; UserError where they cannot."""
     check(config)
     return config
 
 
-def differences(left: Config, right: Config, sections: Sequence[str]) -> list[str]:
-    """How two configs differ in what is trained, a phrase a setting: "--seed is 1, not 2"."""
+def differences(
+    left: Config, right: Config, sections: Sequence[str], also_free: bool = False
+) -> list[str]:
+    """How two configs differ in what is trained (or in any setting, with the `free` ones), a phrase
+    a setting: "--seed is 1, not 2"."""
 
     def walk(a: Any, b: Any, names: tuple[str, ...]) -> list[str]:
         found = []
         for f in dataclasses.fields(a):
             x, y = getattr(a, f.name), getattr(b, f.name)
-            if f.metadata.get("free") or (not names and f.name not in sections):
+            if f.metadata.get("free") and not also_free:
+                continue
+            if not names and f.name not in sections:
                 continue
             if dataclasses.is_dataclass(x):
                 found += walk(x, y, (*names, f.name))

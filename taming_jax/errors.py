@@ -25,6 +25,9 @@ class Interrupted(KeyboardInterrupt):
         super().__init__(message)
         self.signum = signum
 
+    def __reduce__(self) -> tuple:
+        return Interrupted, (self.signum, str(self))
+
 
 def report(command: Callable[[], object]) -> int:
     """Runs a command and answers its exit status, with one sentence on stderr where it failed."""

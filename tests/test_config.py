@@ -1,6 +1,5 @@
 import dataclasses
 import json
-from pathlib import Path
 
 import pytest
 
@@ -9,7 +8,6 @@ from taming_jax.config import (
     Config,
     differences,
     load_config,
-    parse_arguments,
     presets,
     write_config,
 )
@@ -22,7 +20,6 @@ def test_a_written_config_reads_back_as_the_same_object(tmp_path):
         assert config.config == name
         write_config(config, tmp_path / "config.json")
         assert load_config(str(tmp_path / "config.json")) == config
-        assert parse_arguments(["--config", str(tmp_path / "config.json")]) == (config, False)
 
 
 def test_every_float_setting_survives_a_whole_number(tmp_path):
@@ -31,24 +28,6 @@ def test_every_float_setting_survives_a_whole_number(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(values))
     weight = load_config(str(tmp_path / "config.json")).vqgan.discriminator_weight
     assert weight == 1.0 and type(weight) is float
-
-
-def test_the_command_line_overrides_the_preset():
-    arguments = "--config mnist --seed 7 --restart --workdir w --dtype bfloat16 --vqgan.steps 3"
-    arguments += " --vqgan.batch-size 8 --vqgan.multipliers 1 2 --prior.eval-every 5"
-    arguments += " --vqgan.discriminator-start 0.5 --data.path p --data.image-size 32"
-    config, restart = parse_arguments(arguments.split())
-    assert restart
-    base = load_config("mnist")
-    expected = dataclasses.replace(
-        base, seed=7, workdir="w", dtype="bfloat16",
-        data=dataclasses.replace(base.data, path=str(Path("p").absolute()), image_size=32),
-        vqgan=dataclasses.replace(
-            base.vqgan, steps=3, batch_size=8, multipliers=(1, 2), discriminator_start=0.5
-        ),
-        prior=dataclasses.replace(base.prior, eval_every=5),
-    )  # fmt: skip
-    assert config == expected
 
 
 def test_overrides_by_name():

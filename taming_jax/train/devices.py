@@ -1,9 +1,10 @@
-"""One step function on one device by `jit`, or on several by `pmap`.
+"""One step function on one device by `jit`, or on several, of one process or of several, by `pmap`.
 
 What differs is only the axis name that a step averages over: None, or "devices". On several devices
-the state is replicated: every leaf has a leading axis of devices.
+the state is replicated: every leaf has a leading axis of this process's devices.
 """
 
+import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 
 from taming_jax.errors import UserError
+from taming_jax.train import hosts
 
 
 def averaged(tree: Any, axis_name: str | None) -> Any:
@@ -39,18 +41,33 @@ class Compiled:
 
 
 class Devices:
-    """The devices a run uses: this process's first `count`, or all. UserError where there are not
-    so many."""
+    """The devices a run uses: the first `count` of each process, or all. UserError where there are
+    not so many, or one process has more than another."""
 
     def __init__(self, count: int | None = None):
         available = jax.local_devices()
         if count is not None and not 1 <= count <= len(available):
+            where = "" if hosts.count() == 1 else " in this process"
             raise UserError(
-                f"--devices is {count}, but there are {len(available)} "
+                f"--devices is {count}, but there are {len(available)}{where} "
                 f"({available[0].platform}); ask for 1 to that many."
             )
         self.list = available[:count]
-        self.axis_name = "devices" if len(self.list) > 1 else None
+        of_each, memories = zip(*hosts.exchanged((len(self.list), self._own_memory())), strict=True)
+        if len(set(of_each)) > 1:
+            raise UserError(
+                f"the processes have {', '.join(map(str, of_each))} devices; all must have as "
+                "many. Ask for the least of them by --devices."
+            )
+        self._of_all = [
+            device
+            for process in range(hosts.count())
+            for device in jax.local_devices(process)[: len(self.list)]
+        ]
+        # The least of all processes, since they have to choose alike.
+        self.memory = min(memories)
+        """Bytes of memory a device has; on a CPU, its part of what its devices share."""
+        self.axis_name = "devices" if len(self) > 1 else None
         # The layout that pmap answers with: another one would compile the next step again.
         self._layout = jax.sharding.NamedSharding(
             jax.sharding.Mesh(np.array(self.list), ("devices",)),
@@ -58,27 +75,27 @@ class Devices:
         )
 
     def __len__(self) -> int:
-        return len(self.list)
+        """How many devices there are in all processes."""
+        return len(self._of_all)
 
-    @property
-    def memory(self) -> int:
-        """Bytes of memory a device has; on a CPU, its part of what its devices share."""
+    def _own_memory(self) -> int:
         stats = self.list[0].memory_stats() or {}
         if "bytes_limit" in stats:
             return stats["bytes_limit"]
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(self)
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(self.list)
 
     def own(self, batch_size: int) -> slice:
         """The rows of a batch that this process reads: all, or of several processes its part."""
-        size = batch_size // jax.process_count()
+        size = batch_size // hosts.count()
         return slice(jax.process_index() * size, (jax.process_index() + 1) * size)
 
     def check_batch(self, name: str, batch_size: int) -> None:
         """UserError where a batch cannot be divided among the devices."""
-        n = len(self) * jax.process_count()
+        n = len(self)
         if batch_size % n:
+            of = "" if hosts.count() == 1 else f" of {hosts.count()} processes"
             raise UserError(
-                f"--{name}.batch-size {batch_size} cannot be divided among {n} devices; "
+                f"--{name}.batch-size {batch_size} cannot be divided among {n} devices{of}; "
                 f"take a multiple of {n}, or fewer --devices."
             )
 
@@ -92,7 +109,7 @@ class Devices:
             compiled = jax.jit(function, donate_argnums=first)
         else:
             compiled = jax.pmap(
-                function, axis_name=self.axis_name, devices=self.list, donate_argnums=first
+                function, axis_name=self.axis_name, devices=self._of_all, donate_argnums=first
             )
         return Compiled(compiled, frozen)
 
@@ -103,22 +120,36 @@ class Devices:
 
         def spread(x: Any) -> np.ndarray:
             x = np.asarray(x)
-            return np.broadcast_to(x, (len(self), *x.shape))
+            return np.broadcast_to(x, (len(self.list), *x.shape))
 
         return jax.device_put(jax.tree.map(spread, tree), self._layout)
 
     def shard(self, tree: Any) -> Any:
-        """Arrays [n, ...] divided along their first axis, on the devices: [devices, n / devices,
-        ...]. They may still be on their way."""
+        """Arrays [n, ...], this process's rows of a batch, divided along their first axis, on its
+        devices: [devices, n / devices, ...]. They may still be on their way."""
         if self.axis_name is None:
             return jax.device_put(tree, self.list[0])
-        parts = jax.tree.map(lambda x: x.reshape(len(self), -1, *x.shape[1:]), tree)
+        parts = jax.tree.map(lambda x: x.reshape(len(self.list), -1, *x.shape[1:]), tree)
         return jax.device_put(parts, self._layout)
 
+    def largest(self, value: int) -> jax.Array:
+        """The largest of the values that the processes give, int32 replicated; it may still be on
+        its way."""
+        return self._largest(np.full(len(self.list), value, np.int32))
+
+    @functools.cached_property
+    def _largest(self) -> Callable[[np.ndarray], jax.Array]:
+        return jax.pmap(
+            lambda x: jax.lax.pmax(x, "devices"), axis_name="devices", devices=self._of_all
+        )
+
     def gather(self, values: jax.Array) -> np.ndarray:
-        """What a compiled function answered for a sharded batch, from all devices: [n, ...]."""
+        """What a compiled function answered for a sharded batch, from all devices of all
+        processes: [n, ...]."""
         array = np.asarray(values)
-        return array if self.axis_name is None else array.reshape(-1, *array.shape[2:])
+        if self.axis_name is None:
+            return array
+        return np.concatenate(hosts.exchanged(array.reshape(-1, *array.shape[2:])))
 
     def fetch(self, tree: Any) -> Any:
         """A replicated tree as numpy arrays of one device's, in memory of their own (on a CPU

@@ -145,3 +145,18 @@ class Log:
         self._file.close()
         self._speed.close()
         self._tensorboard.close()
+
+
+class Silent:
+    """The log of a process that leaves the logging to another."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def say(self, sentence: str) -> None: ...
+    def row(self, step: int, epoch: float, split: str, metrics: dict[str, float]) -> None: ...
+    def advance(self, step: int) -> None: ...
+    def close(self) -> None: ...
+
+    def waiting(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()

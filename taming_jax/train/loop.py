@@ -21,8 +21,9 @@ import numpy as np
 from taming_jax.config import Config, StageConfig, validated, write_config
 from taming_jax.data.feeds import Batch, Feed
 from taming_jax.errors import Interrupted, RunFailed, UserError
+from taming_jax.train import hosts
 from taming_jax.train.devices import Devices
-from taming_jax.train.log import Log
+from taming_jax.train.log import Log, Silent
 from taming_jax.train.state import TrainState, copied
 from taming_jax.train.store import Store
 
@@ -60,16 +61,22 @@ def train(build: Callable[[Config, Devices], Stage], config: Config, restart: bo
     """
     validated(config)
     with Signals() as signals:
+        hosts.check_alike(config)
         devices = Devices(config.devices)
         with signals.at_once():  # pictures may be decoded, for long
             stage = build(config, devices)
-        folder = usable(config.folder)
+        hosts.check_same_data(stage.dataset)
+        folder = config.folder
         store = Store(folder, stage.name, stage.monitor, dataset=stage.dataset)
-        if restart:
-            store.clear()
-        sections = ("seed", "dtype", "data", stage.name)
         state = stage.init(jax.random.key(config.seed))
-        restored = store.restore(state, config, sections, print)
+
+        def begin() -> Any:
+            usable(folder)
+            if restart:
+                store.clear()
+            return store.restore(state, config, ("seed", "dtype", "data", stage.name), print)
+
+        restored = hosts.from_first(begin)
         # A copy, since the first step gives its state up: what is restored is numpy's memory, and a
         # fresh state is the stage's.
         state = copied(devices.replicate(state if restored is None else restored))
@@ -137,23 +144,28 @@ class Signals:
         self.received = signum
         self.__exit__()
         if self._at_once:
-            self.check()
+            raise before_the_next_step(signum)
         print(
             "\nStopping after this step, and saving; a second signal does neither.", file=sys.stderr
         )
 
     def check(self) -> None:
-        """Interrupted, if a signal has come."""
-        if self.received is not None:
-            raise Interrupted(
-                self.received,
-                f"Stopped by {signal.Signals(self.received).name} before the next step; the same "
-                "command goes on from what is done.",
-            )
+        """Interrupted, if a signal has come, to any of the processes, which all call this."""
+        received = next(filter(None, hosts.exchanged(self.received)), None)
+        if received is not None:
+            raise before_the_next_step(received)
 
     def __exit__(self, *_: object) -> None:
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
+
+
+def before_the_next_step(signum: int) -> Interrupted:
+    return Interrupted(
+        signum,
+        f"Stopped by {signal.Signals(signum).name} before the next step; the same command goes on "
+        "from what is done.",
+    )
 
 
 class Loop:
@@ -178,8 +190,9 @@ class Loop:
         self.checkpoint_every = self.settings.checkpoint_every or epoch
         self.log_every = self.settings.log_every or max(self.steps // 1000, 1)
         self.draw_every = self.settings.draw_every or max(self.steps // 20, 1)
-        self.best = store.best()[1]
+        self.best = hosts.from_first(lambda: store.best()[1])
         self.unsettled: list[tuple[int, dict[str, Any]]] = []
+        self.votes: list[jax.Array] = []
 
     def run(self, state: TrainState) -> Path:
         start = int(self.devices.fetch(state.step))
@@ -187,13 +200,16 @@ class Loop:
             self.store.close()
             print(f"{self.folder} is trained already, to step {start}; see {self.folder}/figures.")
             return self.folder
-        write_config(self.config, self.folder / "config.json")
-        self.log = Log(self.folder, self.stage.name, start, self.steps)
+        self.log: Log | Silent = Silent()
+        if hosts.first():
+            write_config(self.config, self.folder / "config.json")
+            self.log = Log(self.folder, self.stage.name, start, self.steps)
         count, kind = len(self.devices), self.devices.list[0].platform
+        of = f" of {hosts.count()} processes" if hosts.count() > 1 else ""
         self.log.say(
             f"Training stage {self.stage.name} of {self.config.config} into {self.folder}: "
             f"{self.training.size} images, {self.settings.batch_size} a step, "
-            f"step {start + 1} to {self.steps}, on {count} {kind} device{'s' * (count > 1)}. "
+            f"step {start + 1} to {self.steps}, on {count} {kind} device{'s' * (count > 1)}{of}. "
             "Compiling the first step takes a while."
         )
         with contextlib.ExitStack() as stack:
@@ -213,8 +229,9 @@ class Loop:
                     batch = self.training.batch(step)
             except Interrupted:  # what is trained is saved; the step was not begun
                 self._settle()
-                self.store.save(step, self.devices.fetch(state), self.config, None)
+                self._save(step, state, None)
                 self.store.wait()
+                hosts.together()
                 raise
             state, metrics = self.stage.train_step(state, batch)
             self.unsettled.append((step + 1, metrics))
@@ -226,7 +243,7 @@ class Loop:
             last = done == self.steps
             evaluate = last or done % self.eval_every == 0
             save = last or done % self.checkpoint_every == 0
-            if evaluate or save or self.signals.received or done % self.log_every == 0:
+            if evaluate or save or done % self.log_every == 0:
                 self._settle()
             chosen = None
             if evaluate:
@@ -238,22 +255,41 @@ class Loop:
                     drawn = done
                     self._draw(state, sums)
             # A signal may have come at any moment up to here.
-            stop = self.signals.received
+            stop = self._stop_signal()
             if save or stop is not None:
                 self._settle()
-                self.store.save(done, self.devices.fetch(state), self.config, chosen)
+                self._save(done, state, chosen)
             if stop is not None and not last:
                 self.store.wait()
+                hosts.together()
                 raise Interrupted(
                     stop,
                     f"Stopped by {signal.Signals(stop).name} after step {done}, which is saved in "
                     f"{self.store.path}; the same command goes on from there.",
                 )
         self.store.wait()
+        hosts.together()
         self.log.say(f"Done: {self.steps} steps. The figures are in {self.folder}/figures.")
+
+    def _stop_signal(self) -> int | None:
+        """The signal after which the run ends with this step. Several processes must end with the
+        same one: at each they vote, and go by the vote of two steps before, which is known by now,
+        so that no device is waited for."""
+        if hosts.count() == 1:
+            return self.signals.received
+        self.votes.append(self.devices.largest(self.signals.received or 0))
+        if len(self.votes) <= 2:
+            return None
+        return int(self.devices.fetch(self.votes.pop(0))) or None
+
+    def _save(self, step: int, state: TrainState, metrics: dict[str, float] | None) -> None:
+        if hosts.first():
+            self.store.save(step, self.devices.fetch(state), self.config, metrics)
 
     def _draw(self, state: TrainState, sums: dict[str, np.ndarray]) -> None:
         """The figures; a disk that cannot take them costs a sentence, not the run."""
+        if not hosts.first():
+            return
         try:
             self.stage.draw(state, self.folder / "figures", sums, self.log.rows)
         except OSError as error:

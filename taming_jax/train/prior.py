@@ -24,6 +24,7 @@ from taming_jax.errors import UserError
 from taming_jax.models.gpt import GPT, apply_train, build_gpt, teacher_forced
 from taming_jax.models.vqgan import build_vqgan, decode_indices
 from taming_jax.sampling import sample
+from taming_jax.train import hosts
 from taming_jax.train.devices import Devices, averaged, summed
 from taming_jax.train.state import (
     CODES,
@@ -115,7 +116,9 @@ class PriorStage:
     def __init__(self, config: Config, devices: Devices, restart: bool = False):
         devices.check_batch(self.name, config.prior.batch_size)
         self.config, self.devices = config, devices
-        self.generator, trained, seen = chosen_generator(config.folder, anew=restart)
+        self.generator, trained, seen = hosts.from_first(
+            lambda: chosen_generator(config.folder, anew=restart)
+        )
         different = differences(config, trained, ("data", "vqgan"))
         if different:
             raise UserError(
@@ -123,7 +126,7 @@ class PriorStage:
                 f"{'; '.join(different)}. Leave these settings out; where stage 1 was trained "
                 "anew, --restart begins a prior on it."
             )
-        self.splits = sources.load(config.data)
+        self.splits = hosts.agreed(lambda: sources.load(config.data))
         self.dataset = sources.identity(self.splits)
         others = sources.unlike(self.dataset, seen)
         if others:

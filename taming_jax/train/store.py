@@ -29,6 +29,19 @@ from taming_jax.errors import RunFailed, UserError
 
 logging.getLogger("absl").setLevel(logging.ERROR)
 
+# Only the first of several processes has to do with checkpoints: Orbax waits for no other.
+ALONE = ocp.options.MultiprocessingOptions(
+    primary_host=0, active_processes={0}, barrier_sync_key_prefix="taming_jax"
+)
+
+
+def arrays_handler() -> ocp.StandardCheckpointHandler:
+    return ocp.StandardCheckpointHandler(multiprocessing_options=ALONE)
+
+
+def json_handler() -> ocp.JsonCheckpointHandler:
+    return ocp.JsonCheckpointHandler(multiprocessing_options=ALONE)
+
 
 def named_arrays(tree: Any) -> dict[tuple[str, ...], Any]:
     """A pytree's leaves by the names on the way to them."""
@@ -91,16 +104,15 @@ class Store:
                     keep_checkpoints_without_metrics=False,
                 ),
             ])  # fmt: skip
+            self.path.mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(
                 self.path,
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=keep, best_fn=metric, best_mode="min",
                     cleanup_tmp_directories=not self._read_only, read_only=self._read_only,
-                    enable_async_checkpointing=True,
+                    enable_async_checkpointing=True, create=False, multiprocessing_options=ALONE,
                 ),
-                item_handlers={
-                    "state": ocp.StandardCheckpointHandler(), "about": ocp.JsonCheckpointHandler()
-                },
+                item_handlers={"state": arrays_handler(), "about": json_handler()},
             )  # fmt: skip
         return self._manager
 
@@ -174,7 +186,8 @@ class Store:
         """What a checkpoint says of itself. ValueError where that is damaged."""
         folder = self.path / str(step)
         try:
-            about = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(folder / "about")
+            reader = ocp.Checkpointer(json_handler(), multiprocessing_options=ALONE)
+            about = reader.restore(folder / "about")
             claimed = about.pop("hash")
             if about["metrics"] is not None:  # Orbax keeps them a second time, for its own policy
                 kept = json.loads((folder / "metrics" / "metrics").read_text(encoding="utf-8"))
@@ -196,7 +209,8 @@ class Store:
         about = self._about(step)
         hashes = about["hashes"]
         try:
-            with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader, quiet():
+            reading = ocp.Checkpointer(arrays_handler(), multiprocessing_options=ALONE)
+            with reading as reader, quiet():
                 metadata = reader.metadata(folder / "state").item_metadata.tree
                 # numpy, wherever the arrays were when they were saved
                 target = jax.tree.map(lambda m: np.empty(m.shape, m.dtype), metadata)

@@ -23,6 +23,7 @@ from taming_jax.data.augment import augmented, centred
 from taming_jax.data.feeds import ResidentFeed, StreamingFeed, take, to_float
 from taming_jax.data.sources import Split
 from taming_jax.models.vqgan import VQGAN, encode, images_at_once
+from taming_jax.train import hosts
 from taming_jax.train.devices import Devices
 from taming_jax.train.state import AUGMENTATION, example_keys
 from taming_jax.train.store import digest, named_arrays
@@ -89,10 +90,9 @@ class Tokenizer:
             self._known = split.images, digest(split.images)
         place = self._folder / key_of(self._params, self._known[1], seen) / name
         starts = range(0, len(split.images), FILE)
-        kept = {start: read(place, start, self._say) for start in starts}
+        kept = hosts.from_first(lambda: {at: read(place, at, self._say) for at in starts})
         missing = [start for start in starts if kept[start] is None]
         if missing:
-            place.mkdir(parents=True, exist_ok=True)
             compiled = self.devices.compile(self._changed if version else self._plain)
             state = {"params": self._params, "version": np.int32(version)}
             state = self.devices.replicate(state)
@@ -105,11 +105,13 @@ class Tokenizer:
                 codes = []
                 for batch in StreamingFeed(part, size, 0, self.devices).once():
                     first = start + batch.step * size
-                    places = self.devices.shard(np.arange(first, first + size, dtype=np.int32))
-                    arrays = batch.arrays | {"place": places}
+                    places = np.arange(first, first + size, dtype=np.int32)[self.devices.own(size)]
+                    arrays = batch.arrays | {"place": self.devices.shard(places)}
                     codes.append(self.devices.gather(compiled(state, arrays)))
-                whole = np.concatenate(codes)[: len(part.images)]
-                kept[start] = write(place, start, whole, self._dtype)
+                whole = np.concatenate(codes)[: len(part.images)].astype(self._dtype)
+                if hosts.first():
+                    write(place, start, whole)
+                kept[start] = whole
         return Split(np.concatenate([kept[start] for start in starts]), split.labels)
 
 
@@ -155,16 +157,16 @@ def hashed(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def write(place: Path, start: int, codes: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Writes the file that begins at image `start`, and answers its codes."""
-    codes, buffer = codes.astype(dtype), io.BytesIO()
+def write(place: Path, start: int, codes: np.ndarray) -> None:
+    """Writes the file that begins at image `start`."""
+    buffer = io.BytesIO()
     np.save(buffer, codes)
+    place.mkdir(parents=True, exist_ok=True)
     partial = place / f".{start:08d}.partial"
     partial.write_bytes(buffer.getvalue())
     for old in place.glob(f"{start:08d}-*.npy"):
         old.unlink()
     partial.replace(place / f"{start:08d}-{hashed(buffer.getvalue())}.npy")
-    return codes
 
 
 def read(place: Path, start: int, say: Callable[[str], None]) -> np.ndarray | None:

@@ -17,6 +17,7 @@ from taming_jax.data.augment import augmented
 from taming_jax.data.feeds import Batch, Feed, feed, take, to_float
 from taming_jax.models.lpips import load_lpips
 from taming_jax.models.vqgan import VQGAN, decode_indices, grid_size, reconstruct
+from taming_jax.train import hosts
 from taming_jax.train.devices import Compiled, Devices
 from taming_jax.train.objective import Networks
 from taming_jax.train.state import (
@@ -43,7 +44,7 @@ class VQGANStage:
         devices.check_batch(self.name, settings.batch_size)
         frozen = devices.replicate(load_lpips() if settings.perceptual_weight else {})
         self.config, self.devices = config, devices
-        self.splits = sources.load(config.data)
+        self.splits = hosts.agreed(lambda: sources.load(config.data))
         self.dataset = sources.identity(self.splits)
         self.steps = settings.total_steps(len(self.splits.train.images))
         self.start = round(settings.discriminator_start * self.steps)

@@ -1,0 +1,139 @@
+"""The command line of both training scripts: a preset or config.json, settings over it, and where
+this process stands among several."""
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from taming_jax.config import Config, differences, load_config, presets, read_config, validated
+from taming_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Processes:
+    """How several processes, each with its own devices, train as one. It is no part of the config:
+    it differs from process to process."""
+
+    distributed: bool = False
+    """Train with other processes: those that Slurm, Open MPI or Kubernetes started with this one,
+    or those that the next settings tell of."""
+    coordinator_address: str | None = None
+    """HOST:PORT of process 0, where all of them meet."""
+    num_processes: int | None = None
+    """How many processes there are."""
+    process_id: int | None = None
+    """Which of them this one is, from 0."""
+    initialization_timeout: int = 300
+    """Seconds to wait for the others."""
+
+
+def checked(given: Processes) -> Processes:
+    """The same, where it can be; UserError where not."""
+    told = (given.coordinator_address, given.num_processes, given.process_id)
+    names = "--coordinator-address, --num-processes and --process-id"
+    if not given.distributed:
+        if any(value is not None for value in told):
+            raise UserError(f"{names} belong to --distributed; add it, or leave them out.")
+        return given
+    if any(value is None for value in told) and any(value is not None for value in told):
+        raise UserError(
+            f"{names} belong together; give all of them, or none where Slurm, Open MPI or "
+            "Kubernetes started the processes."
+        )
+    if given.initialization_timeout < 1:
+        raise UserError("--initialization-timeout must be 1 second or more.")
+    if given.coordinator_address is None:
+        return given
+    host, _, port = given.coordinator_address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise UserError(
+            f"--coordinator-address {given.coordinator_address} is not HOST:PORT; name a machine "
+            "and a free port of it, such as 10.0.0.1:8476."
+        )
+    count, number = given.num_processes or 0, given.process_id or 0
+    if not 0 <= number < count:
+        raise UserError(
+            f"--process-id is {number} of --num-processes {count}; processes are counted from 0 "
+            "to one less than there are."
+        )
+    return given
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The same settings as flags of a script that has few others."""
+    parser.add_argument("--distributed", action="store_true", help="with other processes")
+    for name, kind in (
+        ("coordinator-address", str), ("num-processes", int), ("process-id", int),
+    ):  # fmt: skip
+        parser.add_argument(f"--{name}", type=kind)
+    parser.add_argument("--initialization-timeout", type=int, default=300)
+
+
+def processes(given: Any) -> Processes:
+    """What is said of processes in an object that has such attributes, checked."""
+    names = [field.name for field in dataclasses.fields(Processes)]
+    return checked(Processes(**{name: getattr(given, name) for name in names}))
+
+
+@dataclass(frozen=True)
+class CommandLine(Processes, Config):
+    restart: bool = False
+    """Begin anew in a workdir that holds a run of this stage."""
+
+
+class Command(NamedTuple):
+    """What to train, whether to begin anew, and with which other processes."""
+
+    config: Config
+    restart: bool
+    processes: Processes
+
+
+def parse_arguments(arguments: Sequence[str], stage: str = "vqgan") -> Command:
+    """The command line of both training scripts.
+
+    `--config` is read first and names the defaults; tyro reads the rest, and exits with status 2
+    and its own message where a flag is wrong. Stage "prior" takes the data and stage 1's settings
+    from the run in its workdir; flags that contradict them raise UserError.
+    """
+    import tyro
+
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--config")
+    first.add_argument("--workdir")
+    try:
+        known, rest = first.parse_known_args(list(arguments))
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error}; --config NAME and --workdir DIR need a value.") from error
+    if known.config is None and not {"-h", "--help"} & set(rest):
+        raise UserError(f"say which --config to train; the presets are {', '.join(presets())}.")
+    base = load_config(known.config or "mnist")  # for --help alone, mnist's defaults
+    if known.workdir is not None:
+        base = dataclasses.replace(base, workdir=known.workdir)
+    run = base
+    if stage == "prior" and known.config is not None:
+        if not (base.folder / "config.json").exists():
+            raise UserError(
+                f"{base.folder} holds no stage 1 to learn the codes of; train it first: "
+                f"python train_vqgan.py --config {known.config}."
+            )
+        run = read_config(base.folder / "config.json")
+        base = dataclasses.replace(
+            base, seed=run.seed, dtype=run.dtype, data=run.data, vqgan=run.vqgan
+        )
+    shallow = {f.name: getattr(base, f.name) for f in dataclasses.fields(Config)}
+    line = tyro.cli(CommandLine, default=CommandLine(**shallow), args=rest)
+    config = Config(**{name: getattr(line, name) for name in shallow})
+    different = differences(config, run, ("data", "vqgan")) if stage == "prior" else []
+    if different:
+        raise UserError(
+            f"the run in {base.folder} was trained otherwise: {'; '.join(different)}. Leave these "
+            "settings out, or train a stage 1 with them."
+        )
+    if config.data.path is not None:  # the run may be used from another folder
+        path = str(Path(config.data.path).absolute())
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=path))
+    return Command(validated(config), line.restart, processes(line))

@@ -1,0 +1,267 @@
+"""Several processes as one run, by jax.distributed: how they begin, agree on things, and end.
+
+Where JAX finds another process gone it ends its own from C++, with a stack trace. `watched`
+therefore runs a command in a process of its own, and its parent says in a sentence what happened.
+Everything else here does nothing where there is one process only.
+"""
+
+import dataclasses
+import importlib.metadata
+import multiprocessing
+import os
+import pickle
+import platform
+import signal
+import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any, TypeVar
+
+import numpy as np
+
+from taming_jax.command_line import Processes
+from taming_jax.config import Config, differences
+from taming_jax.data.images import end_with_parent
+from taming_jax.data.sources import unlike
+from taming_jax.errors import Interrupted, RunFailed, UserError, report
+
+HEARTBEAT = 60  # seconds of silence after which a process counts as gone
+CHUNK = 2**26  # bytes sent at once
+
+# What a process that works tells its parent, before it has a status to tell.
+BEGINNING, JOINED = -2, -1
+
+T = TypeVar("T")
+
+
+def watched(work: Callable[[], object], given: Processes) -> None:
+    """Runs `work`, which pickles, here; or with other processes, in a child that joins them. Then
+    the end of that is this process's: its status, or a sentence where it was ended by a signal, as
+    JAX does where another process is lost or the coordinator does not answer."""
+    if not given.distributed:
+        work()
+        return
+    context = multiprocessing.get_context("spawn")
+    phase = context.Value("i", BEGINNING)
+    with tempfile.NamedTemporaryFile(prefix="taming_jax-", suffix=".log", delete=False) as said:
+        child = context.Process(target=_work, args=(work, given, phase, said.name))
+
+    def pass_on(signum: int, frame: FrameType | None) -> None:
+        received.append(signum)
+        if child.pid is not None:
+            os.kill(child.pid, signum)
+
+    received: list[int] = []
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, pass_on)
+    child.start()
+    child.join()
+    code = child.exitcode or 0
+    if code < 0 and phase.value >= 0:  # it had ended in good order, and JAX had not
+        code = phase.value
+    if code >= 0:
+        Path(said.name).unlink()
+        sys.exit(code)
+    if -code in received:
+        Path(said.name).unlink()
+        raise Interrupted(-code, "Stopped before anything was begun.")
+    if -code == signal.SIGABRT and phase.value == BEGINNING:
+        raise UserError(
+            f"the {given.num_processes or ''} processes did not find each other within "
+            f"{given.initialization_timeout} seconds (--initialization-timeout): the coordinator, "
+            f"process 0 at {given.coordinator_address or 'the address that the launcher gave'}, "
+            "did not answer, or some did not come. Start all of them, with the same address, which "
+            f"each must be able to reach; JAX's own words are in {said.name}."
+        )
+    if -code == signal.SIGABRT:
+        raise RunFailed(f"{LOST}; JAX's own words are in {said.name}.")
+    raise RunFailed(
+        f"the process that computes was ended by {signal.Signals(-code).name}, for want of memory "
+        "perhaps; the same command, for every process, goes on from the last checkpoint."
+    )
+
+
+LOST = (
+    "another process of this run, or its coordinator, was lost; the same command, for every "
+    "process, goes on from the last checkpoint"
+)
+
+
+def _work(work: Callable[[], object], given: Processes, phase: Any, noise: str) -> None:
+    """What the child does. What C++ writes goes to the file `noise`, what Python says to where it
+    was said before."""
+    os.setsid()  # so that a terminal's Ctrl-C comes once, by way of the parent
+    with open(noise, "ab") as file:
+        for name in ("stdout", "stderr"):
+            stream = getattr(sys, name)
+            number = stream.fileno()
+            kept = open(os.dup(number), "w", buffering=1, errors="replace")  # noqa: SIM115
+            setattr(sys, name, kept)
+            os.dup2(file.fileno(), number)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    lost = []
+
+    def joined() -> None:
+        import jax
+
+        join(given)
+        phase.value = JOINED
+        if jax.process_index():  # one of them speaks
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        try:
+            work()
+        except jax.errors.JaxRuntimeError as error:
+            os.write(2, traceback.format_exc().encode())
+            lost.append(error)
+            raise RunFailed(f"{LOST}; JAX's own words are in {noise}.") from error
+
+    status = report(joined)
+    phase.value = status
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if not lost and phase.value != BEGINNING:
+        import jax
+
+        jax.distributed.shutdown()  # which waits for the others, who have things to say
+    os._exit(status)
+
+
+def join(given: Processes) -> None:
+    """Starts jax.distributed. UserError where it does not know who the others are."""
+    import jax
+
+    # It would take SIGTERM for itself; this program saves at one.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(
+            given.coordinator_address, given.num_processes, given.process_id,
+            initialization_timeout=given.initialization_timeout,
+            heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=HEARTBEAT,
+        )  # fmt: skip
+    except ValueError as error:
+        raise UserError(
+            "--distributed finds no launcher (Slurm, Open MPI, Kubernetes) that tells of other "
+            "processes; give --coordinator-address HOST:PORT, --num-processes and --process-id."
+        ) from error
+
+
+def count() -> int:
+    """How many processes there are."""
+    import jax
+
+    return jax.process_count()
+
+
+def first() -> bool:
+    """Whether this process is the one that writes."""
+    import jax
+
+    return jax.process_index() == 0
+
+
+def exchanged(value: Any) -> list[Any]:
+    """What every process gives, by process. All of them must call this."""
+    if count() == 1:
+        return [value]
+    from jax.experimental.multihost_utils import process_allgather
+
+    content = np.frombuffer(pickle.dumps(value), np.uint8)
+    lengths = process_allgather(np.array([len(content)], np.int32)).reshape(-1)
+    filled = np.pad(content, (0, lengths.max() - len(content)))
+    rows = process_allgather(filled).reshape(len(lengths), -1)
+    return [pickle.loads(row[:length]) for row, length in zip(rows, lengths, strict=True)]
+
+
+def agreed(function: Callable[[], T]) -> T:
+    """What a function answers; where it fails in one process, all fail. It must not itself need
+    the other processes."""
+    error: BaseException | None = None
+    try:
+        value = function()
+    except (UserError, RunFailed, Interrupted) as raised:
+        error = raised
+    errors = exchanged(error)
+    if error is not None:
+        raise error
+    for process, other in enumerate(errors):
+        if isinstance(other, Interrupted):
+            raise other
+        if other is not None:
+            raise type(other)(f"process {process}: {other}")
+    return value
+
+
+def from_first(function: Callable[[], T]) -> T:
+    """What a function answers in process 0, which alone runs it, in every process; or what it
+    raises there."""
+    if count() == 1:
+        return function()
+    value = agreed(lambda: function() if first() else None)
+    content = pickle.dumps(value) if first() else b""
+    length = exchanged(len(content))[0]
+    parts = [broadcast(content[at : at + CHUNK], length - at) for at in range(0, length, CHUNK)]
+    return pickle.loads(b"".join(parts))
+
+
+def broadcast(content: bytes, left: int) -> bytes:
+    """Process 0's bytes, of which `left` are left to be sent, in every process."""
+    from jax.experimental.multihost_utils import broadcast_one_to_all
+
+    given = np.zeros(min(left, CHUNK), np.uint8)
+    if first():
+        given = np.frombuffer(content, np.uint8)
+    return np.asarray(broadcast_one_to_all(given)).tobytes()
+
+
+def together() -> None:
+    """Waits until every process is here."""
+    exchanged(None)
+
+
+# Where a run's files lie may differ from machine to machine.
+PLACES = {"--workdir", "--data.path", "--data.cache", "--data.workers"}
+PACKAGES = ("taming_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+def check_alike(config: Config) -> None:
+    """UserError where another process has other settings or other packages than process 0."""
+    if count() == 1:
+        return
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    versions["Python"] = platform.python_version()
+    sections = [field.name for field in dataclasses.fields(Config)]
+    every = exchanged((config, versions))
+    config0, versions0 = every[0]
+    for process, (other, packages) in enumerate(every):
+        found = [
+            phrase
+            for phrase in differences(other, config0, sections, also_free=True)
+            if phrase.split(" ")[0] not in PLACES
+        ]
+        found += [
+            f"{name} is {packages[name]}, not {versions0[name]}"
+            for name in versions0
+            if packages[name] != versions0[name]
+        ]
+        if found:
+            raise UserError(
+                f"process {process} differs from process 0: {'; '.join(found)}. Start all "
+                "processes with the same settings and the same packages."
+            )
+
+
+def check_same_data(dataset: dict[str, Any] | None) -> None:
+    """UserError where another process reads other data than process 0, by their identities
+    (data/sources.py)."""
+    every = exchanged(dataset)
+    for process, other in enumerate(every):
+        found = unlike(other, every[0])
+        if found:
+            raise UserError(
+                f"process {process} reads other data than process 0: {'; '.join(found)}. Give all "
+                "the same, by --data.path."
+            )

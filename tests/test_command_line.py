@@ -1,0 +1,62 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from taming_jax.command_line import Processes, parse_arguments
+from taming_jax.config import load_config, write_config
+from taming_jax.errors import UserError
+
+
+def test_a_written_config_can_be_named(tmp_path):
+    config = load_config("birds")
+    write_config(config, tmp_path / "config.json")
+    given = parse_arguments(["--config", str(tmp_path / "config.json")])
+    assert given == (config, False, Processes())
+
+
+def test_the_command_line_overrides_the_preset():
+    arguments = "--config mnist --seed 7 --restart --workdir w --dtype bfloat16 --vqgan.steps 3"
+    arguments += " --vqgan.batch-size 8 --vqgan.multipliers 1 2 --prior.eval-every 5"
+    arguments += " --vqgan.discriminator-start 0.5 --data.path p --data.image-size 32"
+    given = parse_arguments(arguments.split())
+    assert given.restart and given.processes == Processes()
+    base = load_config("mnist")
+    expected = dataclasses.replace(
+        base, seed=7, workdir="w", dtype="bfloat16",
+        data=dataclasses.replace(base.data, path=str(Path("p").absolute()), image_size=32),
+        vqgan=dataclasses.replace(
+            base.vqgan, steps=3, batch_size=8, multipliers=(1, 2), discriminator_start=0.5
+        ),
+        prior=dataclasses.replace(base.prior, eval_every=5),
+    )  # fmt: skip
+    assert given.config == expected
+
+
+def test_processes_are_no_part_of_the_config():
+    told = "--distributed --coordinator-address node1:8476 --num-processes 2 --process-id 1"
+    given = parse_arguments(["--config", "mnist", *told.split()])
+    assert given.config == load_config("mnist")
+    assert given.processes == Processes(True, "node1:8476", 2, 1)
+    assert parse_arguments(["--config", "mnist", "--distributed"]).processes == Processes(True)
+
+
+@pytest.mark.parametrize(
+    ("told", "says"),
+    [
+        ("--process-id 1", "belong to --distributed"),
+        ("--distributed --num-processes 2", "belong together"),
+        (
+            "--distributed --coordinator-address node1 --num-processes 2 --process-id 0",
+            "node1 is not HOST:PORT",
+        ),
+        (
+            "--distributed --coordinator-address node1:8476 --num-processes 2 --process-id 2",
+            "--process-id is 2 of --num-processes 2",
+        ),
+        ("--distributed --initialization-timeout 0", "--initialization-timeout must be 1"),
+    ],
+)
+def test_processes_that_cannot_be_are_refused(told, says):
+    with pytest.raises(UserError, match=says):
+        parse_arguments(["--config", "mnist", *told.split()])
