@@ -93,11 +93,11 @@ def test_a_streaming_feed_begins_at_any_step(mapped):
 
 @pytest.mark.parametrize("kind", [feeds.ResidentFeed, feeds.StreamingFeed])
 def test_processes_read_a_part_each_of_the_same_batch(mapped, kind, monkeypatch):
+    devices, parts = Devices(1), []
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    parts = []
     for process in range(2):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
-        feed = kind(mapped, 8, 5, Devices(1))
+        feed = kind(mapped, 8, 5, devices)
         parts.append([feed.batch(9), *feed.once()])
         feed.close()
     monkeypatch.undo()

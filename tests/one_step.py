@@ -1,0 +1,84 @@
+"""One step of a run from its newest checkpoint, on any devices of any processes, written down.
+
+python tests/one_step.py WORKDIR STAGE OUT --devices N [the flags of several processes]
+
+OUT gets, by process 0, a pickle of numpy trees: `metrics`, `gradients` (as Adam's moments tell
+them), `extra` (statistics and averages afterwards), `seen` (the images, or codes, that were read)
+and `step`.
+"""
+
+import argparse
+import functools
+import pickle
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+
+from taming_jax.command_line import add_flags, processes
+from taming_jax.config import load_config
+from taming_jax.data.feeds import take
+from taming_jax.errors import report
+from taming_jax.train import hosts
+from taming_jax.train.devices import Devices
+from taming_jax.train.prior import PriorStage
+from taming_jax.train.state import copied
+from taming_jax.train.store import Store
+from taming_jax.train.vqgan import VQGANStage
+
+STAGES = {"vqgan": VQGANStage, "prior": PriorStage}
+
+
+def moments(state):
+    """Adam's first moments of the networks that learn, which differ by the gradient, in a way that
+    is the same for all: m' = b m + (1 - b) g."""
+    return {
+        name: optax.tree_utils.tree_get(net.opt_state, "mu")
+        for name, net in state.nets.items()
+        if net.opt_state != ()
+    }
+
+
+def work(given):
+    config = load_config(str(Path(given.workdir) / "config.json"), {"workdir": given.workdir})
+    devices = Devices(given.devices)
+    stage = STAGES[given.stage](config, devices)
+    store = Store(Path(given.workdir), stage.name, stage.monitor, True, stage.dataset)
+    template = stage.init(jax.random.key(config.seed))
+    restored = hosts.from_first(lambda: store.restore(template, config, (), print))
+    before = jax.tree.map(np.array, moments(restored))
+    step, feed = int(restored.step), stage.feeds()[0]
+    batch = feed.batch(step)
+    state = copied(devices.replicate(restored))
+    seen = devices.gather(devices.compile(lambda _, arrays: take(arrays)[0])(state, batch.arrays))
+    state, metrics = stage.train_step(state, batch)
+    after, metrics = devices.fetch(state), devices.fetch(metrics)
+    feed.close()
+    beta = getattr(config, given.stage).betas[0]
+    found = {
+        "step": step,
+        "metrics": metrics,
+        "gradients": jax.tree.map(
+            lambda m, new: (new - beta * m) / (1 - beta), before, moments(after)
+        ),
+        "extra": {name: net.extra for name, net in after.nets.items()},
+        "seen": seen,
+    }
+    if hosts.first():
+        Path(given.out).write_bytes(pickle.dumps(jax.tree.map(np.asarray, found)))
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    for name in ("workdir", "stage", "out"):
+        parser.add_argument(name)
+    parser.add_argument("--devices", type=int)
+    add_flags(parser)
+    given = parser.parse_args()
+    hosts.watched(functools.partial(work, given), processes(given))
+
+
+if __name__ == "__main__":
+    sys.exit(report(main))
