@@ -9,12 +9,14 @@ says, unless told otherwise.
 """
 
 import argparse
+import functools
 import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 
+from taming_jax.command_line import add_flags, processes
 from taming_jax.errors import RunFailed, UserError, report
 
 ROWS = 10  # of a grid, unless its classes are named
@@ -48,6 +50,7 @@ def parse() -> argparse.Namespace:
         help="images in flight, which bounds memory; the images do not depend on it",
     )
     parser.add_argument("--out", required=True)
+    add_flags(parser)
     return parser.parse_args()
 
 
@@ -76,6 +79,14 @@ def write_folder(out: Path, images: np.ndarray, labels: np.ndarray, per_class: i
 
 def main() -> None:
     given = parse()
+    from taming_jax.train.hosts import watched
+
+    watched(functools.partial(work, given), processes(given))
+
+
+def work(given: argparse.Namespace) -> None:
+    from taming_jax.train import hosts
+
     out = Path(given.out)
     kind = "" if out.is_dir() else out.suffix
     if kind not in ("", ".npz", ".png"):
@@ -88,7 +99,7 @@ def main() -> None:
         raise UserError(f"--per-class is {given.per_class}; it must be 1 or more.")
     if given.batch_size is not None and given.batch_size < 1:
         raise UserError(f"--batch-size is {given.batch_size}; it must be 1 or more.")
-    check_writable(out, kind)
+    hosts.from_first(lambda: check_writable(out, kind))
     from taming_jax.data.sources import spread
     from taming_jax.figures import labelled_grid, save, to_uint8
     from taming_jax.run import load_run
@@ -106,6 +117,8 @@ def main() -> None:
             devices=given.devices, batch_size=given.batch_size, progress=True,
         )
     )  # fmt: skip
+    if not hosts.first():
+        return
     try:
         if kind == ".npz":
             np.savez_compressed(out, images=images, labels=labels)

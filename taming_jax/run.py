@@ -22,6 +22,7 @@ from taming_jax.losses import next_token
 from taming_jax.models.gpt import build_gpt, teacher_forced
 from taming_jax.models.vqgan import build_vqgan, decode_indices, encode, images_at_once
 from taming_jax.sampling import sample
+from taming_jax.train import hosts
 from taming_jax.train.devices import Compiled, Devices
 from taming_jax.train.store import Store
 from taming_jax.train.tokens import Tokenizer
@@ -39,19 +40,22 @@ def load_run(workdir: str | Path) -> "Run":
     Raises UserError where the folder holds no run, or none of its checkpoints can be read.
     """
     folder = Path(workdir)
+    return Run(folder, *hosts.from_first(lambda: _read(folder)))
+
+
+def _read(folder: Path) -> tuple[Config, int, dict[str, Any] | None, Any, Any]:
+    """What a run is made of, from its folder."""
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; name a run's, such as runs/mnist_tiny.")
     prior = Store(folder, "prior", "nll", read_only=True)
     if prior.steps():
         (arrays, config, dataset), step = prior.chosen()
         nets = traverse_util.unflatten_dict(arrays)["nets"]
-        return Run(
-            folder, config, step, dataset, nets["generator"]["params"],
-            nets["transformer"]["params"],
-        )  # fmt: skip
+        transformer = nets["transformer"]["params"]
+        return config, step, dataset, nets["generator"]["params"], transformer
     (arrays, config, dataset), step = Store(folder, "vqgan", "nll", read_only=True).chosen()
     net = traverse_util.unflatten_dict(arrays)["nets"]["generator"]
-    return Run(folder, config, step, dataset, net.get("ema", net["params"]))
+    return config, step, dataset, net.get("ema", net["params"]), None
 
 
 class Run:
@@ -190,7 +194,7 @@ class Run:
         for start in tqdm(
             range(0, len(labels), size), desc="sampling", disable=None if progress else True
         ):
-            filled = np.minimum(np.arange(start, start + size), len(labels) - 1)
+            filled = np.minimum(np.arange(start, start + size), len(labels) - 1)[used.own(size)]
             shards = used.shard({"labels": labels[filled], "numbers": numbers[filled]})
             flying.append(draw(params, shards | common))
             if len(flying) == most:

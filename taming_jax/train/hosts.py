@@ -46,7 +46,7 @@ def watched(work: Callable[[], object], given: Processes) -> None:
         work()
         return
     context = multiprocessing.get_context("spawn")
-    phase = context.Value("i", BEGINNING)
+    phase = context.RawValue("i", BEGINNING)
     with tempfile.NamedTemporaryFile(prefix="taming_jax-", suffix=".log", delete=False) as said:
         child = context.Process(target=_work, args=(work, given, phase, said.name))
 

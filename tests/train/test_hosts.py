@@ -1,11 +1,15 @@
 """Runs of several processes on this machine, against runs of one."""
 
+import json
 import pickle
+import signal
 import socket
+import time
 
 import numpy as np
 import pytest
 
+from taming_jax.train.store import Store
 from tests import commands, golden
 from tests.conftest import TINY
 
@@ -81,3 +85,86 @@ def test_many_devices_and_processes_take_the_step_that_one_would(trained, tmp_pa
     for count in (8, "2x2"):
         found = one_step(trained, stage, tmp_path / str(count), count)
         assert_same_step(found, expected, str(count))
+
+
+def until(checkpoint, started):
+    """Waits for a checkpoint of processes that train."""
+    while not checkpoint.exists():
+        for process in started:
+            assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+
+
+LONG = [
+    "train_vqgan.py", *TINY, 2000, "--vqgan.checkpoint-every", 50, "--vqgan.log-every", 1,
+    "--vqgan.eval-every", 2000, "--workdir",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_lost_process_ends_the_other_with_a_sentence_and_both_resume(tmp_path, lost):
+    started = start_two(*LONG, tmp_path, devices=1)
+    until(tmp_path / "checkpoints" / "vqgan" / "50", started)
+    began = time.monotonic()
+    started[lost].kill()
+    _, err = started[1 - lost].communicate(timeout=120)
+    assert time.monotonic() - began < 120
+    assert started[1 - lost].returncode == 1
+    assert err.count("\n") == 1 and err.startswith("failed: another process of this run"), err
+    started[lost].communicate(timeout=60)
+    saved = Store(tmp_path, "vqgan", "nll", read_only=True).steps()[-1]
+    assert saved < 2000
+    for status, _, err in run_two(*LONG, tmp_path, "--vqgan.steps", saved + 3, devices=1):
+        assert status == 0, err
+    rows = (tmp_path / "metrics" / "vqgan.jsonl").read_text().splitlines()
+    trained = [row["step"] for row in map(json.loads, rows) if row["split"] == "train"]
+    assert trained == list(range(1, saved + 4))
+
+
+def test_a_signal_to_one_process_stops_and_saves_all_at_one_step(tmp_path):
+    started = start_two(*LONG, tmp_path, devices=1)
+    until(tmp_path / "checkpoints" / "vqgan" / "50", started)
+    started[1].send_signal(signal.SIGTERM)
+    ended = [process.communicate(timeout=60) for process in started]
+    saved = Store(tmp_path, "vqgan", "nll", read_only=True).steps()[-1]
+    for process, (_, err) in zip(started, ended, strict=True):
+        assert process.returncode == 143, err
+        assert f"Stopped by SIGTERM after step {saved}, which is saved" in err
+
+
+def test_processes_with_other_settings_are_refused(tmp_path):
+    told = (
+        "train_vqgan.py", *TINY, 3, "--workdir", tmp_path / "run", "--distributed",
+        "--coordinator-address", f"127.0.0.1:{free_port()}", "--num-processes", 2,
+    )  # fmt: skip
+    started = [
+        commands.start(*told, "--process-id", process, "--seed", 7 + process)
+        for process in range(2)
+    ]
+    for process in started:
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 2 and err.count("\n") == 1, err
+        assert "process 1 differs from process 0: --seed is 8, not 7" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_coordinator_that_does_not_answer_is_named(tmp_path):
+    address = f"127.0.0.1:{free_port()}"
+    status, _, err = commands.run(
+        "train_vqgan.py", *TINY, 3, "--workdir", tmp_path / "run", "--distributed",
+        "--coordinator-address", address, "--num-processes", 2, "--process-id", 1,
+        "--initialization-timeout", 2,
+    )  # fmt: skip
+    assert status == 2 and err.count("\n") == 1, err
+    assert "within 2 seconds" in err and address in err
+
+
+def test_two_processes_draw_what_one_would(both, tmp_path):
+    told = ("scripts/sample.py", "--workdir", both, "--per-class", 20, "--out")
+    status, _, err = commands.run(*told, tmp_path / "one.npz")
+    assert status == 0, err
+    for status, _, err in run_two(*told, tmp_path / "two.npz", devices=1):
+        assert status == 0, err
+    one, two = (np.load(tmp_path / f"{name}.npz") for name in ("one", "two"))
+    np.testing.assert_array_equal(two["images"], one["images"])
+    assert len(one["images"]) == 80
