@@ -1,9 +1,9 @@
 """From encoded pictures to uint8 arrays, once: decoding, resizing, and the cache on disk.
 
 A decoded split lies in the cache as one folder: `images.u8` (raw bytes, memory-mapped) and
-`about.json` (which pictures it holds, and which could not be read), under a key of the pictures'
-content and of how they were resized. It appears whole or not at all: it is written beside its place
-and renamed.
+`about.json` (which pictures it holds, which could not be read, checksums), under a key of the
+pictures' content and of how they were resized. It appears whole or not at all: it is written beside
+its place and renamed.
 No JAX here: this is imported by worker processes.
 """
 
@@ -23,6 +23,7 @@ import signal
 import tempfile
 import threading
 import warnings
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,8 +36,9 @@ from tqdm import tqdm
 from taming_jax.config import DataConfig
 from taming_jax.errors import UserError
 
-VERSION = 2  # of the cache's format; another version is another key
+VERSION = 3  # of the cache's format; another version is another key
 CHUNK = 64  # pictures a worker takes at once
+SUMMED = 2**26  # bytes a checksum
 UNGUARDED = (
     "the processes that decode pictures could not begin; a script of your own must load data and "
     "train under `if __name__ == '__main__':`, or decode in one process, by --data.workers 1."
@@ -218,9 +220,20 @@ def opened(place: Path, pictures: Pictures, shape: tuple[int, ...]) -> Decoded |
         images = np.zeros((0, *shape[1:]), np.uint8)
         if len(kept):  # an empty file cannot be mapped
             images = np.memmap(place / "images.u8", np.uint8, "r", shape=(len(kept), *shape[1:]))
+        if checksums(images) != about["checksums"]:
+            return None
         return Decoded(images, pictures.labels[kept], bad, says)
     except (FileNotFoundError, ValueError, KeyError):
         return None
+
+
+def checksums(images: np.ndarray) -> list[int]:
+    """Of images as they lie in memory or in a file, a number a part. At each start they are read
+    through once: a harmed disk would else train another model without a word."""
+    content = images.reshape(-1)
+    parts = [content[at : at + SUMMED].data for at in range(0, len(content), SUMMED)]
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:  # which zlib lets run at once
+        return list(threads.map(zlib.crc32, parts))
 
 
 @contextlib.contextmanager
@@ -260,11 +273,15 @@ def fill(
                 images[to] = images[source]
             images.flush()
             os.truncate(file, len(kept) * int(np.prod(shape[1:])))
+        written = np.memmap(file, np.uint8, "r") if kept else np.zeros(0, np.uint8)
         says = listed(pictures, bad, place.with_name(f"{place.name}-skipped.txt"))
-        about = {"version": VERSION, "kept": kept, "bad": len(bad), "says": says}
+        about = {
+            "version": VERSION, "kept": kept, "bad": len(bad), "says": says,
+            "checksums": checksums(written),
+        }  # fmt: skip
         (work / "about.json").write_text(json.dumps(about), encoding="utf-8")
-        for written in (file, work / "about.json"):  # on the disk before it has its name
-            with written.open("r+b") as raw:
+        for part in (file, work / "about.json"):  # on the disk before it has its name
+            with part.open("r+b") as raw:
                 os.fsync(raw.fileno())
         work.rename(place)
     finally:

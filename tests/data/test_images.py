@@ -177,12 +177,16 @@ def test_a_split_of_which_nothing_can_be_read(tmp_path):
             sources.load(config_of(tmp_path))
 
 
-@pytest.mark.parametrize("harm", ["images.u8", "about.json"])
-def test_a_damaged_entry_is_decoded_again(tmp_path, harm):
+@pytest.mark.parametrize(
+    ("name", "harm"), [("images.u8", "cut"), ("about.json", "cut"), ("images.u8", "flip")]
+)
+def test_a_damaged_entry_is_decoded_again(tmp_path, name, harm):
     pictures.write_folder(tmp_path / "data")
     expected = sources.load(config_of(tmp_path)).train.images.copy()
-    for file in (tmp_path / "cache").glob(f"*/{harm}"):
-        file.write_bytes(file.read_bytes()[:-50])
+    for file in (tmp_path / "cache").glob(f"*/{name}"):
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content if harm == "flip" else content[:-50])
     np.testing.assert_array_equal(sources.load(config_of(tmp_path)).train.images, expected)
 
 
