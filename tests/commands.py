@@ -1,6 +1,7 @@
 """Running the project's commands as a user does."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -26,3 +27,10 @@ def run(*arguments: object, devices: int = 1, cwd: Path | None = None) -> tuple[
     process = start(*arguments, devices=devices, cwd=cwd)
     out, err = process.communicate(timeout=300)
     return process.returncode, out, err
+
+
+def free_port() -> int:
+    """A port of this machine on which nothing listens."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]

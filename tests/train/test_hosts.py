@@ -3,7 +3,6 @@
 import json
 import pickle
 import signal
-import socket
 import time
 
 import numpy as np
@@ -25,17 +24,10 @@ STAGE2 = [
 ]  # fmt: skip
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 def start_two(*arguments, devices=2):
     """A command in two processes of so many devices each, begun."""
-    told = (
-        "--distributed", "--coordinator-address", f"127.0.0.1:{free_port()}", "--num-processes", 2
-    )  # fmt: skip
+    address = f"127.0.0.1:{commands.free_port()}"
+    told = ("--distributed", "--coordinator-address", address, "--num-processes", 2)
     return [
         commands.start(*arguments, *told, "--process-id", process, devices=devices)
         for process in range(2)
@@ -135,7 +127,7 @@ def test_a_signal_to_one_process_stops_and_saves_all_at_one_step(tmp_path):
 def test_processes_with_other_settings_are_refused(tmp_path):
     told = (
         "train_vqgan.py", *TINY, 3, "--workdir", tmp_path / "run", "--distributed",
-        "--coordinator-address", f"127.0.0.1:{free_port()}", "--num-processes", 2,
+        "--coordinator-address", f"127.0.0.1:{commands.free_port()}", "--num-processes", 2,
     )  # fmt: skip
     started = [
         commands.start(*told, "--process-id", process, "--seed", 7 + process)
@@ -149,7 +141,7 @@ def test_processes_with_other_settings_are_refused(tmp_path):
 
 
 def test_a_coordinator_that_does_not_answer_is_named(tmp_path):
-    address = f"127.0.0.1:{free_port()}"
+    address = f"127.0.0.1:{commands.free_port()}"
     status, _, err = commands.run(
         "train_vqgan.py", *TINY, 3, "--workdir", tmp_path / "run", "--distributed",
         "--coordinator-address", address, "--num-processes", 2, "--process-id", 1,
