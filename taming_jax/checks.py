@@ -28,7 +28,7 @@ NOT_NEGATIVE = {
         "adaptive_weight_max", "lecam_weight", "commitment",
     ),
     "prior": ("weight_decay",),
-    "both": ("warmup_steps",),
+    "both": ("warmup_steps", "skipped_in_a_row"),
 }  # fmt: skip
 POSITIVE = {
     "vqgan": ("epsilon", "discriminator_learning_rate"),

@@ -92,6 +92,9 @@ class StageConfig:
     """Where the cosine decay of the learning rate ends, as a share of it; 1 keeps it constant."""
     clip: float | None = None
     """The largest global norm of a network's gradients; larger ones are scaled down to it."""
+    skipped_in_a_row: int = free(10)
+    """Steps in a row that may be skipped because something in them is not finite; one more ends the
+    run."""
 
     def total_steps(self, examples: int) -> int:
         """How many steps the run has, on that many training images."""

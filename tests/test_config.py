@@ -87,6 +87,7 @@ def test_differences_name_what_is_trained_and_skip_what_may_change():
         ({"prior.positions": "rotary", "prior.heads": 128}, "take a multiple of 512"),
         ({"vqgan.epsilon": 0.0}, "--vqgan.epsilon is 0.0"),
         ({"vqgan.warmup_steps": -1}, "--vqgan.warmup-steps is -1"),
+        ({"prior.skipped_in_a_row": -1}, "--prior.skipped-in-a-row is -1"),
         ({"prior.augmented_versions": 0}, "--prior.augmented-versions is 0"),
         ({"prior.temperature": -0.5}, "temperature is -0.5"),
         ({"prior.top_k": 65}, "top-k is 65; there are 1 to 64"),

@@ -193,6 +193,7 @@ class Loop:
         self.best = hosts.from_first(lambda: store.best()[1])
         self.unsettled: list[tuple[int, dict[str, Any]]] = []
         self.votes: list[jax.Array] = []
+        self.skipped = self.skipped_in_a_row = 0
 
     def run(self, state: TrainState) -> Path:
         start = int(self.devices.fetch(state.step))
@@ -269,7 +270,8 @@ class Loop:
                 )
         self.store.wait()
         hosts.together()
-        self.log.say(f"Done: {self.steps} steps. The figures are in {self.folder}/figures.")
+        but = f", {self.skipped} of them skipped" if self.skipped else ""
+        self.log.say(f"Done: {self.steps} steps{but}. The figures are in {self.folder}/figures.")
 
     def _stop_signal(self) -> int | None:
         """The signal after which the run ends with this step. Several processes must end with the
@@ -296,31 +298,47 @@ class Loop:
             self.log.say(f"The figures could not be drawn: {error}.")
 
     def _settle(self) -> None:
-        """Reads the metrics of the steps since the last line of the log, stops the run at the
-        first that is not finite, and logs their means."""
+        """Reads the metrics of the steps since the last line of the log, says which of them were
+        skipped, stops the run where too many were in a row, and logs the means of the others."""
         window = [(step, self.devices.fetch(metrics)) for step, metrics in self.unsettled]
         self.unsettled = []
+        if not window:
+            return
+        whole: list[dict[str, Any]] = []
+        broken: list[tuple[int, str]] = []
         for step, metrics in window:
-            broken = [term for term, value in metrics.items() if not np.isfinite(value)]
-            if broken:
-                self._stop(step, sorted(broken, key=derived))
-        if window:
-            # The discriminator's terms are absent before it starts.
-            last, newest = window[-1]
-            means = {
-                term: float(np.mean([m[term] for _, m in window if term in m], dtype=np.float64))
-                for term in newest
-            }
-            self.log.row(last, self._epoch(last), "train", means)
+            terms = [term for term, value in metrics.items() if not np.isfinite(value)]
+            # A stage that counts them itself is believed.
+            self.skipped = int(metrics.get("skipped", self.skipped + bool(terms)))
+            self.skipped_in_a_row = self.skipped_in_a_row + 1 if terms else 0
+            if not terms:
+                whole.append(metrics)
+                continue
+            broken.append((step, ", ".join(sorted(terms, key=derived))))
+            if self.skipped_in_a_row > self.settings.skipped_in_a_row:
+                self._stop(*broken[-1])
+        if broken:
+            (first, terms_of_first), more = broken[0], len(broken) - 1
+            also = f", and {more} more up to step {broken[-1][0]}" if more else ""
+            self.log.say(f"Step {first} was skipped{also}: not finite in {terms_of_first}.")
+        # The discriminator's terms are absent before it starts.
+        means: dict[str, float] = {
+            term: float(np.mean([m[term] for m in whole if term in m], dtype=np.float64))
+            for term in (whole[-1] if whole else ())
+        }
+        last = window[-1][0]
+        self.log.row(last, self._epoch(last), "train", means | {"skipped": self.skipped})
 
-    def _stop(self, step: int, terms: list[str]) -> None:
+    def _stop(self, step: int, terms: str) -> None:
         self.store.wait()
         saved = self.store.steps()
         where = "no checkpoint had been written"
         if saved:
             where = f"the last good checkpoint is {self.store.path / str(saved[-1])}"
+        allowed = self.settings.skipped_in_a_row
+        after = f", after {allowed} steps skipped in a row" if allowed else ""
         raise RunFailed(
-            f"not finite at step {step}: {', '.join(terms)}; {where}. Lower the learning rate or "
+            f"not finite at step {step}{after}: {terms}; {where}. Lower the learning rate or "
             f"bound the gradients by --{self.stage.name}.clip."
         )
 

@@ -36,6 +36,7 @@ from taming_jax.train.state import (
     copied,
     example_keys,
     schedule,
+    stepped,
 )
 from taming_jax.train.store import chosen_generator
 from taming_jax.train.tokens import TokenFeed, Tokenizer
@@ -66,7 +67,9 @@ def fresh_transformer(config: Config, model: GPT, key: jax.Array) -> TrainState:
     tokens = jnp.zeros((1, model.length), jnp.int32)
     params = jax.jit(model.init)(key, tokens)["params"]
     net = Net(params, jax.jit(adamw(config).init)(params))
-    return TrainState(jnp.zeros((), jnp.int32), {"transformer": net})
+    # In buffers of their own, since the state is donated.
+    step, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
+    return TrainState(step, {"transformer": net}, skipped)
 
 
 def training_step(
@@ -101,7 +104,7 @@ def training_step(
     metrics = {"nll": nll, "transformer_gradient": optax.tree.norm(gradient)}
     rate = learning_rate(config, steps)(state.step)
     nets = state.nets | {"transformer": net.updated(adamw(config), gradient, rate)}
-    return TrainState(state.step + 1, nets), metrics
+    return stepped(state, nets, metrics)
 
 
 class PriorStage:

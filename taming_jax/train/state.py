@@ -48,10 +48,25 @@ class Net(struct.PyTreeNode):
 
 
 class TrainState(struct.PyTreeNode):
-    """`step` int32 [] counts the steps taken."""
+    """`step` int32 [] counts the steps taken, `skipped` int32 [] those among them that changed
+    nothing, since something in them was not finite."""
 
     step: jax.Array
     nets: dict[str, Net]
+    skipped: jax.Array = struct.field(default_factory=lambda: jnp.zeros((), jnp.int32))
+
+
+def stepped(
+    state: TrainState, nets: dict[str, Net], metrics: dict[str, jax.Array]
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """The state after a step that found `metrics` and would make `nets` of the networks. Where a
+    metric (a loss, or the norm of a gradient) is not finite, the step is skipped: all of the
+    networks stays as it was, and the step is counted. The metrics then tell that count too."""
+    finite = jnp.isfinite(jnp.stack(jax.tree.leaves(metrics))).all()
+    nets = jax.tree.map(lambda new, old: jnp.where(finite, new, old), nets, state.nets)
+    skipped = state.skipped + jnp.where(finite, 0, 1)
+    after = TrainState(state.step + 1, nets, skipped)
+    return after, metrics | {"skipped": skipped.astype(jnp.float32)}
 
 
 def moved(average: Any, value: Any, decay: float, n: jax.Array) -> Any:

@@ -30,6 +30,7 @@ from taming_jax.train.state import (
     copied,
     example_keys,
     schedule,
+    stepped,
 )
 
 
@@ -97,6 +98,7 @@ class VQGANStage:
                         discriminator, self._optimiser.init(discriminator), extra
                     ),
                 },
+                skipped=jnp.zeros((), jnp.int32),
             )  # fmt: skip
 
         return create()
@@ -132,7 +134,7 @@ class VQGANStage:
                     )
                 discriminator = learned.replace(extra=found.extra)
             nets = {"generator": generator, "discriminator": discriminator}
-            return TrainState(state.step + 1, nets), found.metrics
+            return stepped(state, nets, found.metrics)
 
         return step
 

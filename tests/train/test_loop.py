@@ -26,7 +26,7 @@ class Parabola:
 
     name, monitor, dataset = "vqgan", "nll", None
 
-    def __init__(self, config, devices, best=6, broken=None, on_step=lambda step: None):
+    def __init__(self, config, devices, best=6, broken=(), on_step=lambda step: None):
         self.config, self.devices = config, devices
         self.best, self.broken, self.on_step = best, broken, on_step
         self.evaluated, self.drawn = [], []
@@ -41,7 +41,7 @@ class Parabola:
         assert int(state.step) == batch.step
         self.on_step(batch.step)
         step = state.step + 1
-        nll = jnp.where(step == self.broken, jnp.nan, step.astype(jnp.float32))
+        nll = jnp.where(int(step) in self.broken, jnp.nan, step.astype(jnp.float32))
         metrics = {"loss": nll, "l1": nll, "generator_gradient": nll}
         return state.replace(step=step), metrics
 
@@ -112,9 +112,61 @@ def test_the_best_is_remembered_over_a_resume_and_forgotten_by_a_restart(tmp_pat
     assert max(row["step"] for row in read_rows(tmp_path / "metrics" / "vqgan.jsonl")) == 10
 
 
+def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path, capsys):
+    # Of the windows 1-2, 3, 4, 5-6, 7-8, 9, 10 the second and the third have no step left.
+    settings = CADENCES | {"skipped_in_a_row": 2}
+    train(tmp_path, stage={"broken": (3, 4, 7, 8)}, **settings)
+    lines = capsys.readouterr().out.splitlines()
+    said = [line for line in lines if "skipped" in line]
+    assert said == [
+        "Step 3 was skipped: not finite in l1, loss, generator_gradient.",
+        "Step 4 was skipped: not finite in l1, loss, generator_gradient.",
+        "Step 7 was skipped, and 1 more up to step 8: not finite in l1, loss, generator_gradient.",
+        f"Done: 10 steps, 4 of them skipped. The figures are in {tmp_path}/figures.",
+    ]
+    rows = [r for r in read_rows(tmp_path / "metrics" / "vqgan.jsonl") if r["split"] == "train"]
+    assert [row["skipped"] for row in rows] == [0, 1, 2, 2, 4, 4, 4]
+    assert [row.get("l1") for row in rows] == [1.5, None, None, 5.5, None, 9, 10]
+    assert rows[1].keys() == {"step", "epoch", "split", "skipped"}
+
+
+def test_a_window_is_the_mean_of_the_steps_that_were_not_skipped(tmp_path):
+    train(tmp_path, stage={"broken": (1, 5)}, log_every=5, eval_every=10, checkpoint_every=10)
+    rows = [r for r in read_rows(tmp_path / "metrics" / "vqgan.jsonl") if r["split"] == "train"]
+    assert [row["l1"] for row in rows] == [3, 8]  # of 2, 3, 4 and of 6 to 10
+    assert [row["skipped"] for row in rows] == [2, 2]
+
+
+def test_too_many_skipped_in_a_row_stop_the_run(tmp_path):
+    settings = {"skipped_in_a_row": 2, "log_every": 5, "eval_every": 5, "checkpoint_every": 5}
+    train(tmp_path / "never", stage={"broken": (1, 2, 4, 5, 7, 8)}, **settings)
+    # Neither a window's end nor a finite step before it makes a difference.
+    says = r"not finite at step 7, after 2 steps skipped in a row: l1, loss, generator_gradient; "
+    with pytest.raises(RunFailed, match=says + "the last good checkpoint is .*/vqgan/5"):
+        train(tmp_path, stage={"broken": (3, 5, 6, 7)}, **settings)
+
+
+def test_the_count_of_skipped_steps_goes_on_where_a_run_is_resumed(tmp_path, capsys):
+    class Counting(Parabola):
+        def train_step(self, state, batch):
+            state, metrics = super().train_step(state, batch)
+            skipped = state.skipped + jnp.isnan(metrics["l1"])
+            return state.replace(skipped=skipped), metrics | {"skipped": jnp.float32(skipped)}
+
+    def build(config, devices):
+        return Counting(config, devices, broken=(2, 8))
+
+    for steps in (5, 10):
+        overrides = {"workdir": str(tmp_path), "devices": 1, "vqgan.batch_size": 4}
+        loop.train(build, load_config("mnist_tiny", overrides | {"vqgan.steps": steps}))
+    assert "Done: 10 steps, 2 of them skipped." in capsys.readouterr().out
+    assert read_rows(tmp_path / "metrics" / "vqgan.jsonl")[-2]["skipped"] == 2
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path):
+    settings = CADENCES | {"skipped_in_a_row": 0}
     with pytest.raises(RunFailed, match=r"not finite at step 8: l1, loss, generator_gradient") as e:
-        train(tmp_path, stage={"broken": 8}, **CADENCES)
+        train(tmp_path, stage={"broken": (8,)}, **settings)
     assert str(tmp_path / "checkpoints" / "vqgan" / "6") in str(e.value)
     assert "--vqgan.clip" in str(e.value)
     assert max(Store(tmp_path, "vqgan", "nll", read_only=True).steps()) == 6

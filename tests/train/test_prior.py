@@ -82,6 +82,19 @@ def test_a_step_learns_from_dropped_labels_and_corrupted_codes(stage1):
     assert metrics["nll"] == pytest.approx(nll, rel=1e-5)
 
 
+def test_a_step_that_is_not_finite_is_skipped(stage1):
+    stage = stage_of(stage1)
+    feed, _ = stage.feeds()
+    state = stage.init(jax.random.key(0))
+    params = state.nets["transformer"].params
+    params["head"] = params["head"].at[0, 0].set(jnp.inf)
+    before = jax.tree.map(np.array, state)
+    after, metrics = stage.train_step(state, feed.batch(0))
+    assert not np.isfinite(metrics["nll"]) and metrics["skipped"] == 1
+    assert (int(after.step), int(after.skipped)) == (1, 1)
+    jax.tree.map(np.testing.assert_array_equal, after.nets, before.nets)
+
+
 def test_corruption_keeps_the_share_it_says():
     codes = jnp.full(20_000, 7)
     kept = (corrupted(0.7, 64, jax.random.key(0), codes) == 7).mean()

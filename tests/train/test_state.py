@@ -7,7 +7,15 @@ import optax
 import pytest
 
 from taming_jax.config import load_config
-from taming_jax.train.state import Net, clipped, copied, moved, schedule
+from taming_jax.train.state import (
+    Net,
+    TrainState,
+    clipped,
+    copied,
+    moved,
+    schedule,
+    stepped,
+)
 
 SETTINGS = load_config("mnist").vqgan
 
@@ -51,6 +59,26 @@ def test_a_moving_average_starts_fast_and_ends_slow():
     net = Net({"w": jnp.ones(2)}, (), ema={"w": jnp.zeros(2)}).averaged(0.5, jnp.int32(10**6))
     np.testing.assert_allclose(net.chosen["w"], 0.5)
     assert (net.replace(ema=None).chosen["w"] == 1).all()
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_the_counts():
+    def net(value):
+        values = jnp.full(3, value)
+        return Net({"w": values}, (jnp.int32(value),), {"stats": values}, {"w": values})
+
+    before = TrainState(jnp.int32(7), {"generator": net(1.0)}, jnp.int32(2))
+    for metrics, skips in (
+        ({"loss": 1.0, "norm": 2.0}, 0),
+        ({"loss": 1.0, "norm": jnp.inf}, 1),
+        ({"loss": jnp.nan, "norm": 2.0}, 1),
+    ):
+        found = {key: jnp.float32(value) for key, value in metrics.items()}
+        after, told = jax.jit(stepped)(before, {"generator": net(5.0)}, found)
+        assert (after.step, after.skipped, told["skipped"]) == (8, 2 + skips, 2 + skips)
+        assert after.skipped.dtype == jnp.int32 and told["skipped"].dtype == jnp.float32
+        assert told.keys() == {"loss", "norm", "skipped"}
+        for leaf in jax.tree.leaves(after.nets):
+            assert (leaf == (1 if skips else 5)).all()
 
 
 def test_a_copy_shares_no_buffer():

@@ -1,23 +1,80 @@
 """Stage 1 as the loop sees it."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from taming_jax.config import load_config
+from taming_jax.errors import RunFailed
+from taming_jax.train import loop
 from taming_jax.train.devices import Devices
+from taming_jax.train.log import read_rows
+from taming_jax.train.objective import Networks
 from taming_jax.train.vqgan import VQGANStage
+
+SMALL = {
+    "data.name": "synthetic", "data.image_size": 12, "vqgan.channels": 4,
+    "vqgan.multipliers": (1,), "vqgan.batch_size": 8, "vqgan.discriminator_start": 0.0,
+}  # fmt: skip
+
+
+def planted(monkeypatch, steps):
+    """Makes the images of these steps (counted from 1) infinite."""
+    gradients = Networks.gradients
+
+    def broken(self, generator, discriminator, images, lpips, adversarial, step, *rest):
+        images += jnp.where(jnp.isin(step + 1, jnp.array(steps)), jnp.inf, 0)
+        return gradients(self, generator, discriminator, images, lpips, adversarial, step, *rest)
+
+    monkeypatch.setattr(Networks, "gradients", broken)
+
+
+class Watched(VQGANStage):
+    """Keeps the state before and after step 50."""
+
+    def train_step(self, state, batch):
+        if batch.step == 49:
+            self.before = jax.tree.map(np.array, state)
+        state, metrics = super().train_step(state, batch)
+        if batch.step == 49:
+            self.after = jax.tree.map(np.array, state)
+        return state, metrics
+
+
+def test_an_infinity_is_skipped_counted_and_survived_and_too_many_in_a_row_are_not(
+    tmp_path, monkeypatch, capsys
+):
+    planted(monkeypatch, [50, 53, 54, 55])
+    settings = {
+        "vqgan.lecam_weight": 0.1, "vqgan.steps": 60, "vqgan.log_every": 1,
+        "vqgan.skipped_in_a_row": 2, "devices": 1, "workdir": str(tmp_path),
+    }  # fmt: skip
+    built = []
+
+    def build(config, devices):
+        built.append(Watched(config, devices))
+        return built[0]
+
+    with pytest.raises(RunFailed, match="not finite at step 55, after 2 steps skipped .*: .*l1"):
+        loop.train(build, load_config("mnist_tiny", SMALL | settings))
+    before, after = built[0].before, built[0].after
+    assert (int(before.step), int(before.skipped)) == (49, 0)
+    assert (int(after.step), int(after.skipped)) == (50, 1)
+    jax.tree.map(np.testing.assert_array_equal, after.nets, before.nets)
+    assert "Step 50 was skipped: not finite in " in capsys.readouterr().out
+    rows = read_rows(tmp_path / "metrics" / "vqgan.jsonl")
+    assert [row["skipped"] for row in rows] == 49 * [0] + [1, 1, 1, 2, 3]
+    assert all(np.isfinite(value) for r in rows for key, value in r.items() if key != "split")
+    assert rows[49].keys() < rows[50].keys(), "the skipped step has no losses"
 
 
 def test_a_discriminator_that_is_held_back_learns_in_every_second_step_only():
-    config = load_config(
-        "mnist_tiny",
-        {
-            "data.name": "synthetic", "data.image_size": 16, "data.mirror": True,
-            "vqgan.channels": 4, "vqgan.multipliers": (1, 2), "vqgan.batch_size": 8,
-            "vqgan.steps": 4, "vqgan.discriminator_start": 0.0, "vqgan.discriminator_every": 2,
-            "vqgan.diff_augment": ("color", "translation", "cutout"),
-        },
-    )  # fmt: skip
+    settings = {
+        "data.mirror": True, "vqgan.steps": 4, "vqgan.discriminator_every": 2,
+        "vqgan.diff_augment": ("color", "translation", "cutout"),
+    }  # fmt: skip
+    config = load_config("mnist_tiny", SMALL | settings)
     stage = VQGANStage(config, Devices(1))
     training, _ = stage.feeds()
     states = [stage.init(jax.random.key(0))]
