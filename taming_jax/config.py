@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from taming_jax.checks import check, flag
 from taming_jax.errors import UserError
+from taming_jax.files import write_whole
 
 
 def free(default: Any) -> Any:
@@ -360,7 +361,5 @@ def read_config(path: Path) -> Config:
 
 
 def write_config(config: Config, path: Path) -> None:
-    """Writes a config.json, whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    """Writes a config.json, whole or not at all. Raises OSError."""
+    write_whole(path, (json.dumps(dataclasses.asdict(config), indent=2) + "\n").encode())

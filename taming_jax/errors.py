@@ -5,9 +5,12 @@ whole sentence. `report` turns them into that sentence on stderr and an exit sta
 once a command.
 """
 
+import contextlib
+import os
 import signal
 import sys
 from collections.abc import Callable
+from typing import TextIO
 
 
 class UserError(Exception):
@@ -29,20 +32,40 @@ class Interrupted(KeyboardInterrupt):
         return Interrupted, (self.signum, str(self))
 
 
+def say(sentence: str, file: TextIO | None = None) -> None:
+    """Prints a sentence at once. Where it goes to a file on a full disk it is lost, or comes when
+    there is room; the run is not."""
+    with contextlib.suppress(OSError):
+        print(sentence, file=file, flush=True)
+
+
 def report(command: Callable[[], object]) -> int:
     """Runs a command and answers its exit status, with one sentence on stderr where it failed."""
+    status = 0
     try:
         command()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        status = 2
+        say(f"error: {error}", sys.stderr)
     except RunFailed as error:
-        print(f"failed: {error}", file=sys.stderr)
-        return 1
+        status = 1
+        say(f"failed: {error}", sys.stderr)
     except Interrupted as stop:
-        print(f"\n{stop}", file=sys.stderr)
-        return 128 + stop.signum
+        status = 128 + stop.signum
+        say(f"\n{stop}", sys.stderr)
     except KeyboardInterrupt:
-        print("\nInterrupted.", file=sys.stderr)
-        return 128 + signal.SIGINT
-    return 0
+        status = 128 + signal.SIGINT
+        say("\nInterrupted.", sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        settle(stream)
+    return status
+
+
+def settle(stream: TextIO) -> None:
+    """Drops what a stream's file does not take, over which Python would end with status 120."""
+    try:
+        stream.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)

@@ -3,6 +3,7 @@
 Figures are made without pyplot: no window, no global state, safe beside a notebook's own.
 """
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from taming_jax.files import write_whole
 
 INK, ACCENT, FAINT = "#1f2933", "#c2410c", "#9aa5b1"
 # Losses that only fall, and are easier to read by their orders of magnitude.
@@ -42,9 +45,9 @@ TERMS = {
 
 def save(figure: Figure, path: Path) -> None:
     """Writes a PNG, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, format="png", dpi=110, facecolor="white")
-    partial.replace(path)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=110, facecolor="white")
+    write_whole(path, content.getvalue())
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:

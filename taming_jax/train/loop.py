@@ -20,7 +20,7 @@ import numpy as np
 
 from taming_jax.config import Config, StageConfig, validated, write_config
 from taming_jax.data.feeds import Batch, Feed
-from taming_jax.errors import Interrupted, RunFailed, UserError
+from taming_jax.errors import Interrupted, RunFailed, UserError, say
 from taming_jax.train import hosts
 from taming_jax.train.devices import Devices
 from taming_jax.train.log import Log, Silent
@@ -57,7 +57,8 @@ def train(build: Callable[[Config, Devices], Stage], config: Config, restart: bo
     folder.
 
     Raises UserError for what the user can mend, before anything of theirs is touched; RunFailed
-    where a loss is not finite or nothing can be saved; Interrupted after SIGINT or SIGTERM, saved.
+    where a loss is not finite or the last step could not be saved; Interrupted after SIGINT or
+    SIGTERM, saved.
     """
     validated(config)
     with Signals() as signals:
@@ -68,20 +69,21 @@ def train(build: Callable[[Config, Devices], Stage], config: Config, restart: bo
         hosts.check_same_data(stage.dataset)
         folder = config.folder
         store = Store(folder, stage.name, stage.monitor, dataset=stage.dataset)
-        state = stage.init(jax.random.key(config.seed))
 
-        def begin() -> Any:
+        def begin(template: TrainState) -> Any:
             usable(folder)
             if restart:
                 store.clear()
-            return store.restore(state, config, ("seed", "dtype", "data", stage.name), print)
+            sections = ("seed", "dtype", "data", stage.name)
+            return store.restore(template, config, sections, say)
 
-        restored = hosts.from_first(begin)
-        # A copy, since the first step gives its state up: what is restored is numpy's memory, and a
-        # fresh state is the stage's.
-        state = copied(devices.replicate(state if restored is None else restored))
-        signals.check()
         try:
+            state = stage.init(jax.random.key(config.seed))
+            restored = hosts.from_first(lambda: begin(state))
+            # A copy, since the first step gives its state up: what is restored is numpy's memory,
+            # and a fresh state is the stage's.
+            state = copied(devices.replicate(state if restored is None else restored))
+            signals.check()
             return Loop(stage, config, devices, store, folder, signals).run(state)
         except OSError as error:
             raise RunFailed(f"{error.filename or folder}: {error.strerror or error}.") from error
@@ -103,8 +105,9 @@ def usable(folder: Path) -> Path:
             part.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=part):
                 pass
-        with (folder / "config.json").open("a"):
-            pass
+        if (folder / "config.json").exists():
+            with (folder / "config.json").open("a"):
+                pass
     except OSError as error:
         raise UserError(
             f"the workdir {folder} cannot be written ({error.filename}: {error.strerror}); choose "
@@ -145,9 +148,7 @@ class Signals:
         self.__exit__()
         if self._at_once:
             raise before_the_next_step(signum)
-        print(
-            "\nStopping after this step, and saving; a second signal does neither.", file=sys.stderr
-        )
+        say("\nStopping after this step, and saving; a second signal does neither.", sys.stderr)
 
     def check(self) -> None:
         """Interrupted, if a signal has come, to any of the processes, which all call this."""
@@ -190,7 +191,7 @@ class Loop:
         self.checkpoint_every = self.settings.checkpoint_every or epoch
         self.log_every = self.settings.log_every or max(self.steps // 1000, 1)
         self.draw_every = self.settings.draw_every or max(self.steps // 20, 1)
-        self.best = hosts.from_first(lambda: store.best()[1])
+        self.configured = False
         self.unsettled: list[tuple[int, dict[str, Any]]] = []
         self.votes: list[jax.Array] = []
         self.skipped = self.skipped_in_a_row = 0
@@ -199,12 +200,13 @@ class Loop:
         start = int(self.devices.fetch(state.step))
         if start >= self.steps:
             self.store.close()
-            print(f"{self.folder} is trained already, to step {start}; see {self.folder}/figures.")
+            say(f"{self.folder} is trained already, to step {start}; see {self.folder}/figures.")
             return self.folder
         self.log: Log | Silent = Silent()
         if hosts.first():
-            write_config(self.config, self.folder / "config.json")
             self.log = Log(self.folder, self.stage.name, start, self.steps)
+        self.store.say = self.log.say
+        self._configure()
         count, kind = len(self.devices), self.devices.list[0].platform
         of = f" of {hosts.count()} processes" if hosts.count() > 1 else ""
         self.log.say(
@@ -230,9 +232,8 @@ class Loop:
                     batch = self.training.batch(step)
             except Interrupted:  # what is trained is saved; the step was not begun
                 self._settle()
-                self._save(step, state, None)
-                self.store.wait()
-                hosts.together()
+                self._save(state, step, None)
+                self._require(step)
                 raise
             state, metrics = self.stage.train_step(state, batch)
             self.unsettled.append((step + 1, metrics))
@@ -249,8 +250,9 @@ class Loop:
             chosen = None
             if evaluate:
                 sums, chosen = self._evaluate(state, done)
-                save = save or chosen[self.stage.monitor] < self.best
-                self.best = min(self.best, chosen[self.stage.monitor])
+                self.store.wait()  # for what it took: a best that was lost is not to be beaten
+                best = hosts.from_first(lambda: self.store.lowest)
+                save = save or chosen[self.stage.monitor] < best
                 # Drawn before it is saved: a run that ends in between is resumed, and draws again.
                 if last or done - drawn >= self.draw_every:
                     drawn = done
@@ -259,17 +261,15 @@ class Loop:
             stop = self._stop_signal()
             if save or stop is not None:
                 self._settle()
-                self._save(done, state, chosen)
+                self._save(state, done, chosen)
             if stop is not None and not last:
-                self.store.wait()
-                hosts.together()
+                self._require(done)
                 raise Interrupted(
                     stop,
                     f"Stopped by {signal.Signals(stop).name} after step {done}, which is saved in "
                     f"{self.store.path}; the same command goes on from there.",
                 )
-        self.store.wait()
-        hosts.together()
+        self._require(self.steps)
         but = f", {self.skipped} of them skipped" if self.skipped else ""
         self.log.say(f"Done: {self.steps} steps{but}. The figures are in {self.folder}/figures.")
 
@@ -284,18 +284,28 @@ class Loop:
             return None
         return int(self.devices.fetch(self.votes.pop(0))) or None
 
-    def _save(self, step: int, state: TrainState, metrics: dict[str, float] | None) -> None:
-        if hosts.first():
-            self.store.save(step, self.devices.fetch(state), self.config, metrics)
-
-    def _draw(self, state: TrainState, sums: dict[str, np.ndarray]) -> None:
-        """The figures; a disk that cannot take them costs a sentence, not the run."""
+    def _save(self, state: TrainState, done: int, chosen: dict[str, float] | None) -> None:
         if not hosts.first():
             return
-        try:
+        self.store.save(done, self.devices.fetch(state), self.config, chosen)
+        self._configure()
+
+    def _require(self, step: int) -> None:
+        """Waits, in every process, for the checkpoint of a step. RunFailed where there is none."""
+        hosts.from_first(lambda: self.store.require(step))
+
+    def _configure(self) -> None:
+        """Writes the config, unless the disk took it before."""
+        if hosts.first() and not self.configured:
+            with self.log.tolerating(str(self.folder / "config.json")):
+                write_config(self.config, self.folder / "config.json")
+                self.configured = True
+
+    def _draw(self, state: TrainState, sums: dict[str, np.ndarray]) -> None:
+        if not hosts.first():
+            return
+        with self.log.tolerating(f"The figures in {self.folder / 'figures'}"):
             self.stage.draw(state, self.folder / "figures", sums, self.log.rows)
-        except OSError as error:
-            self.log.say(f"The figures could not be drawn: {error}.")
 
     def _settle(self) -> None:
         """Reads the metrics of the steps since the last line of the log, says which of them were

@@ -7,13 +7,12 @@ hence the hashes.
 """
 
 import contextlib
-import gc
 import hashlib
 import json
-import logging
+import math
 import shutil
-import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,9 +24,10 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from taming_jax.config import Config, differences, from_dict, to_dict
 from taming_jax.data.sources import unlike
-from taming_jax.errors import RunFailed, UserError
+from taming_jax.errors import RunFailed, UserError, say
+from taming_jax.train.trouble import hush, reason
 
-logging.getLogger("absl").setLevel(logging.ERROR)
+hush()
 
 # Only the first of several processes has to do with checkpoints: Orbax waits for no other.
 ALONE = ocp.options.MultiprocessingOptions(
@@ -76,7 +76,8 @@ class Checkpoint(NamedTuple):
 class Store:
     """The checkpoints of one stage in a run's folder: the last two, and the best by `monitor`
     (lower is better). `dataset` is the identity (data/sources.py) of what the stage trains on,
-    which each checkpoint keeps, and a resumed run has to equal."""
+    which each checkpoint keeps, and a resumed run has to equal. `say` is called with a sentence
+    where a checkpoint is damaged, or could not be written."""
 
     def __init__(
         self,
@@ -90,9 +91,15 @@ class Store:
         self.path = folder.absolute() / "checkpoints" / name
         self._monitor = monitor
         self._manager: ocp.CheckpointManager | None = None
+        self._under_way = 0  # the step that was begun last
+        self._lowest: float | None = None
+        self._trouble = ""
+        self.say: Callable[[str], None] = say
 
     def _open(self) -> ocp.CheckpointManager:
         if self._manager is None:
+            if not self._read_only:
+                self._sweep()
 
             def metric(metrics: Any) -> float:
                 return metrics[self._monitor]
@@ -109,8 +116,10 @@ class Store:
                 self.path,
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=keep, best_fn=metric, best_mode="min",
-                    cleanup_tmp_directories=not self._read_only, read_only=self._read_only,
-                    enable_async_checkpointing=True, create=False, multiprocessing_options=ALONE,
+                    read_only=self._read_only, enable_async_checkpointing=True,
+                    create=False, multiprocessing_options=ALONE,
+                    # Else threads wait for minutes for a folder that could not be made.
+                    async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
                 ),
                 item_handlers={"state": arrays_handler(), "about": json_handler()},
             )  # fmt: skip
@@ -138,11 +147,23 @@ class Store:
             if metrics is not None:
                 values[step] = float(metrics[self._monitor])
         best = min(values, key=lambda step: values[step], default=None)
-        return (None, float("inf")) if best is None else (best, values[best])
+        return (None, math.inf) if best is None else (best, values[best])
+
+    @property
+    def lowest(self) -> float:
+        """The monitored value to beat: the best checkpoint's, one under way included."""
+        if self._lowest is None:
+            self._lowest = self.best()[1]
+        return self._lowest
 
     def save(self, step: int, state: Any, config: Config, metrics: dict[str, float] | None) -> None:
         """Begins to write a checkpoint of numpy arrays; the disk is waited for at the next save, or
-        by `wait`. A step that has one already is left as it is. Raises RunFailed."""
+        by `wait`. A step that has one already is left as it is.
+
+        Where it cannot be written, that is said then, and what there is of it removed; checkpoints
+        that are whole stay, and the next save is tried like any other.
+        """
+        self.wait()
         if step in self.steps():
             return
         arrays = named_arrays(state)
@@ -157,25 +178,59 @@ class Store:
             state=ocp.args.StandardSave(traverse_util.unflatten_dict(arrays)),
             about=ocp.args.JsonSave(about),
         )
-        with self._failing():
-            self._open().save(step, args=items, metrics=metrics)
+        if metrics is not None:
+            self._lowest = min(self.lowest, metrics[self._monitor])
+        self._under_way = step
+        self._attempt(lambda: self._open().save(step, args=items, metrics=metrics))
 
     def wait(self) -> None:
-        """Until the checkpoint under way is on disk. Raises RunFailed."""
+        """Until the checkpoint under way is on disk, or was said not to be."""
         if self._manager is not None:
-            with self._failing():
-                self._manager.wait_until_finished()
+            self._attempt(self._manager.wait_until_finished)
 
-    @contextlib.contextmanager
-    def _failing(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # a full disk alone raises several kinds
-            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+    def require(self, step: int) -> None:
+        """Waits for the checkpoint of a step. RunFailed where the disk did not take it."""
+        self.wait()
+        steps = self.steps()
+        if step not in steps:
+            before = f"the last that was is of step {steps[-1]}" if steps else "none was before"
             raise RunFailed(
-                f"no checkpoint could be written to {self.path} ({reason}); make room, or mend "
-                "what it names, and run the same command again."
-            ) from error
+                f"the checkpoint of step {step} could not be written to {self.path} "
+                f"({self._trouble}), {before}; make room, or mend what it names, and the same "
+                "command goes on from there."
+            )
+
+    def _attempt(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+            return
+        except (OSError, ValueError, RuntimeError) as error:  # a full disk alone raises all of them
+            self._trouble = reason(error)
+        self._abandon()
+        if self._under_way not in self.steps():  # else an older one could not be removed
+            self.say(
+                f"The checkpoint of step {self._under_way} could not be written to {self.path} "
+                f"({self._trouble}); the run goes on, and the next one is tried."
+            )
+
+    def _abandon(self) -> None:
+        """Leaves a manager behind whose save has failed, and which counts on its checkpoint; and
+        gives back the room that what there is of it takes."""
+        manager, self._manager, self._lowest = self._manager, None, None
+        if manager is not None:
+            with contextlib.suppress(Exception):  # what it says was said
+                manager.close()
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Deletes what there is of checkpoints that did not become whole."""
+        for _ in range(50):  # while tensorstore's threads still write there
+            partial = list(self.path.glob("*.orbax-checkpoint-tmp*"))
+            if not partial:
+                break
+            for folder in partial:
+                shutil.rmtree(folder, ignore_errors=True)
+            time.sleep(0.02)
 
     def close(self) -> None:
         if self._manager is not None:
@@ -210,7 +265,7 @@ class Store:
         hashes = about["hashes"]
         try:
             reading = ocp.Checkpointer(arrays_handler(), multiprocessing_options=ALONE)
-            with reading as reader, quiet():
+            with reading as reader:
                 metadata = reader.metadata(folder / "state").item_metadata.tree
                 # numpy, wherever the arrays were when they were saved
                 target = jax.tree.map(lambda m: np.empty(m.shape, m.dtype), metadata)
@@ -248,7 +303,7 @@ class Store:
             try:
                 return self.read(step), step
             except ValueError as error:
-                print(f"The checkpoint {self.path / str(step)} is damaged: {error}.")
+                self.say(f"The checkpoint {self.path / str(step)} is damaged: {error}.")
         raise UserError(f"every checkpoint in {self.path} is damaged; bring one back from a copy.")
 
     def restore(
@@ -324,18 +379,6 @@ class Store:
         self.close()
         for step in self.steps():
             shutil.rmtree(self.path / str(step))
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps to itself what a failed read leaves in the garbage: its event loop is closed before
-    tensorstore's last callbacks, and Python would print a traceback for each."""
-    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
-    try:
-        yield
-    finally:
-        gc.collect()
-        sys.unraisablehook = hook
 
 
 def text_hash(content: Any) -> str:

@@ -22,6 +22,7 @@ from taming_jax.config import Config
 from taming_jax.data.augment import augmented, centred
 from taming_jax.data.feeds import ResidentFeed, StreamingFeed, take, to_float
 from taming_jax.data.sources import Split
+from taming_jax.errors import say
 from taming_jax.models.vqgan import VQGAN, encode, images_at_once
 from taming_jax.train import hosts
 from taming_jax.train.devices import Devices
@@ -55,7 +56,7 @@ class Tokenizer:
         params: Any,
         config: Config,
         devices: Devices,
-        say: Callable[[str], None] = print,
+        say: Callable[[str], None] = say,
         check: Callable[[], None] = lambda: None,
     ):
         self.devices, self.seed = devices, config.seed
