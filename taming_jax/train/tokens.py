@@ -23,6 +23,7 @@ from taming_jax.data.augment import augmented, centred
 from taming_jax.data.feeds import ResidentFeed, StreamingFeed, take, to_float
 from taming_jax.data.sources import Split
 from taming_jax.errors import say
+from taming_jax.files import write_whole
 from taming_jax.models.vqgan import VQGAN, encode, images_at_once
 from taming_jax.train import hosts
 from taming_jax.train.devices import Devices
@@ -111,7 +112,7 @@ class Tokenizer:
                     codes.append(self.devices.gather(compiled(state, arrays)))
                 whole = np.concatenate(codes)[: len(part.images)].astype(self._dtype)
                 if hosts.first():
-                    write(place, start, whole)
+                    write(place, start, whole, self._say)
                 kept[start] = whole
         return Split(np.concatenate([kept[start] for start in starts]), split.labels)
 
@@ -158,16 +159,21 @@ def hashed(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def write(place: Path, start: int, codes: np.ndarray) -> None:
-    """Writes the file that begins at image `start`."""
+def write(place: Path, start: int, codes: np.ndarray, say: Callable[[str], None]) -> None:
+    """Writes the file that begins at image `start`; where the disk does not take it, says so."""
     buffer = io.BytesIO()
     np.save(buffer, codes)
-    place.mkdir(parents=True, exist_ok=True)
-    partial = place / f".{start:08d}.partial"
-    partial.write_bytes(buffer.getvalue())
-    for old in place.glob(f"{start:08d}-*.npy"):
-        old.unlink()
-    partial.replace(place / f"{start:08d}-{hashed(buffer.getvalue())}.npy")
+    content = buffer.getvalue()
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        for old in place.glob(f"{start:08d}-*.npy"):
+            old.unlink()
+        write_whole(place / f"{start:08d}-{hashed(content)}.npy", content)
+    except OSError as error:
+        say(
+            f"The codes cannot be kept in {place} ({error.strerror}); the run goes on, and they "
+            "are encoded again when they are next needed."
+        )
 
 
 def read(place: Path, start: int, say: Callable[[str], None]) -> np.ndarray | None:

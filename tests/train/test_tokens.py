@@ -1,4 +1,6 @@
 import dataclasses
+import errno
+import os
 
 import jax
 import numpy as np
@@ -107,6 +109,20 @@ def test_another_generator_or_other_images_never_read_what_is_stale(tmp_path, ge
     codes, _ = encoded(tmp_path, generator, other)
     assert len(list(tmp_path.iterdir())) == 3
     np.testing.assert_array_equal(codes[1:], encoded(tmp_path, generator).images[:-1])
+
+
+def test_a_disk_that_takes_no_codes_costs_a_sentence(tmp_path, generator, monkeypatch):
+    expected = encoded(tmp_path / "kept", generator)
+
+    def full(path, content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tokens, "write_whole", full)
+    said = []
+    found = encoded(tmp_path / "full", generator, say=said.append)
+    np.testing.assert_array_equal(found.images, expected.images)
+    assert files(tmp_path / "full") == []
+    assert "codes cannot be kept" in said[1] and "No space left" in said[1]
 
 
 def test_an_encoding_that_is_stopped_keeps_what_it_has(tmp_path, generator):
