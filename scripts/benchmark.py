@@ -162,7 +162,7 @@ def compare(stage: VQGANStage, steps: int) -> None:
 
 def measure_prior(config: Config, devices: Devices, steps: int) -> None:
     """The training step of stage 2 on codes made up for it."""
-    devices.check_batch("prior", config.prior.batch_size)
+    devices.check_batch("prior", config.prior.batch_size, config.prior.micro_batches)
     model = build_gpt(config, 10)
     rng = np.random.default_rng(0)
     codes = rng.integers(0, model.codebook_size, (2048, model.length)).astype(np.int32)

@@ -77,6 +77,9 @@ class StageConfig:
     """Training steps, in place of epochs."""
     batch_size: int = 256
     """Images a step, over all devices together."""
+    micro_batches: int = free(1)
+    """Parts that a batch is taken in, one after the other, to save memory; their gradients are
+    added up."""
     eval_every: int | None = free(None)
     """Steps between validations; an epoch unless told."""
     checkpoint_every: int | None = free(None)
@@ -105,6 +108,10 @@ class StageConfig:
 @dataclass(frozen=True)
 class VQGANConfig(StageConfig):
     """Stage 1: encoder, quantizer, decoder and discriminator."""
+
+    micro_batches: int = 1
+    """Parts that a batch is taken in, one after the other, to save memory; their gradients are
+    added up. The discriminator's BatchNorm normalises within a part."""
 
     channels: int = 128
     """Channels at full resolution."""

@@ -50,12 +50,17 @@ def test_differences_name_what_is_trained_and_skip_what_may_change():
     assert differences(base, base, ("seed", "vqgan")) == []
     other = load_config(
         "mnist",
-        {"vqgan.codebook_size": 32, "vqgan.steps": 9, "devices": 2, "seed": 1, "prior.layers": 2},
-    )
+        {
+            "vqgan.codebook_size": 32, "vqgan.steps": 9, "devices": 2, "seed": 1, "prior.layers": 2,
+            "vqgan.micro_batches": 2, "prior.micro_batches": 2, "vqgan.skipped_in_a_row": 2,
+        },
+    )  # fmt: skip
     assert differences(other, base, ("seed", "vqgan", "devices")) == [
         "--seed is 1, not 0",
+        "--vqgan.micro-batches is 2, not 1",
         "--vqgan.codebook-size is 32, not 64",
     ]
+    assert differences(other, base, ("prior",)) == ["--prior.layers is 2, not 6"]
 
 
 @pytest.mark.parametrize(
@@ -63,6 +68,7 @@ def test_differences_name_what_is_trained_and_skip_what_may_change():
     [
         ({"vqgan.batch_size": 0}, "--vqgan.batch-size is 0"),
         ({"prior.steps": 0}, "--prior.steps is 0"),
+        ({"prior.micro_batches": 0}, "--prior.micro-batches is 0"),
         ({"data.image_size": 30}, "--data.image-size 30 .* multiple of 4"),
         ({"data.image_size": 0}, "--data.image-size 0"),
         (

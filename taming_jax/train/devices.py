@@ -89,14 +89,19 @@ class Devices:
         size = batch_size // hosts.count()
         return slice(jax.process_index() * size, (jax.process_index() + 1) * size)
 
-    def check_batch(self, name: str, batch_size: int) -> None:
-        """UserError where a batch cannot be divided among the devices."""
+    def check_batch(self, name: str, batch_size: int, micro_batches: int = 1) -> None:
+        """UserError where a batch cannot be divided among the devices, and each device's part of it
+        into so many micro-batches."""
         n = len(self)
-        if batch_size % n:
+        if batch_size % (n * micro_batches):
             of = "" if hosts.count() == 1 else f" of {hosts.count()} processes"
+            parts, fewer = "", ""
+            if micro_batches > 1:
+                parts = f", in {micro_batches} --{name}.micro-batches on each"
+                fewer = f" or --{name}.micro-batches"
             raise UserError(
-                f"--{name}.batch-size {batch_size} cannot be divided among {n} devices{of}; "
-                f"take a multiple of {n}, or fewer --devices."
+                f"--{name}.batch-size {batch_size} cannot be divided among {n} devices{of}{parts}; "
+                f"take a multiple of {n * micro_batches}, or fewer --devices{fewer}."
             )
 
     def compile(self, function: Callable, *frozen: Any, donate: bool = False) -> "Compiled":

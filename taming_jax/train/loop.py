@@ -93,7 +93,8 @@ def train(build: Callable[[Config, Devices], Stage], config: Config, restart: bo
             batch = getattr(config, stage.name).batch_size
             raise RunFailed(
                 f"the device's memory does not hold a step of {batch} images; lower "
-                f"--{stage.name}.batch-size, or use more devices."
+                f"--{stage.name}.batch-size, raise --{stage.name}.micro-batches, or use more "
+                "devices."
             ) from error
 
 
@@ -119,6 +120,15 @@ def usable(folder: Path) -> Path:
 def derived(term: str) -> tuple[bool, bool]:
     """Sorts a step's metrics: terms first, then sums of them, then gradients of the sums."""
     return term.endswith("_gradient"), term in ("nll", "loss")
+
+
+def shares(batch_size: int, devices: int, parts: int) -> str:
+    """How a batch is divided: " (16 a device, in 4 parts of 4)"; empty where it is not."""
+    each = batch_size // devices
+    words = [f"{each} a device"] if devices > 1 else []
+    if parts > 1:
+        words.append(f"in {parts} parts of {each // parts}")
+    return f" ({', '.join(words)})" if words else ""
 
 
 class Signals:
@@ -209,9 +219,11 @@ class Loop:
         self._configure()
         count, kind = len(self.devices), self.devices.list[0].platform
         of = f" of {hosts.count()} processes" if hosts.count() > 1 else ""
+        size = self.settings.batch_size
+        parts = shares(size, count, self.settings.micro_batches)
         self.log.say(
             f"Training stage {self.stage.name} of {self.config.config} into {self.folder}: "
-            f"{self.training.size} images, {self.settings.batch_size} a step, "
+            f"{self.training.size} images, {size} a step{parts}, "
             f"step {start + 1} to {self.steps}, on {count} {kind} device{'s' * (count > 1)}{of}. "
             "Compiling the first step takes a while."
         )

@@ -7,6 +7,8 @@ weighted sum is pulled back through the generator. The discriminator's forward p
 reconstruction serves both players, with a pullback for each.
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -22,6 +24,7 @@ from taming_jax.data.feeds import take, to_float
 from taming_jax.models.discriminator import Discriminator
 from taming_jax.models.lpips import lpips
 from taming_jax.models.vqgan import VQGAN, build_vqgan, reconstruct
+from taming_jax.train.accumulate import accumulated
 from taming_jax.train.devices import averaged, summed
 from taming_jax.train.state import Net, TrainState, moved
 
@@ -43,6 +46,33 @@ class Adversary(NamedTuple):
     cotangent: jax.Array
     gradient: Any
     extra: dict[str, Any]
+    metrics: dict[str, jax.Array]
+
+
+class Look(NamedTuple):
+    """The generator's forward pass: its reconstruction float32 [b,h,w,c], the input of its last
+    convolution, the image losses' cotangent of the reconstruction, `pull(cotangent of the
+    reconstruction, weight of the codebook loss)` to the gradient of its parameters, how often each
+    code was used [k], and the losses."""
+
+    reconstruction: jax.Array
+    last: jax.Array
+    cotangent: jax.Array
+    pull: Callable[[jax.Array, float], Any]
+    counts: jax.Array
+    metrics: dict[str, jax.Array]
+
+
+class Part(NamedTuple):
+    """What a part of a batch adds to a step on this device: the generator's gradient of all losses,
+    or, until the adversarial loss's weight is known, of all others and apart from them of that one;
+    the discriminator's; that weight; how often each code was used; and the losses."""
+
+    generator: Any
+    adversarial: Any
+    discriminator: Any
+    weight: jax.Array
+    counts: jax.Array
     metrics: dict[str, jax.Array]
 
 
@@ -127,8 +157,77 @@ class Networks:
         `discriminator_steps` is how many steps the discriminator has taken (LeCAM's averages need
         it); `keys` [b] each are for what the discriminator sees of the real and of the fake images,
         where that is augmented.
+
+        With `micro_batches` the images are taken in so many parts, to the same losses and gradients
+        but where the discriminator is concerned: its BatchNorm normalises within a part (of all
+        devices together), and its running statistics and LeCAM's averages move once a part. The
+        adaptive weight is that of the whole batch: the gradients of the image losses and of the
+        adversarial loss are kept apart until both are summed, at the cost of a second pullback.
         """
-        settings = self.settings
+        settings, count = self.settings, self.settings.micro_batches
+        part = functools.partial(
+            self.part, generator.params, discriminator.params, lpips_params, adversarial
+        )
+        updates = count * jnp.asarray(discriminator_steps, jnp.int32)
+        (extra, _), sums = accumulated(part, (discriminator.extra, updates), (images, keys), count)
+        means = jax.tree.map(lambda x: x / count, sums)
+        gradient, weight = means.generator, means.weight
+        if adversarial and self.apart:
+            weight = self.weight(
+                lambda gradient: self.mean(gradient["decoder"]["conv_out"]["kernel"]),
+                gradient, means.adversarial,
+            )  # fmt: skip
+            gradient = jax.tree.map(lambda x, y: x + weight * y, gradient, means.adversarial)
+        gradient, learned, metrics = self.mean((gradient, means.discriminator, means.metrics))
+
+        metrics["loss"] = metrics["nll"] + settings.codebook_weight * metrics["codebook"]
+        metrics["perplexity"] = losses.perplexity(self.sum(sums.counts))
+        metrics["generator_gradient"] = optax.tree.norm(gradient)
+        if not adversarial:
+            return Gradients(gradient, None, None, metrics)
+        metrics["loss"] += weight * metrics["adversarial"]
+        metrics["adaptive_weight"] = weight
+        metrics["discriminator_gradient"] = optax.tree.norm(learned)
+        return Gradients(gradient, learned, extra, metrics)
+
+    @property
+    def apart(self) -> bool:
+        """Whether the adversarial loss's weight is known only when all of a batch was seen."""
+        return self.settings.adaptive_weight and self.settings.micro_batches > 1
+
+    def part(
+        self,
+        generator: Any,
+        discriminator: Any,
+        lpips_params: Any,
+        adversarial: bool,
+        carry: tuple[dict[str, Any], jax.Array],
+        arrays: tuple[jax.Array, tuple[jax.Array, jax.Array] | None],
+    ) -> tuple[Any, Part]:
+        """What a part of a batch, images and keys, adds to the step. `carry` is the discriminator's
+        state and how many updates that has seen."""
+        (extra, updates), (images, keys) = carry, arrays
+        seen = self.look(generator, images, lpips_params)
+        codebook_weight = self.settings.codebook_weight
+        weight = jnp.zeros(())
+        if not adversarial:
+            gradient = seen.pull(seen.cotangent, codebook_weight)
+            return carry, Part(gradient, None, None, weight, seen.counts, seen.metrics)
+        adversary = self.adversary(discriminator, extra, images, seen.reconstruction, updates, keys)
+        cotangent, of_adversary = seen.cotangent, None
+        if self.apart:
+            of_adversary = seen.pull(adversary.cotangent, 0.0)
+        else:
+            at_last_kernel = functools.partial(self.last_kernel_gradient, generator, seen.last)
+            weight = self.weight(at_last_kernel, cotangent, adversary.cotangent)
+            cotangent += weight * adversary.cotangent
+        return (adversary.extra, updates + 1), Part(
+            seen.pull(cotangent, codebook_weight), of_adversary, adversary.gradient, weight,
+            seen.counts, seen.metrics | adversary.metrics,
+        )  # fmt: skip
+
+    def look(self, params: Any, images: jax.Array, lpips_params: Any) -> Look:
+        """The generator's forward pass on images, and the losses between them and what it made."""
 
         def generate(params: Any) -> tuple[Any, Any]:
             output, changed = self.generator.apply(
@@ -144,66 +243,60 @@ class Networks:
             return means["nll"], means
 
         (reconstruction, codebook), pull_generator, (indices, last) = jax.vjp(
-            generate, generator.params, has_aux=True
+            generate, params, has_aux=True
         )
-        cotangent, metrics = jax.grad(image_loss, has_aux=True)(reconstruction)
-        metrics = metrics | {"codebook": codebook}
-        discriminator_gradient, extra = None, None
-        if adversarial:
-            adversary = self.adversary(
-                discriminator, images, reconstruction, discriminator_steps, keys
-            )
-            weight = jnp.asarray(settings.discriminator_weight, jnp.float32)
-            if settings.adaptive_weight:
-                weight *= losses.adaptive_weight(
-                    self.last_kernel_gradient(generator.params, last, cotangent),
-                    self.last_kernel_gradient(generator.params, last, adversary.cotangent),
-                    settings.adaptive_weight_max,
-                )
-            cotangent += weight * adversary.cotangent
-            metrics |= adversary.metrics | {"adaptive_weight": weight}
-            discriminator_gradient = self.mean(adversary.gradient)
-            extra = adversary.extra
-        weight_of_codebook = jnp.asarray(settings.codebook_weight, codebook.dtype)
-        gradient = self.mean(pull_generator((cotangent, weight_of_codebook))[0])
 
-        metrics["loss"] = metrics["nll"] + settings.codebook_weight * codebook
-        if adversarial:
-            metrics["loss"] += metrics["adaptive_weight"] * metrics["adversarial"]
-        metrics = self.mean(metrics)
-        metrics["perplexity"] = losses.perplexity(self.counts(indices))
-        metrics["generator_gradient"] = optax.tree.norm(gradient)
-        if adversarial:
-            metrics["discriminator_gradient"] = optax.tree.norm(discriminator_gradient)
-        return Gradients(gradient, discriminator_gradient, extra, metrics)
+        def pull(cotangent: jax.Array, codebook_weight: float) -> Any:
+            return pull_generator((cotangent, jnp.asarray(codebook_weight, codebook.dtype)))[0]
+
+        cotangent, metrics = jax.grad(image_loss, has_aux=True)(reconstruction)
+        metrics |= {"codebook": codebook}
+        return Look(reconstruction, last, cotangent, pull, self.counts(indices), metrics)
+
+    def weight(
+        self, at_last_kernel: Callable[[Any], jax.Array], of_images: Any, of_adversary: Any
+    ) -> jax.Array:
+        """The weight of the adversarial loss. `at_last_kernel` makes of what is given for the image
+        losses and for the adversarial loss the gradient of each at the decoder's last kernel,
+        averaged over the devices."""
+        settings = self.settings
+        weight = jnp.asarray(settings.discriminator_weight, jnp.float32)
+        if settings.adaptive_weight:
+            weight *= losses.adaptive_weight(
+                at_last_kernel(of_images), at_last_kernel(of_adversary),
+                settings.adaptive_weight_max,
+            )  # fmt: skip
+        return weight
 
     def counts(self, indices: jax.Array, weight: jax.Array | float = 1.0) -> jax.Array:
-        """How often each code was used on all devices together, float32 [k]; `weight` [b,1,1]
-        counts an example for more or less than once."""
+        """How often each code was used on this device, float32 [k]; `weight` [b,1,1] counts an
+        example for more or less than once."""
         one_hot = jax.nn.one_hot(indices, self.settings.codebook_size)
-        return self.sum((one_hot * jnp.asarray(weight)[..., None]).sum((0, 1, 2)))
+        return (one_hot * jnp.asarray(weight)[..., None]).sum((0, 1, 2))
 
     def adversary(
         self,
-        net: Net,
+        params: Any,
+        extra: dict[str, Any],
         images: jax.Array,
         reconstruction: jax.Array,
-        steps: jax.Array | int,
+        updates: jax.Array,
         keys: tuple[jax.Array, jax.Array] | None,
     ) -> Adversary:
-        """The adversarial part: one forward pass on the reconstruction, one on the images."""
-        settings, stats = self.settings, net.extra["batch_stats"]
+        """The adversarial part: one forward pass on the reconstruction, one on the images. `extra`
+        is the discriminator's state, which has been updated so many times."""
+        settings, stats = self.settings, extra["batch_stats"]
         for_real_images, for_fake_images = keys or (None, None)
 
         fake, pull_fake, stats = jax.vjp(
             lambda params, x: self.discriminate(params, stats, x, for_fake_images),
-            net.params, reconstruction, has_aux=True,
+            params, reconstruction, has_aux=True,
         )  # fmt: skip
         real, pull_real, stats = jax.vjp(
             lambda params: self.discriminate(params, stats, images, for_real_images),
-            net.params, has_aux=True,
+            params, has_aux=True,
         )  # fmt: skip
-        extra = {"batch_stats": stats}
+        extra = extra | {"batch_stats": stats}
 
         def generator_loss(fake: jax.Array) -> jax.Array:
             return losses.generator_adversarial(fake).mean()
@@ -219,7 +312,7 @@ class Networks:
 
         means = self.mean({"real": real.mean(), "fake": fake.mean()})
         if settings.lecam_weight:
-            averages = moved(net.extra["lecam"], means, settings.lecam_decay, jnp.asarray(steps))
+            averages = moved(extra["lecam"], means, settings.lecam_decay, updates)
             extra["lecam"] = averages
 
         adversarial, for_generator = jax.value_and_grad(generator_loss)(fake)
@@ -258,6 +351,5 @@ class Networks:
         sums = {key: (values * weight).sum() for key, values in found.items()}
         sums |= {key: started * (values * weight).sum() for key, values in adversarial.items()}
         sums |= {"examples": weight.sum(), "started": started * weight.sum()}
-        return self.sum(sums) | {
-            "counts": self.counts(output.quantized.indices, weight[:, None, None])
-        }
+        sums["counts"] = self.counts(output.quantized.indices, weight[:, None, None])
+        return self.sum(sums)

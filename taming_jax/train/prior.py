@@ -25,6 +25,7 @@ from taming_jax.models.gpt import GPT, apply_train, build_gpt, teacher_forced
 from taming_jax.models.vqgan import build_vqgan, decode_indices
 from taming_jax.sampling import sample
 from taming_jax.train import hosts
+from taming_jax.train.accumulate import accumulated
 from taming_jax.train.devices import Devices, averaged, summed
 from taming_jax.train.state import (
     CODES,
@@ -96,11 +97,17 @@ def training_step(
         tokens = jnp.concatenate([tokens[:, :1], rest], 1)
     net = state.nets["transformer"]
 
-    def loss(params: Any) -> jax.Array:
-        logits = apply_train(model, params, tokens, keys[DROPOUT])
-        return losses.next_token(logits, codes).mean()
+    def part(carry: None, arrays: Any) -> tuple[None, Any]:
+        tokens, codes, keys = arrays
 
-    nll, gradient = averaged(jax.value_and_grad(loss)(net.params), axis_name)
+        def loss(params: Any) -> jax.Array:
+            return losses.next_token(apply_train(model, params, tokens, keys), codes).mean()
+
+        return carry, jax.value_and_grad(loss)(net.params)
+
+    count = prior.micro_batches
+    _, sums = accumulated(part, None, (tokens, codes, keys[DROPOUT]), count)
+    nll, gradient = averaged(jax.tree.map(lambda x: x / count, sums), axis_name)
     metrics = {"nll": nll, "transformer_gradient": optax.tree.norm(gradient)}
     rate = learning_rate(config, steps)(state.step)
     nets = state.nets | {"transformer": net.updated(adamw(config), gradient, rate)}
@@ -117,7 +124,7 @@ class PriorStage:
     monitor = "nll"
 
     def __init__(self, config: Config, devices: Devices, restart: bool = False):
-        devices.check_batch(self.name, config.prior.batch_size)
+        devices.check_batch(self.name, config.prior.batch_size, config.prior.micro_batches)
         self.config, self.devices = config, devices
         self.generator, trained, seen = hosts.from_first(
             lambda: chosen_generator(config.folder, anew=restart)

@@ -42,7 +42,7 @@ class VQGANStage:
 
     def __init__(self, config: Config, devices: Devices):
         settings = config.vqgan
-        devices.check_batch(self.name, settings.batch_size)
+        devices.check_batch(self.name, settings.batch_size, settings.micro_batches)
         frozen = devices.replicate(load_lpips() if settings.perceptual_weight else {})
         self.config, self.devices = config, devices
         self.splits = hosts.agreed(lambda: sources.load(config.data))

@@ -63,8 +63,9 @@ def networks_and_state(overrides, batch=4):
     networks = Networks.build(config)
     keys = jax.random.split(jax.random.key(0), 4)
     images = jnp.tanh(2 * jax.random.normal(keys[0], (batch, 28, 28, 1)))
-    params = jax.jit(networks.generator.init)(keys[1], images)["params"]
-    disc = jax.jit(networks.discriminator.init, static_argnames="train")(
+    quickly = {"xla_backend_optimization_level": 0}  # compiled, since it runs once
+    params = jax.jit(networks.generator.init, compiler_options=quickly)(keys[1], images)["params"]
+    disc = jax.jit(networks.discriminator.init, static_argnames="train", compiler_options=quickly)(
         keys[2], images, train=False
     )
     extra = {"batch_stats": disc["batch_stats"]}
