@@ -1,8 +1,17 @@
-"""Files that a full disk or a kill leaves whole or as they were."""
+"""Files that a full disk or a kill leaves whole or as they were, and folders that one process at a
+time works in."""
 
 import contextlib
+import fcntl
 import os
+import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
+
+from taming_jax.errors import UserError
+
+LOCK = ".lock"
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -55,3 +64,53 @@ class Appended:
         """Takes a part of a piece off the end. On a full disk too: that needs no room."""
         if os.fstat(descriptor).st_size > self._size:
             os.ftruncate(descriptor, self._size)
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """While no other process trains in a folder, which is made where it is missing, and is gone
+    again afterwards where nothing was put into it. The lock ends with its process, however that
+    ends; a file system that has no locks costs a sentence.
+
+    Raises UserError where another process (or thread) holds the lock, and OSError where the folder
+    cannot be written.
+    """
+    folder = folder.absolute()
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    with claimed(folder, say) as lock:
+        with contextlib.suppress(OSError):  # a full disk: it is held all the same
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+            lock.flush()
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # a folder that is not empty stays
+                (folder / LOCK).unlink()
+                for place in made:
+                    place.rmdir()
+
+
+def claimed(folder: Path, say: Callable[[str], None]) -> BinaryIO:
+    """The file of a folder's lock, open and locked until it is closed."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / LOCK).open("a+b")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            with lock:
+                lock.seek(0)
+                holder = lock.read().decode(errors="replace") or "another process"
+            raise UserError(
+                f"{holder} trains in {folder}; wait for it, stop it, or choose another --workdir."
+            ) from error
+        except OSError as error:
+            say(
+                f"The file system of {folder} has no locks ({error.strerror}): nothing keeps a "
+                "second run out of the folder."
+            )
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock.fileno()), (folder / LOCK).stat()):
+                return lock
+        lock.close()  # its last holder deleted it before it was locked here

@@ -1,20 +1,25 @@
 """What a user can get wrong: one sentence on stderr, status 2, nothing of theirs touched."""
 
+import os
 import shutil
+import socket
 import sys
 
 import pytest
 
+import train_prior
 import train_vqgan
 from taming_jax import errors
+from taming_jax.config import load_config, write_config
+from taming_jax.files import alone_in
 from tests import commands
 
 
-def command(capsys, monkeypatch, *arguments):
+def command(capsys, monkeypatch, *arguments, script=train_vqgan):
     """The command in this process: its exit status and what it said on stderr."""
-    monkeypatch.setattr(sys, "argv", ["train_vqgan.py", *map(str, arguments)])
+    monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, arguments)])
     try:
-        status = errors.report(train_vqgan.main)
+        status = errors.report(script.main)
     except SystemExit as exit:  # tyro's, for flags
         status = exit.code
     return status, capsys.readouterr().err
@@ -94,6 +99,21 @@ def test_a_workdir_that_cannot_be_written(capsys, monkeypatch, tmp_path):
             f"the workdir {place} cannot be written",
         )
     assert file.read_text() == "mine"
+
+
+def test_a_workdir_that_another_run_trains_in(capsys, monkeypatch, workdir):
+    for script in (train_vqgan, train_prior):
+        with alone_in(workdir, print):
+            write_config(load_config("mnist_tiny"), workdir / "config.json")
+            before = {p: p.read_bytes() for p in workdir.rglob("*")}
+            assert_sentence(
+                *command(
+                    capsys, monkeypatch, "--config", "mnist_tiny", "--workdir", workdir,
+                    script=script,
+                ),
+                f"process {os.getpid()} on {socket.gethostname()} trains in {workdir}; wait for it",
+            )  # fmt: skip
+            assert {p: p.read_bytes() for p in workdir.rglob("*")} == before
 
 
 def test_without_the_lpips_package(capsys, monkeypatch, workdir):

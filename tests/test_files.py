@@ -1,9 +1,17 @@
+import errno
+import fcntl
+import os
 import resource
 import signal
+import socket
+import subprocess
+import sys
 
 import pytest
 
-from taming_jax.files import Appended, write_whole
+from taming_jax.errors import UserError
+from taming_jax.files import Appended, alone_in, write_whole
+from tests import commands
 
 
 @pytest.fixture
@@ -53,3 +61,75 @@ def test_a_file_grows_by_whole_pieces(tmp_path, limited):
     again.add(b"more")
     again.flush()
     assert path.read_bytes().endswith(b"ijmore")
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from taming_jax.files import alone_in
+
+with alone_in(Path(sys.argv[1]), print):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_folder_is_one_process_s_until_that_dies(tmp_path):
+    folder = tmp_path / "run"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(folder)], cwd=commands.ROOT, stdout=subprocess.PIPE
+    )
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        with (
+            pytest.raises(UserError, match=rf"process {holder.pid} on {socket.gethostname()} trai"),
+            alone_in(folder, print),
+        ):
+            pass
+    finally:
+        holder.kill()
+        holder.communicate()
+    with alone_in(folder, print):
+        assert (folder / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+    assert list(folder.iterdir()) == []
+
+
+def test_folders_are_independent_and_free_again_at_the_end(tmp_path):
+    with alone_in(tmp_path / "a", print), alone_in(tmp_path / "b", print):
+        with (
+            pytest.raises(UserError, match=f"process {os.getpid()} on"),
+            alone_in(tmp_path / "a", print),
+        ):
+            pass
+        # Being refused let go of nothing.
+        with pytest.raises(UserError), alone_in(tmp_path / "a", print):
+            pass
+        (tmp_path / "b" / "config.json").write_text("{}")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "b", tmp_path / "b" / "config.json"]
+    with pytest.raises(ZeroDivisionError), alone_in(tmp_path / "c" / "d", print):
+        raise ZeroDivisionError
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_file_system_without_locks_costs_a_sentence(tmp_path, monkeypatch):
+    def none(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", none)
+    said = []
+    with alone_in(tmp_path / "run", said.append):
+        (tmp_path / "run" / "file").touch()
+    assert len(said) == 1 and "has no locks (No locks available)" in said[0]
+
+
+def test_a_lock_that_was_deleted_meanwhile_is_no_lock(tmp_path, monkeypatch):
+    flock = fcntl.flock
+
+    def late(*arguments):
+        (tmp_path / ".lock").unlink()
+        monkeypatch.setattr("fcntl.flock", flock)
+        return flock(*arguments)
+
+    monkeypatch.setattr("fcntl.flock", late)
+    with alone_in(tmp_path, print), pytest.raises(UserError), alone_in(tmp_path, print):
+        pass

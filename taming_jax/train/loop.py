@@ -21,6 +21,7 @@ import numpy as np
 from taming_jax.config import Config, StageConfig, validated, write_config
 from taming_jax.data.feeds import Batch, Feed
 from taming_jax.errors import Interrupted, RunFailed, UserError, say
+from taming_jax.files import alone_in
 from taming_jax.train import hosts
 from taming_jax.train.devices import Devices
 from taming_jax.train.log import Log, Silent
@@ -61,13 +62,15 @@ def train(build: Callable[[Config, Devices], Stage], config: Config, restart: bo
     SIGTERM, saved.
     """
     validated(config)
-    with Signals() as signals:
+    folder = config.folder
+    with contextlib.ExitStack() as stack:
+        signals = stack.enter_context(Signals())
         hosts.check_alike(config)
         devices = Devices(config.devices)
+        hosts.from_first(lambda: hold(folder, stack))
         with signals.at_once():  # pictures may be decoded, for long
             stage = build(config, devices)
         hosts.check_same_data(stage.dataset)
-        folder = config.folder
         store = Store(folder, stage.name, stage.monitor, dataset=stage.dataset)
 
         def begin(template: TrainState) -> Any:
@@ -98,10 +101,29 @@ def train(build: Callable[[Config, Devices], Stage], config: Config, restart: bo
             ) from error
 
 
-def usable(folder: Path) -> Path:
-    """The folder, made where it is missing. UserError where it, or a folder or file that a run
-    writes in it, cannot be written."""
+def hold(folder: Path, stack: contextlib.ExitStack) -> None:
+    """Locks a run's folder until the stack ends. UserError where another process holds it, or it
+    cannot be written."""
+    with writable(folder):
+        stack.enter_context(alone_in(folder, say))
+
+
+@contextlib.contextmanager
+def writable(folder: Path) -> Iterator[None]:
+    """UserError in place of OSError where a run's folder cannot be written."""
     try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"the workdir {folder} cannot be written ({error.filename}: {error.strerror}); choose "
+            "another --workdir."
+        ) from error
+
+
+def usable(folder: Path) -> None:
+    """Makes the folders that a run writes in. UserError where one of them, or the config, cannot be
+    written."""
+    with writable(folder):
         for part in (folder, *(folder / name for name in ("checkpoints", "metrics", "figures"))):
             part.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=part):
@@ -109,12 +131,6 @@ def usable(folder: Path) -> Path:
         if (folder / "config.json").exists():
             with (folder / "config.json").open("a"):
                 pass
-    except OSError as error:
-        raise UserError(
-            f"the workdir {folder} cannot be written ({error.filename}: {error.strerror}); choose "
-            "another --workdir."
-        ) from error
-    return folder
 
 
 def derived(term: str) -> tuple[bool, bool]:

@@ -12,7 +12,7 @@ import pytest
 from taming_jax.config import load_config
 from taming_jax.data.feeds import ResidentFeed
 from taming_jax.data.sources import Split
-from taming_jax.errors import Interrupted, RunFailed
+from taming_jax.errors import Interrupted, RunFailed, UserError
 from taming_jax.train import loop
 from taming_jax.train.log import read_rows
 from taming_jax.train.state import Net, TrainState
@@ -240,6 +240,20 @@ def test_a_signal_while_a_feed_works_saves_what_is_trained(tmp_path):
     assert Store(tmp_path, "vqgan", "nll", read_only=True).steps()[-1] == 7
     rows = (tmp_path / "metrics" / "vqgan.jsonl").read_text().splitlines()
     assert json.loads(rows[-1])["step"] == 7
+
+
+def test_one_run_at_a_time_in_a_folder_and_several_in_several(tmp_path):
+    def on_step(step):
+        if step == 3:
+            with pytest.raises(UserError, match=f"process {os.getpid()} .* trains in"):
+                train(tmp_path / "one", **CADENCES)
+            train(tmp_path / "another", **CADENCES)
+
+    for _ in range(2):  # the second time, one that is trained already
+        train(tmp_path / "one", stage={"on_step": on_step}, **CADENCES)
+    for name in ("one", "another"):
+        assert Store(tmp_path / name, "vqgan", "nll", read_only=True).steps() == [6, 8, 10]
+        assert not (tmp_path / name / ".lock").exists()
 
 
 def test_memory_that_does_not_suffice_is_a_sentence(tmp_path):
