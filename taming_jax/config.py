@@ -22,6 +22,7 @@ from typing import Any, Literal
 from taming_jax.checks import check, flag
 from taming_jax.errors import UserError
 from taming_jax.files import write_whole
+from taming_jax.formats import FORMAT, SETTINGS, format_of, migrated
 
 
 def free(default: Any) -> Any:
@@ -361,12 +362,22 @@ def read_config(path: Path) -> Config:
         raise UserError(f"{path} cannot be read ({error.strerror}); name a config.json.") from error
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}); name a run's config.json.") from error
+    number = format_of(values, path) if isinstance(values, dict) else FORMAT
     try:
-        return from_dict(Config, values)
+        return settings(values, number)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
 
+def settings(values: Any, number: int) -> Config:
+    """The config that was written in a format (formats.py) up to today's. UserError for unknown
+    settings and values of a wrong type."""
+    if isinstance(values, dict):
+        values = migrated({k: v for k, v in values.items() if k != "format"}, number, SETTINGS)
+    return from_dict(Config, values)
+
+
 def write_config(config: Config, path: Path) -> None:
     """Writes a config.json, whole or not at all. Raises OSError."""
-    write_whole(path, (json.dumps(dataclasses.asdict(config), indent=2) + "\n").encode())
+    content = {"format": FORMAT} | dataclasses.asdict(config)
+    write_whole(path, (json.dumps(content, indent=2) + "\n").encode())

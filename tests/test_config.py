@@ -12,6 +12,7 @@ from taming_jax.config import (
     write_config,
 )
 from taming_jax.errors import UserError
+from taming_jax.formats import FORMAT
 
 
 def test_a_written_config_reads_back_as_the_same_object(tmp_path):
@@ -20,6 +21,15 @@ def test_a_written_config_reads_back_as_the_same_object(tmp_path):
         assert config.config == name
         write_config(config, tmp_path / "config.json")
         assert load_config(str(tmp_path / "config.json")) == config
+
+
+def test_a_config_json_carries_its_format_and_one_without_is_of_the_first(tmp_path):
+    file = tmp_path / "config.json"
+    write_config(load_config("mnist"), file)
+    values = json.loads(file.read_text())
+    assert values.pop("format") == FORMAT
+    file.write_text(json.dumps(values))
+    assert load_config(str(file)) == load_config("mnist")
 
 
 def test_every_float_setting_survives_a_whole_number(tmp_path):
@@ -121,6 +131,8 @@ def test_settings_that_cannot_work_are_refused_by_name(overrides, names):
         ('{"vqgan": {"steps": "three"}}', "'vqgan.steps' cannot be 'three'"),
         ('{"vqgan": {"l2_normalise": 1}}', "'vqgan.l2_normalise' cannot be 1"),
         ('{"dtype": "float16"}', "'dtype' cannot be 'float16'"),
+        ('{"format": 99, "new": 1}', "newer taming_jax .format 99; this one reads up to"),
+        ('{"format": "two"}', "its format is 'two', which is none"),
     ],
 )
 def test_a_damaged_config_json_is_a_sentence(tmp_path, content, says):

@@ -1,9 +1,9 @@
 """The Orbax store that generator, discriminator and transformer share.
 
 A stage's checkpoints lie in `checkpoints/NAME/STEP`, each one commit of two items: `state`, the
-arrays by their names, and `about`, the hash of each array, the config, and what the dataset is
-known by. Orbax makes a commit whole or not at all, but restores a flipped byte without a word:
-hence the hashes.
+arrays by their names, and `about`, its format, the hash of each array, the config, and what the
+dataset is known by. Orbax makes a commit whole or not at all, but restores a flipped byte without a
+word: hence the hashes.
 """
 
 import contextlib
@@ -22,9 +22,10 @@ import orbax.checkpoint as ocp
 from flax import traverse_util
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from taming_jax.config import Config, differences, from_dict, to_dict
+from taming_jax.config import Config, differences, settings, to_dict
 from taming_jax.data.sources import unlike
 from taming_jax.errors import RunFailed, UserError, say
+from taming_jax.formats import ARRAYS, FORMAT, format_of, migrated
 from taming_jax.train.trouble import hush, reason
 
 hush()
@@ -168,6 +169,7 @@ class Store:
             return
         arrays = named_arrays(state)
         about: dict[str, Any] = {
+            "format": FORMAT,
             "hashes": {"/".join(path): digest(array) for path, array in arrays.items()},
             "config": to_dict(config),
             "metrics": metrics,
@@ -238,7 +240,9 @@ class Store:
             self._manager = None
 
     def _about(self, step: int) -> dict[str, Any]:
-        """What a checkpoint says of itself. ValueError where that is damaged."""
+        """What a checkpoint says of itself. ValueError where that is damaged, and UserError where
+        it is whole but of a newer version of this program: its hash is made in the same way in
+        every format."""
         folder = self.path / str(step)
         try:
             reader = ocp.Checkpointer(json_handler(), multiprocessing_options=ALONE)
@@ -252,6 +256,7 @@ class Store:
             raise ValueError(f"it cannot be read ({type(error).__name__})") from error
         if text_hash(about) != claimed:
             raise ValueError("what it says of itself is not what was saved")
+        format_of(about, folder)
         return about
 
     def read(self, step: int) -> Checkpoint:
@@ -278,8 +283,10 @@ class Store:
         for path, array in arrays.items():
             if digest(array) != hashes["/".join(path)]:
                 raise ValueError(f"the array {'.'.join(path)} is not what was saved")
+        number = format_of(about, folder)
         try:
-            return Checkpoint(arrays, from_dict(Config, about["config"]), about.get("dataset"))
+            config = settings(about["config"], number)
+            return Checkpoint(migrated(arrays, number, ARRAYS), config, about.get("dataset"))
         except UserError as error:
             raise UserError(
                 f"{folder} was written by another version of this program: {error}"

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import shutil
 
 import jax
@@ -9,8 +10,9 @@ import pytest
 
 from taming_jax.config import load_config
 from taming_jax.errors import UserError
+from taming_jax.formats import FORMAT
 from taming_jax.train.state import Net, TrainState
-from taming_jax.train.store import Store, named_arrays
+from taming_jax.train.store import Store, named_arrays, text_hash
 
 CONFIG = load_config("mnist_tiny")
 SECTIONS = ("seed", "dtype", "data", "vqgan")
@@ -97,6 +99,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path, harm):
     [
         ("about/metadata", b'"code_dim"', b'"code_dhm"'),
         ("about/metadata", b'"codebook_size": 128', b'"codebook_size": 129'),
+        ("about/metadata", f'"format": {FORMAT}'.encode(), b'"format": 6'),
         ("metrics/metrics", b"0.25", b"0.15"),
         ("metrics/metrics", b"{", b""),
     ],
@@ -115,6 +118,39 @@ def test_damage_to_what_a_checkpoint_says_of_itself_is_damage(tmp_path, file, be
     store.save(2, state(2), CONFIG, {"nll": 0.3})
     store.wait()
     assert store.best() == (2, 0.3)
+
+
+def rewritten(folder, change):
+    """Changes what a checkpoint says of itself, hash and all."""
+    file = folder / "about" / "metadata"
+    about = json.loads(file.read_text())
+    del about["hash"]
+    change(about)
+    file.write_text(json.dumps(about | {"hash": text_hash(about)}))
+
+
+def test_a_checkpoint_of_the_first_format_is_read(tmp_path):
+    """It carried no number, and its state did not count skipped steps."""
+    kernel = np.arange(6, dtype=np.float32)
+    store = Store(tmp_path, "vqgan", "nll")
+    store.save(3, {"step": np.int32(3), "kernel": kernel}, CONFIG, {"nll": 0.5})
+    store.wait()
+    rewritten(store.path / "3", lambda about: about.pop("format"))
+    assert store.best() == (3, 0.5)
+    template = {"step": np.int32(0), "skipped": np.int32(9), "kernel": np.zeros(6, np.float32)}
+    found = store.restore(template, CONFIG, SECTIONS, pytest.fail)
+    assert_equal(found, {"step": np.int32(3), "skipped": np.int32(0), "kernel": kernel})
+    assert store.read(3).config == CONFIG
+
+
+def test_a_checkpoint_of_a_newer_format_is_refused_and_left_where_it_is(tmp_path):
+    store = saved(tmp_path, {1: 0.5, 2: 0.25})
+    rewritten(store.path / "2", lambda about: about.update(format=FORMAT + 1))
+    says = rf"vqgan/2 was written by a newer taming_jax \(format {FORMAT + 1}; .*update it"
+    for use in (lambda: restored(store), store.best, store.chosen):
+        with pytest.raises(UserError, match=says):
+            use()
+    assert store.steps() == [1, 2]
 
 
 def test_older_damage_does_not_stop_a_run(tmp_path):
