@@ -12,7 +12,9 @@ ROOT = Path(__file__).parents[1]
 def start(*arguments: object, devices: int = 1, cwd: Path | None = None) -> subprocess.Popen[str]:
     """A command of the repository's top level, begun."""
     environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        # Compiled quickly, which is most of what a small run takes.
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
+        "--xla_backend_optimization_level=0",
         "PYTHONPATH": str(ROOT),
     }
     script, *rest = map(str, arguments)
