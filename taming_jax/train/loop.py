@@ -282,7 +282,9 @@ class Loop:
                 best = hosts.from_first(lambda: self.store.lowest)
                 save = save or chosen[self.stage.monitor] < best
                 # Drawn before it is saved: a run that ends in between is resumed, and draws again.
-                if last or done - drawn >= self.draw_every:
+                # After a signal there is no time for it.
+                due = done - drawn >= self.draw_every and self.signals.received is None
+                if last or due:
                     drawn = done
                     self._draw(state, sums)
             # A signal may have come at any moment up to here.

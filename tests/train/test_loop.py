@@ -179,8 +179,8 @@ def test_a_signal_at_a_validation_leaves_the_run_the_same(tmp_path):
 
     with pytest.raises(Interrupted, match="after step 6"):
         train(tmp_path / "stopped", stage={"on_step": on_step}, **CADENCES)
-    train(tmp_path / "stopped", **CADENCES)
-    train(tmp_path / "whole", **CADENCES)
+    assert train(tmp_path / "stopped", **CADENCES).drawn == [10]
+    assert train(tmp_path / "whole", **CADENCES).drawn == [6, 10], "after a signal it is too late"
     stores = [
         Store(tmp_path / name, "vqgan", "nll", read_only=True) for name in ("stopped", "whole")
     ]
