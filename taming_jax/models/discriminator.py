@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from taming_jax.models.layers import BatchNorm, Dtype
+from taming_jax.models.layers import BatchNorm, Conv, Dtype
 
 
 class Discriminator(nn.Module):
@@ -22,8 +22,8 @@ class Discriminator(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = True) -> jax.Array:
-        def conv(features: int, stride: int, bias: bool, name: str) -> nn.Conv:
-            return nn.Conv(
+        def conv(features: int, stride: int, bias: bool, name: str) -> Conv:
+            return Conv(
                 features, (4, 4), strides=stride, padding=1, use_bias=bias, dtype=self.dtype,
                 kernel_init=nn.initializers.normal(0.02), name=name,
             )  # fmt: skip

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from taming_jax.config import Config
-from taming_jax.models.layers import Dtype
+from taming_jax.models.layers import Dense, Dtype
 from taming_jax.models.quantizers import select
 from taming_jax.models.vqgan import grid_size
 
@@ -42,8 +42,8 @@ def make_norm(kind: str, dtype: Dtype, name: str | None = None) -> nn.Module:
     return nn.LayerNorm(epsilon=1e-5, dtype=dtype, name=name)
 
 
-def dense(features: int, dtype: Dtype, name: str | None = None) -> nn.Dense:
-    return nn.Dense(features, dtype=dtype, kernel_init=init, name=name)
+def dense(features: int, dtype: Dtype, name: str | None = None) -> Dense:
+    return Dense(features, dtype=dtype, kernel_init=init, name=name)
 
 
 def rotate(x: jax.Array, places: jax.Array) -> jax.Array:

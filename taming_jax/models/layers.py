@@ -16,10 +16,36 @@ Dtype = Any
 kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
-def conv(features: int, size: int, dtype: Dtype, name: str | None = None) -> nn.Conv:
+def bias_apart(
+    inputs: jax.Array, kernel: jax.Array, bias: jax.Array | None, dtype: Dtype
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """What a layer multiplies in `dtype`, and its bias as it is."""
+    return inputs.astype(dtype), kernel.astype(dtype), bias
+
+
+class Conv(nn.Conv):
+    """A convolution that adds its bias in float32. The bias's gradient is a sum over all places of
+    all images, which would otherwise be taken in bfloat16, and lose most of it."""
+
+    promote_dtype: Any = bias_apart
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        return super().__call__(inputs).astype(self.dtype)
+
+
+class Dense(nn.Dense):
+    """A dense layer of the same kind."""
+
+    promote_dtype: Any = bias_apart
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        return super().__call__(inputs).astype(self.dtype)
+
+
+def conv(features: int, size: int, dtype: Dtype, name: str | None = None) -> Conv:
     """A convolution that keeps height and width."""
     pad = size // 2
-    return nn.Conv(
+    return Conv(
         features, (size, size), padding=pad, dtype=dtype, kernel_init=kernel_init, name=name
     )
 
@@ -122,7 +148,7 @@ class AttentionBlock(nn.Module):
         q, k, v = (
             conv(c, 1, self.dtype, name)(normed).reshape(b, h * w, c) for name in ("q", "k", "v")
         )
-        scores = jnp.einsum("bic,bjc->bij", q, k).astype(jnp.float32) * c**-0.5
+        scores = jnp.einsum("bic,bjc->bij", q, k, preferred_element_type=jnp.float32) * c**-0.5
         weights = nn.softmax(scores).astype(self.dtype)
         attended = jnp.einsum("bij,bjc->bic", weights, v).reshape(b, h, w, c)
         return x + conv(c, 1, self.dtype, "proj_out")(attended)
@@ -135,7 +161,7 @@ class Downsample(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        return nn.Conv(
+        return Conv(
             x.shape[-1], (3, 3), strides=2, padding=((0, 1), (0, 1)), dtype=self.dtype,
             kernel_init=kernel_init, name="conv",
         )(x)  # fmt: skip
@@ -155,17 +181,18 @@ class Upsample(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         b, h, w, c = x.shape
         kernel, bias = ConvParameters(c, name="conv")(x)
-        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        x = x.astype(self.dtype)
 
         def parity(row: int, column: int) -> jax.Array:
-            small = fold(fold(kernel, 0, row), 1, column)
+            # Folded in float32, so that the sums, and those of the gradients, are.
+            small = fold(fold(kernel, 0, row), 1, column).astype(self.dtype)
             return lax.conv_general_dilated(
                 x, small, (1, 1), ((1 - row, row), (1 - column, column)),
                 dimension_numbers=("NHWC", "HWIO", "NHWC"),
             )  # fmt: skip
 
         rows = [jnp.stack([parity(row, 0), parity(row, 1)], 3) for row in (0, 1)]
-        return jnp.stack(rows, 2).reshape(b, 2 * h, 2 * w, c) + bias.astype(self.dtype)
+        return (jnp.stack(rows, 2).reshape(b, 2 * h, 2 * w, c) + bias).astype(self.dtype)
 
 
 def fold(kernel: jax.Array, axis: int, parity: int) -> jax.Array:
