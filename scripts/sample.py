@@ -87,6 +87,7 @@ def main() -> None:
 def work(given: argparse.Namespace) -> None:
     from taming_jax.train import hosts
 
+    hosts.one_speaks()
     out = Path(given.out)
     kind = "" if out.is_dir() else out.suffix
     if kind not in ("", ".npz", ".png"):

@@ -226,6 +226,8 @@ class Config:
     """What the networks compute in; parameters, losses and statistics stay float32."""
     devices: int | None = free(None)
     """How many devices to use; all unless told."""
+    compile_cache: bool = free(True)
+    """Keep compiled programs in the user's own cache folder, so that the next run begins sooner."""
     data: DataConfig = DataConfig()
     vqgan: VQGANConfig = VQGANConfig()
     prior: PriorConfig = PriorConfig()

@@ -14,6 +14,11 @@ from taming_jax.errors import UserError
 LOCK = ".lock"
 
 
+def user_cache() -> Path:
+    """The user's own folder for what may be deleted at any time."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "taming_jax"
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Writes a file whole or not at all: beside its place, then renamed. Raises OSError, and then
     leaves nothing that holds space."""

@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 from taming_jax.config import DataConfig
 from taming_jax.errors import UserError
+from taming_jax.files import user_cache
 
 VERSION = 3  # of the cache's format; another version is another key
 CHUNK = 64  # pictures a worker takes at once
@@ -157,9 +158,7 @@ def work(numbers: np.ndarray, first: int) -> dict[int, str]:
 
 def cache_folder(config: DataConfig) -> Path:
     """The folder of the cache: the setting, else the user's own."""
-    if config.cache is not None:
-        return Path(config.cache)
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "taming_jax"
+    return user_cache() if config.cache is None else Path(config.cache)
 
 
 class Decoded(NamedTuple):

@@ -110,8 +110,6 @@ def _work(work: Callable[[], object], given: Processes, phase: Any, noise: str) 
 
         join(given)
         phase.value = JOINED
-        if jax.process_index():  # one of them speaks
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         try:
             work()
         except jax.errors.JaxRuntimeError as error:
@@ -161,6 +159,12 @@ def first() -> bool:
     import jax
 
     return jax.process_index() == 0
+
+
+def one_speaks() -> None:
+    """From here on the sentences of other processes than the first go nowhere; errors do not."""
+    if not first():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 def exchanged(value: Any) -> list[Any]:

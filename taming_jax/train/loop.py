@@ -25,6 +25,7 @@ from taming_jax.files import alone_in
 from taming_jax.train import hosts
 from taming_jax.train.devices import Devices
 from taming_jax.train.log import Log, Silent
+from taming_jax.train.runtime import prepare
 from taming_jax.train.state import TrainState, copied
 from taming_jax.train.store import Store
 
@@ -65,6 +66,8 @@ def train(build: Callable[[Config, Devices], Stage], config: Config, restart: bo
     folder = config.folder
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(Signals())
+        prepare(config)
+        hosts.one_speaks()
         hosts.check_alike(config)
         devices = Devices(config.devices)
         hosts.from_first(lambda: hold(folder, stack))

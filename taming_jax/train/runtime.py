@@ -1,0 +1,80 @@
+"""How JAX is set up before it starts: its cache of compiled programs."""
+
+import contextlib
+import hashlib
+import os
+import platform
+from pathlib import Path
+
+import jax
+from jax._src import compilation_cache
+from jax._src.compilation_cache_interface import CacheInterface
+
+from taming_jax.config import Config
+from taming_jax.files import user_cache, write_whole
+
+LARGEST = 2**30  # bytes of compiled programs that are kept
+WORTH = 0.5  # seconds of compilation that are worth a file
+
+
+def prepare(config: Config) -> None:
+    """Sets JAX up as a config says."""
+    # A folder that is set already is the user's own, or was set here by an earlier run.
+    if config.compile_cache and not compilation_cache.is_persistent_cache_enabled():
+        jax.config.update("jax_compilation_cache_dir", str(user_cache() / f"xla-{machine()}"))
+        if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", WORTH)
+        compilation_cache.get_file_cache = lambda path: (WholeEntries(Path(path)), path)
+
+
+def machine() -> str:
+    """A name for what compiled programs depend on besides what jax has in their keys: the kind of
+    CPU, and the cores this process may use, among which a program for the CPU divides its work (and
+    rounds accordingly)."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        names = ("model name", "flags", "CPU part", "Features")  # of x86-64, then of Arm
+        kind = sorted({line for line in lines if line.startswith(names)})
+    except OSError:
+        kind = [platform.machine(), platform.processor()]
+    known = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if known else os.cpu_count()
+    found = hashlib.sha256("\n".join([*kind, str(cores)]).encode()).hexdigest()[:12]
+    return f"jax-{jax.__version__}-{found}"
+
+
+class WholeEntries(CacheInterface):
+    """jax's cache of compiled programs in a folder. Its own is written in place, and never again: a
+    kill, a full disk or two processes leave an entry torn for good. Here one appears whole, with
+    its hash; one that is not what was written is as none, and written anew."""
+
+    def __init__(self, path: Path):
+        self._path = path
+
+    def get(self, key: str) -> bytes | None:
+        """An entry; None where there is none, or it is damaged."""
+        file = self._path / key
+        try:
+            content = file.read_bytes()
+            os.utime(file)
+        except OSError:
+            return None
+        value, claimed = content[:-32], content[-32:]
+        return value if hashlib.sha256(value).digest() == claimed else None
+
+    def put(self, key: str, value: bytes) -> None:
+        """Keeps an entry, where the disk takes it."""
+        with contextlib.suppress(OSError):
+            self._path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            write_whole(self._path / key, value + hashlib.sha256(value).digest())
+            self._trim()
+
+    def _trim(self) -> None:
+        """Deletes what was used least recently, by any version, above a size of all."""
+        files = {file: file.stat() for file in self._path.parent.glob("xla-*/*") if file.is_file()}
+        size = sum(found.st_size for found in files.values())
+        for file in sorted(files, key=lambda file: files[file].st_mtime):
+            if size <= LARGEST:
+                break
+            file.unlink(missing_ok=True)
+            size -= files[file].st_size
