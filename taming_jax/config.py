@@ -226,6 +226,10 @@ class Config:
     """What the networks compute in; parameters, losses and statistics stay float32."""
     devices: int | None = free(None)
     """How many devices to use; all unless told."""
+    deterministic: bool = free(False)
+    """On a GPU, the same numbers in every run, at a price: kernels are not chosen by their speed,
+    and what adds up by index (the gradients of LPIPS's max pooling, of DiffAugment's translation
+    and of the prior's loss) does so in order. A CPU's numbers are the same anyway."""
     compile_cache: bool = free(True)
     """Keep compiled programs in the user's own cache folder, so that the next run begins sooner."""
     data: DataConfig = DataConfig()

@@ -24,7 +24,7 @@ from taming_jax.models.vqgan import build_vqgan, decode_indices, encode, images_
 from taming_jax.sampling import sample
 from taming_jax.train import hosts
 from taming_jax.train.devices import Compiled, Devices
-from taming_jax.train.runtime import prepare
+from taming_jax.train.runtime import keep_programs
 from taming_jax.train.store import Store
 from taming_jax.train.tokens import Tokenizer
 
@@ -76,7 +76,8 @@ class Run:
         transformer: Any = None,
     ):
         self.workdir, self.config, self.step, self._dataset = workdir, config, step, dataset
-        prepare(config)
+        if config.compile_cache:
+            keep_programs()
         self.params = jax.device_put(generator)
         # Codes are always computed in float32, as those the prior learned from were.
         self.model = build_vqgan(dataclasses.replace(config, dtype="float32"))

@@ -1,4 +1,4 @@
-"""How JAX is set up before it starts: its cache of compiled programs."""
+"""How JAX is set up before it starts: deterministic GPUs, and a cache of compiled programs."""
 
 import contextlib
 import hashlib
@@ -7,24 +7,49 @@ import platform
 from pathlib import Path
 
 import jax
-from jax._src import compilation_cache
+from jax._src import compilation_cache, xla_bridge
 from jax._src.compilation_cache_interface import CacheInterface
 
 from taming_jax.config import Config
+from taming_jax.errors import UserError
 from taming_jax.files import user_cache, write_whole
 
+# Implies --xla_gpu_exclude_nondeterministic_ops, and switches autotuning off (openxla/xla 12520).
+DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 LARGEST = 2**30  # bytes of compiled programs that are kept
 WORTH = 0.5  # seconds of compilation that are worth a file
 
 
 def prepare(config: Config) -> None:
-    """Sets JAX up as a config says."""
-    # A folder that is set already is the user's own, or was set here by an earlier run.
-    if config.compile_cache and not compilation_cache.is_persistent_cache_enabled():
-        jax.config.update("jax_compilation_cache_dir", str(user_cache() / f"xla-{machine()}"))
-        if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", WORTH)
-        compilation_cache.get_file_cache = lambda path: (WholeEntries(Path(path)), path)
+    """Sets JAX up to train as a config says. UserError where it has started, and it is too late."""
+    if config.deterministic:
+        be_deterministic()
+    if config.compile_cache:
+        keep_programs()
+
+
+def be_deterministic() -> None:
+    """Has XLA compile for GPUs only what gives the same numbers in every run."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if DETERMINISTIC in flags.split():
+        return
+    if xla_bridge.backends_are_initialized():
+        raise UserError(
+            "--deterministic is decided before JAX starts, and JAX has run in this process; begin "
+            "a new one (in a notebook, restart the kernel)."
+        )
+    os.environ["XLA_FLAGS"] = f"{flags} {DETERMINISTIC}".strip()
+
+
+def keep_programs() -> None:
+    """Keeps compiled programs in the user's own cache folder, unless JAX has one already: theirs,
+    or that of an earlier call."""
+    if compilation_cache.is_persistent_cache_enabled():
+        return
+    jax.config.update("jax_compilation_cache_dir", str(user_cache() / f"xla-{machine()}"))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", WORTH)
+    compilation_cache.get_file_cache = lambda path: (WholeEntries(Path(path)), path)
 
 
 def machine() -> str:

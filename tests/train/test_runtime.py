@@ -1,4 +1,4 @@
-"""The cache of compiled programs."""
+"""What is decided before JAX starts: determinism, and the cache of compiled programs."""
 
 import os
 import subprocess
@@ -113,6 +113,43 @@ for damage in (lambda whole: whole[:-9], lambda whole: b"", lambda whole: whole[
 prepare(load_config("mnist_tiny"))
 assert compiled() > 0
 """
+
+
+DETERMINISTIC = """
+import os
+import taming_jax.train.loop
+import taming_jax.train.prior
+import taming_jax.train.vqgan
+from taming_jax.config import load_config
+from taming_jax.errors import UserError
+from taming_jax.train.runtime import prepare
+
+config = load_config("mnist_tiny", {"deterministic": True})
+before = os.environ["XLA_FLAGS"]
+prepare(load_config("mnist_tiny"))
+assert os.environ["XLA_FLAGS"] == before
+for _ in range(2):
+    prepare(config)
+    assert os.environ["XLA_FLAGS"] == before + " --xla_gpu_deterministic_ops=true"
+import jax
+assert jax.device_count() == 3
+prepare(config)
+os.environ["XLA_FLAGS"] = before
+try:
+    prepare(config)
+except UserError as error:
+    print(error)
+"""
+
+
+def test_determinism_is_decided_before_jax_starts():
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=3"}
+    done = subprocess.run(
+        [sys.executable, "-c", DETERMINISTIC], cwd=commands.ROOT, env=environment, text=True,
+        capture_output=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("--deterministic is decided before JAX starts")
 
 
 def without_a_cache(home):
