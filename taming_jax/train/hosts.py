@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import pickle
 import platform
+import re
 import signal
 import sys
 import tempfile
@@ -112,7 +113,9 @@ def _work(work: Callable[[], object], given: Processes, phase: Any, noise: str) 
         phase.value = JOINED
         try:
             work()
-        except jax.errors.JaxRuntimeError as error:
+        except (jax.errors.JaxRuntimeError, ValueError) as error:
+            if not torn(error):
+                raise
             os.write(2, traceback.format_exc().encode())
             lost.append(error)
             raise RunFailed(f"{LOST}; JAX's own words are in {noise}.") from error
@@ -126,6 +129,15 @@ def _work(work: Callable[[], object], given: Processes, phase: Any, noise: str) 
 
         jax.distributed.shutdown()  # which waits for the others, who have things to say
     os._exit(status)
+
+
+def torn(error: Exception) -> bool:
+    """Whether an error says that another process is gone. It is a ValueError where JAX meets the
+    closed connection as a step is begun, and then names the library that speaks with the other."""
+    import jax
+
+    said = re.search(r"\b(Gloo|NCCL)\b", str(error)) is not None
+    return said or isinstance(error, jax.errors.JaxRuntimeError)
 
 
 def join(given: Processes) -> None:

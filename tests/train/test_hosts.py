@@ -5,9 +5,11 @@ import pickle
 import signal
 import time
 
+import jax
 import numpy as np
 import pytest
 
+from taming_jax.train import hosts
 from taming_jax.train.store import Store
 from tests import commands, golden
 from tests.conftest import TINY
@@ -91,6 +93,12 @@ LONG = [
     "train_vqgan.py", *TINY, 2000, "--vqgan.checkpoint-every", 50, "--vqgan.log-every", 1,
     "--vqgan.eval-every", 2000, "--workdir",
 ]  # fmt: skip
+
+
+def test_a_closed_connection_is_told_from_a_mistake():
+    assert hosts.torn(ValueError("UNKNOWN: Gloo all-reduce failed: Connection closed by peer"))
+    assert hosts.torn(jax.errors.JaxRuntimeError("INTERNAL: connection reset"))
+    assert not hosts.torn(ValueError("operands could not be broadcast together"))
 
 
 @pytest.mark.parametrize("lost", [0, 1])
