@@ -17,7 +17,8 @@ def work(given: Command) -> None:
     from taming_jax.train.loop import train
     from taming_jax.train.prior import PriorStage
 
-    train(functools.partial(PriorStage, restart=given.restart), given.config, given.restart)
+    stage = functools.partial(PriorStage, restart=given.restart)
+    train(stage, given.config, given.restart, own_process=True)
 
 
 def main() -> None:

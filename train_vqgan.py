@@ -16,7 +16,7 @@ def work(given: Command) -> None:
     from taming_jax.train.loop import train
     from taming_jax.train.vqgan import VQGANStage
 
-    train(VQGANStage, given.config, given.restart)
+    train(VQGANStage, given.config, given.restart, own_process=True)
 
 
 def main() -> None:

@@ -19,7 +19,6 @@ they are then streamed from there to the devices.
 import argparse
 import dataclasses
 import functools
-import resource
 import sys
 import tempfile
 import time
@@ -39,7 +38,8 @@ from taming_jax.errors import UserError, report
 from taming_jax.models.gpt import GPT, build_gpt, teacher_forced
 from taming_jax.models.lpips import load_lpips
 from taming_jax.sampling import sample
-from taming_jax.train.devices import Devices
+from taming_jax.train.devices import Compiled, Devices
+from taming_jax.train.meter import Meter
 from taming_jax.train.prior import fresh_transformer, training_step
 from taming_jax.train.state import copied
 from taming_jax.train.vqgan import VQGANStage
@@ -56,25 +56,24 @@ def flops(compiled: Any) -> float:
     return (cost[0] if isinstance(cost, list) else cost)["flops"]
 
 
-def peak_memory(device: Any) -> str:
-    """The device's own account where it keeps one, else the process's."""
-    stats = device.memory_stats()
-    if stats and "peak_bytes_in_use" in stats:
-        return f"{stats['peak_bytes_in_use'] / 2**20:.0f} MiB on the device"
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return f"{peak / 2**20:.0f} MiB of the process"
+def rates(step: Compiled, median: float, config: Config, devices: Devices) -> str:
+    """A step's operations, how much of what a device can do they are, and its peak memory."""
+    device = devices.list[0]
+    used = Meter(device, config, print)(step.flops, 1 / median)
+    said = f"{(step.flops or 0) * len(devices) / 1e9:>12.2f} GFLOP"
+    if "utilisation" in used:
+        said += f", {used['utilisation']:.0%} of a device's most"
+    where = "the device" if device.memory_stats() else "the process"
+    return f"{said}  {used['memory_peak_bytes'] / 2**20:.0f} MiB of {where}"
 
 
-def median_step(
-    compiled: Callable, state: Any, feed: Feed, frozen: tuple, steps: int
-) -> tuple[float, Any]:
+def median_step(step: Compiled, state: Any, feed: Feed, steps: int) -> tuple[float, Any]:
     """Seconds a step, and the state afterwards."""
     times = []
     for number in range(steps + 1):
         arrays = feed.batch(number).arrays
         begin = time.perf_counter()
-        state, metrics = compiled(state, arrays, *frozen)
+        state, metrics = step(state, arrays)
         jax.block_until_ready((state, metrics))
         times.append(time.perf_counter() - begin)
     return float(np.median(times[1:])), state  # the first warms caches
@@ -84,18 +83,16 @@ def measure(stage: VQGANStage, devices: Devices, steps: int) -> None:
     batch_size = stage.config.vqgan.batch_size
     feed, _ = stage.feeds()
     state = copied(devices.replicate(stage.init(jax.random.key(0))))
-    print(
-        f"{'step':<26}{'compile':>10}{'steps/s':>10}{'images/s':>10}{'GFLOP/step':>12}  peak memory"
-    )
+    print(f"{'step':<26}{'compile':>10}{'steps/s':>10}{'images/s':>10}{'a step':>18}  peak memory")
     for adversarial, name in ((False, "autoencoder"), (True, "with discriminator")):
         step = stage.compiled(adversarial)
         begin = time.perf_counter()
-        compiled = step.lower(state, feed.batch(0).arrays).compile()
+        step.prepare(state, feed.batch(0).arrays)
         compile_time = time.perf_counter() - begin
-        median, state = median_step(compiled, state, feed, step.frozen, steps)
+        median, state = median_step(step, state, feed, steps)
         print(
             f"{name:<26}{compile_time:>8.1f} s{1 / median:>10.2f}{batch_size / median:>10.1f}"
-            f"{flops(compiled) * len(devices) / 1e9:>12.2f}  {peak_memory(devices.list[0])}"
+            f"{rates(step, median, stage.config, devices)}"
         )
 
 
@@ -169,13 +166,14 @@ def measure_prior(config: Config, devices: Devices, steps: int) -> None:
     split = Split(codes, rng.integers(0, 10, 2048).astype(np.int32))
     batch_size = config.prior.batch_size
     feed = ResidentFeed(split, batch_size, 0, devices)
-    step = functools.partial(training_step, config, model, 1000, devices.axis_name)
+    function = functools.partial(training_step, config, model, 1000, devices.axis_name)
+    step = devices.compile(function, donate=True)
     state = copied(devices.replicate(fresh_transformer(config, model, jax.random.key(0))))
-    compiled = devices.compile(step, donate=True).lower(state, feed.batch(0).arrays).compile()
-    median, _ = median_step(compiled, state, feed, (), steps)
+    step.prepare(state, feed.batch(0).arrays)
+    median, _ = median_step(step, state, feed, steps)
     print(
         f"{1 / median:.2f} steps/s, {batch_size / median:.1f} images/s, "
-        f"{flops(compiled) * len(devices) / 1e9:.2f} GFLOP/step, {peak_memory(devices.list[0])}"
+        f"{rates(step, median, config, devices).lstrip()}"
     )
 
 

@@ -52,6 +52,11 @@ def check(config: "Config") -> None:
     for name, stage in (("vqgan", vqgan), ("prior", prior)):
         if not all(0 <= beta < 1 for beta in stage.betas):
             raise UserError(f"--{name}.betas must be from 0 to below 1.")
+        if stage.profile is not None and not 1 <= stage.profile[0] <= stage.profile[1]:
+            raise UserError(
+                f"--{name}.profile is {stage.profile[0]} {stage.profile[1]}; name the first step "
+                "to trace, 1 or more, and the last."
+            )
     for name, seed in (("--seed", config.seed), ("--data.split-seed", data.split_seed)):
         if not 0 <= seed < 2**32:
             raise UserError(f"{name} is {seed}; it must be from 0 to {2**32 - 1}.")

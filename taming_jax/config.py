@@ -89,6 +89,8 @@ class StageConfig:
     """Steps to a line of the log; about a thousand lines a run unless told."""
     draw_every: int | None = free(None)
     """Least steps between redrawings of the figures; a twentieth of the run unless told."""
+    profile: tuple[int, int] | None = free(None)
+    """Trace the steps from one to another, counted from 1, with jax.profiler."""
     learning_rate: float = 4.5e-4
     """The highest learning rate (in stage 1 the generator's)."""
     warmup_steps: int = 0

@@ -8,7 +8,7 @@ and the number of a step alone says what the step reads.
 import abc
 import functools
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, SupportsIndex
 
@@ -89,7 +89,7 @@ class Feed(abc.ABC):
         """The batch of step `step` (the first is 0) of training."""
 
     @abc.abstractmethod
-    def once(self) -> Iterator[Batch]:
+    def once(self) -> Generator[Batch, None, None]:
         """Every example once, in order, in batches of one size."""
 
     def close(self) -> None:  # noqa: B027 - most read nothing ahead
@@ -106,7 +106,7 @@ class ResidentFeed(Feed):
     def batch(self, step: int) -> Batch:
         return Batch(step, self._resident | self._placement.shard(self._training(step)))
 
-    def once(self) -> Iterator[Batch]:
+    def once(self) -> Generator[Batch, None, None]:
         for number in range(-(-self.size // self.batch_size)):
             shards = self._placement.shard(self._evaluation(number))
             yield Batch(number, self._resident | shards)
@@ -167,7 +167,7 @@ class StreamingFeed(Feed):
             self._next += 1
         return self._ahead.popleft()
 
-    def once(self) -> Iterator[Batch]:
+    def once(self) -> Generator[Batch, None, None]:
         reading = self._read(self._evaluation, 0, -(-self.size // self.batch_size))
         try:
             for number, arrays in enumerate(reading):

@@ -22,6 +22,11 @@ def unrolled() -> bool:
     return jax.default_backend() == "cpu"
 
 
+def repeated(count: int) -> int:
+    """How often what `accumulated` does to a part is repeated for what is compiled of it."""
+    return 1 if unrolled() else count
+
+
 def accumulated(
     part: Callable[[Any, Any], tuple[Any, Any]], carry: Any, arrays: Any, count: int
 ) -> tuple[Any, Any]:

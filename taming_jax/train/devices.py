@@ -27,17 +27,27 @@ def summed(tree: Any, axis_name: str | None) -> Any:
 
 
 class Compiled:
-    """A function of state and arrays with its frozen arguments in place."""
+    """A function of state and arrays with its frozen arguments in place, compiled when it is first
+    called, or by `prepare`."""
+
+    flops: float | None = None
+    """Floating-point operations of a call on one device, where `prepare` found them; what is in a
+    loop counts once."""
 
     def __init__(self, function: Any, frozen: tuple[Any, ...]):
-        self._function, self.frozen = function, frozen
+        self._function, self._program, self.frozen = function, function, frozen
 
     def __call__(self, state: Any, arrays: Any) -> Any:
-        return self._function(state, arrays, *self.frozen)
+        return self._program(state, arrays, *self.frozen)
 
-    def lower(self, state: Any, arrays: Any) -> Any:
-        """JAX's lowered computation, to ask for its cost."""
-        return self._function.lower(state, arrays, *self.frozen)
+    def prepare(self, state: Any, arrays: Any) -> None:
+        """Compiles for all calls, which must have arguments of these shapes. With other processes
+        the first call still compiles, since JAX cannot call what it lowered for several."""
+        lowered = self._function.lower(state, arrays, *self.frozen)
+        # As it is written: where XLA has put a library's functions in, it does not see theirs.
+        self.flops = (lowered.cost_analysis() or {}).get("flops")
+        if hosts.count() == 1:
+            self._program = lowered.compile()
 
 
 class Devices:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from taming_jax.errors import say
 from taming_jax.files import Appended
+from taming_jax.train.meter import Meter
 
 # What is shown while training, where a stage reports it.
 SHOWN = (
@@ -101,7 +102,8 @@ class Log:
     steps will be taken, and logged, again. Rows that the disk does not take are kept until it does.
     """
 
-    def __init__(self, folder: Path, name: str, start: int, steps: int):
+    def __init__(self, folder: Path, name: str, start: int, steps: int, meter: Meter):
+        self._meter = meter
         self.path = folder / "metrics" / f"{name}.jsonl"
         self.rows, self._file = continued(self.path, start)
         # Apart from the rows, which are the same whenever and wherever the run is computed.
@@ -109,15 +111,18 @@ class Log:
         self._events = Events(folder / "tensorboard" / name, start)
         self._troubled: set[str] = set()
         self._start, self._steps = start, steps
-        self._began = self._said = time.monotonic()
-        self._first: int | None = None  # steps before the clock: the first one is compiled
-        self._waited, self._steps_began, self._row_step = 0.0, 0.0, start
         self._bar = None
+        self.begin()
         if sys.stderr.isatty():
             self._bar = tqdm(
                 total=steps, initial=start, desc=name, unit="step", dynamic_ncols=True,
                 smoothing=0.05, file=sys.stderr,
             )  # fmt: skip
+
+    def begin(self) -> None:
+        """Starts the clock: what went before, compilation, is no step's time."""
+        self._began = self._said = self._steps_began = time.monotonic()
+        self._waited, self._row_step = 0.0, self._start
 
     def say(self, sentence: str) -> None:
         """A sentence for the person at the screen."""
@@ -146,15 +151,24 @@ class Log:
             for file in (self._file, self._speed, self._events):  # each, also where one fails
                 stack.callback(file.flush)
 
-    def row(self, step: int, epoch: float, split: str, metrics: dict[str, float]) -> None:
-        """One line of the JSON lines and TensorBoard, and now and then one for the eye."""
+    def row(
+        self,
+        step: int,
+        epoch: float,
+        split: str,
+        metrics: dict[str, float],
+        flops: float | None = None,
+    ) -> None:
+        """One line of the JSON lines and TensorBoard, and now and then one for the eye. A row of
+        training steps also tells how fast they were, and with the operations of one, on a device,
+        how much of it they used."""
         row = {"step": step, "epoch": round(epoch, 4), "split": split, **metrics}
         self.rows.append(row)
         self._file.add(json.dumps(row).encode() + b"\n")
         self._events.scalars(step, split, metrics)
         shown = "  ".join(f"{key} {metrics[key]:.4g}" for key in SHOWN if key in metrics)
         if split == "train":
-            shown += self._pace(step)
+            shown += self._pace(step, flops)
         self._flush()
         if split == "validation":
             self._said = time.monotonic()
@@ -173,13 +187,14 @@ class Log:
         yield
         self._waited += time.monotonic() - begin
 
-    def _pace(self, step: int) -> str:
+    def _pace(self, step: int, flops: float | None) -> str:
         """Notes how fast the steps since the last row were (without what came after that row:
-        validation, figures, a checkpoint), and the share of their time that went by waiting for
-        data; answers the share, where it is worth a word."""
+        validation, figures, a checkpoint), what they took of a device, and the share of their time
+        that went by waiting for data; answers the share, where it is worth a word."""
         spent, steps = time.monotonic() - self._steps_began, step - self._row_step
         waiting = self._waited / spent
         speed = {"steps_per_second": round(steps / spent, 4), "waiting": round(waiting, 4)}
+        speed |= self._meter(flops, steps / spent)
         self._speed.add(json.dumps({"step": step, **speed}).encode() + b"\n")
         self._events.scalars(step, "speed", speed)
         self._waited, self._steps_began, self._row_step = 0.0, 0.0, step
@@ -187,15 +202,12 @@ class Log:
 
     def advance(self, step: int) -> None:
         """Shows that `step` steps are done."""
-        if self._first is None:
-            self._first, self._began = step, time.monotonic()
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
 
     def _left(self, step: int) -> str:
         spent = time.monotonic() - self._began
-        taken = step - (self._start if self._first is None else self._first)
-        seconds = math.ceil(spent / max(taken, 1) * (self._steps - step))
+        seconds = math.ceil(spent / (step - self._start) * (self._steps - step))
         minutes, seconds = divmod(seconds, 60)
         return f"{minutes}:{seconds:02d} left"
 
@@ -213,8 +225,9 @@ class Silent:
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
 
+    def begin(self) -> None: ...
     def say(self, sentence: str) -> None: ...
-    def row(self, step: int, epoch: float, split: str, metrics: dict[str, float]) -> None: ...
+    def row(self, *_: Any) -> None: ...
     def advance(self, step: int) -> None: ...
     def close(self) -> None: ...
 

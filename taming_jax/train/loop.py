@@ -7,12 +7,9 @@ import contextlib
 import functools
 import math
 import signal
-import sys
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 
 import jax
@@ -25,7 +22,9 @@ from taming_jax.files import alone_in
 from taming_jax.train import hosts
 from taming_jax.train.devices import Devices
 from taming_jax.train.log import Log, Silent
+from taming_jax.train.meter import Meter, Tracer
 from taming_jax.train.runtime import prepare
+from taming_jax.train.signals import Signals
 from taming_jax.train.state import TrainState, copied
 from taming_jax.train.store import Store
 
@@ -37,7 +36,9 @@ class Stage(Protocol):
     `monitor` names the metric of a validation that chooses the best checkpoint, lower being better.
     Where feeds take their time (tokens are encoded), they call `check` now and then, which raises
     Interrupted after a signal. `eval_step` answers sums over a batch and `summarise` the metrics of
-    their sum over the split: perplexity, say, cannot be averaged over batches.
+    their sum over the split: perplexity, say, cannot be averaged over batches. `compile` is called
+    before the first step, with the batches of it and of a validation; `flops` answers the
+    operations that a step, counted from 0, then does on one device.
     """
 
     name: str
@@ -46,6 +47,8 @@ class Stage(Protocol):
 
     def feeds(self, check: Callable[[], None]) -> tuple[Feed, Feed]: ...
     def init(self, key: jax.Array) -> TrainState: ...
+    def compile(self, state: TrainState, training: Batch, validation: Batch) -> None: ...
+    def flops(self, step: int) -> float | None: ...
     def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]: ...
     def eval_step(self, state: TrainState, batch: Batch) -> dict[str, Any]: ...
     def summarise(self, sums: dict[str, np.ndarray]) -> dict[str, float]: ...
@@ -54,9 +57,14 @@ class Stage(Protocol):
     ) -> None: ...
 
 
-def train(build: Callable[[Config, Devices], Stage], config: Config, restart: bool = False) -> Path:
+def train(
+    build: Callable[[Config, Devices], Stage],
+    config: Config,
+    restart: bool = False,
+    own_process: bool = False,
+) -> Path:
     """Trains a stage to its last step, going on from what the run's folder holds, and answers that
-    folder.
+    folder. In the `own_process` of a command a signal, too, ends it where nothing is to be saved.
 
     Raises UserError for what the user can mend, before anything of theirs is touched; RunFailed
     where a loss is not finite or the last step could not be saved; Interrupted after SIGINT or
@@ -65,7 +73,7 @@ def train(build: Callable[[Config, Devices], Stage], config: Config, restart: bo
     validated(config)
     folder = config.folder
     with contextlib.ExitStack() as stack:
-        signals = stack.enter_context(Signals())
+        signals = stack.enter_context(Signals(own_process))
         prepare(config)
         hosts.one_speaks()
         hosts.check_alike(config)
@@ -84,7 +92,8 @@ def train(build: Callable[[Config, Devices], Stage], config: Config, restart: bo
             return store.restore(template, config, sections, say)
 
         try:
-            state = stage.init(jax.random.key(config.seed))
+            with signals.ending():
+                state = stage.init(jax.random.key(config.seed))
             restored = hosts.from_first(lambda: begin(state))
             # A copy, since the first step gives its state up: what is restored is numpy's memory,
             # and a fresh state is the stage's.
@@ -150,54 +159,6 @@ def shares(batch_size: int, devices: int, parts: int) -> str:
     return f" ({', '.join(words)})" if words else ""
 
 
-class Signals:
-    """Remembers the first SIGINT or SIGTERM; a second one ends the process as ever. Outside the
-    main thread, where Python allows no handlers, nothing is caught."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self._at_once = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "Signals":
-        if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGINT, signal.SIGTERM):
-                self._before[signum] = signal.signal(signum, self._receive)
-        return self
-
-    @contextlib.contextmanager
-    def at_once(self) -> Iterator[None]:
-        """While there is nothing to save: a signal raises Interrupted where it finds the run."""
-        self._at_once = True
-        yield
-        self._at_once = False
-
-    def _receive(self, signum: int, frame: FrameType | None) -> None:
-        self.received = signum
-        self.__exit__()
-        if self._at_once:
-            raise before_the_next_step(signum)
-        say("\nStopping after this step, and saving; a second signal does neither.", sys.stderr)
-
-    def check(self) -> None:
-        """Interrupted, if a signal has come, to any of the processes, which all call this."""
-        received = next(filter(None, hosts.exchanged(self.received)), None)
-        if received is not None:
-            raise before_the_next_step(received)
-
-    def __exit__(self, *_: object) -> None:
-        for signum, handler in self._before.items():
-            signal.signal(signum, handler)
-
-
-def before_the_next_step(signum: int) -> Interrupted:
-    return Interrupted(
-        signum,
-        f"Stopped by {signal.Signals(signum).name} before the next step; the same command goes on "
-        "from what is done.",
-    )
-
-
 class Loop:
     """The state of one call of `train`."""
 
@@ -233,7 +194,8 @@ class Loop:
             return self.folder
         self.log: Log | Silent = Silent()
         if hosts.first():
-            self.log = Log(self.folder, self.stage.name, start, self.steps)
+            meter = Meter(self.devices.list[0], self.config, say)
+            self.log = Log(self.folder, self.stage.name, start, self.steps, meter)
         self.store.say = self.log.say
         self._configure()
         count, kind = len(self.devices), self.devices.list[0].platform
@@ -244,29 +206,40 @@ class Loop:
             f"Training stage {self.stage.name} of {self.config.config} into {self.folder}: "
             f"{self.training.size} images, {size} a step{parts}, "
             f"step {start + 1} to {self.steps}, on {count} {kind} device{'s' * (count > 1)}{of}. "
-            "Compiling the first step takes a while."
+            "Compiling takes a while."
         )
+        traced = self.settings.profile if hosts.first() else None
+        self.tracer = Tracer(traced, self.folder / "profile", self.log.say)
         with contextlib.ExitStack() as stack:
             for feed in (self.training, self.validation):
                 stack.callback(feed.close)
             stack.callback(self.log.close)
             stack.callback(self.store.close)
             stack.callback(self.store.wait)
-            self._steps(state, start)
+            stack.callback(self.tracer.close)
+            first = self.training.batch(start)
+            with contextlib.closing(self.validation.once()) as validation:
+                batch = next(validation)
+            with self.signals.ending():
+                self.stage.compile(state, first, batch)
+            self.log.begin()
+            self._steps(state, start, first)
         return self.folder
 
-    def _steps(self, state: TrainState, start: int) -> None:
+    def _steps(self, state: TrainState, start: int, first: Batch) -> None:
         drawn = start
         for step in range(start, self.steps):
             try:
                 with self.log.waiting():
-                    batch = self.training.batch(step)
+                    batch = self.training.batch(step) if step > start else first
             except Interrupted:  # what is trained is saved; the step was not begun
                 self._settle()
                 self._save(state, step, None)
                 self._require(step)
                 raise
-            state, metrics = self.stage.train_step(state, batch)
+            with self.tracer.step(step + 1):
+                state, metrics = self.stage.train_step(state, batch)
+            self.tracer.after(step + 1, metrics)
             self.unsettled.append((step + 1, metrics))
             if len(self.unsettled) > 2:
                 # A device two steps behind is busy; further behind, only signals would wait.
@@ -370,7 +343,8 @@ class Loop:
             for term in (whole[-1] if whole else ())
         }
         last = window[-1][0]
-        self.log.row(last, self._epoch(last), "train", means | {"skipped": self.skipped})
+        means["skipped"] = self.skipped
+        self.log.row(last, self._epoch(last), "train", means, self.stage.flops(last - 1))
 
     def _stop(self, step: int, terms: str) -> None:
         self.store.wait()

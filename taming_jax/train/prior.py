@@ -25,7 +25,7 @@ from taming_jax.models.gpt import GPT, apply_train, build_gpt, teacher_forced
 from taming_jax.models.vqgan import build_vqgan, decode_indices
 from taming_jax.sampling import sample
 from taming_jax.train import hosts
-from taming_jax.train.accumulate import accumulated
+from taming_jax.train.accumulate import accumulated, repeated
 from taming_jax.train.devices import Devices, averaged, summed
 from taming_jax.train.state import (
     CODES,
@@ -169,6 +169,14 @@ class PriorStage:
         state = fresh_transformer(self.config, self.model, key)
         generator = Net(copied(self.generator), ())
         return state.replace(nets=state.nets | {"generator": generator})
+
+    def compile(self, state: TrainState, training: Batch, validation: Batch) -> None:
+        self._step.prepare(state, training.arrays)
+        self._evaluate.prepare(state, validation.arrays)
+
+    def flops(self, step: int) -> float | None:
+        flops = self._step.flops
+        return flops and flops * repeated(self.config.prior.micro_batches)
 
     def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         return self._step(state, batch.arrays)

@@ -5,10 +5,10 @@ import hashlib
 import os
 import platform
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax._src import compilation_cache, xla_bridge
-from jax._src.compilation_cache_interface import CacheInterface
 
 from taming_jax.config import Config
 from taming_jax.errors import UserError
@@ -43,13 +43,14 @@ def be_deterministic() -> None:
 
 def keep_programs() -> None:
     """Keeps compiled programs in the user's own cache folder, unless JAX has one already: theirs,
-    or that of an earlier call."""
-    if compilation_cache.is_persistent_cache_enabled():
+    or that of an earlier call. A version of JAX that has no place for our way of it keeps none."""
+    private: Any = compilation_cache
+    if jax.config.values["jax_compilation_cache_dir"] or not hasattr(private, "get_file_cache"):
         return
     jax.config.update("jax_compilation_cache_dir", str(user_cache() / f"xla-{machine()}"))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", WORTH)
-    compilation_cache.get_file_cache = lambda path: (WholeEntries(Path(path)), path)
+    private.get_file_cache = lambda path: (WholeEntries(Path(path)), path)
 
 
 def machine() -> str:
@@ -68,7 +69,7 @@ def machine() -> str:
     return f"jax-{jax.__version__}-{found}"
 
 
-class WholeEntries(CacheInterface):
+class WholeEntries:
     """jax's cache of compiled programs in a folder. Its own is written in place, and never again: a
     kill, a full disk or two processes leave an entry torn for good. Here one appears whole, with
     its hash; one that is not what was written is as none, and written anew."""

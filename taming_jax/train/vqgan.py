@@ -18,6 +18,7 @@ from taming_jax.data.feeds import Batch, Feed, feed, take, to_float
 from taming_jax.models.lpips import load_lpips
 from taming_jax.models.vqgan import VQGAN, decode_indices, grid_size, reconstruct
 from taming_jax.train import hosts
+from taming_jax.train.accumulate import repeated
 from taming_jax.train.devices import Compiled, Devices
 from taming_jax.train.objective import Networks
 from taming_jax.train.state import (
@@ -141,6 +142,15 @@ class VQGANStage:
     def compiled(self, adversarial: bool) -> Compiled:
         """The step before (False) or after (True) the discriminator's start, on the devices."""
         return self._steps[adversarial]
+
+    def compile(self, state: TrainState, training: Batch, validation: Batch) -> None:
+        for adversarial in {training.step >= self.start, self.steps > self.start}:
+            self.compiled(adversarial).prepare(state, training.arrays)
+        self._evaluate.prepare(state, validation.arrays)
+
+    def flops(self, step: int) -> float | None:
+        flops = self.compiled(step >= self.start).flops
+        return flops and flops * repeated(self.config.vqgan.micro_batches)
 
     def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         return self.compiled(batch.step >= self.start)(state, batch.arrays)

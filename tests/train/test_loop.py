@@ -1,5 +1,6 @@
 """The loop with a stage that is a parabola: when it validates, saves, logs, draws and stops."""
 
+import gzip
 import json
 import os
 import signal
@@ -36,6 +37,12 @@ class Parabola:
 
     def init(self, key):
         return TrainState(jnp.int32(0), {"generator": Net({"w": jnp.zeros(3)}, ())})
+
+    def compile(self, state, training, validation):
+        assert "place" in training.arrays and "weight" in validation.arrays
+
+    def flops(self, step):
+        return 3.0
 
     def train_step(self, state, batch):
         assert int(state.step) == batch.step
@@ -271,6 +278,25 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys):
     assert "step 3/10  validation  nll 9" in lines
     assert lines[-1] == f"Done: 10 steps. The figures are in {tmp_path}/figures."
     assert not any("\r" in line for line in lines)
+
+
+def test_what_the_steps_take_is_logged_apart(tmp_path):
+    train(tmp_path, **CADENCES)
+    rows = read_rows(tmp_path / "metrics" / "vqgan_speed.jsonl")
+    assert [row["step"] for row in rows] == [2, 3, 4, 6, 8, 9, 10]
+    for row in rows:
+        assert row["flops_per_second"] == pytest.approx(3 * row["steps_per_second"], rel=1e-3)
+        assert 0 <= row["waiting"] <= 1 and row["memory_peak_bytes"] > 2**20
+        assert "utilisation" not in row  # of a CPU no one knows it
+
+
+def test_steps_can_be_traced(tmp_path, capsys):
+    train(tmp_path, profile=(3, 4), **CADENCES)
+    (trace,) = (tmp_path / "profile").glob("plugins/profile/*/perfetto_trace.json.gz")
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    steps = {e["args"]["step_num"] for e in events if e.get("name") == "step"}
+    assert steps == {"3", "4"}
+    assert f"Steps 3 to 4 are traced in {tmp_path / 'profile'}" in capsys.readouterr().out
 
 
 def test_how_a_batch_is_divided_is_said(tmp_path, capsys):
