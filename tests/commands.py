@@ -8,13 +8,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
+# Has XLA compile quickly, which is most of what a small run takes.
+QUICK = (
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+    "--xla_cpu_parallel_codegen_split_count=1"
+)
+
 
 def start(*arguments: object, devices: int = 1, cwd: Path | None = None) -> subprocess.Popen[str]:
     """A command of the repository's top level, begun."""
     environment = os.environ | {
-        # Compiled quickly, which is most of what a small run takes.
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
-        "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK}",
         "PYTHONPATH": str(ROOT),
     }
     script, *rest = map(str, arguments)

@@ -1,5 +1,6 @@
-"""Four devices on any machine, set before JAX starts; tests that want one say so. And one place
-for compiled programs: most of a small run's time is compilation, and many are compiled again.
+"""Four devices on any machine, set before JAX starts; tests that want one say so. And programs
+compiled quickly, and kept in one place: most of a small run's time is compilation, and many are
+compiled again. `XLA_FLAGS=--xla_backend_optimization_level=3` has them compiled as users have them.
 """
 
 import os
@@ -8,8 +9,10 @@ import tempfile
 
 import pytest
 
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+from tests.commands import QUICK
+
+os.environ["XLA_FLAGS"] = " ".join(  # the last one counts
+    ["--xla_force_host_platform_device_count=4", QUICK, os.environ.get("XLA_FLAGS", "")]
 )
 
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the processes that run tests inherit it

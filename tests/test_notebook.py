@@ -13,7 +13,7 @@ def test_the_walkthrough_runs(both, tmp_path, monkeypatch):
     workdir = shutil.copytree(both, tmp_path / "run")
     monkeypatch.setenv("TAMING_JAX_RUN", str(workdir))
     monkeypatch.setenv("PYTHONPATH", str(commands.ROOT))
-    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv("XLA_FLAGS", commands.QUICK)
     notebook = nbformat.read(commands.ROOT / "notebooks" / "walkthrough.ipynb", as_version=4)
     done = NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
     cells = [cell for cell in done.cells if cell.cell_type == "code"]

@@ -91,9 +91,8 @@ class Place:
         home = self.folder / "home"
         return os.environ | {
             "PYTHONPATH": str(ROOT),
-            # Compiled quickly: this is about what is kept, and both runs are compiled alike.
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
-            "--xla_backend_optimization_level=0",
+            # This is about what is kept, and both runs are compiled alike.
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {commands.QUICK}",
             "HOME": str(home), "XDG_CACHE_HOME": str(home / "cache"), "TMPDIR": str(home / "tmp"),
             "JAX_COMPILATION_CACHE_DIR": str(home / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
