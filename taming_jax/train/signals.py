@@ -49,8 +49,9 @@ class Signals:
     @contextlib.contextmanager
     def ending(self) -> Iterator[None]:
         """While nobody listens, as in a compilation, and there is nothing to save: a signal ends
-        the process. A thread waits for it, since Python's handlers wait for what is called."""
-        if not self._own_process or not self._before:
+        the process. A thread waits for it, since Python's handlers wait for what is called. Of
+        several processes none may end so: the others would find it lost."""
+        if not self._own_process or not self._before or hosts.count() > 1:
             yield
             return
         reading, writing = socket.socketpair()
