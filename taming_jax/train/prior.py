@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from taming_jax import figures, losses
+from taming_jax import losses
 from taming_jax.config import Config, PriorConfig, differences
 from taming_jax.data import sources
 from taming_jax.data.augment import augments
@@ -212,6 +212,8 @@ class PriorStage:
         self, state: TrainState, folder: Path, sums: dict[str, np.ndarray], rows: list[dict]
     ) -> None:
         """The figures of stage 2."""
+        from taming_jax import figures  # not before: matplotlib is a second to import
+
         names, columns = self.splits.class_names, 8
         classes = sources.spread(len(names), 10).astype(np.int32)
         transformer, generator = (

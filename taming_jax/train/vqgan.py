@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from taming_jax import figures, losses
+from taming_jax import losses
 from taming_jax.config import Config
 from taming_jax.data import sources
 from taming_jax.data.augment import augmented
@@ -181,6 +181,8 @@ class VQGANStage:
         self, state: TrainState, folder: Path, sums: dict[str, np.ndarray], rows: list[dict]
     ) -> None:
         """The figures of stage 1, from the state, a validation's sums, and the log's rows."""
+        from taming_jax import figures  # not before: matplotlib is a second to import
+
         counts = sums["counts"]
         params = self.devices.fetch(state.nets["generator"].chosen)
         step = int(self.devices.fetch(state.step))
