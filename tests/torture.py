@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -348,7 +349,8 @@ def tortured(place: Place, stage: str, faults: int, layout: str | None, done: Ta
             continue
         count += 1
         done[kind, stage] += 1
-        print(f"{count:4d} of {faults}  {stage:5}  {here:>3}  {kind}", flush=True)
+        which = "moving" if layout is None else "still"
+        print(f"{count:4d} of {faults}  {which:6}  {stage:5}  {here:>3}  {kind}", flush=True)
     finished(place, place.command(stage, place.run), here)
 
 
@@ -427,19 +429,27 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--folder", type=Path, help="a new folder, kept; else one that is removed")
     given = parser.parse_args()
-    begun, done = time.monotonic(), Table()
+    begun = time.monotonic()
     folder = given.folder or Path(tempfile.mkdtemp(prefix="taming_jax-torture-"))
     folder.mkdir(parents=True, exist_ok=True)
     moving = given.faults // 4
-    lost = ""
-    try:
-        ordeal(folder / "still", given.faults - moving, given.seed, False, done)
-        ordeal(folder / "moving", moving, given.seed + 1, True, done)
-    except (Lost, AssertionError) as error:
-        lost = str(error)
-    finally:
-        if given.folder is None and not lost:
-            shutil.rmtree(folder)
+    shares = {"still": given.faults - moving, "moving": moving}
+    tables = {name: Table() for name in shares}
+    with ThreadPoolExecutor() as side_by_side:
+        both = [
+            side_by_side.submit(
+                ordeal, folder / name, faults, given.seed + n, name == "moving", tables[name]
+            )
+            for n, (name, faults) in enumerate(shares.items())
+        ]
+    done = sum(tables.values(), Table())
+    errors = [future.exception() for future in both]
+    for error in errors:
+        if not isinstance(error, Lost | AssertionError | None):
+            raise error
+    lost = "; ".join(str(error) for error in errors if error is not None)
+    if given.folder is None and not lost:
+        shutil.rmtree(folder)
     print(f"{'fault':<28}{'stage 1':>8}{'stage 2':>8}")
     for kind in dict.fromkeys(kind for kind, _ in done):
         print(f"{kind:<28}{done[kind, 'vqgan']:>8}{done[kind, 'prior']:>8}")
