@@ -84,10 +84,43 @@ def main() -> None:
     watched(functools.partial(work, given), processes(given))
 
 
+# What may differ from process to process.
+OWN = {"process_id", "workdir", "out"}
+
+
 def work(given: argparse.Namespace) -> None:
     from taming_jax.train import hosts
 
     hosts.one_speaks()
+    hosts.check_same_flags({name: x for name, x in vars(given).items() if name not in OWN})
+    out, kind = hosts.from_first(lambda: place_of(given))
+    from taming_jax.data.sources import spread
+    from taming_jax.figures import to_uint8
+    from taming_jax.run import load_run
+
+    run = load_run(given.workdir)
+    known = len(run.class_names)
+    unless_told = spread(known, ROWS if kind == ".png" else known)
+    asked = run.labels(given.classes or unless_told)
+    classes = np.array(list(dict.fromkeys(asked.tolist())), np.int32)  # each once
+    images = to_uint8(
+        run.sample(
+            classes.tolist(), given.per_class, temperature=given.temperature, top_k=given.top_k,
+            top_p=given.top_p, guidance_scale=given.guidance_scale, seed=given.seed,
+            devices=given.devices, batch_size=given.batch_size, progress=True,
+        )
+    )  # fmt: skip
+    names = [run.class_names[i] for i in classes]
+    # The others wait: one that was long alone would be taken for lost.
+    hosts.from_first(lambda: write(out, kind, images, classes, names, given.per_class))
+    print(f"{len(images)} images of {len(classes)} classes are in {out}.")
+    if given.classes is None and len(classes) < known:
+        print(f"There are {known} classes; --classes names others.")
+
+
+def place_of(given: argparse.Namespace) -> tuple[Path, str]:
+    """Where the images go, and the ending that says how: .npz, .png, or none for a folder.
+    UserError where they cannot."""
     out = Path(given.out)
     kind = "" if out.is_dir() else out.suffix
     if kind not in ("", ".npz", ".png"):
@@ -100,39 +133,26 @@ def work(given: argparse.Namespace) -> None:
         raise UserError(f"--per-class is {given.per_class}; it must be 1 or more.")
     if given.batch_size is not None and given.batch_size < 1:
         raise UserError(f"--batch-size is {given.batch_size}; it must be 1 or more.")
-    hosts.from_first(lambda: check_writable(out, kind))
-    from taming_jax.data.sources import spread
-    from taming_jax.figures import labelled_grid, save, to_uint8
-    from taming_jax.run import load_run
+    check_writable(out, kind)
+    return out, kind
 
-    run = load_run(given.workdir)
-    known = len(run.class_names)
-    unless_told = spread(known, ROWS if kind == ".png" else known)
-    asked = run.labels(given.classes or unless_told)
-    classes = np.array(list(dict.fromkeys(asked.tolist())), np.int32)  # each once
-    labels = np.repeat(classes, given.per_class)
-    images = to_uint8(
-        run.sample(
-            classes.tolist(), given.per_class, temperature=given.temperature, top_k=given.top_k,
-            top_p=given.top_p, guidance_scale=given.guidance_scale, seed=given.seed,
-            devices=given.devices, batch_size=given.batch_size, progress=True,
-        )
-    )  # fmt: skip
-    if not hosts.first():
-        return
+
+def write(
+    out: Path, kind: str, images: np.ndarray, classes: np.ndarray, names: list[str], per_class: int
+) -> None:
+    """Writes uint8 images [n,h,w,c], `per_class` of each class, in their order."""
+    from taming_jax.figures import labelled_grid, save
+
+    labels = np.repeat(classes, per_class)
     try:
         if kind == ".npz":
             np.savez_compressed(out, images=images, labels=labels)
         elif kind == ".png":
-            names = [run.class_names[i] for i in classes]
-            save(labelled_grid(images, names, given.per_class), out)
+            save(labelled_grid(images, names, per_class), out)
         else:
-            write_folder(out, images, labels, given.per_class)
+            write_folder(out, images, labels, per_class)
     except OSError as error:
         raise RunFailed(f"{out} could not be written: {error.strerror or error}.") from error
-    print(f"{len(images)} images of {len(classes)} classes are in {out}.")
-    if given.classes is None and len(classes) < known:
-        print(f"There are {known} classes; --classes names others.")
 
 
 if __name__ == "__main__":

@@ -3,11 +3,13 @@ time works in."""
 
 import contextlib
 import fcntl
+import hashlib
+import json
 import os
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from taming_jax.errors import UserError
 
@@ -119,3 +121,8 @@ def claimed(folder: Path, say: Callable[[str], None]) -> BinaryIO:
             if os.path.samestat(os.fstat(lock.fileno()), (folder / LOCK).stat()):
                 return lock
         lock.close()  # its last holder deleted it before it was locked here
+
+
+def text_hash(content: Any) -> str:
+    """A hash of something JSON can hold."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

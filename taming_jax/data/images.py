@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from taming_jax.config import DataConfig
 from taming_jax.errors import UserError
-from taming_jax.files import user_cache
+from taming_jax.files import text_hash, user_cache
 
 VERSION = 3  # of the cache's format; another version is another key
 CHUNK = 64  # pictures a worker takes at once
@@ -215,6 +215,8 @@ def opened(place: Path, pictures: Pictures, shape: tuple[int, ...]) -> Decoded |
     """What lies in a place of the cache; None where nothing does, or it is damaged."""
     try:
         about = json.loads((place / "about.json").read_text(encoding="utf-8"))
+        if about.pop("hash") != text_hash(about):
+            return None
         kept, bad, says = np.array(about["kept"], int), about["bad"], about["says"]
         images = np.zeros((0, *shape[1:]), np.uint8)
         if len(kept):  # an empty file cannot be mapped
@@ -222,7 +224,7 @@ def opened(place: Path, pictures: Pictures, shape: tuple[int, ...]) -> Decoded |
         if checksums(images) != about["checksums"]:
             return None
         return Decoded(images, pictures.labels[kept], bad, says)
-    except (FileNotFoundError, ValueError, KeyError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
@@ -278,6 +280,7 @@ def fill(
             "version": VERSION, "kept": kept, "bad": len(bad), "says": says,
             "checksums": checksums(written),
         }  # fmt: skip
+        about["hash"] = text_hash(about)
         (work / "about.json").write_text(json.dumps(about), encoding="utf-8")
         for part in (file, work / "about.json"):  # on the disk before it has its name
             with part.open("r+b") as raw:

@@ -26,6 +26,23 @@ def summed(tree: Any, axis_name: str | None) -> Any:
     return tree if axis_name is None else jax.lax.psum(tree, axis_name)
 
 
+def operations(lowered: Any) -> float | None:
+    """Floating-point operations of a function as it is written, before XLA puts a library's in
+    place of them; None where JAX cannot tell. It does not for the plugins of GPUs, so the CPU's
+    analysis is asked there, by a private name."""
+    found = lowered.cost_analysis()
+    if found is None:
+        try:
+            from jax._src.lib import _jax
+
+            module = lowered.compiler_ir("hlo").as_hlo_module()
+            client = jax.local_devices(backend="cpu")[0].client
+            found = _jax.hlo_module_cost_analysis(client, module)
+        except (ImportError, AttributeError, RuntimeError):
+            return None
+    return found.get("flops")
+
+
 class Compiled:
     """A function of state and arrays with its frozen arguments in place, compiled when it is first
     called, or by `prepare`."""
@@ -44,10 +61,21 @@ class Compiled:
         """Compiles for all calls, which must have arguments of these shapes. With other processes
         the first call still compiles, since JAX cannot call what it lowered for several."""
         lowered = self._function.lower(state, arrays, *self.frozen)
-        # As it is written: where XLA has put a library's functions in, it does not see theirs.
-        self.flops = (lowered.cost_analysis() or {}).get("flops")
+        self.flops = operations(lowered)
         if hosts.count() == 1:
             self._program = lowered.compile()
+
+
+def own(count: int | None) -> list[Any]:
+    """The first devices of this process, or all. UserError where there are not so many."""
+    available = jax.local_devices()
+    if count is not None and not 1 <= count <= len(available):
+        where = "" if hosts.count() == 1 else " in this process"
+        raise UserError(
+            f"--devices is {count}, but there are {len(available)}{where} "
+            f"({available[0].platform}); ask for 1 to that many."
+        )
+    return available[:count]
 
 
 class Devices:
@@ -55,14 +83,7 @@ class Devices:
     not so many, or one process has more than another."""
 
     def __init__(self, count: int | None = None):
-        available = jax.local_devices()
-        if count is not None and not 1 <= count <= len(available):
-            where = "" if hosts.count() == 1 else " in this process"
-            raise UserError(
-                f"--devices is {count}, but there are {len(available)}{where} "
-                f"({available[0].platform}); ask for 1 to that many."
-            )
-        self.list = available[:count]
+        self.list = hosts.agreed(lambda: own(count))
         of_each, memories = zip(*hosts.exchanged((len(self.list), self._own_memory())), strict=True)
         if len(set(of_each)) > 1:
             raise UserError(

@@ -24,8 +24,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from taming_jax.checks import flag
 from taming_jax.command_line import Processes
-from taming_jax.config import Config, differences
+from taming_jax.config import Config, differences, show
 from taming_jax.data.images import end_with_parent
 from taming_jax.data.sources import unlike
 from taming_jax.errors import Interrupted, RunFailed, UserError, report
@@ -51,32 +52,37 @@ def watched(work: Callable[[], object], given: Processes) -> None:
     with tempfile.NamedTemporaryFile(prefix="taming_jax-", suffix=".log", delete=False) as said:
         child = context.Process(target=_work, args=(work, given, phase, said.name))
 
-    def pass_on(signum: int, frame: FrameType | None) -> None:
+    def pass_on(signum: int, frame: FrameType | None = None) -> None:
         received.append(signum)
         if child.pid is not None:
-            os.kill(child.pid, signum)
+            # Before it has joined there is nothing to save, and JAX does not hear of SIGINT.
+            os.kill(child.pid, signal.SIGTERM if phase.value == BEGINNING else signum)
 
     received: list[int] = []
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, pass_on)
     child.start()
+    if received:  # before it had a number
+        pass_on(received[-1])
     child.join()
     code = child.exitcode or 0
     if code < 0 and phase.value >= 0:  # it had ended in good order, and JAX had not
         code = phase.value
     if code >= 0:
-        Path(said.name).unlink()
+        Path(said.name).unlink(missing_ok=True)
         sys.exit(code)
-    if -code in received:
-        Path(said.name).unlink()
-        raise Interrupted(-code, "Stopped before anything was begun.")
-    if -code == signal.SIGABRT and phase.value == BEGINNING:
+    if received and -code in (signal.SIGINT, signal.SIGTERM):
+        Path(said.name).unlink(missing_ok=True)
+        when = "before anything was begun" if phase.value == BEGINNING else "at once, unsaved"
+        raise Interrupted(received[-1], f"Stopped {when}.")
+    if phase.value == BEGINNING:
         raise UserError(
             f"the {given.num_processes or ''} processes did not find each other within "
             f"{given.initialization_timeout} seconds (--initialization-timeout): the coordinator, "
             f"process 0 at {given.coordinator_address or 'the address that the launcher gave'}, "
-            "did not answer, or some did not come. Start all of them, with the same address, which "
-            f"each must be able to reach; JAX's own words are in {said.name}."
+            "did not answer or found its port in use, or some did not come. Start all of them, "
+            "with the same address, which each must be able to reach; JAX's own words are in "
+            f"{said.name}."
         )
     if -code == signal.SIGABRT:
         raise RunFailed(f"{LOST}; JAX's own words are in {said.name}.")
@@ -132,12 +138,10 @@ def _work(work: Callable[[], object], given: Processes, phase: Any, noise: str) 
 
 
 def torn(error: Exception) -> bool:
-    """Whether an error says that another process is gone. It is a ValueError where JAX meets the
-    closed connection as a step is begun, and then names the library that speaks with the other."""
-    import jax
-
-    said = re.search(r"\b(Gloo|NCCL)\b", str(error)) is not None
-    return said or isinstance(error, jax.errors.JaxRuntimeError)
+    """Whether an error says that another process is gone: one of JAX's, or where it meets the
+    closed connection as a step is begun a ValueError, that speaks of how they are connected."""
+    words = r"gloo|nccl|coordination|heartbeat|barrier|connect|socket|\bpeer\b|unavailable|deadline"
+    return re.search(words, str(error), re.IGNORECASE) is not None
 
 
 def join(given: Processes) -> None:
@@ -152,10 +156,12 @@ def join(given: Processes) -> None:
             initialization_timeout=given.initialization_timeout,
             heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=HEARTBEAT,
         )  # fmt: skip
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
+        first_line = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
             "--distributed finds no launcher (Slurm, Open MPI, Kubernetes) that tells of other "
-            "processes; give --coordinator-address HOST:PORT, --num-processes and --process-id."
+            f"processes ({first_line}); give --coordinator-address HOST:PORT, --num-processes and "
+            "--process-id."
         ) from error
 
 
@@ -179,6 +185,15 @@ def one_speaks() -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
+_agreeing = False
+
+
+def may_raise() -> bool:
+    """Whether a signal's handler may raise here: with other processes only where `agreed` tells
+    them of it."""
+    return _agreeing or count() == 1
+
+
 def exchanged(value: Any) -> list[Any]:
     """What every process gives, by process. All of them must call this."""
     if count() == 1:
@@ -195,9 +210,14 @@ def exchanged(value: Any) -> list[Any]:
 def agreed(function: Callable[[], T]) -> T:
     """What a function answers; where it fails in one process, all fail. It must not itself need
     the other processes."""
+    global _agreeing
     error: BaseException | None = None
     try:
-        value = function()
+        try:
+            _agreeing = True
+            value = function()
+        finally:
+            _agreeing = False
     except (UserError, RunFailed, Interrupted) as raised:
         error = raised
     errors = exchanged(error)
@@ -233,11 +253,6 @@ def broadcast(content: bytes, left: int) -> bytes:
     return np.asarray(broadcast_one_to_all(given)).tobytes()
 
 
-def together() -> None:
-    """Waits until every process is here."""
-    exchanged(None)
-
-
 # Where a run's files lie may differ from machine to machine.
 PLACES = {"--workdir", "--data.path", "--data.cache", "--data.workers"}
 PACKAGES = ("taming_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -267,6 +282,22 @@ def check_alike(config: Config) -> None:
             raise UserError(
                 f"process {process} differs from process 0: {'; '.join(found)}. Start all "
                 "processes with the same settings and the same packages."
+            )
+
+
+def check_same_flags(flags: dict[str, Any]) -> None:
+    """UserError where another process was given other flags than process 0."""
+    every = exchanged(flags)
+    for process, other in enumerate(every):
+        found = [
+            f"{flag(name)} is {show(other[name])}, not {show(every[0][name])}"
+            for name in flags
+            if other[name] != every[0][name]
+        ]
+        if found:
+            raise UserError(
+                f"process {process} differs from process 0: {'; '.join(found)}. Start all "
+                "processes with the same settings."
             )
 
 

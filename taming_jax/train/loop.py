@@ -81,7 +81,6 @@ def train(
         hosts.from_first(lambda: hold(folder, stack))
         with signals.at_once():  # pictures may be decoded, for long
             stage = build(config, devices)
-        hosts.check_same_data(stage.dataset)
         store = Store(folder, stage.name, stage.monitor, dataset=stage.dataset)
 
         def begin(template: TrainState) -> Any:
@@ -94,10 +93,11 @@ def train(
         try:
             with signals.ending():
                 state = stage.init(jax.random.key(config.seed))
-            restored = hosts.from_first(lambda: begin(state))
-            # A copy, since the first step gives its state up: what is restored is numpy's memory,
-            # and a fresh state is the stage's.
-            state = copied(devices.replicate(state if restored is None else restored))
+            # A fresh state, too, is the first process's: another kind of device may round
+            # otherwise. A copy, since the first step gives its state up: what is restored is
+            # numpy's memory, and a fresh state is the stage's.
+            state = hosts.from_first(lambda: begin(state) or state)
+            state = copied(devices.replicate(state))
             signals.check()
             return Loop(stage, config, devices, store, folder, signals).run(state)
         except OSError as error:
@@ -220,6 +220,7 @@ class Loop:
             first = self.training.batch(start)
             with contextlib.closing(self.validation.once()) as validation:
                 batch = next(validation)
+            self.signals.check()
             with self.signals.ending():
                 self.stage.compile(state, first, batch)
             self.log.begin()

@@ -1,6 +1,7 @@
 """What training takes of a device: its memory, its arithmetic, and a trace of chosen steps."""
 
 import contextlib
+import re
 import resource
 import sys
 from collections.abc import Callable
@@ -12,13 +13,13 @@ import jax
 from taming_jax.config import Config
 
 # Most that a device does in a second, in 10^12 operations, as NVIDIA's data sheets have it, without
-# sparsity: float32 (in TF32, where there is one, as XLA multiplies float32), and bfloat16. The
-# first name that a device's begins with counts; where several are sold under one, it is the one
-# with SXM.
+# sparsity: float32 (in TF32, where there is one, as XLA multiplies float32), and bfloat16. A
+# device's name is one of these and perhaps its memory's size and connector; the longest one counts.
 PEAKS: dict[str, tuple[float, float | None]] = {
     "NVIDIA B200": (1125, 2250),
     "NVIDIA GH200": (494.7, 989.4),
     "NVIDIA H200": (494.7, 989.4),
+    "NVIDIA H200 NVL": (417.5, 835),
     "NVIDIA H100 PCIe": (378, 756),
     "NVIDIA H100 NVL": (417.5, 835),
     "NVIDIA H100": (494.7, 989.4),
@@ -39,11 +40,17 @@ PEAKS: dict[str, tuple[float, float | None]] = {
 }
 
 
+BESIDES = r"\d+ ?GB|SXM\d?|PCI[Ee]|HBM\w+"
+
+
 def peak_flops(device_kind: str, dtype: str) -> float | None:
     """Floating-point operations a second that a device can do at most; None where unknown."""
-    known = next((peaks for name, peaks in PEAKS.items() if device_kind.startswith(name)), None)
-    found = known and known[dtype == "bfloat16"]
-    return found * 1e12 if found else None
+    for name in sorted(PEAKS, key=len, reverse=True):
+        rest = device_kind.removeprefix(name)
+        if rest != device_kind and re.fullmatch(rf"([- ]({BESIDES}))*", rest):
+            found = PEAKS[name][dtype == "bfloat16"]
+            return None if found is None else found * 1e12
+    return None
 
 
 def peak_memory(device: Any) -> int:
@@ -85,16 +92,26 @@ class Tracer:
 
     def __init__(self, steps: tuple[int, int] | None, folder: Path, say: Callable[[str], None]):
         self._first, self._last = steps or (0, 0)
+        self._traced = (0, 0)
         self._folder, self._say, self._running = folder, say, False
 
     @contextlib.contextmanager
     def step(self, number: int) -> Any:
         """Around a step, by its number (the first is 1)."""
         if self._first <= number <= self._last and not self._running:
-            self._running = True
-            jax.profiler.start_trace(self._folder, create_perfetto_trace=True)
+            self._begin(number)
+        self._traced = (self._traced[0], number)
         with jax.profiler.StepTraceAnnotation("step", step_num=number):
             yield
+
+    def _begin(self, number: int) -> None:
+        try:
+            jax.profiler.start_trace(self._folder, create_perfetto_trace=True)
+        except (OSError, RuntimeError) as error:  # another profiler's trace is under way
+            self._say(f"No step is traced ({error}); the run goes on.")
+            self._last = 0
+        else:
+            self._running, self._traced = True, (number, number)
 
     def after(self, number: int, answered: Any) -> None:
         """After a step, with what it answered, for which the last traced step waits."""
@@ -112,4 +129,5 @@ class Tracer:
         except (OSError, RuntimeError) as error:
             self._say(f"The trace cannot be written to {self._folder} ({error}); the run goes on.")
         else:
-            self._say(f"Steps {self._first} to {self._last} are traced in {self._folder}.")
+            first, last = self._traced
+            self._say(f"Steps {first} to {last} are traced in {self._folder}.")

@@ -138,6 +138,7 @@ class PriorStage:
             )
         self.splits = hosts.agreed(lambda: sources.load(config.data))
         self.dataset = sources.identity(self.splits)
+        hosts.check_same_data(self.dataset)
         others = sources.unlike(self.dataset, seen)
         if others:
             raise UserError(

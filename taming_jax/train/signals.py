@@ -41,10 +41,22 @@ class Signals:
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """While there is nothing to save: a signal raises Interrupted where it finds the run."""
-        self._at_once = True
-        yield
-        self._at_once = False
+        """While there is nothing to save: a signal raises Interrupted where it finds the run, with
+        other processes where they hear of it."""
+        hook = sys.unraisablehook
+
+        def again(unraisable: Any) -> None:
+            # Raised where Python lets nothing out, as in a call of its garbage collector.
+            if isinstance(unraisable.exc_value, Interrupted):
+                signal.raise_signal(unraisable.exc_value.signum)
+            else:
+                hook(unraisable)
+
+        self._at_once, sys.unraisablehook = True, again
+        try:
+            yield
+        finally:
+            self._at_once, sys.unraisablehook = False, hook
 
     @contextlib.contextmanager
     def ending(self) -> Iterator[None]:
@@ -77,14 +89,15 @@ class Signals:
             reading.close()
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
+        if self._at_once and hosts.may_raise():
+            self.received = signum
+            raise before_the_next_step(signum)
         if self.received is not None:
             if time.monotonic() - self._when > TWICE:
                 self.__exit__()
                 os.kill(os.getpid(), signum)
             return
         self.received, self._when = signum, time.monotonic()
-        if self._at_once:
-            raise before_the_next_step(signum)
         if not self._ending:
             say("\nStopping after this step, and saving; a second signal does neither.", sys.stderr)
 

@@ -25,6 +25,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from taming_jax.config import Config, differences, settings, to_dict
 from taming_jax.data.sources import unlike
 from taming_jax.errors import RunFailed, UserError, say
+from taming_jax.files import text_hash
 from taming_jax.formats import ARRAYS, FORMAT, format_of, migrated
 from taming_jax.train.trouble import hush, reason
 
@@ -128,13 +129,16 @@ class Store:
 
     def steps(self) -> list[int]:
         """The steps that have a whole checkpoint, ascending."""
+        return [step for step in self._folders() if self._ended(step)]
+
+    def _folders(self) -> list[int]:
+        """The steps that Orbax counts on, by the names of folders alone."""
         if not self.path.is_dir():
             return []
-        return sorted(
-            int(p.name)
-            for p in self.path.iterdir()
-            if p.name.isdigit() and (p / "_CHECKPOINT_METADATA").exists()
-        )
+        return sorted(int(p.name) for p in self.path.iterdir() if p.name.isdigit())
+
+    def _ended(self, step: int) -> bool:
+        return (self.path / str(step) / "_CHECKPOINT_METADATA").exists()
 
     def best(self) -> tuple[int | None, float]:
         """The step of the best checkpoint and its monitored value; None and infinity where no
@@ -183,7 +187,12 @@ class Store:
         if metrics is not None:
             self._lowest = min(self.lowest, metrics[self._monitor])
         self._under_way = step
-        self._attempt(lambda: self._open().save(step, args=items, metrics=metrics))
+
+        def begin() -> None:
+            if not self._open().save(step, args=items, metrics=metrics):
+                raise RuntimeError("Orbax counts on another of this step or a later one")
+
+        self._attempt(begin)
 
     def wait(self) -> None:
         """Until the checkpoint under way is on disk, or was said not to be."""
@@ -244,6 +253,8 @@ class Store:
         it is whole but of a newer version of this program: its hash is made in the same way in
         every format."""
         folder = self.path / str(step)
+        if not self._ended(step):
+            raise ValueError("it is not whole")
         try:
             reader = ocp.Checkpointer(json_handler(), multiprocessing_options=ALONE)
             about = reader.restore(folder / "about")
@@ -327,7 +338,7 @@ class Store:
         none of them can be read.
         """
         damaged = []
-        for step in reversed(self.steps()):
+        for step in reversed(self._folders()):
             try:
                 checkpoint = self.read(step)
             except ValueError as error:
@@ -335,7 +346,7 @@ class Store:
                 say(f"The checkpoint {self.path / str(step)} is damaged: {error}.")
                 continue
             self._check_same(checkpoint, config, sections)
-            damaged += [older for older in self.steps() if older < step and self._harmed(older)]
+            damaged += [older for older in self._folders() if older < step and self._harmed(older)]
             self._set_aside(damaged, say)
             if damaged and damaged[0] > step:
                 say(f"The one before it, of step {step}, is used.")
@@ -382,15 +393,12 @@ class Store:
             say(f"The damaged one was moved to {place}.")
 
     def clear(self) -> None:
-        """Deletes this stage's checkpoints, for a run that begins anew, and nothing else."""
+        """Deletes this stage's checkpoints, for a run that begins anew, and nothing else. What is
+        not whole, by which Orbax would count as well, is moved aside."""
         self.close()
         for step in self.steps():
             shutil.rmtree(self.path / str(step))
-
-
-def text_hash(content: Any) -> str:
-    """A hash of something JSON can hold."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        self._set_aside(self._folders(), self.say)
 
 
 def fill(template: Any, arrays: dict[tuple[str, ...], np.ndarray]) -> Any:

@@ -48,6 +48,7 @@ class VQGANStage:
         self.config, self.devices = config, devices
         self.splits = hosts.agreed(lambda: sources.load(config.data))
         self.dataset = sources.identity(self.splits)
+        hosts.check_same_data(self.dataset)
         self.steps = settings.total_steps(len(self.splits.train.images))
         self.start = round(settings.discriminator_start * self.steps)
         self.networks = Networks.build(config, devices.axis_name)

@@ -2,15 +2,28 @@
 
 import types
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from taming_jax.config import load_config
+from taming_jax.train.devices import operations
 from taming_jax.train.meter import Meter, peak_flops
 
 
 def device(kind, platform="gpu"):
     stats = {"peak_bytes_in_use": 5, "bytes_in_use": 3}
     return types.SimpleNamespace(device_kind=kind, platform=platform, memory_stats=lambda: stats)
+
+
+def test_operations_are_counted_where_jax_does_not_count_them(monkeypatch):
+    """As on a GPU, whose plugin tells nothing of what was not compiled."""
+    x = jnp.ones((8, 8))
+    lowered = jax.jit(lambda x: x @ x).lower(x)
+    expected = operations(lowered)
+    monkeypatch.setattr("jax._src.xla_bridge.using_pjrt_c_api", lambda *_: True)
+    assert lowered.cost_analysis() is None
+    assert operations(lowered) == expected == 2 * 8**3
 
 
 def test_utilisation_is_of_the_devices_own_most():
@@ -43,4 +56,8 @@ def test_names_that_begin_alike_are_told_apart():
     assert peak_flops("NVIDIA L4", "float32") == 60e12
     assert peak_flops("NVIDIA A10G", "bfloat16") == 70e12
     assert peak_flops("NVIDIA A100-SXM4-80GB", "bfloat16") == 312e12
+    assert peak_flops("NVIDIA A100 80GB PCIe", "float32") == 156e12
+    assert peak_flops("NVIDIA H100 PCIe", "float32") == 378e12
+    for other in ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", "NVIDIA GeForce RTX 4090 Laptop GPU"):
+        assert peak_flops(other, "float32") is None
     assert peak_flops("Tesla V100-SXM2-16GB", "bfloat16") is None

@@ -64,3 +64,15 @@ def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch, capsys):
     finally:
         signal.signal(signal.SIGTERM, before)
     assert capsys.readouterr().err.count("Stopping after this step") == 1
+
+
+def test_a_signal_in_a_call_that_lets_nothing_out_ends_what_comes_next():
+    class Ends:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+
+    reached = []
+    with pytest.raises(Interrupted), Signals() as signals, signals.at_once():
+        Ends()
+        reached.append(True)
+    assert not reached

@@ -9,10 +9,11 @@ import optax
 import pytest
 
 from taming_jax.config import load_config
-from taming_jax.errors import UserError
+from taming_jax.errors import RunFailed, UserError
+from taming_jax.files import text_hash
 from taming_jax.formats import FORMAT
 from taming_jax.train.state import Net, TrainState
-from taming_jax.train.store import Store, named_arrays, text_hash
+from taming_jax.train.store import Store, named_arrays
 
 CONFIG = load_config("mnist_tiny")
 SECTIONS = ("seed", "dtype", "data", "vqgan")
@@ -69,7 +70,7 @@ def test_the_last_two_and_the_best_are_kept(tmp_path):
     assert again.best() == (2, 0.1)
 
 
-@pytest.mark.parametrize("harm", ["flip", "truncate", "remove", "hashes"])
+@pytest.mark.parametrize("harm", ["flip", "truncate", "remove", "hashes", "end"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path, harm):
     saved(tmp_path, {1: None, 2: None}).close()
     newest = tmp_path / "checkpoints" / "vqgan" / "2"
@@ -80,6 +81,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path, harm):
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     elif harm == "remove":
         file.unlink()
+    elif harm == "end":  # by whose absence Orbax does not know it
+        (newest / "_CHECKPOINT_METADATA").unlink()
     else:
         shutil.rmtree(newest / "about")
     sentences = []
@@ -92,6 +95,26 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path, harm):
     store.save(2, state(2), CONFIG, None)
     store.wait()
     assert_equal(restored(store), state(2))
+
+
+def test_a_new_run_saves_where_a_half_deleted_checkpoint_lies(tmp_path):
+    """As after a kill within --restart."""
+    saved(tmp_path, {5: None, 9: None}).close()
+    (tmp_path / "checkpoints" / "vqgan" / "9" / "_CHECKPOINT_METADATA").unlink()
+    store = Store(tmp_path, "vqgan", "nll")
+    store.clear()
+    store.save(1, state(1), CONFIG, None)
+    store.wait()
+    assert_equal(restored(store), state(1))
+
+
+def test_a_checkpoint_that_orbax_does_not_take_is_told(tmp_path):
+    store, said = saved(tmp_path, {9: None}), []
+    store.say = said.append
+    store.save(4, state(4), CONFIG, None)  # Orbax keeps to ascending steps
+    with pytest.raises(RunFailed, match="step 4 could not be written"):
+        store.require(4)
+    assert len(said) == 1 and "step 4 could not be written" in said[0]
 
 
 @pytest.mark.parametrize(
@@ -198,7 +221,9 @@ def test_clear_deletes_checkpoints_and_nothing_else(tmp_path):
     notes.write_text("mine")
     assert store.steps() == [1, 2]
     store.clear()
-    assert store.steps() == [] and notes.read_text() == "mine"
+    assert store.steps() == [] and not notes.exists()
+    aside = tmp_path / "checkpoints" / "vqgan-damaged" / "2024" / "notes.txt"
+    assert aside.read_text() == "mine"
 
 
 def test_a_reader_leaves_a_save_under_way_alone(tmp_path):
