@@ -46,9 +46,11 @@ class Signals:
         hook = sys.unraisablehook
 
         def again(unraisable: Any) -> None:
-            # Raised where Python lets nothing out, as in a call of its garbage collector.
+            # Raised where Python lets nothing out, as in a call of its garbage collector: it comes
+            # again when that, and this hook, is over.
             if isinstance(unraisable.exc_value, Interrupted):
-                signal.raise_signal(unraisable.exc_value.signum)
+                signum = unraisable.exc_value.signum
+                threading.Timer(0.01, os.kill, (os.getpid(), signum)).start()
             else:
                 hook(unraisable)
 

@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -74,5 +75,6 @@ def test_a_signal_in_a_call_that_lets_nothing_out_ends_what_comes_next():
     reached = []
     with pytest.raises(Interrupted), Signals() as signals, signals.at_once():
         Ends()
+        time.sleep(5)
         reached.append(True)
     assert not reached
