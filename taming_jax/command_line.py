@@ -3,6 +3,7 @@ this process stands among several."""
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ class Processes:
     """Train with other processes: those that Slurm, Open MPI or Kubernetes started with this one,
     or those that the next settings tell of."""
     coordinator_address: str | None = None
-    """HOST:PORT of process 0, where all of them meet."""
+    """HOST:PORT of process 0, where all of them meet; alone enough under mpirun."""
     num_processes: int | None = None
     """How many processes there are."""
     process_id: int | None = None
@@ -73,9 +74,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def processes(given: Any) -> Processes:
-    """What is said of processes in an object that has such attributes, checked."""
+    """What is said of processes in an object that has such attributes, checked; where it is only
+    the address, the numbers are Open MPI's (of which JAX knows version 4's address alone)."""
     names = [field.name for field in dataclasses.fields(Processes)]
-    return checked(Processes(**{name: getattr(given, name) for name in names}))
+    told = Processes(**{name: getattr(given, name) for name in names})
+    size, rank = (os.environ.get(f"OMPI_COMM_WORLD_{name}") for name in ("SIZE", "RANK"))
+    alone = told.coordinator_address and told.num_processes is None and told.process_id is None
+    if alone and size is not None and rank is not None:
+        told = dataclasses.replace(told, num_processes=int(size), process_id=int(rank))
+    return checked(told)
 
 
 @dataclass(frozen=True)

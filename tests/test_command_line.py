@@ -41,6 +41,15 @@ def test_processes_are_no_part_of_the_config():
     assert parse_arguments(["--config", "mnist", "--distributed"]).processes == Processes(True)
 
 
+def test_an_address_is_enough_where_mpirun_numbers_the_processes(monkeypatch):
+    told = ["--config", "mnist", "--distributed", "--coordinator-address", "node1:8476"]
+    with pytest.raises(UserError, match="belong together"):
+        parse_arguments(told)
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "3")
+    assert parse_arguments(told).processes == Processes(True, "node1:8476", 4, 3)
+
+
 @pytest.mark.parametrize(
     ("told", "says"),
     [
