@@ -15,8 +15,11 @@ QUICK = (
 )
 
 
-def start(*arguments: object, devices: int = 1, cwd: Path | None = None) -> subprocess.Popen[str]:
-    """A command of the repository's top level, begun."""
+def start(
+    *arguments: object, devices: int = 1, cwd: Path | None = None, own_group: bool = False
+) -> subprocess.Popen[str]:
+    """A command of the repository's top level, begun; in its own group it can be sent signals as a
+    terminal sends them."""
     environment = os.environ | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK}",
         "PYTHONPATH": str(ROOT),
@@ -24,7 +27,7 @@ def start(*arguments: object, devices: int = 1, cwd: Path | None = None) -> subp
     script, *rest = map(str, arguments)
     return subprocess.Popen(
         [sys.executable, str(ROOT / script), *rest], cwd=cwd, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=own_group,
     )  # fmt: skip
 
 

@@ -61,7 +61,10 @@ def watched(work: Callable[[], object], given: Processes) -> None:
     received: list[int] = []
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, pass_on)
+    # The child inherits that, until it has left the terminal, whose Ctrl-C else comes twice.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     child.start()
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
     if received:  # before it had a number
         pass_on(received[-1])
     child.join()
@@ -102,6 +105,8 @@ def _work(work: Callable[[], object], given: Processes, phase: Any, noise: str) 
     """What the child does. What C++ writes goes to the file `noise`, what Python says to where it
     was said before."""
     os.setsid()  # so that a terminal's Ctrl-C comes once, by way of the parent
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     with open(noise, "ab") as file:
         for name in ("stdout", "stderr"):
             stream = getattr(sys, name)

@@ -1,9 +1,12 @@
 """Runs of several processes on this machine, against runs of one."""
 
 import json
+import os
 import pickle
 import signal
+import socket
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -157,6 +160,52 @@ def test_a_coordinator_that_does_not_answer_is_named(tmp_path):
     )  # fmt: skip
     assert status == 2 and err.count("\n") == 1, err
     assert "within 2 seconds" in err and address in err
+
+
+def alone(tmp_path, port, **more):
+    """Process 0 of two, the other of which does not come."""
+    return commands.start(
+        "train_vqgan.py", *TINY, 3, "--workdir", tmp_path / "run", "--distributed",
+        "--coordinator-address", f"127.0.0.1:{port}", "--num-processes", 2, "--process-id", 0,
+        **more,
+    )  # fmt: skip
+
+
+def children(pid):
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for task in tasks for child in task.read_text().split()]
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="children are found in /proc")
+@pytest.mark.parametrize("joining", [False, True])
+def test_ctrl_c_while_others_are_waited_for_is_one_sentence(tmp_path, joining):
+    port = commands.free_port()
+    process = alone(tmp_path, port, own_group=True)
+    if joining:
+        with socket.socket() as listens:
+            while listens.connect_ex(("127.0.0.1", port)):
+                assert process.poll() is None, process.communicate()[1]
+                time.sleep(0.05)
+    else:  # as soon as there is a child
+        while not children(process.pid):
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.01)
+    began = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and time.monotonic() - began < 20
+    assert err.strip() == "Stopped before anything was begun."
+
+
+def test_a_port_in_use_is_a_sentence(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        _, port = taken.getsockname()
+        process = alone(tmp_path, port)
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 2 and err.count("\n") == 1, err
+    assert "found its port in use" in err and f"127.0.0.1:{port}" in err
 
 
 def test_two_processes_draw_what_one_would(both, tmp_path):
