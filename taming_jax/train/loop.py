@@ -263,6 +263,8 @@ class Loop:
                 due = done - drawn >= self.draw_every and self.signals.received is None
                 if last or due:
                     drawn = done
+                    if self.signals.received is not None:  # at the last step only
+                        self._save(state, done, chosen)
                     self._draw(state, sums)
             # A signal may have come at any moment up to here.
             stop = self._stop_signal()

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import signal
+import time
 
 import jax
 import jax.numpy as jnp
@@ -247,6 +248,25 @@ def test_a_signal_while_a_feed_works_saves_what_is_trained(tmp_path):
     assert Store(tmp_path, "vqgan", "nll", read_only=True).steps()[-1] == 7
     rows = (tmp_path / "metrics" / "vqgan.jsonl").read_text().splitlines()
     assert json.loads(rows[-1])["step"] == 7
+
+
+def test_a_signal_in_the_last_step_saves_before_it_draws(tmp_path, monkeypatch):
+    store = Store(tmp_path, "vqgan", "nll", read_only=True)
+    drawn = []
+
+    def draw(*_):
+        deadline = time.monotonic() + 30
+        while 10 not in store.steps() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        drawn.append(store.steps())
+
+    monkeypatch.setattr(Parabola, "draw", draw)
+    train(
+        tmp_path,
+        stage={"on_step": lambda step: step == 9 and os.kill(os.getpid(), signal.SIGTERM)},
+        **CADENCES | {"draw_every": 10},
+    )
+    assert len(drawn) == 1 and drawn[0][-1] == 10
 
 
 def test_one_run_at_a_time_in_a_folder_and_several_in_several(tmp_path):
