@@ -45,6 +45,9 @@ def watched(work: Callable[[], object], given: Processes) -> None:
     the end of that is this process's: its status, or a sentence where it was ended by a signal, as
     JAX does where another process is lost or the coordinator does not answer."""
     if not given.distributed:
+        # Until the work listens itself. Python's own KeyboardInterrupt may be raised where nothing
+        # is let out, as in a call of its garbage collector, and is lost then.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         work()
         return
     context = multiprocessing.get_context("spawn")
