@@ -9,4 +9,5 @@ cd "$(dirname "$0")/.."
 .venv-test/bin/ruff check .
 .venv-test/bin/ruff format --check .
 .venv-test/bin/mypy
-.venv-test/bin/python -m pytest -q --numprocesses auto --dist loadfile "$@"
+.venv-test/bin/python -m pytest -q --numprocesses auto --dist loadfile --no-loadscope-reorder \
+    "$@"

@@ -19,6 +19,14 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the processes that run test
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="taming_jax-test-cache-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
+LONGEST = ("test_torture", "test_devices", "test_resume", "test_hosts", "test_pictures")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that no core is left alone with one of them at the end."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
 TINY = [
     "--config", "mnist_tiny", "--data.name", "synthetic", "--data.image-size", "16",
     "--vqgan.channels", "4", "--vqgan.multipliers", "1", "2", "--vqgan.batch-size", "8",
