@@ -181,6 +181,17 @@ def stopped(place: Place, running: Running, signum: int) -> None:
         raise Lost(f"{signal.Signals(signum).name} ended it with {codes}: {running.said()}")
 
 
+def takes(place: Place, running: Running, stage: str, step: int) -> bool:
+    """Waits until a run has taken a step, and answers whether it came to that. The log may have
+    rows of it from before, which are cut off when training begins."""
+    return running.until(
+        lambda: (
+            "Training stage" in running.said()
+            and any(row["step"] >= step for row in logged(place.run, stage)[-1:])
+        )
+    )
+
+
 def any_signal(place: Place) -> int:
     return place.rng.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 
@@ -192,7 +203,7 @@ def killed_at_a_step(place: Place, stage: str, layout: str) -> None:
     last = max(saved(place.run, stage), default=0)
     step = last + place.rng.randint(1, EVERY + 3)
     running = Running(place, place.command(stage, place.run), layout)
-    running.until(lambda: any(row["step"] >= step for row in logged(place.run, stage)[-1:]))
+    takes(place, running, stage, step)
     stopped(place, running, any_signal(place))
 
 
@@ -215,10 +226,7 @@ def full_disk(place: Place, stage: str, layout: str) -> None:
     assert place.disk is not None
     last = max(saved(place.run, stage), default=0)
     running = Running(place, place.command(stage, place.run), layout)
-    going_on = running.until(
-        lambda: any(row["step"] > last for row in logged(place.run, stage)[-1:])
-    )
-    if not going_on:
+    if not takes(place, running, stage, last + 1):
         running.end()
         return
     place.disk.fill(place.rng.choice([0, 4096, 65536]))
