@@ -66,7 +66,7 @@ class Compiled:
             self._program = lowered.compile()
 
 
-def own(count: int | None) -> list[Any]:
+def first_devices(count: int | None) -> list[Any]:
     """The first devices of this process, or all. UserError where there are not so many."""
     available = jax.local_devices()
     if count is not None and not 1 <= count <= len(available):
@@ -83,7 +83,7 @@ class Devices:
     not so many, or one process has more than another."""
 
     def __init__(self, count: int | None = None):
-        self.list = hosts.agreed(lambda: own(count))
+        self.list = hosts.agreed(lambda: first_devices(count))
         of_each, memories = zip(*hosts.exchanged((len(self.list), self._own_memory())), strict=True)
         if len(set(of_each)) > 1:
             raise UserError(

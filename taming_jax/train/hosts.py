@@ -165,10 +165,15 @@ def join(given: Processes) -> None:
             heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=HEARTBEAT,
         )  # fmt: skip
     except (ValueError, RuntimeError) as error:
-        first_line = next(iter(str(error).splitlines()), type(error).__name__)
+        said = next(iter(str(error).splitlines()), type(error).__name__)
+        if given.coordinator_address is not None:
+            raise UserError(
+                f"the processes cannot be joined at {given.coordinator_address} ({said}); name an "
+                "address of process 0 that each can reach, and a port of it that is free."
+            ) from error
         raise UserError(
             "--distributed finds no launcher (Slurm, Open MPI, Kubernetes) that tells of other "
-            f"processes ({first_line}); give --coordinator-address HOST:PORT, --num-processes and "
+            f"processes ({said}); give --coordinator-address HOST:PORT, --num-processes and "
             "--process-id."
         ) from error
 

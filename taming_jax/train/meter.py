@@ -4,7 +4,7 @@ import contextlib
 import re
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,9 @@ import jax
 
 from taming_jax.config import Config
 
-# Most that a device does in a second, in 10^12 operations, as NVIDIA's data sheets have it, without
-# sparsity: float32 (in TF32, where there is one, as XLA multiplies float32), and bfloat16. A
-# device's name is one of these and perhaps its memory's size and connector; the longest one counts.
+# The most that a device does in a second, in 10^12 operations, as NVIDIA's data sheets have it,
+# without sparsity: float32 (in TF32, where there is one, as XLA multiplies float32), and bfloat16.
+# A device's name is one of these, and perhaps more of BESIDES; the longest one counts.
 PEAKS: dict[str, tuple[float, float | None]] = {
     "NVIDIA B200": (1125, 2250),
     "NVIDIA GH200": (494.7, 989.4),
@@ -40,6 +40,7 @@ PEAKS: dict[str, tuple[float, float | None]] = {
 }
 
 
+# What a device's name may have besides: its memory's size and kind, its connector.
 BESIDES = r"\d+ ?GB|SXM\d?|PCI[Ee]|HBM\w+"
 
 
@@ -96,7 +97,7 @@ class Tracer:
         self._folder, self._say, self._running = folder, say, False
 
     @contextlib.contextmanager
-    def step(self, number: int) -> Any:
+    def step(self, number: int) -> Iterator[None]:
         """Around a step, by its number (the first is 1)."""
         if self._first <= number <= self._last and not self._running:
             self._begin(number)

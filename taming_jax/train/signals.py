@@ -92,7 +92,7 @@ class Signals:
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
         if self._at_once and hosts.may_raise():
-            self.received = signum
+            self.received, self._when = signum, time.monotonic()
             raise before_the_next_step(signum)
         if self.received is not None:
             if time.monotonic() - self._when > TWICE:

@@ -7,7 +7,6 @@ word: hence the hashes.
 """
 
 import contextlib
-import hashlib
 import json
 import math
 import shutil
@@ -27,6 +26,7 @@ from taming_jax.data.sources import unlike
 from taming_jax.errors import RunFailed, UserError, say
 from taming_jax.files import text_hash
 from taming_jax.formats import ARRAYS, FORMAT, format_of, migrated
+from taming_jax.train.arrays import digest, fill, named_arrays
 from taming_jax.train.trouble import hush, reason
 
 hush()
@@ -43,27 +43,6 @@ def arrays_handler() -> ocp.StandardCheckpointHandler:
 
 def json_handler() -> ocp.JsonCheckpointHandler:
     return ocp.JsonCheckpointHandler(multiprocessing_options=ALONE)
-
-
-def named_arrays(tree: Any) -> dict[tuple[str, ...], Any]:
-    """A pytree's leaves by the names on the way to them."""
-
-    def name(key: Any) -> str:
-        for attribute in ("key", "name", "idx"):
-            if hasattr(key, attribute):
-                return str(getattr(key, attribute))
-        raise TypeError(f"a pytree key of kind {type(key)}")
-
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {tuple(map(name, path)): leaf for path, leaf in leaves}
-
-
-def digest(array: np.ndarray) -> str:
-    """A hash of an array's type, shape and bytes."""
-    found = hashlib.sha256(f"{array.dtype.str}{array.shape}".encode())
-    # Its own memory, since an array may be a mapped file larger than what there is.
-    found.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-    return found.hexdigest()
 
 
 class Checkpoint(NamedTuple):
@@ -399,20 +378,6 @@ class Store:
         for step in self.steps():
             shutil.rmtree(self.path / str(step))
         self._set_aside(self._folders(), self.say)
-
-
-def fill(template: Any, arrays: dict[tuple[str, ...], np.ndarray]) -> Any:
-    """A pytree like `template` with arrays by name. UserError where a shape is another."""
-    wanted = named_arrays(template)
-    for path, leaf in wanted.items():
-        if path not in arrays or arrays[path].shape != leaf.shape:
-            found = arrays[path].shape if path in arrays else "missing"
-            raise UserError(
-                f"the checkpoint's array {'.'.join(path)} is {found}, but the settings make it "
-                f"{leaf.shape}; it is of another version of this program."
-            )
-    leaves = [arrays[path] for path in wanted]
-    return jax.tree.unflatten(jax.tree.structure(template), leaves)
 
 
 class Generator(NamedTuple):

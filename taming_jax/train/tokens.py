@@ -26,9 +26,9 @@ from taming_jax.errors import say
 from taming_jax.files import write_whole
 from taming_jax.models.vqgan import VQGAN, encode, images_at_once
 from taming_jax.train import hosts
+from taming_jax.train.arrays import digest, named_arrays
 from taming_jax.train.devices import Devices
 from taming_jax.train.state import AUGMENTATION, example_keys
-from taming_jax.train.store import digest, named_arrays
 
 FILE = 4096  # images a file
 

@@ -48,16 +48,16 @@ def test_a_signal_ends_a_commands_process_within_a_long_call(own, signum):
 
 
 def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch, capsys):
-    now = [100.0]
-    monkeypatch.setattr("taming_jax.train.signals.time.monotonic", lambda: now[0])
+    clock = [100.0]
+    monkeypatch.setattr("taming_jax.train.signals.time.monotonic", lambda: clock[0])
     arrived = []
-    before = signal.signal(signal.SIGTERM, lambda *_: arrived.append(now[0]))
+    before = signal.signal(signal.SIGTERM, lambda *_: arrived.append(clock[0]))
     try:
         with Signals() as signals:
-            for now[0] in (100.0, 100.2, 100.9):
+            for clock[0] in (100.0, 100.2, 100.9):
                 signal.raise_signal(signal.SIGTERM)
             assert signals.received == signal.SIGTERM and not arrived
-            now[0] = 101.5
+            clock[0] = 101.5
             signal.raise_signal(signal.SIGTERM)
             assert arrived == [101.5]
             with pytest.raises(Interrupted, match="Stopped by SIGTERM"):

@@ -12,8 +12,9 @@ from taming_jax.config import load_config
 from taming_jax.errors import RunFailed, UserError
 from taming_jax.files import text_hash
 from taming_jax.formats import FORMAT
+from taming_jax.train.arrays import named_arrays
 from taming_jax.train.state import Net, TrainState
-from taming_jax.train.store import Store, named_arrays
+from taming_jax.train.store import Store
 
 CONFIG = load_config("mnist_tiny")
 SECTIONS = ("seed", "dtype", "data", "vqgan")
