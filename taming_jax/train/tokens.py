@@ -10,7 +10,7 @@ import functools
 import hashlib
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def smallest_unsigned(codebook_size: int) -> np.dtype:
 
 class Tokenizer:
     """A generator that encodes splits of a dataset into `folder` (a run's tokens/), or reads them
-    from there. `check` is called before each file is encoded, and may raise to stop."""
+    from there. `check` is called before each batch is encoded, and may raise to stop."""
 
     def __init__(
         self,
@@ -100,21 +100,32 @@ class Tokenizer:
             state = self.devices.replicate(state)
             label = name + (f", version {version}" if version else "")
             size = images_at_once(self._config, 256) * len(self.devices)
-            self._say(f"Encoding {label}: {len(missing)} files of up to {FILE} images.")
-            for start in tqdm(missing, desc=label, unit="file", disable=None):
-                self._check()
-                part = Split(*(x[start : start + FILE] for x in split))
-                codes = []
-                for batch in StreamingFeed(part, size, 0, self.devices).once():
-                    first = start + batch.step * size
-                    places = np.arange(first, first + size, dtype=np.int32)[self.devices.own(size)]
-                    arrays = batch.arrays | {"place": self.devices.shard(places)}
-                    codes.append(self.devices.gather(compiled(state, arrays)))
-                whole = np.concatenate(codes)[: len(part.images)].astype(self._dtype)
-                if hosts.first():
-                    write(place, start, whole, self._say)
-                kept[start] = whole
+            parts = {at: Split(*(x[at : at + FILE] for x in split)) for at in missing}
+            count = sum(len(part.images) for part in parts.values())
+            self._say(f"Encoding {label}: {count} images.")
+            with tqdm(total=count, desc=label, unit="image", disable=None) as bar:
+                for start, part in parts.items():
+                    batches = self._encode(
+                        part, start, size, functools.partial(compiled, state), bar
+                    )
+                    whole = np.concatenate(list(batches))[: len(part.images)]
+                    if hosts.first():
+                        write(place, start, whole, self._say)
+                    kept[start] = whole
         return Split(np.concatenate([kept[start] for start in starts]), split.labels)
+
+    def _encode(
+        self, part: Split, start: int, size: int, codes: Callable[..., jax.Array], bar: "tqdm[Any]"
+    ) -> Iterator[np.ndarray]:
+        """The codes of one file's images, `start` being the first's place in its split, in batches
+        of one size."""
+        for batch in StreamingFeed(part, size, 0, self.devices).once():
+            self._check()
+            first = start + batch.step * size
+            places = np.arange(first, first + size, dtype=np.int32)[self.devices.own(size)]
+            arrays = batch.arrays | {"place": self.devices.shard(places)}
+            yield self.devices.gather(codes(arrays)).astype(self._dtype)
+            bar.update(min(size, len(part.images) - batch.step * size))
 
 
 class TokenFeed(ResidentFeed):
