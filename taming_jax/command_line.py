@@ -4,6 +4,7 @@ this process stands among several."""
 import argparse
 import dataclasses
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,9 +124,10 @@ def parse_arguments(arguments: Sequence[str], stage: str = "vqgan") -> Command:
     run = base
     if stage == "prior" and known.config is not None:
         if not (base.folder / "config.json").exists():
+            into = "" if known.workdir is None else f" --workdir {shlex.quote(str(known.workdir))}"
             raise UserError(
-                f"{base.folder} holds no stage 1 to learn the codes of; train it first: "
-                f"python train_vqgan.py --config {known.config}."
+                f"{base.folder} holds no stage 1 to learn the codes of; train it first, with "
+                f"python train_vqgan.py --config {known.config}{into}"
             )
         run = read_config(base.folder / "config.json")
         base = dataclasses.replace(

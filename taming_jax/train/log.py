@@ -110,19 +110,18 @@ class Log:
         self._speed = continued(self.path.with_name(f"{name}_speed.jsonl"), start)[1]
         self._events = Events(folder / "tensorboard" / name, start)
         self._troubled: set[str] = set()
-        self._start, self._steps = start, steps
-        self._bar = None
-        self.begin()
-        if sys.stderr.isatty():
-            self._bar = tqdm(
-                total=steps, initial=start, desc=name, unit="step", dynamic_ncols=True,
-                smoothing=0.05, file=sys.stderr,
-            )  # fmt: skip
+        self._name, self._start, self._steps = name, start, steps
+        self._bar: tqdm[Any] | None = None
 
     def begin(self) -> None:
-        """Starts the clock: what went before, compilation, is no step's time."""
+        """Starts the clock, and the bar: what went before, compilation, is no step's time."""
         self._began = self._said = self._steps_began = time.monotonic()
         self._waited, self._row_step = 0.0, self._start
+        if sys.stderr.isatty():
+            self._bar = tqdm(
+                total=self._steps, initial=self._start, desc=self._name, unit="step",
+                dynamic_ncols=True, smoothing=0.05, file=sys.stderr,
+            )  # fmt: skip
 
     def say(self, sentence: str) -> None:
         """A sentence for the person at the screen."""

@@ -200,7 +200,11 @@ def test_a_killed_prior_goes_on_bit_for_bit_and_keeps_its_own_generator(stage1, 
 
 def test_bad_input_is_a_sentence(stage1, tmp_path):
     for arguments, says in (
-        ([*COMMAND, tmp_path], "holds no stage 1 to learn the codes of"),
+        (
+            [*COMMAND, tmp_path / "a run"],
+            f"train it first, with python train_vqgan.py --config mnist_tiny --workdir "
+            f"'{tmp_path}/a run'\n",
+        ),
         ([*COMMAND, stage1, "--vqgan.codebook-size", 64], "--vqgan.codebook-size is 64, not 128"),
         ([*COMMAND, stage1, "--prior.warmup-steps", 3], "belongs to --prior.schedule cosine"),
         ([*COMMAND, stage1, "--prior.heads", 3], "--prior.width 32 cannot be divided"),
