@@ -223,20 +223,23 @@ def codebook(images: np.ndarray, counts: np.ndarray, path: Path, size: int, step
 def class_samples(images: np.ndarray, names: Sequence[str], path: Path, step: int) -> None:
     """Samples [n,h,w,c] of classes, as many of each, a labelled row a class."""
     columns = len(images) // len(names)
-    figure = labelled_grid(images, names, columns)
-    figure.suptitle(f"Samples of each class (step {step})", fontsize=10, x=0.01, ha="left")
-    save(figure, path)
+    save(labelled_grid(images, names, columns, f"Samples of each class (step {step})"), path)
 
 
-def labelled_grid(images: np.ndarray, names: Sequence[str], columns: int) -> Figure:
+def labelled_grid(
+    images: np.ndarray, names: Sequence[str], columns: int, title: str | None = None
+) -> Figure:
     """Images [n,h,w,c] in rows of `columns`, with the name of each row beside it."""
     picture = tiles(images, columns)
     names = [name if len(name) <= 24 else f"{name[:23]}…" for name in names]
-    width = min(columns, 8.0)
+    width = min(columns, 8.0)  # inches, all of these
     height = width * picture.shape[0] / picture.shape[1]
-    beside = max(0.8, 0.3 + 0.1 * max(map(len, names)))  # inches, of nine points' letters
-    figure = Figure(figsize=(width + beside, height + 0.45), layout="constrained")
-    axes = figure.add_subplot()
+    beside, margin = max(0.8, 0.2 + 0.09 * max(map(len, names))), 0.05  # nine points' letters
+    size = beside + width + margin, margin + height + (margin if title is None else 0.4)
+    figure = Figure(figsize=size)
+    if title is not None:
+        figure.suptitle(title, fontsize=10, x=0.01, ha="left", y=1 - 0.1 / size[1])
+    axes = figure.add_axes((beside / size[0], margin / size[1], width / size[0], height / size[1]))
     show(axes, picture)
     row = (picture.shape[0] + 2) / len(names)
     axes.set_yticks([row * (i + 0.5) - 1.5 for i in range(len(names))], names, fontsize=9)

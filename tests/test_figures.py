@@ -1,4 +1,5 @@
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from taming_jax import figures
@@ -31,3 +32,12 @@ def test_loss_curves_of_any_terms(tmp_path):
     with Image.open(path) as image:
         assert image.size[0] > image.size[1]
     assert [file.name for file in tmp_path.iterdir()] == ["curves.png"], "no partial file is left"
+
+
+def test_long_class_names_have_room():
+    images = np.zeros((16, 64, 64, 3), np.float32)
+    figure = figures.labelled_grid(images, ["n01440764_tench", "n02835271_bicycle-built"], 8)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    for label in figure.axes[0].get_yticklabels():
+        assert label.get_window_extent(canvas.get_renderer()).x0 > 5
