@@ -232,10 +232,12 @@ def labelled_grid(
     """Images [n,h,w,c] in rows of `columns`, with the name of each row beside it."""
     picture = tiles(images, columns)
     names = [name if len(name) <= 24 else f"{name[:23]}…" for name in names]
-    width = min(columns, 8.0)  # inches, all of these
+    # In inches. A layout that is solved for, matplotlib's "constrained", cuts long names.
+    width, margin = min(columns, 8.0), 0.05
     height = width * picture.shape[0] / picture.shape[1]
-    beside, margin = max(0.8, 0.2 + 0.09 * max(map(len, names))), 0.05  # nine points' letters
-    size = beside + width + margin, margin + height + (margin if title is None else 0.4)
+    beside = max(0.8, 0.2 + 0.09 * max(map(len, names)))  # letters of nine points
+    above = margin if title is None else 0.4
+    size = beside + width + margin, margin + height + above
     figure = Figure(figsize=size)
     if title is not None:
         figure.suptitle(title, fontsize=10, x=0.01, ha="left", y=1 - 0.1 / size[1])

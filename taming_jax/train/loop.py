@@ -223,7 +223,7 @@ class Loop:
             self.signals.check()
             with self.signals.ending():
                 self.stage.compile(state, first, batch)
-            self.signals.check()  # which is after the slowest process's compilation
+            self.signals.check()  # which waits for the slowest process's compilation, too
             self.log.begin()
             self._steps(state, start, first)
         return self.folder

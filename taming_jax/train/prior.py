@@ -8,12 +8,13 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import traverse_util
 
 from taming_jax import losses
 from taming_jax.config import Config, PriorConfig, differences
@@ -39,7 +40,7 @@ from taming_jax.train.state import (
     schedule,
     stepped,
 )
-from taming_jax.train.store import chosen_generator
+from taming_jax.train.store import Store
 from taming_jax.train.tokens import TokenFeed, Tokenizer
 
 
@@ -112,6 +113,36 @@ def training_step(
     rate = learning_rate(config, steps)(state.step)
     nets = state.nets | {"transformer": net.updated(adamw(config), gradient, rate)}
     return stepped(state, nets, metrics)
+
+
+class Generator(NamedTuple):
+    """A trained generator: its parameters, its config, and the identity of the dataset it was
+    trained on, where that is known."""
+
+    params: Any
+    config: Config
+    dataset: dict[str, Any] | None
+
+
+def chosen_generator(folder: Path, anew: bool = False) -> Generator:
+    """The generator whose codes a run's prior speaks: the one in the newest checkpoint of the
+    prior, or, before there is one (or where the prior begins `anew`), the best of stage 1, its
+    moving average where it keeps one.
+
+    Raises UserError where the folder holds neither.
+    """
+    prior = Store(folder, "prior", "nll", read_only=True)
+    for step in [] if anew else reversed(prior.steps()):
+        try:
+            arrays, config, dataset = prior.read(step)
+        except ValueError:
+            continue
+        params = traverse_util.unflatten_dict(arrays)["nets"]["generator"]["params"]
+        return Generator(params, config, dataset)
+    vqgan = Store(folder, "vqgan", "nll", read_only=True)
+    (arrays, config, dataset), _ = vqgan.chosen()
+    net = traverse_util.unflatten_dict(arrays)["nets"]["generator"]
+    return Generator(net.get("ema", net["params"]), config, dataset)
 
 
 class PriorStage:

@@ -378,33 +378,3 @@ class Store:
         for step in self.steps():
             shutil.rmtree(self.path / str(step))
         self._set_aside(self._folders(), self.say)
-
-
-class Generator(NamedTuple):
-    """A trained generator: its parameters, its config, and the identity of the dataset it was
-    trained on, where that is known."""
-
-    params: Any
-    config: Config
-    dataset: dict[str, Any] | None
-
-
-def chosen_generator(folder: Path, anew: bool = False) -> Generator:
-    """The generator whose codes a run's prior speaks: the one in the newest checkpoint of the
-    prior, or, before there is one (or where the prior begins `anew`), the best of stage 1, its
-    moving average where it keeps one.
-
-    Raises UserError where the folder holds neither.
-    """
-    prior = Store(folder, "prior", "nll", read_only=True)
-    for step in [] if anew else reversed(prior.steps()):
-        try:
-            arrays, config, dataset = prior.read(step)
-        except ValueError:
-            continue
-        params = traverse_util.unflatten_dict(arrays)["nets"]["generator"]["params"]
-        return Generator(params, config, dataset)
-    vqgan = Store(folder, "vqgan", "nll", read_only=True)
-    (arrays, config, dataset), _ = vqgan.chosen()
-    net = traverse_util.unflatten_dict(arrays)["nets"]["generator"]
-    return Generator(net.get("ema", net["params"]), config, dataset)

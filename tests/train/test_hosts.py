@@ -205,7 +205,7 @@ def test_a_port_in_use_is_a_sentence(tmp_path):
         process = alone(tmp_path, port)
         _, err = process.communicate(timeout=120)
     assert process.returncode == 2 and err.count("\n") == 1, err
-    # JAX says so in words, or its process dies of it: either is seen, now and then, of one version.
+    # One version of JAX does either: it raises, or its process dies of it.
     assert "its port in use" in err or "a port of it that is free" in err, err
     assert f"127.0.0.1:{port}" in err
 

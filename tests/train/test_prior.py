@@ -202,7 +202,7 @@ def test_bad_input_is_a_sentence(stage1, tmp_path):
     for arguments, says in (
         (
             [*COMMAND, tmp_path / "a run"],
-            f"train it first, with python train_vqgan.py --config mnist_tiny --workdir "
+            "train it first, with python train_vqgan.py --config mnist_tiny --workdir "
             f"'{tmp_path}/a run'\n",
         ),
         ([*COMMAND, stage1, "--vqgan.codebook-size", 64], "--vqgan.codebook-size is 64, not 128"),
