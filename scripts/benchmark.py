@@ -5,7 +5,7 @@
     python scripts/benchmark.py --config mnist --stage vqgan --batch-size 64 --compare-plain
     python scripts/benchmark.py --config mnist --stage prior
     python scripts/benchmark.py --stage sample
-    python scripts/benchmark.py --config birds --stage data --data-path FOLDER
+    python scripts/benchmark.py --config birds --stage data --data.path FOLDER
 
 The first prints, for the step before and after the discriminator's start: compile time, steps and
 images a second, floating-point operations a step, and peak memory. With `--compare-plain` it also
@@ -247,7 +247,7 @@ def main() -> None:
     parser.add_argument("--config", default="mnist")
     parser.add_argument("--stage", choices=["vqgan", "prior", "sample", "data"], default="vqgan")
     parser.add_argument("--batch-size", type=int, help="the preset's unless told")
-    parser.add_argument("--data-path", help="local files, in place of the preset's download")
+    parser.add_argument("--data.path", dest="data_path", help="local files, in place of the preset's download")
     parser.add_argument("--devices", type=int)
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each kind")
     parser.add_argument("--compare-plain", action="store_true")

@@ -18,6 +18,7 @@ for given in "$@"; do
 done
 echo "Installing into .venv …"
 bash scripts/install.sh
+source scripts/cpu.sh
 .venv/bin/python train_vqgan.py --config "$name" --workdir "runs/$name" "$@"
 .venv/bin/python train_prior.py --config "$name" --workdir "runs/$name" "$@"
 .venv/bin/python scripts/sample.py --workdir "runs/$name" --out "runs/$name/figures/sample_grid.png"

@@ -12,7 +12,7 @@ CONFIG = Config(
         mirror=True,
     ),
     vqgan=VQGANConfig(
-        steps=3600,
+        steps=2400,
         batch_size=8,
         eval_every=600,
         checkpoint_every=600,
@@ -41,7 +41,7 @@ CONFIG = Config(
         ema_decay=0.99,
     ),
     prior=PriorConfig(
-        steps=600, batch_size=16, eval_every=150, checkpoint_every=150, layers=4, heads=4,
+        steps=400, batch_size=16, eval_every=100, checkpoint_every=100, layers=4, heads=4,
         width=128, dropout=0.2, learning_rate=1e-3, clip=1.0, schedule="one-cycle",
         augmented_versions=4,
     ),
