@@ -247,7 +247,9 @@ def main() -> None:
     parser.add_argument("--config", default="mnist")
     parser.add_argument("--stage", choices=["vqgan", "prior", "sample", "data"], default="vqgan")
     parser.add_argument("--batch-size", type=int, help="the preset's unless told")
-    parser.add_argument("--data.path", dest="data_path", help="local files, in place of the preset's download")
+    parser.add_argument(
+        "--data.path", dest="data_path", help="local files, in place of the preset's download"
+    )
     parser.add_argument("--devices", type=int)
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each kind")
     parser.add_argument("--compare-plain", action="store_true")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
@@ -57,12 +58,11 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
     return np.rint((np.clip(images, -1, 1) + 1) * 127.5).astype(np.uint8)
 
 
-def show(axes: Axes, image: np.ndarray, **options: Any) -> None:
+def show(axes: Axes, image: np.ndarray) -> None:
     """One image [h,w,c] without axes; gray for one channel, small ones with sharp pixels."""
     if image.shape[-1] == 1:
-        image = image[..., 0]
-        options = {"cmap": "gray", "vmin": 0, "vmax": 255} | options
-    axes.imshow(image, interpolation="nearest" if len(image) < 64 else "antialiased", **options)
+        image = np.repeat(image, 3, -1)
+    axes.imshow(image, interpolation="nearest" if len(image) < 64 else "antialiased")
     axes.set_xticks([])
     axes.set_yticks([])
     axes.spines[:].set_visible(False)
@@ -93,7 +93,13 @@ def loss_curves(
     terms = [term for term in TERMS if any(term in row for row in rows)]
     columns = min(4, len(terms))
     lines = math.ceil(len(terms) / columns)
-    figure = Figure(figsize=(3.6 * columns, 2.5 * lines + 0.5), layout="constrained")
+    size = 3.6 * columns, 2.5 * lines + 0.7
+    figure = Figure(figsize=size)
+    # By hand: a layout that is solved for takes most of a short run's last seconds.
+    figure.subplots_adjust(
+        left=0.6 / size[0], right=1 - 0.15 / size[0], bottom=0.5 / size[1],
+        top=1 - 0.7 / size[1], wspace=0.24, hspace=0.34,
+    )  # fmt: skip
     for i, term in enumerate(terms):
         axes = figure.add_subplot(lines, columns, i + 1)
         for split in ("train", "validation"):
@@ -129,13 +135,15 @@ def loss_curves(
         if mark is not None and mark < max(steps):
             axes.axvline(mark, color=FAINT, linestyle=":", linewidth=1)
             if i == 0:
+                side = "left" if mark < max(steps) / 2 else "right"
                 axes.annotate(
-                    f" {mark_name}\n starts", (mark, 0.98), xycoords=("data", "axes fraction"),
-                    va="top", fontsize=8, color=INK,
+                    f" {mark_name} \n starts ", (mark, 0.98), xycoords=("data", "axes fraction"),
+                    va="top", ha=side, fontsize=8, color=INK,
                 )  # fmt: skip
     figure.suptitle(
-        f"{title}: training (dark) and validation (orange)", fontsize=11, x=0.01, ha="left"
-    )
+        f"{title}: training (dark) and validation (orange)",
+        fontsize=11, x=0.01, y=1 - 0.12 / size[1], ha="left",
+    )  # fmt: skip
     save(figure, path)
 
 
@@ -150,22 +158,13 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
 def reconstructions(images: np.ndarray, reconstruction: np.ndarray, path: Path, step: int) -> None:
     """Originals, reconstructions and the absolute difference, a column an image."""
     images, reconstruction = to_uint8(images), to_uint8(reconstruction)
-    error = np.abs(images.astype(int) - reconstruction).mean(-1, keepdims=True).astype(np.uint8)
-    figure = Figure(figsize=(1.05 * len(images) + 1.2, 4.1), layout="constrained")
-    rows = {"original": images, "reconstruction": reconstruction, "error": error}
-    for i, (name, row) in enumerate(rows.items()):
-        for j, image in enumerate(row):
-            axes = figure.add_subplot(3, len(images), i * len(images) + j + 1)
-            show(axes, image, **({"cmap": "magma"} if name == "error" else {}))
-            if name == "error":
-                axes.set_xlabel(f"{image.mean() / 255:.3f}", fontsize=8)
-            if j == 0:
-                axes.set_ylabel(name, fontsize=9)
-    figure.suptitle(
-        f"Validation images after step {step}; under each error its mean (0 to 1)",
-        fontsize=11, x=0.01, ha="left",
-    )  # fmt: skip
-    save(figure, path)
+    error = np.abs(images.astype(int) - reconstruction).mean(-1)
+    coloured = to_uint8(2 * colormaps["magma"](error.astype(np.uint8))[..., :3] - 1)
+    rows = [np.broadcast_to(row, coloured.shape) for row in (images, reconstruction, coloured)]
+    title = f"Validation images after step {step}; under each error its mean (0 to 1)"
+    names = ("original", "reconstruction", "error")
+    means = [f"{each.mean() / 255:.3f}" for each in error]
+    save(labelled_grid(np.concatenate(rows), names, len(images), title, means), path)
 
 
 def codebook_usage(counts: np.ndarray, path: Path, step: int) -> None:
@@ -175,7 +174,7 @@ def codebook_usage(counts: np.ndarray, path: Path, step: int) -> None:
     perplexity = math.exp(-(used * np.log(used)).sum())
     figure = Figure(figsize=(7.5, 3.4), layout="constrained")
     axes = figure.add_subplot()
-    axes.bar(np.arange(len(shares)), 100 * shares, width=1.0, color=INK)
+    axes.stairs(100 * shares, np.arange(len(shares) + 1) - 0.5, fill=True, color=INK)
     axes.axhline(100 / len(shares), color=ACCENT, linewidth=1, linestyle="--")
     here = (len(shares) - 1, 100 / len(shares))
     axes.annotate("if all were used alike", here, ha="right", va="bottom", fontsize=8, color=ACCENT)
@@ -227,9 +226,14 @@ def class_samples(images: np.ndarray, names: Sequence[str], path: Path, step: in
 
 
 def labelled_grid(
-    images: np.ndarray, names: Sequence[str], columns: int, title: str | None = None
+    images: np.ndarray,
+    names: Sequence[str],
+    columns: int,
+    title: str | None = None,
+    below: Sequence[str] = (),
 ) -> Figure:
-    """Images [n,h,w,c] in rows of `columns`, with the name of each row beside it."""
+    """Images [n,h,w,c] in rows of `columns`, with the name of each row beside it, and what is said
+    of each column below."""
     picture = tiles(images, columns)
     names = [name if len(name) <= 24 else f"{name[:23]}…" for name in names]
     # In inches. A layout that is solved for, matplotlib's "constrained", cuts long names.
@@ -237,13 +241,15 @@ def labelled_grid(
     height = width * picture.shape[0] / picture.shape[1]
     beside = max(0.8, 0.2 + 0.09 * max(map(len, names)))  # letters of nine points
     above = margin if title is None else 0.4
-    size = beside + width + margin, margin + height + above
+    under = 0.25 if below else margin
+    size = beside + width + margin, under + height + above
     figure = Figure(figsize=size)
     if title is not None:
         figure.suptitle(title, fontsize=10, x=0.01, ha="left", y=1 - 0.1 / size[1])
-    axes = figure.add_axes((beside / size[0], margin / size[1], width / size[0], height / size[1]))
+    axes = figure.add_axes((beside / size[0], under / size[1], width / size[0], height / size[1]))
     show(axes, picture)
-    row = (picture.shape[0] + 2) / len(names)
+    row, column = (picture.shape[0] + 2) / len(names), (picture.shape[1] + 2) / columns
     axes.set_yticks([row * (i + 0.5) - 1.5 for i in range(len(names))], names, fontsize=9)
+    axes.set_xticks([column * (i + 0.5) - 1.5 for i in range(len(below))], below, fontsize=8)
     axes.tick_params(length=0)
     return figure
