@@ -289,6 +289,8 @@ def torn_log(place: Place, stage: str) -> bool:
     """The log ends in the middle of a line, of a step that will be taken again."""
     file, newest = place.run / "metrics" / f"{stage}.jsonl", max(saved(place.run, stage), default=0)
     lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+    if lines and not lines[-1].endswith(b"\n"):
+        return False  # it is torn already
     kept = [line for line in lines if json.loads(line)["step"] <= newest]
     if len(kept) == len(lines):
         return False
