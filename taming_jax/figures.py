@@ -159,7 +159,7 @@ def reconstructions(images: np.ndarray, reconstruction: np.ndarray, path: Path, 
     """Originals, reconstructions and the absolute difference, a column an image."""
     images, reconstruction = to_uint8(images), to_uint8(reconstruction)
     error = np.abs(images.astype(int) - reconstruction).mean(-1)
-    coloured = to_uint8(2 * colormaps["magma"](error.astype(np.uint8))[..., :3] - 1)
+    coloured = colormaps["magma"](error.astype(np.uint8), bytes=True)[..., :3]
     rows = [np.broadcast_to(row, coloured.shape) for row in (images, reconstruction, coloured)]
     title = f"Validation images after step {step}; under each error its mean (0 to 1)"
     names = ("original", "reconstruction", "error")

@@ -41,3 +41,16 @@ def test_long_class_names_have_room():
     canvas.draw()
     for label in figure.axes[0].get_yticklabels():
         assert label.get_window_extent(canvas.get_renderer()).x0 > 5
+
+
+def test_what_is_said_below_stands_under_its_column():
+    images = np.zeros((8, 28, 28, 1), np.float32)
+    figure = figures.labelled_grid(images, ["one", "two"], 4, "title", ["0.1", "0.2", "0.3", "0.4"])
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    axes, renderer = figure.axes[0], canvas.get_renderer()
+    picture = axes.get_window_extent(renderer)
+    for i, label in enumerate(axes.get_xticklabels()):
+        box = label.get_window_extent(renderer)
+        assert box.y0 > 0 and box.y1 < picture.y0
+        assert abs((box.x0 + box.x1) / 2 - (picture.x0 + (i + 0.5) * picture.width / 4)) < 5
