@@ -17,6 +17,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from taming_jax.files import write_whole
 
+DPI = 110
 INK, ACCENT, FAINT = "#1f2933", "#c2410c", "#9aa5b1"
 # Losses that only fall, and are easier to read by their orders of magnitude.
 LOGARITHMIC = {"l1", "perceptual", "codebook", "adaptive_weight"}
@@ -47,7 +48,7 @@ TERMS = {
 def save(figure: Figure, path: Path) -> None:
     """Writes a PNG, whole or not at all."""
     content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=110, facecolor="white")
+    figure.savefig(content, format="png", dpi=DPI, facecolor="white")
     write_whole(path, content.getvalue())
 
 
@@ -59,10 +60,14 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
 
 
 def show(axes: Axes, image: np.ndarray) -> None:
-    """One image [h,w,c] without axes; gray for one channel, small ones with sharp pixels."""
+    """One image [h,w,c] without axes; gray for one channel, with sharp pixels where they are twice
+    as large as the screen's, or more."""
     if image.shape[-1] == 1:
         image = np.repeat(image, 3, -1)
-    axes.imshow(image, interpolation="nearest" if len(image) < 64 else "antialiased")
+    figure: Any = axes.figure
+    pixels = axes.get_position().width * figure.get_figwidth() * DPI
+    sharp = pixels >= 2 * image.shape[1]
+    axes.imshow(image, interpolation="nearest" if sharp else "antialiased")
     axes.set_xticks([])
     axes.set_yticks([])
     axes.spines[:].set_visible(False)

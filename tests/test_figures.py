@@ -54,3 +54,11 @@ def test_what_is_said_below_stands_under_its_column():
         box = label.get_window_extent(renderer)
         assert box.y0 > 0 and box.y1 < picture.y0
         assert abs((box.x0 + box.x1) / 2 - (picture.x0 + (i + 0.5) * picture.width / 4)) < 5
+
+
+def test_pixels_of_small_images_are_sharp():
+    """Ten digits in a row are enlarged by less than three, which matplotlib alone would smooth."""
+    for size, interpolation in ((28, "nearest"), (64, "antialiased")):
+        images = np.zeros((30, size, size, 1), np.uint8)
+        figure = figures.labelled_grid(images, ["original", "reconstruction", "error"], 10)
+        assert figure.axes[0].images[0].get_interpolation() == interpolation
