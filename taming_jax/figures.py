@@ -258,3 +258,32 @@ def labelled_grid(
     axes.set_xticks([column * (i + 0.5) - 1.5 for i in range(len(below))], below, fontsize=8)
     axes.tick_params(length=0)
     return figure
+
+
+def nearest_images(
+    images: np.ndarray, nearest: np.ndarray, far: np.ndarray, features: str, path: Path
+) -> None:
+    """Samples [n,h,w,c] above the training images nearest to them, which are `far` [n] away."""
+    title = f"Samples and the nearest training images by {features}'s features; below, how far"
+    title += " (1: as one training image from another)"
+    names, said = ("sample", "training image"), [f"{value:.2f}" for value in far]
+    save(labelled_grid(np.concatenate([images, nearest]), names, len(images), title, said), path)
+
+
+def sweep(found: Sequence[dict[str, Any]], features: str, path: Path) -> None:
+    """What samples are worth by guidance scale: the distance, and precision and recall."""
+    panels = {features: ("fd",), "share": ("precision", "recall", "coverage", "accuracy")}
+    figure = Figure(figsize=(7.5, 3.2), layout="constrained")
+    x = [each["guidance_scale"] for each in found]
+    for i, (title, names) in enumerate(panels.items()):
+        axes = figure.add_subplot(1, 2, i + 1)
+        for name, colour in zip(names, (INK, ACCENT, FAINT, "#2563eb"), strict=False):
+            if name in found[0]:
+                axes.plot(x, [each[name] for each in found], "o-", color=colour, label=name)
+        if i:
+            axes.legend(fontsize=8, frameon=False)
+            axes.set_ylim(0, 1.02)
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.set_xlabel("guidance scale")
+        axes.spines[["top", "right"]].set_visible(False)
+    save(figure, path)

@@ -4,12 +4,17 @@ time works in."""
 import contextlib
 import fcntl
 import hashlib
+import io
 import json
 import os
 import socket
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
+
+import numpy as np
 
 from taming_jax.errors import UserError
 
@@ -35,6 +40,24 @@ def write_whole(path: Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             partial.unlink()
         raise
+
+
+def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Keeps arrays that can be had again, as an .npz; a disk that does not take them keeps none."""
+    content = io.BytesIO()
+    np.savez(content, **cast(dict[str, Any], arrays))
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, content.getvalue())
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
+    """What `write_arrays` kept; None where there is nothing, or nothing whole."""
+    try:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as content:
+            return {name: content[name] for name in content}
+    except (OSError, ValueError, EOFError, LookupError, zipfile.BadZipFile, zlib.error):
+        return None
 
 
 class Appended:

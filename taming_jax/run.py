@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -160,6 +160,30 @@ class Run:
             raise UserError("no classes, or none of each, were asked for.")
         labels = np.repeat(numbers_of_classes, per_class)
         numbers = np.tile(np.arange(per_class, dtype=np.int32), len(numbers_of_classes))
+        return np.concatenate(list(self.drawn(
+            labels, numbers, temperature=temperature, top_k=top_k, top_p=top_p,
+            guidance_scale=guidance_scale, prefix=prefix, seed=seed, devices=devices,
+            batch_size=batch_size, progress=progress,
+        )))  # fmt: skip
+
+    def drawn(
+        self,
+        labels: np.ndarray,
+        numbers: np.ndarray,
+        *,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        guidance_scale: float | Sequence[float] | None = None,
+        prefix: Any = None,
+        seed: int = 0,
+        devices: int | None = None,
+        batch_size: int | None = None,
+        progress: bool = False,
+    ) -> Iterator[np.ndarray]:
+        """The images of `sample`, in parts: image `numbers[i]`, int32 [n], of class `labels[i]`,
+        int32 [n]."""
+        self._need_prior()
         preset = self.config.prior
         temperature = preset.temperature if temperature is None else temperature
         top_k = preset.top_k if top_k is None else top_k
@@ -191,8 +215,7 @@ class Run:
             "scales": np.linspace(ends[0], ends[-1], self.prior.length, dtype=np.float32),
             "prefix": np.zeros(0, np.int32) if given is None else given,
         })  # fmt: skip
-        most = -(-(batch_size or 1) // size)
-        parts: list[np.ndarray] = []
+        most, left = -(-(batch_size or 1) // size), len(labels)
         flying: list[jax.Array] = []
         for start in tqdm(
             range(0, len(labels), size), desc="sampling", disable=None if progress else True
@@ -200,10 +223,11 @@ class Run:
             filled = np.minimum(np.arange(start, start + size), len(labels) - 1)[used.own(size)]
             shards = used.shard({"labels": labels[filled], "numbers": numbers[filled]})
             flying.append(draw(params, shards | common))
-            if len(flying) == most:
-                parts += map(used.gather, flying)
+            if len(flying) == most or start + size >= len(labels):
+                for part in map(used.gather, flying):
+                    yield part[:left]
+                    left -= len(part)
                 flying = []
-        return np.concatenate([*parts, *map(used.gather, flying)])[: len(labels)]
 
     def _sampler(
         self, count: int | None, top_k: int | None, use_top_p: bool, use_guidance: bool, given: bool
@@ -243,12 +267,15 @@ class Run:
         """The logarithm of the probability, in nats, that the prior gives the codes of images
         [n,h,w,c] of classes int [n] (or names): float32 [n]."""
         self._need_prior()
-        indices = self.encode(images)
-        codes = indices.reshape(len(indices), -1)
         numbers = self.labels(np.asarray(labels).tolist())
-        if len(numbers) != len(codes):
-            raise UserError(f"{len(codes)} images and {len(numbers)} labels were given.")
+        if len(numbers) != len(images):
+            raise UserError(f"{len(images)} images and {len(numbers)} labels were given.")
+        return self.code_likelihood(self.encode(images), numbers)
 
+    def code_likelihood(self, indices: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+        """The same of code indices int32 [n,h',w'] and classes int32 [n]."""
+        self._need_prior()
+        codes = indices.reshape(len(indices), -1)
         both = np.concatenate([numbers[:, None], codes], 1)
         return self._batched(self._likelihood, both, self.transformer)
 
@@ -258,6 +285,21 @@ class Run:
         tokens = teacher_forced(self.prior, both[:, 0], codes)
         logits = cast(jax.Array, self.prior.apply({"params": params}, tokens))
         return -next_token(logits, codes) * self.prior.length
+
+    def evaluate(
+        self,
+        *,
+        devices: int | None = None,
+        progress: bool = False,
+        sweep: Any = (),
+        **protocol: Any,
+    ) -> dict[str, Any]:
+        """The report of docs/evaluation.md: reconstructions of a split's images, and new images
+        where there is a prior, under a protocol (see `evaluation.report.Protocol`, whose settings
+        these are: `split="test", samples=5000`, …)."""
+        from taming_jax.evaluation.report import Evaluation, Protocol, finished
+
+        return finished(Evaluation(self, Protocol(**protocol), devices, progress), sweep)
 
     def tokens(self, split: str = "train") -> Split:
         """A split of the run's dataset as codes, unsigned [n, h' * w'], not augmented, with its

@@ -7,10 +7,11 @@ import socket
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from taming_jax.errors import UserError
-from taming_jax.files import Appended, alone_in, write_whole
+from taming_jax.files import Appended, alone_in, read_arrays, write_arrays, write_whole
 from tests import commands
 
 
@@ -133,3 +134,20 @@ def test_a_lock_that_was_deleted_meanwhile_is_no_lock(tmp_path, monkeypatch):
     monkeypatch.setattr("fcntl.flock", late)
     with alone_in(tmp_path, print), pytest.raises(UserError), alone_in(tmp_path, print):
         pass
+
+
+def test_arrays_are_kept_where_there_is_room(tmp_path, limited):
+    file = tmp_path / "new" / "kept.npz"
+    arrays = {"a": np.arange(5000), "b": np.ones((2, 3), np.float32)}
+    write_arrays(file, arrays)
+    found = read_arrays(file)
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(found[name], array)
+    whole = file.read_bytes()
+    limited(1000)
+    write_arrays(tmp_path / "other.npz", arrays)
+    assert not (tmp_path / "other.npz").exists()
+    assert read_arrays(tmp_path / "other.npz") is None
+    for harmed in (whole[: len(whole) // 2], whole[:300] + b"x" + whole[301:], b""):
+        (tmp_path / "harmed.npz").write_bytes(harmed[:1000])
+        assert read_arrays(tmp_path / "harmed.npz") is None

@@ -5,7 +5,7 @@ import importlib.util
 import io
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -46,16 +46,21 @@ class VGG16(nn.Module):
 def lpips(params: Any, left: jax.Array, right: jax.Array, dtype: Dtype = jnp.float32) -> jax.Array:
     """The distance of images float [b,h,w,c] in [-1, 1], float32 [b]; gray is repeated to three
     channels. `params` is what `load_lpips` answers."""
-    if left.shape[-1] == 1:
-        left, right = (jnp.repeat(images, 3, -1) for images in (left, right))
-    vgg = VGG16(dtype)
-    total = jnp.zeros(len(left))
-    for head, a, b in zip(
-        params["heads"],
-        vgg.apply({"params": params["vgg"]}, left),
-        vgg.apply({"params": params["vgg"]}, right),
-        strict=True,
-    ):
+    features = (vgg_features(params["vgg"], images, dtype) for images in (left, right))
+    return distance(params["heads"], *features)
+
+
+def vgg_features(params: Any, images: jax.Array, dtype: Dtype = jnp.float32) -> list[jax.Array]:
+    """VGG16's five feature maps of images float [b,h,w,c] in [-1, 1], gray or not."""
+    if images.shape[-1] == 1:
+        images = jnp.repeat(images, 3, -1)
+    return cast(list[jax.Array], VGG16(dtype).apply({"params": params}, images))
+
+
+def distance(heads: Any, left: list[jax.Array], right: list[jax.Array]) -> jax.Array:
+    """LPIPS [b] of two images' features."""
+    total = jnp.zeros(len(left[0]))
+    for head, a, b in zip(heads, left, right, strict=True):
         difference = jnp.square(unit_features(a) - unit_features(b))
         total += jnp.matmul(difference, head, precision="highest").mean((1, 2))
     return total

@@ -185,7 +185,9 @@ class Devices:
         array = np.asarray(values)
         if self.axis_name is None:
             return array
-        return np.concatenate(hosts.exchanged(array.reshape(-1, *array.shape[2:])))
+        return np.concatenate(
+            hosts.exchanged(array.reshape(array.shape[0] * array.shape[1], *array.shape[2:]))
+        )
 
     def fetch(self, tree: Any) -> Any:
         """A replicated tree as numpy arrays of one device's, in memory of their own (on a CPU

@@ -1,0 +1,156 @@
+#!/usr/bin/env python3
+"""Measures a run: its reconstructions, and its samples where it has a prior.
+
+    python scripts/evaluate.py --workdir runs/mnist --samples 5000 --out eval.json
+    python scripts/evaluate.py --workdir runs/mnist --sweep guidance-scale 1 1.5 2 3
+    python scripts/evaluate.py --compare one.json other.json
+
+What the figures mean, and against what they are taken: docs/evaluation.md.
+"""
+
+import argparse
+import functools
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from taming_jax.command_line import add_flags, processes
+from taming_jax.errors import RunFailed, UserError, report
+
+# What may differ from process to process.
+OWN = {"process_id", "workdir", "out", "figures", "weights", "reference"}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--workdir", help="the run's folder")
+    parser.add_argument("--compare", nargs=2, metavar="JSON", help="two reports side by side")
+    parser.add_argument("--split", default="test", help="train, validation or test")
+    parser.add_argument("--images", type=int, help="so many of the split, evenly; all unless told")
+    parser.add_argument("--samples", type=int, default=5000)
+    parser.add_argument(
+        "--features", default="auto", help="inception, vgg, classifier; auto: inception, else vgg"
+    )
+    parser.add_argument("--weights", type=Path, help="InceptionV3's, pytorch-fid's .pth")
+    parser.add_argument("--reference", type=Path, help=".npz of mu and sigma, for the split's")
+    parser.add_argument("--legacy-resize", action="store_true", help="bilinear, as the first FID")
+    parser.add_argument("--kept", type=int, default=10_000, help="features held, at most")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--temperature", type=float)
+    parser.add_argument("--top-k", type=int)
+    parser.add_argument("--top-p", type=float)
+    parser.add_argument("--guidance-scale", type=float, nargs="+")
+    parser.add_argument("--sweep", nargs="+", metavar="guidance-scale", help="and its values")
+    parser.add_argument("--devices", type=int, help="all unless told")
+    parser.add_argument("--out", type=Path, help="the report, .json")
+    parser.add_argument("--figures", type=Path, help="a folder for figures; beside --out if not")
+    add_flags(parser)
+    return parser.parse_args()
+
+
+def main() -> None:
+    given = parse()
+    if given.compare:
+        compare(*map(Path, given.compare))
+        return
+    if given.workdir is None:
+        raise UserError("name the run by --workdir, or two reports by --compare.")
+    from taming_jax.train.hosts import watched
+
+    watched(functools.partial(work, given), processes(given))
+
+
+def read(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if not {"features", "reconstruction", "samples", "protocol"} <= set(found):
+            raise ValueError("it has no protocol")
+        return found
+    except FileNotFoundError:
+        raise UserError(f"there is no file {file}.") from None
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{file} is no report of scripts/evaluate.py ({error}).") from error
+
+
+def compare(left: Path, right: Path) -> None:
+    from taming_jax.evaluation.table import compared, differences
+
+    reports = read(left), read(right)
+    print(compared(*reports))
+    found = differences(*reports)
+    if found:
+        raise RunFailed(f"these two cannot be compared: {'; '.join(found)}.")
+    print("These two can be compared: their protocols are the same.")
+
+
+def scales_of(sweep: list[str] | None) -> list[float]:
+    """The values of --sweep. UserError for another setting, or what is no number."""
+    if not sweep:
+        return []
+    name, *values = sweep
+    if name.replace("_", "-") != "guidance-scale" or not values:
+        raise UserError("--sweep takes guidance-scale and its values, such as 1 1.5 2 3.")
+    try:
+        return [float(value) for value in values]
+    except ValueError as error:
+        raise UserError(f"--sweep guidance-scale: {error}.") from error
+
+
+def scale_of(given: list[float] | None) -> float | tuple[float, float] | None:
+    if given is None:
+        return None
+    if len(given) > 2:
+        raise UserError("--guidance-scale takes one number, or two: the first code's, the last's.")
+    return given[0] if len(given) == 1 else (given[0], given[1])
+
+
+def work(given: argparse.Namespace) -> None:
+    from taming_jax.train import hosts
+
+    hosts.one_speaks()
+    hosts.check_same_flags({name: x for name, x in vars(given).items() if name not in OWN})
+    sweep, scale = scales_of(given.sweep), scale_of(given.guidance_scale)
+    for name in ("samples", "kept", "images"):
+        if getattr(given, name) is not None and getattr(given, name) < 2:
+            raise UserError(f"--{name} is {getattr(given, name)}; it must be 2 or more.")
+    if given.out is not None and not given.out.absolute().parent.is_dir():
+        raise UserError(f"--out {given.out}: its folder does not exist; make it.")
+    from taming_jax.evaluation.report import Evaluation, Protocol, finished
+    from taming_jax.evaluation.table import table
+    from taming_jax.run import load_run
+    from taming_jax.train.meter import peak_memory
+
+    begun = time.monotonic()
+    names = (
+        "split", "images", "samples", "features", "weights", "reference", "legacy_resize", "kept",
+        "seed", "temperature", "top_k", "top_p",
+    )  # fmt: skip
+    protocol = Protocol(**{name: getattr(given, name) for name in names}, guidance_scale=scale)
+    evaluation = Evaluation(load_run(given.workdir), protocol, given.devices, progress=True)
+    found = finished(evaluation, sweep)
+    folder = given.figures or (given.out.absolute().parent if given.out else None)
+    try:
+        if given.out is not None:
+            hosts.from_first(lambda: write(given.out, found))
+        if folder is not None:
+            hosts.from_first(lambda: folder.mkdir(parents=True, exist_ok=True))
+            evaluation.draw(folder, found)
+    except OSError as error:
+        raise RunFailed(f"{error.filename or given.out}: {error.strerror or error}.") from error
+    print(table(found))
+    memory = peak_memory(evaluation.devices.list[0]) / 2**20
+    print(f"{time.monotonic() - begun:.0f} s, at most {memory:.0f} MiB.")
+
+
+def write(file: Path, found: dict[str, Any]) -> None:
+    from taming_jax.files import write_whole
+
+    write_whole(file, (json.dumps(found, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+if __name__ == "__main__":
+    sys.exit(report(main))

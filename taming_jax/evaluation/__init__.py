@@ -1,0 +1,1 @@
+"""How good reconstructions and samples are, as numbers."""

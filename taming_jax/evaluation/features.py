@@ -1,0 +1,244 @@
+"""What images are measured by: networks that turn them into features.
+
+Which one is part of every figure's name: only InceptionV3's with the weights of the original are
+called FID and KID.
+"""
+
+import dataclasses
+import hashlib
+import os
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from taming_jax.convert.inception import inception_variables
+from taming_jax.convert.torch_file import load_tensors
+from taming_jax.data.sources import Split
+from taming_jax.errors import UserError
+from taming_jax.evaluation import classifier
+from taming_jax.files import user_cache, write_whole
+from taming_jax.models import inception
+from taming_jax.models.inception import InceptionV3
+from taming_jax.models.lpips import load_lpips, vgg_features
+from taming_jax.train import hosts
+from taming_jax.train.devices import Devices
+
+MICRO = 32  # images a device sees at once: one size, whatever the number of devices
+INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
+WHERE = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_FILE}"
+VGG_SIZE = 128  # of images above 64 pixels
+
+Answer = tuple[jax.Array, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Extractor:
+    """A network that features come from."""
+
+    name: str
+    """In the report: "InceptionV3", "VGG16", "classifier"."""
+    distance: str
+    """What the Fréchet distance of its features is called."""
+    dimensions: int
+    apply: Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]]
+    """Parameters and images float [b,h,w,c] in [-1, 1] to features [b,d] and, where it classifies,
+    probabilities [b,k] (else [b,0])."""
+    params: Any
+    weights: str
+    """A hash of the parameters."""
+    prepare: Callable[[np.ndarray], np.ndarray]
+    """Images uint8 [n,h,w,c] to what `apply` sees, uint8 or float32 in [0, 255]."""
+    resize: str
+    """How, for the report."""
+    classes: bool = False
+    """Whether the probabilities are of the dataset's own classes."""
+
+
+def hash_of(tree: Any) -> str:
+    """The first 16 digits of a hash over a tree's arrays."""
+    found = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        found.update(jax.tree_util.keystr(path).encode())
+        found.update(np.ascontiguousarray(leaf).tobytes())
+    return found.hexdigest()[:16]
+
+
+def colour(images: np.ndarray) -> np.ndarray:
+    """Gray as three channels."""
+    return np.repeat(images, 3, -1) if images.shape[-1] == 1 else images
+
+
+def resized_clean(images: np.ndarray, size: int, kind: Image.Resampling) -> np.ndarray:
+    """As clean-fid does (arXiv 2104.11222): each channel by Pillow, in floats, antialiased."""
+    n, h, w, c = images.shape
+    if h == w == size:
+        return images
+    found = np.empty((n, size, size, c), np.float32)
+    for i in range(n):
+        for channel in range(c):
+            plane = Image.fromarray(images[i, ..., channel].astype(np.float32), mode="F")
+            found[i, ..., channel] = np.asarray(plane.resize((size, size), kind))
+    return np.clip(found, 0, 255)
+
+
+def resized_legacy(images: jax.Array) -> jax.Array:
+    """Images [b,h,w,c] for InceptionV3 as pytorch-fid resizes: bilinearly, not antialiased."""
+    shape = (len(images), inception.SIZE, inception.SIZE, images.shape[-1])
+    return jax.image.resize(images, shape, "linear", antialias=False)
+
+
+def vgg() -> Extractor:
+    """VGG16's last convolution, averaged over space, with LPIPS's weights: images of their own size
+    up to 64 px, larger ones at 128."""
+    params = load_lpips()["vgg"]
+
+    def apply(params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        features = vgg_features(params, images)[-1].mean((1, 2))
+        return features, jnp.zeros((len(images), 0))
+
+    def prepare(images: np.ndarray) -> np.ndarray:
+        if max(images.shape[1:3]) <= 64:
+            return images
+        return resized_clean(images, VGG_SIZE, Image.Resampling.BICUBIC)
+
+    return Extractor(
+        "VGG16", "FD-VGG16", 512, apply, params, hash_of(params), prepare,
+        f"none up to 64 px, else to {VGG_SIZE} px, antialiased bicubic",
+    )  # fmt: skip
+
+
+def inception_v3(file: Path, legacy: bool = False) -> Extractor:
+    """InceptionV3 with the original's weights from pytorch-fid's file, as clean-fid resizes, or, as
+    a legacy, bilinearly without antialiasing, as pytorch-fid does. UserError for another file."""
+    variables = inception_variables(load_tensors(file))
+    model = InceptionV3()
+    shapes = jax.eval_shape(
+        model.init, jax.random.key(0), jnp.zeros((1, inception.SIZE, inception.SIZE, 3))
+    )
+
+    def described(tree: Any) -> dict[str, tuple]:
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        return {jax.tree_util.keystr(path): leaf.shape for path, leaf in leaves}
+
+    known, found = described(dict(shapes)), described(variables)
+    if known != found:
+        first = next(iter(known.items() ^ found.items()))[0]
+        raise UserError(
+            f"{file} does not hold InceptionV3's weights (see {first}); get them from {WHERE}."
+        )
+
+    def apply(params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        if legacy:
+            images = resized_legacy(images)
+        features, logits = cast(Answer, model.apply(params, images))
+        return features, jax.nn.softmax(logits)
+
+    def prepare(images: np.ndarray) -> np.ndarray:
+        images = colour(images)
+        if legacy:
+            return images
+        return resized_clean(images, inception.SIZE, Image.Resampling.BICUBIC)
+
+    original = hashlib.sha256(file.read_bytes()).hexdigest().startswith("6726825d")
+    way = "bilinear, not antialiased" if legacy else "antialiased bicubic"
+    return Extractor(
+        "InceptionV3", "FID" if original else "FD-InceptionV3", inception.FEATURES, apply,
+        variables, hash_of(variables), prepare, f"to {inception.SIZE} px, {way}",
+    )  # fmt: skip
+
+
+def digits(train: Split, classes: int) -> Extractor:
+    """MNIST's own: the features of a classifier trained on its training split, the first time."""
+    of = hashlib.sha256(train.images.tobytes() + train.labels.tobytes()).hexdigest()[:16]
+    file = user_cache() / f"classifier-{classifier.VERSION}-{of}.npz"
+    params = hosts.from_first(lambda: classifier.kept(file, train, classes))
+    model = classifier.Classifier(classes)
+
+    def apply(params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        features, logits = cast(Answer, model.apply({"params": params}, images))
+        return features, jax.nn.softmax(logits)
+
+    return Extractor(
+        "classifier", "FD-classifier", classifier.FEATURES, apply, params, hash_of(params),
+        lambda images: images, "none", classes=True,
+    )  # fmt: skip
+
+
+def extractor_of(
+    name: str, weights: Path | None, legacy: bool, of_digits: Callable[[], Extractor]
+) -> Extractor:
+    """The features that a protocol names. UserError where they cannot be had."""
+    if name == "classifier":
+        return of_digits()
+    if name == "vgg":
+        return vgg()
+    if name not in ("auto", "inception"):
+        raise UserError(f"there are no features '{name}'; take auto, inception, vgg or classifier.")
+    file = weights or found_weights()
+    if name == "auto" and file is None:
+        return vgg()
+    return inception_v3(file or downloaded(), legacy)
+
+
+def found_weights() -> Path | None:
+    """InceptionV3's file in the user's cache, or in PyTorch's."""
+    torch = Path(os.environ.get("TORCH_HOME") or "~/.cache/torch").expanduser()
+    places = (user_cache() / INCEPTION_FILE, torch / "hub" / "checkpoints" / INCEPTION_FILE)
+    return next((place for place in places if place.is_file()), None)
+
+
+def downloaded() -> Path:
+    """InceptionV3's file, fetched into the user's cache. UserError without a network."""
+    file = user_cache() / INCEPTION_FILE
+    print(f"Fetching {WHERE} (91 MiB).", flush=True)
+    try:
+        with urllib.request.urlopen(WHERE, timeout=60) as answer:
+            content = answer.read()
+        if not hashlib.sha256(content).hexdigest().startswith("6726825d"):
+            raise OSError("what came is another file")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, content)
+    except OSError as error:
+        raise UserError(
+            f"InceptionV3's weights cannot be had from {WHERE} ({error}); fetch the file elsewhere "
+            f"and put it at {file}, or name it by --weights, or take --features vgg."
+        ) from error
+    return file
+
+
+def to_unit(images: jax.Array) -> jax.Array:
+    """Values of 0 to 255 as floats in [-1, 1]."""
+    return images.astype(jnp.float32) / 127.5 - 1
+
+
+class Features:
+    """An extractor on the devices, in batches of one size."""
+
+    def __init__(self, extractor: Extractor, devices: Devices):
+        self.extractor, self._devices = extractor, devices
+        self.size = MICRO * len(devices)
+        self._params = devices.replicate(extractor.params)
+
+        def features(params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+            with jax.default_matmul_precision("highest"):
+                return extractor.apply(params, to_unit(images))
+
+        self._apply = devices.compile(features)
+
+    def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Features [n,d] and probabilities [n,k] of images uint8 [n,h,w,c]."""
+        parts = []
+        for start in range(0, len(images), self.size):
+            filled = np.minimum(np.arange(start, start + self.size), len(images) - 1)
+            own = self.extractor.prepare(images[filled[self._devices.own(self.size)]])
+            parts.append(
+                map(self._devices.gather, self._apply(self._params, self._devices.shard(own)))
+            )
+        features, probabilities = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return features[: len(images)], probabilities[: len(images)]

@@ -1,0 +1,142 @@
+"""InceptionV3 as the Fréchet inception distance has it: the network of TensorFlow's 2015 release,
+in the layout that pytorch-fid gave it (github.com/mseitzer/pytorch-fid)."""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+SIZE = 299  # of the images that it was made for
+FEATURES = 2048
+CLASSES = 1008
+
+Unit = tuple[str, int, tuple[int, int], int, str | tuple[int, int]]
+
+
+class BasicConv(nn.Module):
+    """A convolution without bias, normalised by the statistics it was trained with, and relu."""
+
+    features: int
+    size: tuple[int, int] = (1, 1)
+    stride: int = 1
+    padding: tuple[int, int] = (0, 0)
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        padding = [(side, side) for side in self.padding]
+        x = nn.Conv(
+            self.features, self.size, self.stride, padding, use_bias=False, name="conv"
+        )(x)  # fmt: skip
+        norm = nn.BatchNorm(use_running_average=True, epsilon=1e-3, name="bn")
+        return nn.relu(norm(x))
+
+
+class Mixed(nn.Module):
+    """Branches side by side, [b,h,w,c] to [b,h',w',sum]. A branch is a sequence of convolutions, of
+    name, features, size and stride; those of 1xn and nx1 keep height and width. Where its last item
+    is a tuple, these are two convolutions of the same input, side by side. `pool` says what the
+    last branch pools first: "average" (without what pads the border, as TensorFlow did), "most"
+    (stride 1), or, with nothing after it, "halve"."""
+
+    branches: tuple[tuple, ...]
+    pool: str
+    pool_features: int = 0
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        parts = []
+        for branch in self.branches:
+            h = x
+            for item in branch:
+                if isinstance(item[0], tuple):
+                    h = jnp.concatenate([unit(each)(h) for each in item], -1)
+                else:
+                    h = unit(item)(h)
+            parts.append(h)
+        if self.pool == "halve":
+            parts.append(nn.max_pool(x, (3, 3), (2, 2)))
+        else:
+            same = ((1, 1), (1, 1))
+            if self.pool == "average":
+                h = nn.avg_pool(x, (3, 3), (1, 1), same, count_include_pad=False)
+            else:
+                h = nn.max_pool(x, (3, 3), (1, 1), same)
+            parts.append(BasicConv(self.pool_features, name="branch_pool")(h))
+        return jnp.concatenate(parts, -1)
+
+
+def unit(item: Sequence) -> BasicConv:
+    """A convolution from its name, features, size, and stride: of stride 1 it keeps the size."""
+    name, features, (rows, columns), stride = item
+    padding = (rows // 2, columns // 2) if stride == 1 else (0, 0)
+    return BasicConv(features, (rows, columns), stride, padding, name=name)
+
+
+ONE, THREE, FIVE = (1, 1), (3, 3), (5, 5)
+
+
+def block_35(pool_features: int, name: str) -> Mixed:
+    return Mixed((
+        (("branch1x1", 64, ONE, 1),),
+        (("branch5x5_1", 48, ONE, 1), ("branch5x5_2", 64, FIVE, 1)),
+        (("branch3x3dbl_1", 64, ONE, 1), ("branch3x3dbl_2", 96, THREE, 1),
+         ("branch3x3dbl_3", 96, THREE, 1)),
+    ), "average", pool_features, name=name)  # fmt: skip
+
+
+def block_17(c: int, name: str) -> Mixed:
+    row, column = (1, 7), (7, 1)
+    return Mixed((
+        (("branch1x1", 192, ONE, 1),),
+        (("branch7x7_1", c, ONE, 1), ("branch7x7_2", c, row, 1), ("branch7x7_3", 192, column, 1)),
+        (("branch7x7dbl_1", c, ONE, 1), ("branch7x7dbl_2", c, column, 1),
+         ("branch7x7dbl_3", c, row, 1), ("branch7x7dbl_4", c, column, 1),
+         ("branch7x7dbl_5", 192, row, 1)),
+    ), "average", 192, name=name)  # fmt: skip
+
+
+def block_8(pool: str, name: str) -> Mixed:
+    row, column = (1, 3), (3, 1)
+    return Mixed((
+        (("branch1x1", 320, ONE, 1),),
+        (("branch3x3_1", 384, ONE, 1),
+         (("branch3x3_2a", 384, row, 1), ("branch3x3_2b", 384, column, 1))),
+        (("branch3x3dbl_1", 448, ONE, 1), ("branch3x3dbl_2", 384, THREE, 1),
+         (("branch3x3dbl_3a", 384, row, 1), ("branch3x3dbl_3b", 384, column, 1))),
+    ), pool, 192, name=name)  # fmt: skip
+
+
+class InceptionV3(nn.Module):
+    """Images float [b,h,w,3] in [-1, 1] to features [b,2048], the mean over all places, and the
+    logits [b,1008] of 2015's ImageNet classes. Smaller or larger images are resized to 299 first,
+    bilinearly as the caller wants it (`resize`)."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x = BasicConv(32, THREE, 2, name="Conv2d_1a_3x3")(x)
+        x = BasicConv(32, THREE, name="Conv2d_2a_3x3")(x)
+        x = BasicConv(64, THREE, padding=(1, 1), name="Conv2d_2b_3x3")(x)
+        x = nn.max_pool(x, THREE, (2, 2))
+        x = BasicConv(80, name="Conv2d_3b_1x1")(x)
+        x = BasicConv(192, THREE, name="Conv2d_4a_3x3")(x)
+        x = nn.max_pool(x, THREE, (2, 2))
+        for pool_features, name in ((32, "Mixed_5b"), (64, "Mixed_5c"), (64, "Mixed_5d")):
+            x = block_35(pool_features, name)(x)
+        x = Mixed((
+            (("branch3x3", 384, THREE, 2),),
+            (("branch3x3dbl_1", 64, ONE, 1), ("branch3x3dbl_2", 96, THREE, 1),
+             ("branch3x3dbl_3", 96, THREE, 2)),
+        ), "halve", name="Mixed_6a")(x)  # fmt: skip
+        for c, name in ((128, "Mixed_6b"), (160, "Mixed_6c"), (160, "Mixed_6d"), (192, "Mixed_6e")):
+            x = block_17(c, name)(x)
+        x = Mixed((
+            (("branch3x3_1", 192, ONE, 1), ("branch3x3_2", 320, THREE, 2)),
+            (("branch7x7x3_1", 192, ONE, 1), ("branch7x7x3_2", 192, (1, 7), 1),
+             ("branch7x7x3_3", 192, (7, 1), 1), ("branch7x7x3_4", 192, THREE, 2)),
+        ), "halve", name="Mixed_7a")(x)  # fmt: skip
+        x = block_8("average", "Mixed_7b")(x)
+        x = block_8("most", "Mixed_7c")(x)
+        features = x.mean((1, 2))
+        # The FID's network has a bias here that the released graph does not use for its score.
+        return features, nn.Dense(CLASSES, name="fc")(features)

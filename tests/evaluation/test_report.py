@@ -1,0 +1,185 @@
+"""A small run's report against the same figures taken one by one."""
+
+import dataclasses
+import json
+import runpy
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from taming_jax import errors
+from taming_jax.data import sources
+from taming_jax.errors import UserError
+from taming_jax.evaluation import distances
+from taming_jax.evaluation.features import to_unit, vgg
+from taming_jax.evaluation.report import Evaluation, Protocol, finished
+from taming_jax.figures import to_uint8
+from taming_jax.models.lpips import load_lpips, lpips
+from taming_jax.run import load_run
+from tests import commands
+
+PROTOCOL = Protocol(split="validation", images=70, samples=60, features="vgg", kept=50)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """The user's cache, elsewhere."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def run(both):
+    return load_run(both)
+
+
+@pytest.fixture(scope="module")
+def report(run, cache):
+    return finished(Evaluation(run, PROTOCOL, devices=1), [1.0, 2.0])
+
+
+def features_of(images):
+    extractor = vgg()
+    with jax.default_matmul_precision("highest"):
+        return np.asarray(extractor.apply(extractor.params, to_unit(images))[0])
+
+
+def test_reconstructions(run, report):
+    split = sources.load(run.config.data).validation
+    images = split.images[np.linspace(0, len(split.images) - 1, 70).astype(int)]
+    again = run.reconstruct(images)
+    found, difference = report["reconstruction"], images.astype(float) - again
+    assert found["l1"] == pytest.approx(np.abs(difference).mean() / 255, rel=1e-5)
+    psnr = -10 * np.log10(np.square(difference / 255).mean((1, 2, 3)))
+    assert found["psnr"] == pytest.approx(psnr.mean(), rel=1e-5)
+    expected = np.asarray(lpips(load_lpips(), to_unit(images), to_unit(again))).mean()
+    assert found["lpips"] == pytest.approx(expected, rel=1e-4)
+    counts = np.bincount(run.encode(images).ravel(), minlength=run.config.vqgan.codebook_size)
+    assert found["code_counts"] == counts.tolist()
+    assert found["usage"] == (counts > 0).mean()
+    shares = counts[counts > 0] / counts.sum()
+    assert found["perplexity"] == pytest.approx(np.exp(-(shares * np.log(shares)).sum()))
+    real, fake = (distances.moments(features_of(x)) for x in (images, again))
+    assert found["fd"] == pytest.approx(distances.frechet_distance(real, fake), rel=1e-3)
+    labels = split.labels[np.linspace(0, len(split.images) - 1, 70).astype(int)]
+    bits = -run.log_likelihood(images, labels).mean() / np.log(2) / counts.sum() * 70
+    assert found["likelihood_bits_per_code"] == pytest.approx(bits, rel=1e-5)
+
+
+def test_samples(run, report):
+    """They are those of `Run.sample`, of the classes as often as the split has them."""
+    split = sources.load(run.config.data).validation
+    order = np.sort(split.labels[np.linspace(0, len(split.images) - 1, 70).astype(int)])
+    classes, counts = np.unique(order[np.arange(60) * 70 // 60], return_counts=True)
+    images = np.concatenate(
+        [to_uint8(run.sample(int(c), int(n))) for c, n in zip(classes, counts, strict=True)]
+    )
+    fake = features_of(images)
+    real = features_of(split.images[np.linspace(0, len(split.images) - 1, 70).astype(int)])
+    found = report["samples"]
+    fd = distances.frechet_distance(distances.moments(fake), distances.moments(real))
+    assert found["fd"] == pytest.approx(fd, rel=1e-3)
+    kept = [x[np.linspace(0, len(x) - 1, 50).astype(int)] for x in (fake, real)]
+    assert found["kd"] == pytest.approx(distances.kernel_distance(*kept)[0], rel=1e-3)
+    manifold = distances.manifold(kept[1], kept[0])
+    assert {name: found[name] for name in manifold} == pytest.approx(manifold)
+    assert sum(each["samples"] for each in found["per_class"].values()) == 60
+    assert [each["guidance_scale"] for each in report["sweep"]] == [1.0, 2.0]
+    assert report["sweep"][0]["fd"] != report["sweep"][1]["fd"]
+
+
+def test_the_protocol_says_what_was_measured(run, report):
+    protocol = report["protocol"]
+    assert report["features"] == "FD-VGG16" and protocol["features"] == "VGG16"
+    assert protocol["vqgan_step"] == 3 and protocol["prior_step"] == run.step
+    assert (protocol["split"], protocol["images"], protocol["samples"]) == ("validation", 70, 60)
+    assert protocol["guidance_scale"] == run.config.prior.guidance_scale
+    assert any("biased upwards" in said for said in report["warnings"])
+    json.dumps(report)
+
+
+def test_four_devices_and_kept_features_report_the_same(run, report, cache):
+    assert len(list((cache / "taming_jax" / "features").glob("*.npz"))) == 1
+    again = finished(Evaluation(run, PROTOCOL, devices=4))
+    for kind in ("reconstruction", "samples"):
+        for name, value in again[kind].items():
+            if isinstance(value, float):
+                assert value == pytest.approx(report[kind][name], rel=1e-4, abs=1e-6), name
+    assert again["protocol"] == report["protocol"]
+
+
+def test_what_cannot_be_measured(run, cache, tmp_path):
+    for change, said in (
+        ({"split": "holdout"}, "there is no split 'holdout'; take train, validation or test"),
+        ({"features": "resnet"}, "there are no features 'resnet'"),
+        ({"features": "inception", "weights": tmp_path / "no.pth"}, "there is no file"),
+        ({"images": 1}, "an evaluation needs 2"),
+    ):
+        with pytest.raises(UserError, match=said):
+            Evaluation(run, dataclasses.replace(PROTOCOL, **change))
+    np.savez(tmp_path / "adm.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    reference = dataclasses.replace(PROTOCOL, reference=tmp_path / "adm.npz", images=4, samples=4)
+    with pytest.raises(UserError, match="these features have 512 dimensions"):
+        finished(Evaluation(run, reference))
+
+
+@pytest.fixture
+def evaluate(capsys, monkeypatch):
+    """The command in this process: its exit status, stdout and stderr."""
+    script = runpy.run_path(str(commands.ROOT / "scripts" / "evaluate.py"))
+
+    def call(*arguments):
+        given = ["evaluate.py", *arguments]
+        monkeypatch.setattr(sys, "argv", [*map(str, given)])
+        return errors.report(script["main"]), *capsys.readouterr()
+
+    return call
+
+
+def test_the_command(evaluate, stage1, cache, tmp_path):
+    """Of a run without a prior: reconstructions, a sentence on samples; then two reports."""
+    out, other = tmp_path / "one.json", tmp_path / "other.json"
+    given = ["--workdir", stage1, "--features", "vgg", "--images", 10, "--devices", 1]
+    status, said, err = evaluate(*given, "--out", out)
+    assert status == 0, err
+    assert "the run has no prior yet" in said and "FD-VGG16" in said and "biased upwards" in said
+    assert (tmp_path / "codebook_usage.png").exists()
+    found = json.loads(out.read_text())
+    assert found["samples"] is None
+    found["protocol"] |= {"vqgan_step": 7}
+    other.write_text(json.dumps(found))
+    status, said, err = evaluate("--compare", out, other)
+    assert status == 0 and "can be compared" in said, err
+    found["protocol"] |= {"split": "train"}
+    other.write_text(json.dumps(found))
+    status, said, err = evaluate("--compare", out, other)
+    assert status == 1 and "cannot be compared: split is test and train" in err
+
+
+def test_figures_of_samples(evaluate, both, cache, tmp_path):
+    status, said, err = evaluate(
+        "--workdir", both, "--features", "vgg", "--split", "validation", "--images", 40,
+        "--samples", 40, "--kept", 40, "--sweep", "guidance-scale", 1, 3, "--figures",
+        tmp_path / "figures", "--devices", 1,
+    )  # fmt: skip
+    assert status == 0, err
+    assert said.count("guidance ") == 2
+    names = {file.name for file in (tmp_path / "figures").iterdir()}
+    assert names == {"codebook_usage.png", "nearest.png", "sweep.png"}
+
+
+def test_mistakes_are_a_sentence(evaluate, both, tmp_path):
+    for given, said in (
+        ([], "name the run by --workdir"),
+        (["--workdir", tmp_path / "none"], "there is no folder"),
+        (["--workdir", both, "--sweep", "top-k", "3"], "--sweep takes guidance-scale"),
+        (["--workdir", both, "--samples", "1"], "--samples is 1; it must be 2 or more"),
+        (["--workdir", both, "--out", tmp_path / "no" / "x.json"], "its folder does not exist"),
+        (["--compare", tmp_path / "a.json", tmp_path / "b.json"], "there is no file"),
+    ):
+        status, _, err = evaluate(*given)
+        assert status == 2 and said in err and err.count("\n") == 1, err
