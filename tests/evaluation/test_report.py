@@ -20,7 +20,7 @@ from taming_jax.models.lpips import load_lpips, lpips
 from taming_jax.run import load_run
 from tests import commands
 
-PROTOCOL = Protocol(split="validation", images=70, samples=60, features="vgg", kept=50)
+PROTOCOL = Protocol(split="train", images=70, samples=60, features="vgg", kept=50)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def features_of(images):
 
 
 def test_reconstructions(run, report):
-    split = sources.load(run.config.data).validation
+    split = sources.load(run.config.data).train
     images = split.images[np.linspace(0, len(split.images) - 1, 70).astype(int)]
     again = run.reconstruct(images)
     found, difference = report["reconstruction"], images.astype(float) - again
@@ -72,7 +72,7 @@ def test_reconstructions(run, report):
 
 def test_samples(run, report):
     """They are those of `Run.sample`, of the classes as often as the split has them."""
-    split = sources.load(run.config.data).validation
+    split = sources.load(run.config.data).train
     order = np.sort(split.labels[np.linspace(0, len(split.images) - 1, 70).astype(int)])
     classes, counts = np.unique(order[np.arange(60) * 70 // 60], return_counts=True)
     images = np.concatenate(
@@ -96,7 +96,7 @@ def test_the_protocol_says_what_was_measured(run, report):
     protocol = report["protocol"]
     assert report["features"] == "FD-VGG16" and protocol["features"] == "VGG16"
     assert protocol["vqgan_step"] == 3 and protocol["prior_step"] == run.step
-    assert (protocol["split"], protocol["images"], protocol["samples"]) == ("validation", 70, 60)
+    assert (protocol["split"], protocol["images"], protocol["samples"]) == ("train", 70, 60)
     assert protocol["guidance_scale"] == run.config.prior.guidance_scale
     assert any("biased upwards" in said for said in report["warnings"])
     json.dumps(report)
@@ -162,7 +162,7 @@ def test_the_command(evaluate, stage1, cache, tmp_path):
 
 def test_figures_of_samples(evaluate, both, cache, tmp_path):
     status, said, err = evaluate(
-        "--workdir", both, "--features", "vgg", "--split", "validation", "--images", 40,
+        "--workdir", both, "--features", "vgg", "--split", "train", "--images", 40,
         "--samples", 40, "--kept", 40, "--sweep", "guidance-scale", 1, 3, "--figures",
         tmp_path / "figures", "--devices", 1,
     )  # fmt: skip
