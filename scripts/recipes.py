@@ -1,0 +1,139 @@
+#!/usr/bin/env python3
+"""Trains and measures the variations of docs/recipes.md, and prints their rows.
+
+    python scripts/recipes.py --workdir runs/recipes                 all of them, some hours
+    python scripts/recipes.py --workdir runs/recipes --rows lecam    one, and what it is a variation of
+
+A row that was measured before is printed again; one that was interrupted goes on.
+"""
+
+import argparse
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).parents[1]
+PROTOCOL = ["--features", "vgg", "--split", "test", "--images", "2000", "--samples", "2000"]
+
+
+class Row(NamedTuple):
+    """Settings of a preset's stage 1; of a prior, where `of` is a stage 1; of sampling, where it is
+    a prior."""
+
+    settings: str = ""
+    of: str = ""
+    preset: str = "mnist_tiny"
+
+
+ROWS = {
+    "mnist_tiny": Row(),
+    "seed 1": Row("--seed 1"),
+    "32 codes": Row("--vqgan.codebook-size 32"),
+    "512 codes": Row("--vqgan.codebook-size 512"),
+    "codes of 4": Row("--vqgan.code-dim 4"),
+    "codes of 32": Row("--vqgan.code-dim 32"),
+    "not normalised": Row("--vqgan.no-l2-normalise"),
+    "no discriminator": Row("--vqgan.discriminator-start 1"),
+    "early discriminator": Row("--vqgan.discriminator-start 0.25"),
+    "fixed weight": Row("--vqgan.no-adaptive-weight"),
+    "stronger adversary": Row("--vqgan.discriminator-weight 0.5"),
+    "LeCAM": Row("--vqgan.lecam-weight 0.1"),
+    "DiffAugment": Row("--vqgan.diff-augment translation cutout"),
+    "no average": Row("--vqgan.ema-decay None"),
+    "prior": Row(of="mnist_tiny"),
+    "prior, seed 1": Row("--seed 1", "mnist_tiny"),
+    "dropout": Row("--prior.dropout 0.1", "mnist_tiny"),
+    "prior of 32 codes": Row(of="32 codes"),
+    "guidance 0": Row("--guidance-scale 0", "prior"),
+    "guidance 1": Row("--guidance-scale 1", "prior"),
+    "guidance 1.5": Row("--guidance-scale 1.5", "prior"),
+    "guidance 3": Row("--guidance-scale 3", "prior"),
+}
+COLUMNS = {
+    "reconstruction": ("psnr", "ssim", "lpips", "fd", "usage", "perplexity"),
+    "samples": ("fd", "kd", "precision", "recall", "coverage", "accuracy"),
+}
+
+
+def run(script: str, *arguments: str) -> None:
+    """A command of this repository, as scripts/cpu.sh sets up a CPU. Leaves where it fails."""
+    command = shlex.join([sys.executable, script, *arguments])
+    print(command, file=sys.stderr, flush=True)
+    setup = f"set -e; . {shlex.quote(str(ROOT / 'scripts' / 'cpu.sh'))}; exec {command}"
+    if code := subprocess.run(["bash", "-c", setup], cwd=ROOT, check=False).returncode:
+        sys.exit(code)
+
+
+def measured(name: str, workdir: Path) -> dict[str, Any]:
+    """A row's report, with the seconds its training took; trained and measured if it is not yet."""
+    row, file, folder = ROWS[name], workdir / f"{name}.json", workdir / name
+    if file.exists():
+        return json.loads(file.read_text())
+    sampling, begun = [], time.monotonic()
+    if not row.of:
+        run(
+            "train_vqgan.py",
+            "--config",
+            row.preset,
+            "--workdir",
+            str(folder),
+            *row.settings.split(),
+        )
+    elif not ROWS[row.of].of:
+        measured(row.of, workdir)
+        if not folder.exists():
+            shutil.copytree(workdir / row.of, workdir / "copying", dirs_exist_ok=True)
+            (workdir / "copying").rename(folder)
+        begun = time.monotonic()
+        run(
+            "train_prior.py",
+            "--config",
+            row.preset,
+            "--workdir",
+            str(folder),
+            *row.settings.split(),
+        )
+    else:
+        measured(row.of, workdir)
+        folder, sampling, begun = workdir / row.of, row.settings.split(), time.monotonic()
+    seconds = time.monotonic() - begun
+    out = workdir / "report.json"
+    run("scripts/evaluate.py", "--workdir", str(folder), *PROTOCOL, *sampling, "--out", str(out))
+    found = json.loads(out.read_text()) | {"seconds": seconds}
+    file.write_text(json.dumps(found))
+    return found
+
+
+def line(name: str, found: dict[str, Any]) -> str:
+    """A row of a table in Markdown."""
+    kind = "samples" if ROWS[name].of else "reconstruction"
+    values = [f"{found[kind][column]:.3g}" for column in COLUMNS[kind]]
+    settings = f"`{ROWS[name].settings}`" if ROWS[name].settings else ""
+    return f"| {name} | {settings} | {' | '.join(values)} | {found['seconds']:.0f} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW")
+    given = parser.parse_args()
+    workdir = given.workdir.absolute()
+    workdir.mkdir(parents=True, exist_ok=True)
+    for kind, columns in COLUMNS.items():
+        names = [name for name in given.rows if bool(ROWS[name].of) == (kind == "samples")]
+        if names:
+            print("| row | settings |", " | ".join(columns), "| seconds |")
+            print("| --- | --- |", " | ".join("---:" for _ in columns), "| ---: |", flush=True)
+        for name in names:
+            print(line(name, measured(name, workdir)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
