@@ -20,7 +20,7 @@ from taming_jax.command_line import add_flags, processes
 from taming_jax.errors import RunFailed, UserError, report
 
 # What may differ from process to process.
-OWN = {"process_id", "workdir", "out", "figures", "weights", "reference"}
+OWN = {"process_id", "workdir", "out", "figures", "weights", "reference", "save_reference"}
 
 
 def parse() -> argparse.Namespace:
@@ -37,6 +37,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--weights", type=Path, help="InceptionV3's, pytorch-fid's .pth")
     parser.add_argument("--reference", type=Path, help=".npz of mu and sigma, for the split's")
+    parser.add_argument("--save-reference", type=Path, help="where the split's are written")
     parser.add_argument("--legacy-resize", action="store_true", help="bilinear, as the first FID")
     parser.add_argument("--kept", type=int, default=10_000, help="features held, at most")
     parser.add_argument("--seed", type=int, default=0)
@@ -117,8 +118,12 @@ def work(given: argparse.Namespace) -> None:
     for name in ("samples", "kept", "images"):
         if getattr(given, name) is not None and getattr(given, name) < 2:
             raise UserError(f"--{name} is {getattr(given, name)}; it must be 2 or more.")
-    if given.out is not None and not given.out.absolute().parent.is_dir():
-        raise UserError(f"--out {given.out}: its folder does not exist; make it.")
+    for name in ("out", "save_reference"):
+        file = getattr(given, name)
+        if file is not None and not file.absolute().parent.is_dir():
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag} {file}: its folder does not exist; make it.")
+    from taming_jax.evaluation.distances import save_moments
     from taming_jax.evaluation.report import Evaluation, Protocol, finished
     from taming_jax.evaluation.table import table
     from taming_jax.run import load_run
@@ -136,6 +141,9 @@ def work(given: argparse.Namespace) -> None:
     try:
         if given.out is not None:
             hosts.from_first(lambda: write(given.out, found))
+        if given.save_reference is not None:
+            moments = evaluation.reference.moments
+            hosts.from_first(lambda: save_moments(given.save_reference, moments))
         if folder is not None:
             hosts.from_first(lambda: folder.mkdir(parents=True, exist_ok=True))
             evaluation.draw(folder, found)

@@ -2,7 +2,7 @@
 """Trains and measures the variations of docs/recipes.md, and prints their rows.
 
     python scripts/recipes.py --workdir runs/recipes                 all of them, some hours
-    python scripts/recipes.py --workdir runs/recipes --rows lecam    one, and what it is a variation of
+    python scripts/recipes.py --workdir runs/recipes --rows LeCAM    one, and what it varies
 
 A row that was measured before is printed again; one that was interrupted goes on.
 """

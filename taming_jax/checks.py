@@ -18,8 +18,8 @@ COUNTS = {
     ),
     "prior": ("layers", "heads", "width", "augmented_versions"),
     "both": (
-        "batch_size", "micro_batches", "epochs", "steps", "eval_every", "checkpoint_every",
-        "log_every", "draw_every",
+        "batch_size", "micro_batches", "epochs", "steps", "eval_every", "fd_every",
+        "checkpoint_every", "log_every", "draw_every",
     ),
 }  # fmt: skip
 NOT_NEGATIVE = {

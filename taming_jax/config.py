@@ -83,6 +83,10 @@ class StageConfig:
     added up."""
     eval_every: int | None = free(None)
     """Steps between validations; an epoch unless told."""
+    fd_every: int | None = None
+    """Steps between validations that also take the Fréchet distance, in VGG16's features, of
+    reconstructions (in stage 2 of samples) to the validation split; the best checkpoint is then the
+    one with the least of it."""
     checkpoint_every: int | None = free(None)
     """Steps between checkpoints; an epoch unless told."""
     log_every: int | None = free(None)

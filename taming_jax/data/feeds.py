@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, SupportsIndex
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from taming_jax.data.sources import Split
@@ -200,3 +201,8 @@ def take(arrays: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
 def to_float(images: jax.Array) -> jax.Array:
     """uint8 in 0..255 to float32 in [-1, 1]."""
     return images.astype(np.float32) / 127.5 - 1.0
+
+
+def rounded(images: jax.Array) -> jax.Array:
+    """Floats in [-1, 1], clipped to that, to uint8: what a saved picture keeps of them."""
+    return jnp.rint((jnp.clip(images, -1, 1) + 1) * 127.5).astype(jnp.uint8)

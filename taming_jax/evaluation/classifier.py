@@ -68,7 +68,7 @@ def trained(train: Split, classes: int) -> Any:
 
     state = optimiser.init(params)
     per_epoch = len(train.images) // BATCH
-    for number in tqdm(range(steps), desc="training a classifier"):
+    for number in tqdm(range(steps), desc="training a classifier", disable=None):
         epoch, place = divmod(number, per_epoch)
         rows = permutation(0, epoch, len(train.images))[place * BATCH : (place + 1) * BATCH]
         key = jax.random.fold_in(jax.random.key(1), number)

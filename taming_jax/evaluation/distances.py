@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from taming_jax.errors import UserError
+from taming_jax.errors import RunFailed, UserError
 from taming_jax.files import write_whole
 
 ROWS = 1024  # of a matrix of distances held at once
@@ -26,9 +26,12 @@ class Moments:
     scatter: np.ndarray | float = 0.0  # the sum of the outer products of what departs from the mean
 
     def add(self, features: np.ndarray) -> None:
-        """Takes in features [n,d]."""
+        """Takes in features [n,d]. RunFailed where they are not finite, which distances would hide
+        or fail on."""
         if not len(features):
             return
+        if not np.isfinite(features).all():
+            raise RunFailed("the features of some images are not finite; are the images?")
         x = features.astype(np.float64)
         mean = x.mean(0)
         x -= mean

@@ -19,6 +19,7 @@ from PIL import Image
 
 from taming_jax.convert.inception import inception_variables
 from taming_jax.convert.torch_file import load_tensors
+from taming_jax.data.feeds import to_float
 from taming_jax.data.sources import Split
 from taming_jax.errors import UserError
 from taming_jax.evaluation import classifier
@@ -32,7 +33,7 @@ from taming_jax.train.devices import Devices
 MICRO = 32  # images a device sees at once: one size, whatever the number of devices
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
 WHERE = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_FILE}"
-VGG_SIZE = 128  # of images above 64 pixels
+VGG_SIZES = 16, 64, 128  # the least, the most, and what larger images are made
 
 Answer = tuple[jax.Array, jax.Array]
 
@@ -93,23 +94,30 @@ def resized_legacy(images: jax.Array) -> jax.Array:
     return jax.image.resize(images, shape, "linear", antialias=False)
 
 
+def fits_vgg(side: int) -> bool:
+    """Whether VGG16 sees images of so many pixels a side as they are."""
+    return VGG_SIZES[0] <= side <= VGG_SIZES[1]
+
+
 def vgg() -> Extractor:
-    """VGG16's last convolution, averaged over space, with LPIPS's weights: images of their own size
-    up to 64 px, larger ones at 128."""
+    """VGG16's last convolution, averaged over space, with LPIPS's weights: images of 16 to 64 px as
+    they are, smaller ones at 16, larger ones at 128."""
     params = load_lpips()["vgg"]
+    least, most, large = VGG_SIZES
 
     def apply(params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         features = vgg_features(params, images)[-1].mean((1, 2))
         return features, jnp.zeros((len(images), 0))
 
     def prepare(images: np.ndarray) -> np.ndarray:
-        if max(images.shape[1:3]) <= 64:
+        side = max(images.shape[1:3])
+        if fits_vgg(side):
             return images
-        return resized_clean(images, VGG_SIZE, Image.Resampling.BICUBIC)
+        return resized_clean(images, large if side > most else least, Image.Resampling.BICUBIC)
 
     return Extractor(
         "VGG16", "FD-VGG16", 512, apply, params, hash_of(params), prepare,
-        f"none up to 64 px, else to {VGG_SIZE} px, antialiased bicubic",
+        f"none of {least} to {most} px, else to {least} or {large} px, antialiased bicubic",
     )  # fmt: skip
 
 
@@ -212,11 +220,6 @@ def downloaded() -> Path:
     return file
 
 
-def to_unit(images: jax.Array) -> jax.Array:
-    """Values of 0 to 255 as floats in [-1, 1]."""
-    return images.astype(jnp.float32) / 127.5 - 1
-
-
 class Features:
     """An extractor on the devices, in batches of one size."""
 
@@ -227,7 +230,7 @@ class Features:
 
         def features(params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
             with jax.default_matmul_precision("highest"):
-                return extractor.apply(params, to_unit(images))
+                return extractor.apply(params, to_float(images))
 
         self._apply = devices.compile(features)
 

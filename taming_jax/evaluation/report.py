@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from tqdm import tqdm
@@ -18,12 +17,20 @@ from tqdm import tqdm
 from taming_jax import losses
 from taming_jax.data import sources
 from taming_jax.data.augment import centred
+from taming_jax.data.feeds import rounded, to_float
 from taming_jax.data.sources import Split, spread
 from taming_jax.errors import UserError
 from taming_jax.evaluation import distances, similarity
 from taming_jax.evaluation.collected import Collected, Collector, unpacked
 from taming_jax.evaluation.distances import Moments
-from taming_jax.evaluation.features import Features, digits, extractor_of, hash_of, to_unit
+from taming_jax.evaluation.features import (
+    VGG_SIZES,
+    Features,
+    digits,
+    extractor_of,
+    fits_vgg,
+    hash_of,
+)
 from taming_jax.figures import to_uint8
 from taming_jax.files import read_arrays, text_hash, user_cache, write_arrays
 from taming_jax.models.lpips import distance, load_lpips, vgg_features
@@ -71,7 +78,7 @@ class Evaluation:
     """A run under a protocol. What several settings of sampling share is computed once.
 
     Raises UserError for a split that does not exist, or has fewer than two images, and where the
-    features cannot be had.
+    features, or the moments of a reference, cannot be had.
     """
 
     def __init__(
@@ -99,9 +106,12 @@ class Evaluation:
         self.extractor = extractor_of(
             protocol.features, protocol.weights, protocol.legacy_resize, of_digits
         )
+        self._reference: Moments | None = None
+        if protocol.reference is not None:
+            self._reference = distances.load_moments(protocol.reference, self.extractor.dimensions)
         self.features = Features(self.extractor, self.devices)
         # Where LPIPS's VGG16 sees the images at the size that the features are of, it runs once.
-        self._shared = self.extractor.name == "VGG16" and data.image_size <= 64
+        self._shared = self.extractor.name == "VGG16" and fits_vgg(data.image_size)
         self._classifier = None
         if self.extractor.classes:
             self._classifier = self.features
@@ -147,12 +157,10 @@ class Evaluation:
         """The features of the split's images."""
         return self.collected(self.split, self.rows, self.protocol.split)
 
-    @functools.cached_property
+    @property
     def reference_moments(self) -> Moments:
-        """What Fréchet distances are taken to: the split's, or the file's."""
-        if self.protocol.reference is None:
-            return self.reference.moments
-        return distances.load_moments(self.protocol.reference, self.extractor.dimensions)
+        """What Fréchet distances are taken to: the file's, or the split's."""
+        return self._reference or self.reference.moments
 
     def _measured(self) -> Any:
         """The compiled pass over a batch of images uint8: their reconstructions uint8, indices,
@@ -161,11 +169,11 @@ class Evaluation:
 
         def measure(params: Any, images: jax.Array) -> Any:
             with jax.default_matmul_precision("highest"):
-                real = to_unit(images)
+                real = to_float(images)
                 indices = encode(model, params["generator"], real).indices
                 decoded = decode_indices(model, params["generator"], indices)
-                rounded = jnp.rint((decoded + 1) * 127.5).astype(jnp.uint8)
-                x, y = images / 255, rounded / 255
+                made = rounded(decoded)
+                x, y = images / 255, made / 255
                 found = {"l1": losses.l1(x, y), "psnr": similarity.psnr(x, y)}
                 if size >= similarity.WINDOW:
                     found["ssim"] = similarity.ssim(x, y)
@@ -173,12 +181,12 @@ class Evaluation:
                 if "lpips" in params:
                     maps = [
                         vgg_features(params["lpips"]["vgg"], each)
-                        for each in (real, to_unit(rounded))
+                        for each in (real, to_float(made))
                     ]
                     found["lpips"] = distance(params["lpips"]["heads"], *maps)
                     if self._shared:
                         features = [each[-1].mean((1, 2)) for each in maps]
-            return rounded, indices, found, features
+            return made, indices, found, features
 
         return self.devices.compile(measure)
 
@@ -188,6 +196,8 @@ class Evaluation:
         config, devices = self.run.config, self.devices
         params: dict[str, Any] = {"generator": jax.tree.map(np.asarray, self.run.params)}
         try:
+            if config.data.image_size < VGG_SIZES[0]:
+                raise UserError(f"its network sees {VGG_SIZES[0]} pixels and more.")
             params["lpips"] = load_lpips()
         except UserError as error:
             self.warnings.append(f"No LPIPS: {error}")
@@ -206,7 +216,7 @@ class Evaluation:
                 filled = np.minimum(np.arange(size), len(part) - 1)[devices.own(size)]
                 answered = measure(params, devices.shard(part[filled]))
                 gathered = jax.tree.map(devices.gather, answered)
-                rounded, indices, found, features = jax.tree.map(
+                made, indices, found, features = jax.tree.map(
                     operator.itemgetter(slice(len(part))), gathered
                 )
                 for name, values in found.items():
@@ -214,7 +224,7 @@ class Evaluation:
                 counts += np.bincount(indices.ravel(), minlength=len(counts))
                 if real is not None:
                     real.add(features[0])
-                collector.add(features[1] if features else self.features(rounded)[0])
+                collector.add(features[1] if features else self.features(made)[0])
                 codes_of_part.append(indices)
             if self.run.transformer is not None:
                 codes = np.concatenate(codes_of_part)

@@ -26,7 +26,7 @@ from taming_jax.train.meter import Meter, Tracer
 from taming_jax.train.runtime import prepare
 from taming_jax.train.signals import Signals
 from taming_jax.train.state import TrainState, copied
-from taming_jax.train.store import Store
+from taming_jax.train.store import FD, Store
 
 
 class Stage(Protocol):
@@ -36,7 +36,8 @@ class Stage(Protocol):
     `monitor` names the metric of a validation that chooses the best checkpoint, lower being better.
     Where feeds take their time (tokens are encoded), they call `check` now and then, which raises
     Interrupted after a signal. `eval_step` answers sums over a batch and `summarise` the metrics of
-    their sum over the split: perplexity, say, cannot be averaged over batches. `compile` is called
+    their sum over the split: perplexity, say, cannot be averaged over batches. `distance` is asked
+    for where the settings have `fd_every`. `compile` is called
     before the first step, with the batches of it and of a validation; `flops` answers the
     operations that a step, counted from 0, then does on one device.
     """
@@ -52,6 +53,7 @@ class Stage(Protocol):
     def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]: ...
     def eval_step(self, state: TrainState, batch: Batch) -> dict[str, Any]: ...
     def summarise(self, sums: dict[str, np.ndarray]) -> dict[str, float]: ...
+    def distance(self, state: TrainState) -> float: ...
     def draw(
         self, state: TrainState, folder: Path, sums: dict[str, np.ndarray], rows: list[dict]
     ) -> None: ...
@@ -177,7 +179,7 @@ class Loop:
         self.training, self.validation = stage.feeds(signals.check)
         self.steps = self.settings.total_steps(self.training.size)
         epoch = math.ceil(self.training.size / self.settings.batch_size)
-        self.eval_every = self.settings.eval_every or epoch
+        self.eval_every, self.fd_every = self.settings.eval_every or epoch, self.settings.fd_every
         self.checkpoint_every = self.settings.checkpoint_every or epoch
         self.log_every = self.settings.log_every or max(self.steps // 1000, 1)
         self.draw_every = self.settings.draw_every or max(self.steps // 20, 1)
@@ -249,16 +251,20 @@ class Loop:
             done = step + 1
             self.log.advance(done)
             last = done == self.steps
-            evaluate = last or done % self.eval_every == 0
+            far = bool(self.fd_every) and (last or done % self.fd_every == 0)
+            evaluate = last or far or done % self.eval_every == 0
             save = last or done % self.checkpoint_every == 0
             if evaluate or save or done % self.log_every == 0:
                 self._settle()
             chosen = None
             if evaluate:
-                sums, chosen = self._evaluate(state, done)
-                self.store.wait()  # for what it took: a best that was lost is not to be beaten
-                best = hosts.from_first(lambda: self.store.lowest)
-                save = save or chosen[self.stage.monitor] < best
+                sums, metrics_of_split = self._evaluate(state, done, far)
+                if far or not self.fd_every:
+                    chosen = metrics_of_split
+                    # Waited for: a best that was lost is not to be beaten.
+                    self.store.wait()
+                    best = hosts.from_first(lambda: self.store.lowest)
+                    save = save or self.store.judged(chosen) < best
                 # Drawn before it is saved: a run that ends in between is resumed, and draws again.
                 # After a signal there is no time for it.
                 due = done - drawn >= self.draw_every and self.signals.received is None
@@ -364,13 +370,15 @@ class Loop:
         )
 
     def _evaluate(
-        self, state: TrainState, done: int
+        self, state: TrainState, done: int, far: bool
     ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
         parts = (self.stage.eval_step(state, batch) for batch in self.validation.once())
         sums = functools.reduce(
             lambda total, part: jax.tree.map(np.add, total, part), map(self.devices.fetch, parts)
         )
         metrics = self.stage.summarise(sums)
+        if far:
+            metrics[FD] = self.stage.distance(state)
         self.log.row(done, self._epoch(done), "validation", metrics)
         return sums, metrics
 

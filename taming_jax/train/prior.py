@@ -20,8 +20,9 @@ from taming_jax import losses
 from taming_jax.config import Config, PriorConfig, differences
 from taming_jax.data import sources
 from taming_jax.data.augment import augments
-from taming_jax.data.feeds import Batch, take
+from taming_jax.data.feeds import Batch, rounded, take
 from taming_jax.errors import UserError
+from taming_jax.evaluation.monitor import Monitor
 from taming_jax.models.gpt import GPT, apply_train, build_gpt, teacher_forced
 from taming_jax.models.vqgan import build_vqgan, decode_indices
 from taming_jax.sampling import sample
@@ -183,6 +184,8 @@ class PriorStage:
         step = functools.partial(training_step, config, self.model, self.steps, devices.axis_name)
         self._step = devices.compile(step, donate=True)
         self._evaluate = devices.compile(self.evaluation)
+        self._monitor = Monitor(self.splits.validation, devices) if config.prior.fd_every else None
+        self._made = devices.compile(self._making)
         self._sample = jax.jit(functools.partial(draw_codes, self.model, config.prior))
         self._decode = jax.jit(functools.partial(decode_indices, self.vqgan))
 
@@ -240,6 +243,19 @@ class PriorStage:
             "accuracy": float(sums["accuracy"] / sums["examples"]),
         }
 
+    def _making(self, state: TrainState, arrays: dict[str, jax.Array]) -> jax.Array:
+        transformer, generator = (state.nets[name].params for name in ("transformer", "generator"))
+        codes = draw_codes(
+            self.model, self.config.prior, transformer, arrays["labels"], arrays["numbers"],
+            np.uint32(self.config.seed),
+        )  # fmt: skip
+        return rounded(decode_indices(self.vqgan, generator, codes))
+
+    def distance(self, state: TrainState) -> float:
+        """The Fréchet distance of samples, of the validation split's classes, to that split."""
+        assert self._monitor is not None
+        return self._monitor.distance(functools.partial(self._made, state))
+
     def draw(
         self, state: TrainState, folder: Path, sums: dict[str, np.ndarray], rows: list[dict]
     ) -> None:
@@ -252,7 +268,8 @@ class PriorStage:
             self.devices.fetch(state.nets[name].params) for name in ("transformer", "generator")
         )
         labels = np.repeat(classes, columns)
-        codes = self._sample(transformer, labels, np.uint32(self.config.seed))
+        numbers = np.arange(len(labels), dtype=np.int32)
+        codes = self._sample(transformer, labels, numbers, np.uint32(self.config.seed))
         # A row at a time: all of them at 256 px are more than many a device's memory holds.
         rows_of_codes = np.split(np.asarray(codes), len(classes))
         images = np.concatenate([self._decode(generator, row) for row in rows_of_codes])
@@ -277,13 +294,12 @@ def draw_codes(
     prior: PriorConfig,
     transformer: Any,
     labels: jax.Array,
+    numbers: jax.Array,
     seed: jax.Array | np.uint32,
 ) -> jax.Array:
-    """Grids of codes int32 [b,h',w'] of classes int [b], grid i by the key of its place, drawn as
+    """Grids of codes int32 [b,h',w'] of classes int [b], each by the key of its number, drawn as
     the preset says."""
-    keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(
-        jnp.arange(len(labels))
-    )
+    keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(numbers)
     codes = sample(
         model, transformer, labels, keys, prior.temperature, prior.top_k, prior.top_p,
         prior.guidance_scale,

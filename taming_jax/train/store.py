@@ -36,6 +36,10 @@ ALONE = ocp.options.MultiprocessingOptions(
     primary_host=0, active_processes={0}, barrier_sync_key_prefix="taming_jax"
 )
 
+FD = (
+    "fd_vgg16"  # a validation's Fréchet distance, by which checkpoints are judged where it is taken
+)
+
 
 def arrays_handler() -> ocp.StandardCheckpointHandler:
     return ocp.StandardCheckpointHandler(multiprocessing_options=ALONE)
@@ -55,10 +59,11 @@ class Checkpoint(NamedTuple):
 
 
 class Store:
-    """The checkpoints of one stage in a run's folder: the last two, and the best by `monitor`
-    (lower is better). `dataset` is the identity (data/sources.py) of what the stage trains on,
-    which each checkpoint keeps, and a resumed run has to equal. `say` is called with a sentence
-    where a checkpoint is damaged, or could not be written."""
+    """The checkpoints of one stage in a run's folder: the last two, and the best by `monitor`, or
+    by the Fréchet distance where the run takes it (lower is better). `dataset` is the identity
+    (data/sources.py) of what the stage trains on, which each checkpoint keeps, and a resumed run
+    has to equal. `say` is called with a sentence where a checkpoint is damaged, or could not be
+    written."""
 
     def __init__(
         self,
@@ -82,13 +87,10 @@ class Store:
             if not self._read_only:
                 self._sweep()
 
-            def metric(metrics: Any) -> float:
-                return metrics[self._monitor]
-
             keep = preservation_policy.AnyPreservationPolicy([
                 preservation_policy.LatestN(2),
                 preservation_policy.BestN(
-                    get_metric_fn=metric, reverse=True, n=1,
+                    get_metric_fn=self.judged, reverse=True, n=1,
                     keep_checkpoints_without_metrics=False,
                 ),
             ])  # fmt: skip
@@ -96,7 +98,7 @@ class Store:
             self._manager = ocp.CheckpointManager(
                 self.path,
                 options=ocp.CheckpointManagerOptions(
-                    preservation_policy=keep, best_fn=metric, best_mode="min",
+                    preservation_policy=keep, best_fn=self.judged, best_mode="min",
                     read_only=self._read_only, enable_async_checkpointing=True,
                     create=False, multiprocessing_options=ALONE,
                     # Else threads wait for minutes for a folder that could not be made.
@@ -105,6 +107,10 @@ class Store:
                 item_handlers={"state": arrays_handler(), "about": json_handler()},
             )  # fmt: skip
         return self._manager
+
+    def judged(self, metrics: Any) -> float:
+        """What of a validation a checkpoint is judged by."""
+        return float(metrics.get(FD, metrics[self._monitor]))
 
     def steps(self) -> list[int]:
         """The steps that have a whole checkpoint, ascending."""
@@ -129,7 +135,7 @@ class Store:
             except ValueError:
                 continue
             if metrics is not None:
-                values[step] = float(metrics[self._monitor])
+                values[step] = self.judged(metrics)
         best = min(values, key=lambda step: values[step], default=None)
         return (None, math.inf) if best is None else (best, values[best])
 
@@ -164,7 +170,7 @@ class Store:
             about=ocp.args.JsonSave(about),
         )
         if metrics is not None:
-            self._lowest = min(self.lowest, metrics[self._monitor])
+            self._lowest = min(self.lowest, self.judged(metrics))
         self._under_way = step
 
         def begin() -> None:

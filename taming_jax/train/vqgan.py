@@ -14,7 +14,8 @@ from taming_jax import losses
 from taming_jax.config import Config
 from taming_jax.data import sources
 from taming_jax.data.augment import augmented
-from taming_jax.data.feeds import Batch, Feed, feed, take, to_float
+from taming_jax.data.feeds import Batch, Feed, feed, rounded, take, to_float
+from taming_jax.evaluation.monitor import Monitor
 from taming_jax.models.lpips import load_lpips
 from taming_jax.models.vqgan import VQGAN, decode_indices, grid_size, reconstruct
 from taming_jax.train import hosts
@@ -63,6 +64,8 @@ class VQGANStage:
             for adversarial in (False, True)
         }
         self._evaluate = devices.compile(self._evaluation, frozen)
+        self._monitor = Monitor(self.splits.validation, devices) if settings.fd_every else None
+        self._made = devices.compile(self._making)
         self._reconstruct, self._decode = _drawing(self.networks.generator)
 
     def feeds(self, check: Callable[[], None] = lambda: None) -> tuple[Feed, Feed]:
@@ -177,6 +180,16 @@ class VQGANStage:
         metrics["perplexity"] = float(losses.perplexity(jnp.asarray(counts)))
         metrics["usage"] = float((counts > 0).mean())
         return metrics
+
+    def _making(self, state: TrainState, arrays: Any) -> jax.Array:
+        with jax.default_matmul_precision("highest"):
+            params, images = state.nets["generator"].chosen, to_float(arrays["images"])
+            return rounded(reconstruct(self.networks.generator, params, images).images)
+
+    def distance(self, state: TrainState) -> float:
+        """The Fréchet distance of the validation split's reconstructions to it."""
+        assert self._monitor is not None
+        return self._monitor.distance(functools.partial(self._made, state))
 
     def draw(
         self, state: TrainState, folder: Path, sums: dict[str, np.ndarray], rows: list[dict]

@@ -5,15 +5,14 @@ import json
 import runpy
 import sys
 
-import jax
 import numpy as np
 import pytest
 
 from taming_jax import errors
 from taming_jax.data import sources
+from taming_jax.data.feeds import to_float
 from taming_jax.errors import UserError
 from taming_jax.evaluation import distances
-from taming_jax.evaluation.features import to_unit, vgg
 from taming_jax.evaluation.report import Evaluation, Protocol, finished
 from taming_jax.figures import to_uint8
 from taming_jax.models.lpips import load_lpips, lpips
@@ -38,17 +37,21 @@ def run(both):
 
 
 @pytest.fixture(scope="module")
-def report(run, cache):
-    return finished(Evaluation(run, PROTOCOL, devices=1), [1.0, 2.0])
+def evaluation(run, cache):
+    return Evaluation(run, PROTOCOL, devices=1)
 
 
-def features_of(images):
-    extractor = vgg()
-    with jax.default_matmul_precision("highest"):
-        return np.asarray(extractor.apply(extractor.params, to_unit(images))[0])
+@pytest.fixture(scope="module")
+def report(evaluation):
+    return finished(evaluation, [1.0, 2.0])
 
 
-def test_reconstructions(run, report):
+@pytest.fixture(scope="module")
+def features_of(evaluation):
+    return lambda images: evaluation.features(images)[0]
+
+
+def test_reconstructions(run, report, features_of):
     split = sources.load(run.config.data).train
     images = split.images[np.linspace(0, len(split.images) - 1, 70).astype(int)]
     again = run.reconstruct(images)
@@ -56,7 +59,7 @@ def test_reconstructions(run, report):
     assert found["l1"] == pytest.approx(np.abs(difference).mean() / 255, rel=1e-5)
     psnr = -10 * np.log10(np.square(difference / 255).mean((1, 2, 3)))
     assert found["psnr"] == pytest.approx(psnr.mean(), rel=1e-5)
-    expected = np.asarray(lpips(load_lpips(), to_unit(images), to_unit(again))).mean()
+    expected = np.asarray(lpips(load_lpips(), to_float(images), to_float(again))).mean()
     assert found["lpips"] == pytest.approx(expected, rel=1e-4)
     counts = np.bincount(run.encode(images).ravel(), minlength=run.config.vqgan.codebook_size)
     assert found["code_counts"] == counts.tolist()
@@ -70,7 +73,7 @@ def test_reconstructions(run, report):
     assert found["likelihood_bits_per_code"] == pytest.approx(bits, rel=1e-5)
 
 
-def test_samples(run, report):
+def test_samples(run, report, features_of):
     """They are those of `Run.sample`, of the classes as often as the split has them."""
     split = sources.load(run.config.data).train
     order = np.sort(split.labels[np.linspace(0, len(split.images) - 1, 70).astype(int)])
@@ -113,18 +116,16 @@ def test_four_devices_and_kept_features_report_the_same(run, report, cache):
 
 
 def test_what_cannot_be_measured(run, cache, tmp_path):
+    np.savez(tmp_path / "adm.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     for change, said in (
         ({"split": "holdout"}, "there is no split 'holdout'; take train, validation or test"),
         ({"features": "resnet"}, "there are no features 'resnet'"),
         ({"features": "inception", "weights": tmp_path / "no.pth"}, "there is no file"),
         ({"images": 1}, "an evaluation needs 2"),
+        ({"reference": tmp_path / "adm.npz"}, "these features have 512 dimensions"),
     ):
         with pytest.raises(UserError, match=said):
             Evaluation(run, dataclasses.replace(PROTOCOL, **change))
-    np.savez(tmp_path / "adm.npz", mu=np.zeros(2048), sigma=np.eye(2048))
-    reference = dataclasses.replace(PROTOCOL, reference=tmp_path / "adm.npz", images=4, samples=4)
-    with pytest.raises(UserError, match="these features have 512 dimensions"):
-        finished(Evaluation(run, reference))
 
 
 @pytest.fixture
@@ -144,12 +145,14 @@ def test_the_command(evaluate, stage1, cache, tmp_path):
     """Of a run without a prior: reconstructions, a sentence on samples; then two reports."""
     out, other = tmp_path / "one.json", tmp_path / "other.json"
     given = ["--workdir", stage1, "--features", "vgg", "--images", 10, "--devices", 1]
-    status, said, err = evaluate(*given, "--out", out)
+    kept = tmp_path / "kept.npz"
+    status, said, err = evaluate(*given, "--out", out, "--save-reference", kept)
     assert status == 0, err
     assert "the run has no prior yet" in said and "FD-VGG16" in said and "biased upwards" in said
     assert (tmp_path / "codebook_usage.png").exists()
     found = json.loads(out.read_text())
     assert found["samples"] is None
+    assert distances.load_moments(kept, 512).count == 10
     found["protocol"] |= {"vqgan_step": 7}
     other.write_text(json.dumps(found))
     status, said, err = evaluate("--compare", out, other)
@@ -160,16 +163,14 @@ def test_the_command(evaluate, stage1, cache, tmp_path):
     assert status == 1 and "cannot be compared: split is test and train" in err
 
 
-def test_figures_of_samples(evaluate, both, cache, tmp_path):
-    status, said, err = evaluate(
-        "--workdir", both, "--features", "vgg", "--split", "train", "--images", 40,
-        "--samples", 40, "--kept", 40, "--sweep", "guidance-scale", 1, 3, "--figures",
-        tmp_path / "figures", "--devices", 1,
-    )  # fmt: skip
-    assert status == 0, err
-    assert said.count("guidance ") == 2
-    names = {file.name for file in (tmp_path / "figures").iterdir()}
+def test_figures(evaluation, report, tmp_path):
+    evaluation.draw(tmp_path, report)
+    names = {file.name for file in tmp_path.iterdir()}
     assert names == {"codebook_usage.png", "nearest.png", "sweep.png"}
+    images, nearest, far = evaluation.nearest(3)
+    train = sources.load(evaluation.run.config.data).train.images
+    assert images.shape == nearest.shape == (3, 16, 16, 1) and far.shape == (3,)
+    assert all((train == image).all((1, 2, 3)).any() for image in nearest)
 
 
 def test_mistakes_are_a_sentence(evaluate, both, tmp_path):

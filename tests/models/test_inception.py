@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from taming_jax.convert.inception import inception_variables
-from taming_jax.evaluation.features import resized_legacy, to_unit
+from taming_jax.data.feeds import to_float
+from taming_jax.evaluation.features import resized_legacy
 from taming_jax.models.inception import CLASSES, InceptionV3
 from tests.golden import assert_close
 
@@ -62,7 +63,7 @@ def test_features_and_logits_are_pytorch_fids():
     with jax.default_matmul_precision("highest"):
         network = jax.jit(InceptionV3().apply)
         features, logits = network(variables, images())
-        resized, _ = network(variables, resized_legacy(to_unit(small)))
+        resized, _ = network(variables, resized_legacy(to_float(small)))
     assert logits.shape == (2, CLASSES)
     assert_close(features, expected["features"], "features", 1e-4, 1e-6)
     assert_close(resized, expected["resized"], "features of resized images", 1e-4, 1e-6)

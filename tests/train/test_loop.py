@@ -28,8 +28,8 @@ class Parabola:
 
     name, monitor, dataset = "vqgan", "nll", None
 
-    def __init__(self, config, devices, best=6, broken=(), on_step=lambda step: None):
-        self.config, self.devices = config, devices
+    def __init__(self, config, devices, best=6, nearest=0, broken=(), on_step=lambda step: None):
+        self.config, self.devices, self.nearest = config, devices, nearest
         self.best, self.broken, self.on_step = best, broken, on_step
         self.evaluated, self.drawn = [], []
 
@@ -63,6 +63,9 @@ class Parabola:
         step = float(sums["step"] / sums["n"])
         self.evaluated.append(step)
         return {"nll": (step - self.best) ** 2}
+
+    def distance(self, state):
+        return abs(int(state.step) - self.nearest)
 
     def draw(self, state, folder, sums, rows):
         assert sums["n"] == 20 and rows[-1]["split"] == "validation"
@@ -98,6 +101,17 @@ def test_cadences(tmp_path):
     # Each row is the mean over the steps since the one before.
     assert [row["l1"] for row in train_rows] == [1.5, 3, 4, 5.5, 7.5, 9, 10]
     assert train_rows[0]["epoch"] == pytest.approx(2 * 4 / 20)
+
+
+def test_where_the_distance_is_taken_the_best_has_the_least_of_it(tmp_path):
+    """At steps 4, 8 and 10; at 3, 6 and 9 there is no distance, and so no candidate."""
+    stage = train(tmp_path, stage={"nearest": 5}, fd_every=4, **CADENCES)
+    assert stage.evaluated == [3, 4, 6, 8, 9, 10]
+    rows = read_rows(tmp_path / "metrics" / "vqgan.jsonl")
+    found = {row["step"]: row.get("fd_vgg16") for row in rows if row["split"] == "validation"}
+    assert found == {3: None, 4: 1, 6: None, 8: 3, 9: None, 10: 5}
+    store = Store(tmp_path, "vqgan", "nll", read_only=True)
+    assert store.steps() == [4, 8, 10] and store.best() == (4, 1)
 
 
 def test_epochs_are_the_cadence_unless_told(tmp_path):

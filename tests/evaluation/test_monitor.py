@@ -1,0 +1,69 @@
+"""The distance that either stage takes while it trains, against the same taken by hand."""
+
+import jax
+import numpy as np
+import pytest
+
+from taming_jax.config import load_config
+from taming_jax.data.feeds import rounded, to_float
+from taming_jax.data.sources import Split
+from taming_jax.evaluation import distances, monitor
+from taming_jax.models.vqgan import decode_indices, reconstruct
+from taming_jax.train.devices import Devices
+from taming_jax.train.prior import PriorStage, draw_codes
+from taming_jax.train.vqgan import VQGANStage
+
+
+def expected(features, images, made):
+    one, other = (distances.moments(features(x)[0]) for x in (images, made))
+    return distances.frechet_distance(one, other)
+
+
+def test_of_reconstructions(stage1):
+    config = load_config(stage1 / "config.json", {"vqgan.fd_every": 1})
+    devices = Devices(2)
+    stage = VQGANStage(config, devices)
+    state = stage.init(jax.random.key(0))
+    images, params = stage.splits.validation.images, state.nets["generator"].chosen
+    made = reconstruct(stage.networks.generator, params, to_float(images)).images
+    found = stage.distance(devices.replicate(state))
+    assert found == pytest.approx(
+        expected(stage._monitor._features, images, np.asarray(rounded(made))), rel=1e-3
+    )
+
+
+def test_of_samples(both):
+    config = load_config(both / "config.json", {"prior.fd_every": 1, "workdir": str(both)})
+    devices = Devices(2)
+    stage = PriorStage(config, devices)
+    state = stage.init(jax.random.key(0))
+    split, params = stage.splits.validation, state.nets["transformer"].params
+    numbers = np.arange(len(split.images), dtype=np.int32)
+    codes = draw_codes(
+        stage.model, config.prior, params, split.labels, numbers, np.uint32(config.seed)
+    )
+    made = decode_indices(stage.vqgan, state.nets["generator"].params, codes)
+    found = stage.distance(devices.replicate(state))
+    assert found == pytest.approx(
+        expected(stage._monitor._features, split.images, np.asarray(rounded(made))), rel=1e-3
+    )
+
+
+def test_in_parts_of_a_large_split(monkeypatch):
+    """More images than a batch, and fewer than there are: each of the chosen ones once."""
+    monkeypatch.setattr(monitor, "MOST", 40)
+    images = np.random.default_rng(0).integers(0, 256, (90, 8, 8, 1)).astype(np.uint8)
+    watch = monitor.Monitor(Split(images, np.zeros(90, np.int32)), Devices(1))
+    seen = []
+
+    def darker(batch):
+        seen.append(np.asarray(batch["numbers"]).ravel())
+        return batch["images"] // 2
+
+    rows = np.linspace(0, 89, 40).astype(int)
+    for _ in range(2):
+        found = watch.distance(darker)
+        assert found == pytest.approx(
+            expected(watch._features, images[rows], images[rows] // 2), rel=1e-4
+        )
+    np.testing.assert_array_equal(np.unique(np.concatenate(seen)), rows)
