@@ -78,9 +78,10 @@ def main() -> None:
     features = Features(vgg(), Devices())
     chosen: dict[str, dict[str, Any]] = {"MNIST": {}}
     if given.photographs:
+        parquet = any(Path(given.photographs).glob("*.parquet"))
         chosen["photographs"] = {
-            "data.name": "folder", "data.path": given.photographs, "data.image_size": 64,
-            "data.channels": 3,
+            "data.name": load_config("birds").data.name if parquet else "folder",
+            "data.path": given.photographs, "data.image_size": 64, "data.channels": 3,
         }  # fmt: skip
     found = {}
     for name, settings in chosen.items():
