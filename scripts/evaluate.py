@@ -20,7 +20,7 @@ from taming_jax.command_line import add_flags, processes
 from taming_jax.errors import RunFailed, UserError, report
 
 # What may differ from process to process.
-OWN = {"process_id", "workdir", "out", "figures", "weights", "reference", "save_reference"}
+OWN = {"process_id", "workdir", "weights", "reference"}
 
 
 def parse() -> argparse.Namespace:
@@ -109,20 +109,32 @@ def scale_of(given: list[float] | None) -> float | tuple[float, float] | None:
     return given[0] if len(given) == 1 else (given[0], given[1])
 
 
+def check_outputs(given: argparse.Namespace) -> None:
+    """UserError where what is asked for cannot be written. Makes the folder of the figures."""
+    from taming_jax.files import check_writable
+
+    for name in ("out", "save_reference"):
+        file = getattr(given, name)
+        if file is not None:
+            flag = f"--{name.replace('_', '-')}"
+            if file.is_dir():
+                raise UserError(f"{flag} {file} is a folder; name a file in it.")
+            check_writable(flag, file)
+    if given.figures is not None:
+        try:
+            given.figures.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--figures {given.figures}: {error.strerror or error}.") from error
+        check_writable("--figures", given.figures)
+
+
 def work(given: argparse.Namespace) -> None:
     from taming_jax.train import hosts
 
     hosts.one_speaks()
     hosts.check_same_flags({name: x for name, x in vars(given).items() if name not in OWN})
     sweep, scale = scales_of(given.sweep), scale_of(given.guidance_scale)
-    for name in ("samples", "kept", "images"):
-        if getattr(given, name) is not None and getattr(given, name) < 2:
-            raise UserError(f"--{name} is {getattr(given, name)}; it must be 2 or more.")
-    for name in ("out", "save_reference"):
-        file = getattr(given, name)
-        if file is not None and not file.absolute().parent.is_dir():
-            flag = f"--{name.replace('_', '-')}"
-            raise UserError(f"{flag} {file}: its folder does not exist; make it.")
+    hosts.from_first(lambda: check_outputs(given))
     from taming_jax.evaluation.distances import save_moments
     from taming_jax.evaluation.report import Evaluation, Protocol, finished
     from taming_jax.evaluation.table import table
@@ -135,8 +147,10 @@ def work(given: argparse.Namespace) -> None:
         "seed", "temperature", "top_k", "top_p",
     )  # fmt: skip
     protocol = Protocol(**{name: getattr(given, name) for name in names}, guidance_scale=scale)
-    evaluation = Evaluation(load_run(given.workdir), protocol, given.devices, progress=True)
-    found = finished(evaluation, sweep)
+    run = load_run(given.workdir)
+    evaluation = Evaluation(run, protocol, given.devices, progress=True, sweep=sweep)
+    found = finished(evaluation)
+    print(table(found))
     folder = given.figures or (given.out.absolute().parent if given.out else None)
     try:
         if given.out is not None:
@@ -145,11 +159,9 @@ def work(given: argparse.Namespace) -> None:
             moments = evaluation.reference.moments
             hosts.from_first(lambda: save_moments(given.save_reference, moments))
         if folder is not None:
-            hosts.from_first(lambda: folder.mkdir(parents=True, exist_ok=True))
             evaluation.draw(folder, found)
     except OSError as error:
         raise RunFailed(f"{error.filename or given.out}: {error.strerror or error}.") from error
-    print(table(found))
     memory = peak_memory(evaluation.devices.list[0]) / 2**20
     print(f"{time.monotonic() - begun:.0f} s, at most {memory:.0f} MiB.")
 

@@ -9,6 +9,7 @@ A row that was measured before is printed again; one that was interrupted goes o
 
 import argparse
 import json
+import math
 import shlex
 import shutil
 import subprocess
@@ -16,6 +17,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from taming_jax.files import write_whole
 
 ROOT = Path(__file__).parents[1]
 PROTOCOL = ["--features", "vgg", "--split", "test", "--images", "2000", "--samples", "2000"]
@@ -36,6 +39,7 @@ ROWS = {
     "32 codes": Row("--vqgan.codebook-size 32"),
     "512 codes": Row("--vqgan.codebook-size 512"),
     "codes of 4": Row("--vqgan.code-dim 4"),
+    "codes of 4, early": Row("--vqgan.code-dim 4 --vqgan.discriminator-start 0.25"),
     "codes of 32": Row("--vqgan.code-dim 32"),
     "not normalised": Row("--vqgan.no-l2-normalise"),
     "no discriminator": Row("--vqgan.discriminator-start 1"),
@@ -49,6 +53,7 @@ ROWS = {
     "prior, seed 1": Row("--seed 1", "mnist_tiny"),
     "dropout": Row("--prior.dropout 0.1", "mnist_tiny"),
     "prior of 32 codes": Row(of="32 codes"),
+    "prior of codes of 4, early": Row(of="codes of 4, early"),
     "guidance 0": Row("--guidance-scale 0", "prior"),
     "guidance 1": Row("--guidance-scale 1", "prior"),
     "guidance 1.5": Row("--guidance-scale 1.5", "prior"),
@@ -70,42 +75,33 @@ def run(script: str, *arguments: str) -> None:
 
 
 def measured(name: str, workdir: Path) -> dict[str, Any]:
-    """A row's report, with the seconds its training took; trained and measured if it is not yet."""
+    """A row's report, with the seconds its training took, where that was not interrupted; trained
+    and measured if it is not yet."""
     row, file, folder = ROWS[name], workdir / f"{name}.json", workdir / name
     if file.exists():
         return json.loads(file.read_text())
-    sampling, begun = [], time.monotonic()
+    script, sampling, settings = "", [], row.settings.split()
     if not row.of:
-        run(
-            "train_vqgan.py",
-            "--config",
-            row.preset,
-            "--workdir",
-            str(folder),
-            *row.settings.split(),
-        )
+        script, log = "train_vqgan.py", folder / "metrics" / "vqgan.jsonl"
     elif not ROWS[row.of].of:
         measured(row.of, workdir)
+        script, log = "train_prior.py", folder / "metrics" / "prior.jsonl"
         if not folder.exists():
-            shutil.copytree(workdir / row.of, workdir / "copying", dirs_exist_ok=True)
+            shutil.rmtree(workdir / "copying", ignore_errors=True)
+            shutil.copytree(workdir / row.of, workdir / "copying")
             (workdir / "copying").rename(folder)
-        begun = time.monotonic()
-        run(
-            "train_prior.py",
-            "--config",
-            row.preset,
-            "--workdir",
-            str(folder),
-            *row.settings.split(),
-        )
     else:
         measured(row.of, workdir)
-        folder, sampling, begun = workdir / row.of, row.settings.split(), time.monotonic()
-    seconds = time.monotonic() - begun
+        folder, sampling = workdir / row.of, settings
+    seconds = 0.0
+    if script:
+        begun, fresh = time.monotonic(), not log.exists()
+        run(script, "--config", row.preset, "--workdir", str(folder), *settings)
+        seconds = time.monotonic() - begun if fresh else math.nan
     out = workdir / "report.json"
     run("scripts/evaluate.py", "--workdir", str(folder), *PROTOCOL, *sampling, "--out", str(out))
     found = json.loads(out.read_text()) | {"seconds": seconds}
-    file.write_text(json.dumps(found))
+    write_whole(file, json.dumps(found).encode())
     return found
 
 

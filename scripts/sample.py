@@ -11,13 +11,13 @@ says, unless told otherwise.
 import argparse
 import functools
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
 
 from taming_jax.command_line import add_flags, processes
 from taming_jax.errors import RunFailed, UserError, report
+from taming_jax.files import check_writable
 
 ROWS = 10  # of a grid, unless its classes are named
 
@@ -52,19 +52,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", required=True)
     add_flags(parser)
     return parser.parse_args()
-
-
-def check_writable(out: Path, kind: str) -> None:
-    """UserError, before anything is drawn, where the output cannot be written."""
-    try:
-        with tempfile.TemporaryFile(dir=out if out.is_dir() else out.absolute().parent):
-            pass
-        if kind and out.exists():
-            out.open("r+b").close()
-    except OSError as error:
-        raise UserError(
-            f"--out {out} cannot be written ({error.strerror}); choose another place."
-        ) from error
 
 
 def write_folder(out: Path, images: np.ndarray, labels: np.ndarray, per_class: int) -> None:
@@ -133,7 +120,7 @@ def place_of(given: argparse.Namespace) -> tuple[Path, str]:
         raise UserError(f"--per-class is {given.per_class}; it must be 1 or more.")
     if given.batch_size is not None and given.batch_size < 1:
         raise UserError(f"--batch-size is {given.batch_size}; it must be 1 or more.")
-    check_writable(out, kind)
+    check_writable("--out", out)
     return out, kind
 
 

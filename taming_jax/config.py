@@ -86,7 +86,7 @@ class StageConfig:
     fd_every: int | None = None
     """Steps between validations that also take the Fréchet distance, in VGG16's features, of
     reconstructions (in stage 2 of samples) to the validation split; the best checkpoint is then the
-    one with the least of it."""
+    one with the least of it, so that it cannot be changed later."""
     checkpoint_every: int | None = free(None)
     """Steps between checkpoints; an epoch unless told."""
     log_every: int | None = free(None)

@@ -172,8 +172,8 @@ def reconstructions(images: np.ndarray, reconstruction: np.ndarray, path: Path, 
     save(labelled_grid(np.concatenate(rows), names, len(images), title, means), path)
 
 
-def codebook_usage(counts: np.ndarray, path: Path, step: int) -> None:
-    """How often each code is used on the validation split, from counts [k], the most used first."""
+def codebook_usage(counts: np.ndarray, path: Path, of: str) -> None:
+    """How often each code is used, from counts [k], the most used first; `of` which images."""
     shares = np.sort(counts / counts.sum())[::-1]
     used = shares[shares > 0]
     perplexity = math.exp(-(used * np.log(used)).sum())
@@ -188,7 +188,7 @@ def codebook_usage(counts: np.ndarray, path: Path, step: int) -> None:
     axes.set_ylabel("% of all uses")
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(
-        f"Codes on the validation split after step {step}: {len(used)} of {len(shares)} in use "
+        f"Codes on {of}: {len(used)} of {len(shares)} in use "
         f"({100 * len(used) / len(shares):.0f} %), perplexity {perplexity:.1f}",
         loc="left", fontsize=10,
     )  # fmt: skip
@@ -261,11 +261,11 @@ def labelled_grid(
 
 
 def nearest_images(
-    images: np.ndarray, nearest: np.ndarray, far: np.ndarray, features: str, path: Path
+    images: np.ndarray, nearest: np.ndarray, far: np.ndarray, of: str, path: Path
 ) -> None:
-    """Samples [n,h,w,c] above the training images nearest to them, which are `far` [n] away."""
-    title = f"Samples and the nearest training images by {features}'s features; below, how far"
-    title += " (1: as one training image from another)"
+    """Samples [n,h,w,c] above the images nearest to them, `of` which ones, which are `far` [n]
+    away."""
+    title = f"Samples and {of}; below,\nhow far (1: as far as a training image's nearest)"
     names, said = ("sample", "training image"), [f"{value:.2f}" for value in far]
     save(labelled_grid(np.concatenate([images, nearest]), names, len(images), title, said), path)
 

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import socket
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -24,6 +25,20 @@ LOCK = ".lock"
 def user_cache() -> Path:
     """The user's own folder for what may be deleted at any time."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "taming_jax"
+
+
+def check_writable(name: str, place: Path) -> None:
+    """UserError, before the work is done, where a file cannot be written, or what is in a folder;
+    `name` is the setting that names it."""
+    try:
+        with tempfile.TemporaryFile(dir=place if place.is_dir() else place.absolute().parent):
+            pass
+        if place.is_file():
+            place.open("r+b").close()
+    except OSError as error:
+        raise UserError(
+            f"{name} {place} cannot be written ({error.strerror}); choose another place."
+        ) from error
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -75,7 +75,7 @@ class Run:
         generator: Any,
         transformer: Any = None,
     ):
-        self.workdir, self.config, self.step, self._dataset = workdir, config, step, dataset
+        self.workdir, self.config, self.step, self.dataset = workdir, config, step, dataset
         if config.compile_cache:
             keep_programs()
         self.params = jax.device_put(generator)
@@ -98,9 +98,9 @@ class Run:
     @functools.cached_property
     def class_names(self) -> tuple[str, ...]:
         """The names of the classes, in the order of their numbers."""
-        if self._dataset is None:
+        if self.dataset is None:
             return sources.load(self.config.data).class_names
-        return tuple(self._dataset["class_names"])
+        return tuple(self.dataset["class_names"])
 
     def labels(self, classes: int | str | Iterable[int | str]) -> np.ndarray:
         """Classes by number or by name as numbers, int32 [n]; a string is a name before it is a
@@ -183,16 +183,9 @@ class Run:
     ) -> Iterator[np.ndarray]:
         """The images of `sample`, in parts: image `numbers[i]`, int32 [n], of class `labels[i]`,
         int32 [n]."""
-        self._need_prior()
-        preset = self.config.prior
-        temperature = preset.temperature if temperature is None else temperature
-        top_k = preset.top_k if top_k is None else top_k
-        top_p = preset.top_p if top_p is None else top_p
-        guidance_scale = preset.guidance_scale if guidance_scale is None else guidance_scale
-        check_sampling(
-            self.prior.codebook_size, temperature, top_k, top_p, guidance_scale,
-            preset.label_dropout,
-        )  # fmt: skip
+        temperature, top_k, top_p, guidance_scale = self.sampling(
+            temperature, top_k, top_p, guidance_scale, seed
+        )
         given = None if prefix is None else np.asarray(prefix, np.int32)
         if given is not None and (
             given.ndim != 1 or len(given) > self.prior.length
@@ -202,8 +195,6 @@ class Run:
                 f"a prefix holds at most {self.prior.length} codes from 0 to "
                 f"{self.prior.codebook_size - 1}."
             )
-        if not 0 <= seed < 2**32:
-            raise UserError(f"the seed is {seed}; it must be from 0 to {2**32 - 1}.")
         used, draw, params = self._sampler(
             devices, top_k, top_p is not None, guidance_scale is not None, given is not None
         )
@@ -228,6 +219,30 @@ class Run:
                     yield part[:left]
                     left -= len(part)
                 flying = []
+
+    def sampling(
+        self,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        guidance_scale: float | Sequence[float] | None = None,
+        seed: int = 0,
+    ) -> tuple[float, int | None, float | None, float | Sequence[float] | None]:
+        """The settings of `sample`, what is None as the run's config has it. UserError where they
+        cannot be."""
+        self._need_prior()
+        preset = self.config.prior
+        temperature = preset.temperature if temperature is None else temperature
+        top_k = preset.top_k if top_k is None else top_k
+        top_p = preset.top_p if top_p is None else top_p
+        guidance_scale = preset.guidance_scale if guidance_scale is None else guidance_scale
+        check_sampling(
+            self.prior.codebook_size, temperature, top_k, top_p, guidance_scale,
+            preset.label_dropout,
+        )  # fmt: skip
+        if not 0 <= seed < 2**32:
+            raise UserError(f"the seed is {seed}; it must be from 0 to {2**32 - 1}.")
+        return temperature, top_k, top_p, guidance_scale
 
     def _sampler(
         self, count: int | None, top_k: int | None, use_top_p: bool, use_guidance: bool, given: bool
@@ -299,7 +314,7 @@ class Run:
         these are: `split="test", samples=5000`, …)."""
         from taming_jax.evaluation.report import Evaluation, Protocol, finished
 
-        return finished(Evaluation(self, Protocol(**protocol), devices, progress), sweep)
+        return finished(Evaluation(self, Protocol(**protocol), devices, progress, sweep))
 
     def tokens(self, split: str = "train") -> Split:
         """A split of the run's dataset as codes, unsigned [n, h' * w'], not augmented, with its

@@ -11,10 +11,15 @@ from taming_jax.convert.compvis import leaf
 
 
 def inception_variables(state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """`params` and `batch_stats` of `InceptionV3` from a FIDInceptionV3's state dict."""
+    """`params` and `batch_stats` of `InceptionV3` from a FIDInceptionV3's state dict. ValueError
+    for what is none: arrays by dotted names."""
+    if not isinstance(state_dict, Mapping):
+        raise ValueError("it is no state dict")
     flat: dict[tuple[str, ...], np.ndarray] = {}
     for name, array in state_dict.items():
-        *path, last = name.split(".")
+        *path, last = str(name).split(".")
+        if not path or not isinstance(array, np.ndarray):
+            raise ValueError(f"'{name}' is no array of a network")
         if path[0] == "AuxLogits" or last == "num_batches_tracked":
             continue
         if last.startswith("running_"):

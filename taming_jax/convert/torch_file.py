@@ -52,7 +52,8 @@ class Tensor:
         """A copy. Raises ValueError where it would reach beyond its storage."""
         data = self.storage.data[self.offset :]
         last = sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
-        if min(self.shape, default=1) and not 0 <= last < len(data):
+        backwards = min(self.strides, default=0) < 0
+        if min(self.shape, default=1) and (backwards or not 0 <= last < len(data)):
             raise ValueError("a tensor reaches beyond its storage")
         strides = [s * data.itemsize for s in self.strides]
         return np.array(np.lib.stride_tricks.as_strided(data, self.shape, strides))

@@ -4,8 +4,10 @@ Features are [n,d], one row an image; the functions do not know which network th
 """
 
 import io
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -76,7 +78,7 @@ def load_moments(file: Path, dimensions: int) -> Moments:
             count = int(content["count"]) if "count" in content else 2
     except FileNotFoundError:
         raise UserError(f"there is no file {file}.") from None
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, TypeError, BadZipFile, zlib.error) as error:
         raise UserError(
             f"{file} holds no statistics ({error}); an .npz with mu and sigma is needed."
         ) from error
@@ -85,6 +87,8 @@ def load_moments(file: Path, dimensions: int) -> Moments:
             f"{file} holds statistics of shapes {mean.shape} and {covariance.shape}; these "
             f"features have {dimensions} dimensions."
         )
+    if count < 2 or not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        raise UserError(f"{file} holds statistics of {count} images, or some that are not finite.")
     return Moments(count, mean, covariance * (count - 1))
 
 
@@ -180,11 +184,15 @@ def manifold(real: np.ndarray, fake: np.ndarray, neighbours: int = 5) -> dict[st
     }
 
 
-def inception_score(probabilities: np.ndarray, splits: int = 10) -> tuple[float, float]:
+def inception_score(
+    probabilities: np.ndarray, splits: int = 10, seed: int = 0
+) -> tuple[float, float]:
     """The exponential of the mean divergence of each image's classes [n,c] from those of all
-    (arXiv 1606.03498): mean and standard deviation over parts, in the order they come."""
+    (arXiv 1606.03498): mean and standard deviation over parts, of images in random order, since
+    samples come class after class."""
     found = []
-    for part in np.array_split(probabilities.astype(np.float64), splits):
+    shuffled = np.random.default_rng(seed).permutation(probabilities.astype(np.float64))
+    for part in np.array_split(shuffled, min(splits, len(shuffled))):
         logarithms = np.log(np.maximum(part, 1e-16)) - np.log(np.maximum(part.mean(0), 1e-16))
         found.append(np.exp((part * logarithms).sum(1).mean()))
     return float(np.mean(found)), float(np.std(found))

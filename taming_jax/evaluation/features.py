@@ -5,10 +5,12 @@ called FID and KID.
 """
 
 import dataclasses
+import functools
 import hashlib
 import os
 import urllib.request
 from collections.abc import Callable
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, cast
 
@@ -124,7 +126,16 @@ def vgg() -> Extractor:
 def inception_v3(file: Path, legacy: bool = False) -> Extractor:
     """InceptionV3 with the original's weights from pytorch-fid's file, as clean-fid resizes, or, as
     a legacy, bilinearly without antialiasing, as pytorch-fid does. UserError for another file."""
-    variables = inception_variables(load_tensors(file))
+    refusal = "{} does not hold InceptionV3's weights ({}); get them from {}."
+    if not file.is_file():
+        raise UserError(
+            f"there is no file {file}; get InceptionV3's weights from {WHERE}, or take "
+            "--features vgg."
+        )
+    try:
+        variables = inception_variables(load_tensors(file))
+    except ValueError as error:
+        raise UserError(refusal.format(file, error, WHERE)) from error
     model = InceptionV3()
     shapes = jax.eval_shape(
         model.init, jax.random.key(0), jnp.zeros((1, inception.SIZE, inception.SIZE, 3))
@@ -137,15 +148,14 @@ def inception_v3(file: Path, legacy: bool = False) -> Extractor:
     known, found = described(dict(shapes)), described(variables)
     if known != found:
         first = next(iter(known.items() ^ found.items()))[0]
-        raise UserError(
-            f"{file} does not hold InceptionV3's weights (see {first}); get them from {WHERE}."
-        )
+        raise UserError(refusal.format(file, f"see {first}", WHERE))
 
     def apply(params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         if legacy:
             images = resized_legacy(images)
         features, logits = cast(Answer, model.apply(params, images))
-        return features, jax.nn.softmax(logits)
+        # The Inception Score's classes are without the bias, as in the graph it was defined by.
+        return features, jax.nn.softmax(logits - params["params"]["fc"]["bias"])
 
     def prepare(images: np.ndarray) -> np.ndarray:
         images = colour(images)
@@ -162,7 +172,13 @@ def inception_v3(file: Path, legacy: bool = False) -> Extractor:
 
 
 def digits(train: Split, classes: int) -> Extractor:
-    """MNIST's own: the features of a classifier trained on its training split, the first time."""
+    """MNIST's own: the features of a classifier trained on its training split, the first time.
+    UserError for a split that has not enough to learn from."""
+    if classes < 2 or len(train.images) < classifier.BATCH:
+        raise UserError(
+            f"{len(train.images)} training images of {classes} classes are too few for a "
+            "classifier; take --features vgg."
+        )
     of = hashlib.sha256(train.images.tobytes() + train.labels.tobytes()).hexdigest()[:16]
     file = user_cache() / f"classifier-{classifier.VERSION}-{of}.npz"
     params = hosts.from_first(lambda: classifier.kept(file, train, classes))
@@ -181,17 +197,20 @@ def digits(train: Split, classes: int) -> Extractor:
 def extractor_of(
     name: str, weights: Path | None, legacy: bool, of_digits: Callable[[], Extractor]
 ) -> Extractor:
-    """The features that a protocol names. UserError where they cannot be had."""
+    """The features that a protocol names: of several processes, the same. UserError where they
+    cannot be had."""
     if name == "classifier":
         return of_digits()
-    if name == "vgg":
-        return vgg()
-    if name not in ("auto", "inception"):
+    if name not in ("auto", "inception", "vgg"):
         raise UserError(f"there are no features '{name}'; take auto, inception, vgg or classifier.")
-    file = weights or found_weights()
-    if name == "auto" and file is None:
-        return vgg()
-    return inception_v3(file or downloaded(), legacy)
+    file = weights
+    if name != "vgg" and file is None:
+        file = hosts.from_first(found_weights)
+        if name == "inception" and file is None:
+            file = hosts.from_first(downloaded)
+    if name == "vgg" or file is None:
+        return hosts.agreed(vgg)
+    return hosts.agreed(functools.partial(inception_v3, file, legacy))
 
 
 def found_weights() -> Path | None:
@@ -212,7 +231,7 @@ def downloaded() -> Path:
             raise OSError("what came is another file")
         file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(file, content)
-    except OSError as error:
+    except (OSError, HTTPException) as error:
         raise UserError(
             f"InceptionV3's weights cannot be had from {WHERE} ({error}); fetch the file elsewhere "
             f"and put it at {file}, or name it by --weights, or take --features vgg."

@@ -6,9 +6,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from taming_jax.config import Config
 from taming_jax.data.sources import Split, spread
+from taming_jax.errors import UserError
 from taming_jax.evaluation.distances import Moments, frechet_distance
-from taming_jax.evaluation.features import Features, vgg
+from taming_jax.evaluation.features import MICRO, Features, vgg
+from taming_jax.models.vqgan import images_at_once
 from taming_jax.train.devices import Devices
 
 MOST = 2000  # images
@@ -16,30 +19,45 @@ MOST = 2000  # images
 
 class Monitor:
     """The Fréchet distance, in VGG16's features, of what a stage makes for a split's images (at
-    most 2,000 of them, evenly) to these. Raises UserError where LPIPS's weights are missing."""
+    most 2,000 of them, evenly) to these. Raises UserError for a split of fewer than two, and where
+    LPIPS's weights are missing."""
 
-    def __init__(self, split: Split, devices: Devices):
+    def __init__(self, split: Split, config: Config, devices: Devices):
+        if len(split.images) < 2:
+            raise UserError(
+                f"the validation split has {len(split.images)} images, and a distance needs two: "
+                "leave --vqgan.fd-every and --prior.fd-every out, or raise --data.validation-share."
+            )
         self._split, self._devices = split, devices
         self._rows = spread(len(split.images), MOST)
-        self._features = Features(vgg(), devices)
+        self._size = images_at_once(config, MICRO) * len(devices)
+        self.features = Features(vgg(), devices)
         self._known: Moments | None = None
 
     def distance(self, make: Callable[[dict[str, Any]], jax.Array]) -> float:
         """Of the images uint8 [b,h,w,c] that `make` makes of a batch on the devices: `images` uint8
         [b,h,w,c], their `labels` and `numbers` int32 [b]."""
-        size = self._features.size
-        own, known, made = self._devices.own(size), Moments(), Moments()
+        if self._known is None:
+            self._known = self._moments(lambda rows: self._split.images[rows])
+
+        def made(rows: np.ndarray) -> np.ndarray:
+            parts = []
+            for start in range(0, len(rows), self._size):
+                part = rows[start : start + self._size]
+                filled = part[np.minimum(np.arange(self._size), len(part) - 1)]
+                own = filled[self._devices.own(self._size)].astype(np.int32)
+                batch = {
+                    "images": self._split.images[own],
+                    "labels": self._split.labels[own].astype(np.int32),
+                    "numbers": own,
+                }
+                parts.append(self._devices.gather(make(self._devices.shard(batch)))[: len(part)])
+            return np.concatenate(parts)
+
+        return frechet_distance(self._moments(made), self._known)
+
+    def _moments(self, images: Callable[[np.ndarray], np.ndarray]) -> Moments:
+        found, size = Moments(), self.features.size
         for start in range(0, len(self._rows), size):
-            rows = self._rows[start : start + size]
-            filled = rows[np.minimum(np.arange(size), len(rows) - 1)]
-            batch = {
-                "images": self._split.images[filled[own]],
-                "labels": self._split.labels[filled[own]].astype(np.int32),
-                "numbers": filled[own].astype(np.int32),
-            }
-            answered = self._devices.gather(make(self._devices.shard(batch)))
-            made.add(self._features(answered[: len(rows)])[0])
-            if self._known is None:
-                known.add(self._features(self._split.images[rows])[0])
-        self._known = self._known or known
-        return frechet_distance(made, self._known)
+            found.add(self.features(images(self._rows[start : start + size]))[0])
+        return found

@@ -25,6 +25,7 @@ from taming_jax.evaluation.collected import Collected, Collector, unpacked
 from taming_jax.evaluation.distances import Moments
 from taming_jax.evaluation.features import (
     VGG_SIZES,
+    Extractor,
     Features,
     digits,
     extractor_of,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from taming_jax.run import Run
 
 SCHEMA = 1  # of the report
+SAMPLING = ("temperature", "top_k", "top_p", "guidance_scale")
 PART = 64  # images read at once, or as many more as the devices see at once
 
 
@@ -74,23 +76,53 @@ class Protocol:
     guidance_scale: float | tuple[float, float] | None = None
 
 
+def checked(protocol: Protocol) -> Protocol:
+    """A protocol with its files as paths. UserError for numbers and splits that cannot be."""
+    for name, least in (("samples", 2), ("images", 2), ("kept", 2), ("neighbours", 1)):
+        value = getattr(protocol, name)
+        if value is not None and value < least:
+            raise UserError(f"{name} is {value}; it must be {least} or more.")
+    if protocol.split not in ("train", "validation", "test"):
+        raise UserError(f"there is no split '{protocol.split}'; take train, validation or test.")
+    return dataclasses.replace(
+        protocol, weights=protocol.weights and Path(protocol.weights),
+        reference=protocol.reference and Path(protocol.reference),
+    )  # fmt: skip
+
+
 class Evaluation:
     """A run under a protocol. What several settings of sampling share is computed once.
 
-    Raises UserError for a split that does not exist, or has fewer than two images, and where the
-    features, or the moments of a reference, cannot be had.
+    `sweep` holds the guidance scales that samples are measured at beside the protocol's own.
+
+    Raises UserError for a protocol that cannot be, a split that has fewer than two images, other
+    data than the run was trained on, and where the features, or the moments of a reference, cannot
+    be had.
     """
 
     def __init__(
-        self, run: "Run", protocol: Protocol, devices: int | None = None, progress: bool = False
+        self,
+        run: "Run",
+        protocol: Protocol,
+        devices: int | None = None,
+        progress: bool = False,
+        sweep: Sequence[float | tuple[float, float]] = (),
     ):
+        protocol = checked(protocol)
         self.run, self.protocol, self.devices = run, protocol, Devices(devices)
+        self.sweep: list[dict[str, Any]] = [{"guidance_scale": scale} for scale in sweep]
         self._count, self._quiet = devices, None if progress else True
+        if run.transformer is not None:
+            for changed in [{}, *self.sweep]:
+                self.sampling(dataclasses.replace(protocol, **changed))
         data = run.config.data
-        self.splits = sources.load(data)
-        if protocol.split not in ("train", "validation", "test"):
+        self.splits = hosts.agreed(lambda: sources.load(data))
+        self._identity = sources.identity(self.splits)
+        hosts.check_same_data(self._identity)
+        others = sources.unlike(self._identity, run.dataset)
+        if others:
             raise UserError(
-                f"there is no split '{protocol.split}'; take train, validation or test."
+                f"the run in {run.workdir} was trained on other data: {'; '.join(others)}."
             )
         self.split: Split = getattr(self.splits, protocol.split)
         available = len(self.split.images)
@@ -101,14 +133,22 @@ class Evaluation:
             )
         self.labels = self.split.labels[self.rows]
         self.warnings: list[str] = []
-        classes = len(self.splits.class_names)
-        of_digits = functools.partial(digits, self.splits.train, classes)
+        classes, train = len(self.splits.class_names), self.splits.train
+
+        def of_digits() -> Extractor:
+            images = self.images(train, np.arange(len(train.images)))
+            return digits(Split(images, train.labels), classes)
+
         self.extractor = extractor_of(
             protocol.features, protocol.weights, protocol.legacy_resize, of_digits
         )
         self._reference: Moments | None = None
         if protocol.reference is not None:
-            self._reference = distances.load_moments(protocol.reference, self.extractor.dimensions)
+            file, dimensions = protocol.reference, self.extractor.dimensions
+            self._reference = hosts.agreed(lambda: distances.load_moments(file, dimensions))
+        hosts.check_same_flags({
+            "weights": self.extractor.weights, "reference": self._reference_hash
+        })  # fmt: skip
         self.features = Features(self.extractor, self.devices)
         # Where LPIPS's VGG16 sees the images at the size that the features are of, it runs once.
         self._shared = self.extractor.name == "VGG16" and fits_vgg(data.image_size)
@@ -145,12 +185,25 @@ class Evaluation:
         return found
 
     def _file_of(self, split: Split, rows: np.ndarray) -> Path:
-        content = hashlib.sha256(
-            f"{self.extractor.weights} {self.extractor.resize} {self.protocol.kept}".encode()
-        )
+        extractor = self.extractor
+        name = [extractor.weights, extractor.resize, self.protocol.kept, self.hash(split, rows)]
+        return user_cache() / "features" / f"{text_hash(name)[:32]}.npz"
+
+    def hash(self, split: Split, rows: np.ndarray) -> str:
+        """Of a split's images."""
+        content = hashlib.sha256()
         for start in range(0, len(rows), 1024):
             content.update(self.images(split, rows[start : start + 1024]).tobytes())
-        return user_cache() / "features" / f"{content.hexdigest()[:32]}.npz"
+        return content.hexdigest()[:16]
+
+    @functools.cached_property
+    def _images_hash(self) -> str:
+        return self.hash(self.split, self.rows)
+
+    @property
+    def _reference_hash(self) -> str | None:
+        found = self._reference
+        return None if found is None else hash_of((np.asarray(found.mean), found.covariance))
 
     @functools.cached_property
     def reference(self) -> Collected:
@@ -210,7 +263,7 @@ class Evaluation:
         if self._shared and "lpips" in params and _kept(file) is None:
             real = Collector(len(self.rows), self.protocol.kept)
         for here, images in self.parts(self.split, self.rows, "reconstructions"):
-            codes_of_part = []
+            codes_of_part, made_of_part = [], []
             for start in range(0, len(images), size):
                 part = images[start : start + size]
                 filled = np.minimum(np.arange(size), len(part) - 1)[devices.own(size)]
@@ -224,8 +277,12 @@ class Evaluation:
                 counts += np.bincount(indices.ravel(), minlength=len(counts))
                 if real is not None:
                     real.add(features[0])
-                collector.add(features[1] if features else self.features(made)[0])
+                if features:
+                    collector.add(features[1])
+                made_of_part.append(made)
                 codes_of_part.append(indices)
+            if not features:
+                collector.add(self.features(np.concatenate(made_of_part))[0])
             if self.run.transformer is not None:
                 codes = np.concatenate(codes_of_part)
                 bits -= float(self.run.code_likelihood(codes, self.labels[here]).sum() / np.log(2))
@@ -270,12 +327,9 @@ class Evaluation:
             done += len(part)
         found = collector.collected()
         fd = distances.frechet_distance(found.moments, self.reference_moments)
-        kd, deviation = distances.kernel_distance(found.features, reference.features, protocol.seed)
-        report: dict[str, Any] = {"fd": fd, "kd": kd, "kd_deviation": deviation}
-        if min(len(found.features), len(reference.features)) > protocol.neighbours:
-            report |= distances.manifold(reference.features, found.features, protocol.neighbours)
+        report: dict[str, Any] = {"fd": fd} | self._compared(reference.features, found.features)
         if probabilities:
-            score = distances.inception_score(np.concatenate(probabilities))
+            score = distances.inception_score(np.concatenate(probabilities), seed=protocol.seed)
             report |= dict(
                 zip(("inception_score", "inception_score_deviation"), score, strict=True)
             )
@@ -289,15 +343,29 @@ class Evaluation:
     ) -> Iterator[np.ndarray]:
         """New images, as a protocol samples."""
         return self.run.drawn(
-            labels, numbers, temperature=protocol.temperature, top_k=protocol.top_k,
-            top_p=protocol.top_p, guidance_scale=protocol.guidance_scale, seed=protocol.seed,
-            devices=self._count, batch_size=self.features.size, progress=self._quiet is None,
+            labels, numbers, **self.sampling(protocol), seed=protocol.seed, devices=self._count,
+            batch_size=self.features.size, progress=self._quiet is None,
         )  # fmt: skip
+
+    def sampling(self, protocol: Protocol) -> dict[str, Any]:
+        """How samples are drawn by a protocol, what it leaves open as the run's config has it.
+        UserError where that cannot be."""
+        given = {name: getattr(protocol, name) for name in SAMPLING}
+        return dict(zip(SAMPLING, self.run.sampling(**given, seed=protocol.seed), strict=True))
+
+    def _compared(self, real: np.ndarray, fake: np.ndarray) -> dict[str, float]:
+        """What is taken from the features themselves, where there are enough of them."""
+        protocol = self.protocol
+        if min(len(real), len(fake)) <= protocol.neighbours:
+            return {}
+        kd, deviation = distances.kernel_distance(fake, real, protocol.seed)
+        shares = distances.manifold(real, fake, protocol.neighbours)
+        return {"kd": kd, "kd_deviation": deviation} | shares
 
     def _per_class(
         self, labels: np.ndarray, right: np.ndarray, found: Collected
     ) -> dict[str, dict[str, Any]]:
-        """The same of each class that was drawn; distances where there are more images of it than
+        """The same of each class that was drawn; `fd` where there are more images of it than
         features have dimensions."""
         reference, report = self.reference, {}
         for number in np.unique(labels):
@@ -310,7 +378,7 @@ class Evaluation:
                 own["fd"] = distances.frechet_distance(
                     distances.moments(fake), distances.moments(real)
                 )
-            report[self.splits.class_names[number]] = own
+            report[self.splits.class_names[number]] = own | self._compared(real, fake)
         return report
 
     def draw(self, folder: Path, report: dict[str, Any]) -> None:
@@ -322,19 +390,21 @@ class Evaluation:
         drawing = [
             functools.partial(
                 figures.codebook_usage, np.array(report["reconstruction"]["code_counts"]),
-                folder / "codebook_usage.png", self.run.step,
+                folder / "evaluation_codes.png", f"the {self.protocol.split} split",
             )
         ]  # fmt: skip
         if report["samples"] is not None:
             images, nearest, far = self.nearest(8)
+            train, name = len(self.splits.train.images), self.extractor.name
+            of = f"the nearest of {min(train, self.protocol.kept)} of {train} training images"
             drawing.append(
                 functools.partial(
-                    figures.nearest_images, images, nearest, far, self.extractor.name,
-                    folder / "nearest.png",
+                    figures.nearest_images, images, nearest, far, f"{of}, by {name}'s features",
+                    folder / "evaluation_nearest.png",
                 )
             )  # fmt: skip
         if "sweep" in report:
-            file = folder / "sweep.png"
+            file = folder / "evaluation_sweep.png"
             drawing.append(
                 functools.partial(figures.sweep, report["sweep"], report["features"], file)
             )
@@ -342,14 +412,15 @@ class Evaluation:
             hosts.from_first(draw)
 
     def nearest(self, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """So many samples uint8 [n,h,w,c], the training images that are nearest to them by their
-        features, and how far these are, in units of what a training image is from its nearest."""
+        """So many samples uint8 [n,h,w,c], which of the training images (of at most `kept` of them)
+        are nearest to them by their features, and how far these are, in units of what a training
+        image is from its nearest."""
         rows = spread(len(self.splits.train.images), self.protocol.kept)
         known = self.collected(self.splits.train, rows, "training images")
         classes = spread(len(self.splits.class_names), count)
         labels = np.resize(np.sort(classes), count).astype(np.int32)
-        first = np.zeros(count, np.int32)
-        images = to_uint8(np.concatenate(list(self._drawn(self.protocol, labels, first))))
+        numbers = (np.arange(count) // len(classes)).astype(np.int32)
+        images = to_uint8(np.concatenate(list(self._drawn(self.protocol, labels, numbers))))
         found, squares = distances.nearest(self.features(images)[0], known.features)
         some = known.features[spread(len(rows), 1000)]
         apart = np.sqrt(np.median(distances.radii(known.features, 1, some)))
@@ -359,13 +430,7 @@ class Evaluation:
     def described(self) -> dict[str, Any]:
         """The protocol as the report has it: what was measured, against what, and how."""
         run, protocol, config = self.run, self.protocol, self.run.config
-        preset, has_prior = config.prior, run.transformer is not None
-        sampled = {
-            name: getattr(preset, name) if getattr(protocol, name) is None
-            else getattr(protocol, name)
-            for name in ("temperature", "top_k", "top_p", "guidance_scale")
-        }  # fmt: skip
-        identity = sources.identity(self.splits)
+        has_prior, classifier = run.transformer is not None, self._classifier
         return {
             "run": str(run.workdir),
             "config": config.config,
@@ -373,21 +438,24 @@ class Evaluation:
             "prior_step": run.step if has_prior else None,
             "generator": hash_of(jax.tree.map(np.asarray, run.params)),
             "dataset": config.data.name,
-            "dataset_hash": text_hash(identity)[:16],
+            "dataset_hash": text_hash(self._identity)[:16],
             "split": protocol.split,
             "images": len(self.rows),
-            "reference": None if protocol.reference is None else str(protocol.reference),
+            "images_hash": self._images_hash,
+            "reference_file": None if protocol.reference is None else str(protocol.reference),
+            "reference": self._reference_hash,
             "size": config.data.image_size,
             "crop": "squeezed" if config.data.squeeze else "centre",
             "features": self.extractor.name,
             "weights": self.extractor.weights,
             "resize": self.extractor.resize,
+            "classifier": None if classifier is None else classifier.extractor.weights,
             "kept": protocol.kept,
             "neighbours": protocol.neighbours,
             "samples": protocol.samples if has_prior else 0,
             "classes": "as often as the split has them",
             "seed": protocol.seed,
-            **(sampled if has_prior else {}),
+            **(self.sampling(protocol) if has_prior else {}),
         }
 
     def warned(self) -> list[str]:
@@ -437,9 +505,7 @@ def _stage1_step(run: "Run") -> int | None:
     return None
 
 
-def finished(
-    evaluation: Evaluation, sweep: Sequence[float | tuple[float, float]] = ()
-) -> dict[str, Any]:
+def finished(evaluation: Evaluation) -> dict[str, Any]:
     """The whole report: `features`, `reconstruction`, `samples` (None without a prior), `protocol`,
     `warnings`, and under `sweep` the samples of each guidance scale."""
     report: dict[str, Any] = {
@@ -450,9 +516,8 @@ def finished(
     }
     if evaluation.run.transformer is not None:
         report["samples"] = evaluation.samples()
-        if sweep:
+        if evaluation.sweep:
             report["sweep"] = [
-                {"guidance_scale": scale} | evaluation.samples(guidance_scale=scale)
-                for scale in sweep
+                changed | evaluation.samples(**changed) for changed in evaluation.sweep
             ]
     return report | {"protocol": evaluation.described(), "warnings": evaluation.warned()}

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-SUBJECT = ("run", "config", "vqgan_step", "prior_step", "generator")
+SUBJECT = ("run", "config", "vqgan_step", "prior_step", "generator", "reference_file")
 """What of a protocol says whose figures they are; all else must be equal to compare two."""
 KINDS = ("reconstruction", "samples")
 NOT_SHOWN = ("code_counts", "per_class")

@@ -108,9 +108,8 @@ def block_8(pool: str, name: str) -> Mixed:
 
 
 class InceptionV3(nn.Module):
-    """Images float [b,h,w,3] in [-1, 1] to features [b,2048], the mean over all places, and the
-    logits [b,1008] of 2015's ImageNet classes. Smaller or larger images are resized to 299 first,
-    bilinearly as the caller wants it (`resize`)."""
+    """Images float [b,299,299,3] in [-1, 1] to features [b,2048], the mean over all places, and
+    the logits [b,1008] of 2015's ImageNet classes."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -138,5 +137,4 @@ class InceptionV3(nn.Module):
         x = block_8("average", "Mixed_7b")(x)
         x = block_8("most", "Mixed_7c")(x)
         features = x.mean((1, 2))
-        # The FID's network has a bias here that the released graph does not use for its score.
         return features, nn.Dense(CLASSES, name="fc")(features)

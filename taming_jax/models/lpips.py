@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from taming_jax.errors import UserError
 from taming_jax.models.layers import Dtype
@@ -37,7 +38,15 @@ class VGG16(nn.Module):
             if features:
                 h = nn.max_pool(h, (2, 2), strides=(2, 2))
             for channels in group:
-                conv = nn.Conv(channels, (3, 3), padding=1, dtype=self.dtype, name=f"Conv_{number}")
+                padding = 1
+                if min(h.shape[1:3]) == 2:
+                    # XLA's CPU code takes a kernel that is larger than the image in plain loops,
+                    # 27 times slower, unless the image comes padded.
+                    h, padding = jnp.pad(h, ((0, 0), (1, 1), (1, 1), (0, 0))), 0
+                    h = lax.optimization_barrier(h)
+                conv = nn.Conv(
+                    channels, (3, 3), padding=padding, dtype=self.dtype, name=f"Conv_{number}"
+                )
                 h, number = nn.relu(conv(h)), number + 1
             features.append(h)
         return features

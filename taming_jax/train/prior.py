@@ -184,7 +184,8 @@ class PriorStage:
         step = functools.partial(training_step, config, self.model, self.steps, devices.axis_name)
         self._step = devices.compile(step, donate=True)
         self._evaluate = devices.compile(self.evaluation)
-        self._monitor = Monitor(self.splits.validation, devices) if config.prior.fd_every else None
+        validation = self.splits.validation
+        self._monitor = Monitor(validation, config, devices) if config.prior.fd_every else None
         self._made = devices.compile(self._making)
         self._sample = jax.jit(functools.partial(draw_codes, self.model, config.prior))
         self._decode = jax.jit(functools.partial(decode_indices, self.vqgan))
@@ -245,11 +246,12 @@ class PriorStage:
 
     def _making(self, state: TrainState, arrays: dict[str, jax.Array]) -> jax.Array:
         transformer, generator = (state.nets[name].params for name in ("transformer", "generator"))
-        codes = draw_codes(
-            self.model, self.config.prior, transformer, arrays["labels"], arrays["numbers"],
-            np.uint32(self.config.seed),
-        )  # fmt: skip
-        return rounded(decode_indices(self.vqgan, generator, codes))
+        with jax.default_matmul_precision("highest"):
+            codes = draw_codes(
+                self.model, self.config.prior, transformer, arrays["labels"], arrays["numbers"],
+                np.uint32(self.config.seed),
+            )  # fmt: skip
+            return rounded(decode_indices(self.vqgan, generator, codes))
 
     def distance(self, state: TrainState) -> float:
         """The Fréchet distance of samples, of the validation split's classes, to that split."""

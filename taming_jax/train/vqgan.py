@@ -64,7 +64,9 @@ class VQGANStage:
             for adversarial in (False, True)
         }
         self._evaluate = devices.compile(self._evaluation, frozen)
-        self._monitor = Monitor(self.splits.validation, devices) if settings.fd_every else None
+        self._monitor = (
+            Monitor(self.splits.validation, config, devices) if settings.fd_every else None
+        )
         self._made = devices.compile(self._making)
         self._reconstruct, self._decode = _drawing(self.networks.generator)
 
@@ -214,7 +216,9 @@ class VQGANStage:
         figures.reconstructions(
             images, self._reconstruct(params, images), folder / "reconstructions.png", step
         )
-        figures.codebook_usage(counts, folder / "codebook_usage.png", step)
+        figures.codebook_usage(
+            counts, folder / "codebook_usage.png", f"the validation split after step {step}"
+        )
         figures.random_latents(self._decode(params, random), folder / "random_latents.png", step)
         figures.codebook(
             np.concatenate(decoded), counts[order], folder / "codebook.png", len(counts), step

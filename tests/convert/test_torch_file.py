@@ -153,9 +153,10 @@ def test_files_that_are_not_whole(torch, tmp_path):
             file.write_bytes(whole[: int(share * len(whole))])
             with pytest.raises(UserError, match=r"is (not a whole file|refused)"):
                 load_tensors(file)
-    beyond = {"x": Tensor(torch, "0", STORAGES["0"], 20, (2, 3), (3, 1))}
-    write_zip(tmp_path / "beyond.pth", beyond, STORAGES)
-    with pytest.raises(UserError, match="reaches beyond its storage"):
-        load_tensors(tmp_path / "beyond.pth")
+    for offset, strides in ((20, (3, 1)), (8, (-(10**12), 10**12)), (8, (-3, 1))):
+        beyond = {"x": Tensor(torch, "0", STORAGES["0"], offset, (2, 3), strides)}
+        write_zip(tmp_path / "beyond.pth", beyond, STORAGES)
+        with pytest.raises(UserError, match="reaches beyond its storage"):
+            load_tensors(tmp_path / "beyond.pth")
     with pytest.raises(UserError, match="there is no file"):
         load_tensors(tmp_path / "none.pth")

@@ -93,6 +93,12 @@ def test_inception_score():
     certain = np.eye(10).repeat(5, 0)
     assert distances.inception_score(certain, 1)[0] == pytest.approx(10)
     assert distances.inception_score(np.full((50, 10), 0.1), 5)[0] == pytest.approx(1)
+    # As samples come, class after class, which must not matter.
+    rows = np.eye(10).repeat(50, 0) * 0.8 + 0.02
+    assert distances.inception_score(rows)[0] == pytest.approx(
+        distances.inception_score(np.random.default_rng(5).permutation(rows))[0], rel=0.05
+    )
+    assert np.isfinite(distances.inception_score(rows[:3])).all()
     p = RNG.dirichlet(np.ones(4), 20)
     divergences = (p * np.log(p / p.mean(0))).sum(1)
     assert distances.inception_score(p, 1)[0] == pytest.approx(np.exp(divergences.mean()))
@@ -113,11 +119,20 @@ def test_statistics_that_cannot_be_used(tmp_path):
     distances.save_moments(tmp_path / "real.npz", moments(REAL))
     (tmp_path / "text.npz").write_text("no statistics")
     np.savez(tmp_path / "other.npz", mean=np.zeros(3))
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "real.npz").read_bytes()[:-40])
+    np.save(tmp_path / "array.npy", np.zeros(512))
+    mu, sigma = np.full(512, np.nan), np.eye(512)
+    np.savez(tmp_path / "nan.npz", mu=mu, sigma=sigma)
+    np.savez(tmp_path / "one.npz", mu=np.zeros(512), sigma=sigma, count=1)
     for name, said in {
         "real.npz": r"shapes \(20,\) and \(20, 20\); these features have 512",
         "text.npz": "holds no statistics",
         "other.npz": "an .npz with mu and sigma",
         "none.npz": "there is no file",
+        "cut.npz": "holds no statistics",
+        "array.npy": "holds no statistics",
+        "nan.npz": "not finite",
+        "one.npz": "statistics of 1 images",
     }.items():
         with pytest.raises(UserError, match=said):
             distances.load_moments(tmp_path / name, 512)

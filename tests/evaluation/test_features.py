@@ -68,9 +68,12 @@ def test_a_classifier_reads_digits_and_is_kept(tmp_path, monkeypatch):
 
 
 def test_another_files_weights_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(features, "load_tensors", lambda file: {"fc.weight": np.zeros((3, 2))})
-    with pytest.raises(UserError, match=r"does not hold InceptionV3's weights"):
-        features.inception_v3(tmp_path / "other.pth")
+    file = tmp_path / "other.pth"
+    file.touch()
+    for content in ({"fc.weight": np.zeros((3, 2))}, {"epoch": 3}, {"model": {}}, [np.zeros(3)]):
+        monkeypatch.setattr(features, "load_tensors", lambda file, content=content: content)
+        with pytest.raises(UserError, match=r"does not hold InceptionV3's weights"):
+            features.inception_v3(file)
 
 
 def test_weights_that_cannot_be_fetched(tmp_path, monkeypatch):

@@ -7,11 +7,14 @@ import pytest
 from taming_jax.config import load_config
 from taming_jax.data.feeds import rounded, to_float
 from taming_jax.data.sources import Split
+from taming_jax.errors import UserError
 from taming_jax.evaluation import distances, monitor
 from taming_jax.models.vqgan import decode_indices, reconstruct
 from taming_jax.train.devices import Devices
 from taming_jax.train.prior import PriorStage, draw_codes
 from taming_jax.train.vqgan import VQGANStage
+
+SETTINGS = load_config("mnist_tiny")
 
 
 def expected(features, images, made):
@@ -28,7 +31,7 @@ def test_of_reconstructions(stage1):
     made = reconstruct(stage.networks.generator, params, to_float(images)).images
     found = stage.distance(devices.replicate(state))
     assert found == pytest.approx(
-        expected(stage._monitor._features, images, np.asarray(rounded(made))), rel=1e-3
+        expected(stage._monitor.features, images, np.asarray(rounded(made))), rel=1e-3
     )
 
 
@@ -45,15 +48,15 @@ def test_of_samples(both):
     made = decode_indices(stage.vqgan, state.nets["generator"].params, codes)
     found = stage.distance(devices.replicate(state))
     assert found == pytest.approx(
-        expected(stage._monitor._features, split.images, np.asarray(rounded(made))), rel=1e-3
+        expected(stage._monitor.features, split.images, np.asarray(rounded(made))), rel=1e-3
     )
 
 
 def test_in_parts_of_a_large_split(monkeypatch):
     """More images than a batch, and fewer than there are: each of the chosen ones once."""
     monkeypatch.setattr(monitor, "MOST", 40)
-    images = np.random.default_rng(0).integers(0, 256, (90, 8, 8, 1)).astype(np.uint8)
-    watch = monitor.Monitor(Split(images, np.zeros(90, np.int32)), Devices(1))
+    images = np.random.default_rng(0).integers(0, 256, (90, 28, 28, 1)).astype(np.uint8)
+    watch = monitor.Monitor(Split(images, np.zeros(90, np.int32)), SETTINGS, Devices(1))
     seen = []
 
     def darker(batch):
@@ -64,6 +67,11 @@ def test_in_parts_of_a_large_split(monkeypatch):
     for _ in range(2):
         found = watch.distance(darker)
         assert found == pytest.approx(
-            expected(watch._features, images[rows], images[rows] // 2), rel=1e-4
+            expected(watch.features, images[rows], images[rows] // 2), rel=1e-4
         )
     np.testing.assert_array_equal(np.unique(np.concatenate(seen)), rows)
+
+
+def test_one_image_has_no_distance():
+    with pytest.raises(UserError, match="the validation split has 1 images"):
+        monitor.Monitor(Split(np.zeros((1, 8, 8, 1), np.uint8), np.zeros(1)), SETTINGS, Devices(1))

@@ -1,5 +1,6 @@
 """A small run's report against the same figures taken one by one."""
 
+import copy
 import dataclasses
 import json
 import runpy
@@ -38,12 +39,12 @@ def run(both):
 
 @pytest.fixture(scope="module")
 def evaluation(run, cache):
-    return Evaluation(run, PROTOCOL, devices=1)
+    return Evaluation(run, PROTOCOL, devices=1, sweep=[1.0, 2.0])
 
 
 @pytest.fixture(scope="module")
 def report(evaluation):
-    return finished(evaluation, [1.0, 2.0])
+    return finished(evaluation)
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +103,7 @@ def test_the_protocol_says_what_was_measured(run, report):
     assert (protocol["split"], protocol["images"], protocol["samples"]) == ("train", 70, 60)
     assert protocol["guidance_scale"] == run.config.prior.guidance_scale
     assert any("biased upwards" in said for said in report["warnings"])
+    assert protocol["images_hash"] and protocol["reference"] is None
     json.dumps(report)
 
 
@@ -120,8 +122,14 @@ def test_what_cannot_be_measured(run, cache, tmp_path):
     for change, said in (
         ({"split": "holdout"}, "there is no split 'holdout'; take train, validation or test"),
         ({"features": "resnet"}, "there are no features 'resnet'"),
-        ({"features": "inception", "weights": tmp_path / "no.pth"}, "there is no file"),
-        ({"images": 1}, "an evaluation needs 2"),
+        (
+            {"features": "inception", "weights": tmp_path / "no.pth"},
+            r"there is no file .*no.pth; get InceptionV3's weights from https",
+        ),
+        ({"images": 1}, "images is 1; it must be 2 or more"),
+        ({"kept": 1}, "kept is 1; it must be 2 or more"),
+        ({"top_k": 0}, "top-k is 0"),
+        ({"seed": -1}, "the seed is -1"),
         ({"reference": tmp_path / "adm.npz"}, "these features have 512 dimensions"),
     ):
         with pytest.raises(UserError, match=said):
@@ -149,7 +157,7 @@ def test_the_command(evaluate, stage1, cache, tmp_path):
     status, said, err = evaluate(*given, "--out", out, "--save-reference", kept)
     assert status == 0, err
     assert "the run has no prior yet" in said and "FD-VGG16" in said and "biased upwards" in said
-    assert (tmp_path / "codebook_usage.png").exists()
+    assert (tmp_path / "evaluation_codes.png").exists()
     found = json.loads(out.read_text())
     assert found["samples"] is None
     assert distances.load_moments(kept, 512).count == 10
@@ -166,11 +174,20 @@ def test_the_command(evaluate, stage1, cache, tmp_path):
 def test_figures(evaluation, report, tmp_path):
     evaluation.draw(tmp_path, report)
     names = {file.name for file in tmp_path.iterdir()}
-    assert names == {"codebook_usage.png", "nearest.png", "sweep.png"}
-    images, nearest, far = evaluation.nearest(3)
+    assert names == {"evaluation_codes.png", "evaluation_nearest.png", "evaluation_sweep.png"}
+    images, nearest, far = evaluation.nearest(8)  # two of each of the four classes
     train = sources.load(evaluation.run.config.data).train.images
-    assert images.shape == nearest.shape == (3, 16, 16, 1) and far.shape == (3,)
+    assert images.shape == nearest.shape == (8, 16, 16, 1) and far.shape == (8,)
+    assert len(np.unique(images, axis=0)) == 8
     assert all((train == image).all((1, 2, 3)).any() for image in nearest)
+
+
+def test_a_run_of_other_data_is_not_measured(run, cache):
+    changed = copy.copy(run)
+    counts = run.dataset["images"]
+    changed.dataset = run.dataset | {"images": {name: n + 1 for name, n in counts.items()}}
+    with pytest.raises(UserError, match="trained on other data: there are 486 training images"):
+        Evaluation(changed, PROTOCOL)
 
 
 def test_mistakes_are_a_sentence(evaluate, both, tmp_path):
@@ -178,8 +195,10 @@ def test_mistakes_are_a_sentence(evaluate, both, tmp_path):
         ([], "name the run by --workdir"),
         (["--workdir", tmp_path / "none"], "there is no folder"),
         (["--workdir", both, "--sweep", "top-k", "3"], "--sweep takes guidance-scale"),
-        (["--workdir", both, "--samples", "1"], "--samples is 1; it must be 2 or more"),
-        (["--workdir", both, "--out", tmp_path / "no" / "x.json"], "its folder does not exist"),
+        (["--workdir", both, "--samples", "1"], "samples is 1; it must be 2 or more"),
+        (["--workdir", both, "--sweep", "guidance-scale", "-2"], "guidance"),
+        (["--workdir", both, "--out", tmp_path], "is a folder; name a file in it"),
+        (["--workdir", both, "--out", tmp_path / "no" / "x.json"], "cannot be written (No such"),
         (["--compare", tmp_path / "a.json", tmp_path / "b.json"], "there is no file"),
     ):
         status, _, err = evaluate(*given)
