@@ -155,7 +155,7 @@ class Evaluation:
         self._classifier = None
         if self.extractor.classes:
             self._classifier = self.features
-        elif data.name == "mnist":
+        elif data.name == "mnist" and run.transformer is not None:
             self._classifier = Features(of_digits(), self.devices)
 
     def images(self, split: Split, rows: np.ndarray) -> np.ndarray:
