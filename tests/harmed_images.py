@@ -26,7 +26,7 @@ from taming_jax.evaluation.features import Features, vgg  # noqa: E402
 from taming_jax.figures import ACCENT, INK, save  # noqa: E402
 from taming_jax.train.devices import Devices  # noqa: E402
 
-BLURS = (0.5, 0.75, 1.0, 1.5, 2.0)  # deviations of the Gaussian, in pixels
+BLURS = (0.5, 0.75, 1.0, 1.5, 2.0)  # deviations of the Gaussian, in pixels of 28 a side
 
 
 def measured(images: np.ndarray, features: Features) -> dict[str, dict[str, float]]:
@@ -37,7 +37,8 @@ def measured(images: np.ndarray, features: Features) -> dict[str, dict[str, floa
     noise = np.random.default_rng(1).normal(images.mean(), images.std(), other.shape)
     sets = {"real": other}
     for blur in BLURS:
-        sets[f"blur {blur:g}"] = ndimage.gaussian_filter(other, (0, blur, blur, 0))
+        pixels = blur * images.shape[1] / 28
+        sets[f"blur {blur:g}"] = ndimage.gaussian_filter(other, (0, pixels, pixels, 0))
     sets["noise"] = np.clip(noise, 0, 255).astype(np.uint8)
     reference = features(real)[0]
     known, found = distances.moments(reference), {}
