@@ -290,6 +290,27 @@ def fill(
         shutil.rmtree(work, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """While workers begin, signals wait. SIGINT is blocked, which they inherit: a terminal sends it
+    to them all, and it is the parent's to answer. And since another thread may take a signal, whose
+    handler Python then runs here, between a worker's start and what it is sent, handlers wait too.
+    """
+    came: list[int] = []
+    here = threading.current_thread() is threading.main_thread()
+    held = (signal.SIGINT, signal.SIGTERM) if here else ()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    handlers = {each: signal.signal(each, lambda number, _: came.append(number)) for each in held}
+    try:
+        yield
+    finally:
+        for each, handler in handlers.items():
+            signal.signal(each, signal.SIG_DFL if handler is None else handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number in came[:1]:
+            signal.raise_signal(number)
+
+
 def decode_all(
     pictures: Pictures, file: Path, shape: tuple[int, ...], config: DataConfig,
     say: Callable[[str], None],
@@ -312,11 +333,8 @@ def decode_all(
             workers, multiprocessing.get_context("spawn"), begin_worker, (decoder,)
         )
         try:
-            # Blocked while the workers begin, who inherit that: a terminal sends SIGINT to them
-            # all, and it is the parent's to answer.
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-            futures = {pool.submit(work, *job): len(job[0]) for job in jobs}
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            with undisturbed():
+                futures = {pool.submit(work, *job): len(job[0]) for job in jobs}
             for future in concurrent.futures.as_completed(futures):
                 bad |= future.result()
                 bar.update(futures[future])

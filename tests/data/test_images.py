@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 
@@ -237,6 +238,25 @@ def test_a_script_without_the_guard_of_processes_is_told_so(tmp_path):
         )  # fmt: skip
         assert done.returncode == status, done.stderr
         assert ("if __name__ == '__main__':" in done.stderr) == (status == 2)
+
+
+def test_a_signal_that_another_thread_takes_waits_until_the_workers_have_begun():
+    came = []
+
+    def take_one():
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    try:
+        with images.undisturbed():
+            thread = threading.Thread(target=take_one)
+            thread.start()
+            thread.join()
+            assert came == []
+        assert came == [signal.SIGINT]
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_ctrl_c_while_pictures_are_decoded_is_one_sentence(tmp_path):
