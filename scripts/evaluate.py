@@ -136,7 +136,9 @@ def work(given: argparse.Namespace) -> None:
     sweep, scale = scales_of(given.sweep), scale_of(given.guidance_scale)
     hosts.from_first(lambda: check_outputs(given))
     from taming_jax.evaluation.distances import save_moments
-    from taming_jax.evaluation.report import Evaluation, Protocol, finished
+    from taming_jax.evaluation.protocol import Protocol
+    from taming_jax.evaluation.report import draw, finished
+    from taming_jax.evaluation.subject import Evaluation
     from taming_jax.evaluation.table import table
     from taming_jax.run import load_run
     from taming_jax.train.meter import peak_memory
@@ -159,7 +161,7 @@ def work(given: argparse.Namespace) -> None:
             moments = evaluation.reference.moments
             hosts.from_first(lambda: save_moments(given.save_reference, moments))
         if folder is not None:
-            evaluation.draw(folder, found)
+            draw(evaluation, folder, found)
     except OSError as error:
         raise RunFailed(f"{error.filename or given.out}: {error.strerror or error}.") from error
     memory = peak_memory(evaluation.devices.list[0]) / 2**20

@@ -21,16 +21,15 @@ from typing import Any, NamedTuple
 from taming_jax.files import write_whole
 
 ROOT = Path(__file__).parents[1]
+PRESET = "mnist_tiny"
 PROTOCOL = ["--features", "vgg", "--split", "test", "--images", "2000", "--samples", "2000"]
 
 
 class Row(NamedTuple):
-    """Settings of a preset's stage 1; of a prior, where `of` is a stage 1; of sampling, where it is
-    a prior."""
+    """Settings of stage 1, of a prior where `of` is a stage 1, of sampling where it is a prior."""
 
     settings: str = ""
     of: str = ""
-    preset: str = "mnist_tiny"
 
 
 LATE = "--vqgan.discriminator-start 0.75"
@@ -93,7 +92,7 @@ def measured(name: str, workdir: Path) -> dict[str, Any]:
     seconds = 0.0
     if script:
         begun, fresh = time.monotonic(), not log.exists()
-        run(script, "--config", row.preset, "--workdir", str(folder), *settings)
+        run(script, "--config", PRESET, "--workdir", str(folder), *settings)
         seconds = time.monotonic() - begun if fresh else math.nan
     out = workdir / "report.json"
     run("scripts/evaluate.py", "--workdir", str(folder), *PROTOCOL, *sampling, "--out", str(out))

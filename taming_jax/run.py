@@ -171,21 +171,16 @@ class Run:
         labels: np.ndarray,
         numbers: np.ndarray,
         *,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        guidance_scale: float | Sequence[float] | None = None,
         prefix: Any = None,
         seed: int = 0,
         devices: int | None = None,
         batch_size: int | None = None,
         progress: bool = False,
+        **settings: Any,
     ) -> Iterator[np.ndarray]:
         """The images of `sample`, in parts: image `numbers[i]`, int32 [n], of class `labels[i]`,
-        int32 [n]."""
-        temperature, top_k, top_p, guidance_scale = self.sampling(
-            temperature, top_k, top_p, guidance_scale, seed
-        )
+        int32 [n]; `settings` are those of `sampling`."""
+        temperature, top_k, top_p, guidance_scale = self.sampling(**settings, seed=seed)
         given = None if prefix is None else np.asarray(prefix, np.int32)
         if given is not None and (
             given.ndim != 1 or len(given) > self.prior.length
@@ -310,9 +305,11 @@ class Run:
         **protocol: Any,
     ) -> dict[str, Any]:
         """The report of docs/evaluation.md: reconstructions of a split's images, and new images
-        where there is a prior, under a protocol (see `evaluation.report.Protocol`, whose settings
+        where there is a prior, under a protocol (see `evaluation.protocol.Protocol`, whose settings
         these are: `split="test", samples=5000`, …)."""
-        from taming_jax.evaluation.report import Evaluation, Protocol, finished
+        from taming_jax.evaluation.protocol import Protocol
+        from taming_jax.evaluation.report import finished
+        from taming_jax.evaluation.subject import Evaluation
 
         return finished(Evaluation(self, Protocol(**protocol), devices, progress, sweep))
 

@@ -25,11 +25,12 @@ from taming_jax.data.feeds import to_float
 from taming_jax.data.sources import Split
 from taming_jax.errors import UserError
 from taming_jax.evaluation import classifier
-from taming_jax.files import user_cache, write_whole
+from taming_jax.files import text_hash, user_cache, write_whole
 from taming_jax.models import inception
 from taming_jax.models.inception import InceptionV3
 from taming_jax.models.lpips import load_lpips, vgg_features
 from taming_jax.train import hosts
+from taming_jax.train.arrays import digest, named_arrays
 from taming_jax.train.devices import Devices
 
 MICRO = 32  # images a device sees at once: one size, whatever the number of devices
@@ -65,11 +66,8 @@ class Extractor:
 
 def hash_of(tree: Any) -> str:
     """The first 16 digits of a hash over a tree's arrays."""
-    found = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        found.update(jax.tree_util.keystr(path).encode())
-        found.update(np.ascontiguousarray(leaf).tobytes())
-    return found.hexdigest()[:16]
+    named = named_arrays(tree)
+    return text_hash({"/".join(path): digest(array) for path, array in named.items()})[:16]
 
 
 def colour(images: np.ndarray) -> np.ndarray:
@@ -255,12 +253,7 @@ class Features:
 
     def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Features [n,d] and probabilities [n,k] of images uint8 [n,h,w,c]."""
-        parts = []
-        for start in range(0, len(images), self.size):
-            filled = np.minimum(np.arange(start, start + self.size), len(images) - 1)
-            own = self.extractor.prepare(images[filled[self._devices.own(self.size)]])
-            parts.append(
-                map(self._devices.gather, self._apply(self._params, self._devices.shard(own)))
-            )
-        features, probabilities = (np.concatenate(part) for part in zip(*parts, strict=True))
-        return features[: len(images)], probabilities[: len(images)]
+        prepare, devices = self.extractor.prepare, self._devices
+        return devices.in_batches(
+            lambda own: self._apply(self._params, devices.shard(prepare(own))), images, self.size
+        )

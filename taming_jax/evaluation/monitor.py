@@ -41,18 +41,13 @@ class Monitor:
             self._known = self._moments(lambda rows: self._split.images[rows])
 
         def made(rows: np.ndarray) -> np.ndarray:
-            parts = []
-            for start in range(0, len(rows), self._size):
-                part = rows[start : start + self._size]
-                filled = part[np.minimum(np.arange(self._size), len(part) - 1)]
-                own = filled[self._devices.own(self._size)].astype(np.int32)
-                batch = {
-                    "images": self._split.images[own],
-                    "labels": self._split.labels[own].astype(np.int32),
-                    "numbers": own,
-                }
-                parts.append(self._devices.gather(make(self._devices.shard(batch)))[: len(part)])
-            return np.concatenate(parts)
+            batch = {
+                "images": self._split.images[rows],
+                "labels": self._split.labels[rows].astype(np.int32),
+                "numbers": rows.astype(np.int32),
+            }
+            devices = self._devices
+            return devices.in_batches(lambda own: make(devices.shard(own)), batch, self._size)
 
         return frechet_distance(self._moments(made), self._known)
 

@@ -189,6 +189,19 @@ class Devices:
             hosts.exchanged(array.reshape(array.shape[0] * array.shape[1], *array.shape[2:]))
         )
 
+    def in_batches(self, apply: Callable[[Any], Any], arrays: Any, size: int) -> Any:
+        """What `apply` answers of arrays [n, ...], a tree that all processes have, gathered.
+
+        It is given this process's rows of batches of one size, of which the last is filled up, and
+        answers trees of what a compiled function answered for them, sharded.
+        """
+        n, parts = len(jax.tree.leaves(arrays)[0]), []
+        for start in range(0, n, size):
+            rows = np.minimum(np.arange(start, start + size), n - 1)[self.own(size)]
+            answered = apply(jax.tree.map(lambda x, rows=rows: x[rows], arrays))
+            parts.append(jax.tree.map(self.gather, answered))
+        return jax.tree.map(lambda *each: np.concatenate(each)[:n], *parts)
+
     def fetch(self, tree: Any) -> Any:
         """A replicated tree as numpy arrays of one device's, in memory of their own (on a CPU
         numpy would else look into a buffer that the next step overwrites)."""

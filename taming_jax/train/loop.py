@@ -251,18 +251,17 @@ class Loop:
             done = step + 1
             self.log.advance(done)
             last = done == self.steps
-            far = bool(self.fd_every) and (last or done % self.fd_every == 0)
-            evaluate = last or far or done % self.eval_every == 0
+            take_fd = bool(self.fd_every) and (last or done % self.fd_every == 0)
+            evaluate = last or take_fd or done % self.eval_every == 0
             save = last or done % self.checkpoint_every == 0
             if evaluate or save or done % self.log_every == 0:
                 self._settle()
             chosen = None
             if evaluate:
-                sums, metrics_of_split = self._evaluate(state, done, far)
-                if far or not self.fd_every:
-                    chosen = metrics_of_split
-                    # Waited for: a best that was lost is not to be beaten.
-                    self.store.wait()
+                sums, found = self._evaluate(state, done, take_fd)
+                if take_fd or not self.fd_every:
+                    chosen = found
+                    self.store.wait()  # for what it took: a best that was lost is not to be beaten
                     best = hosts.from_first(lambda: self.store.lowest)
                     save = save or self.store.judged(chosen) < best
                 # Drawn before it is saved: a run that ends in between is resumed, and draws again.
@@ -370,14 +369,14 @@ class Loop:
         )
 
     def _evaluate(
-        self, state: TrainState, done: int, far: bool
+        self, state: TrainState, done: int, take_fd: bool
     ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
         parts = (self.stage.eval_step(state, batch) for batch in self.validation.once())
         sums = functools.reduce(
             lambda total, part: jax.tree.map(np.add, total, part), map(self.devices.fetch, parts)
         )
         metrics = self.stage.summarise(sums)
-        if far:
+        if take_fd:
             metrics[FD] = self.stage.distance(state)
         self.log.row(done, self._epoch(done), "validation", metrics)
         return sums, metrics

@@ -36,9 +36,7 @@ ALONE = ocp.options.MultiprocessingOptions(
     primary_host=0, active_processes={0}, barrier_sync_key_prefix="taming_jax"
 )
 
-FD = (
-    "fd_vgg16"  # a validation's Fréchet distance, by which checkpoints are judged where it is taken
-)
+FD = "fd_vgg16"  # a Fréchet distance: where a validation took it, checkpoints are judged by it
 
 
 def arrays_handler() -> ocp.StandardCheckpointHandler:

@@ -14,7 +14,10 @@ from taming_jax.data import sources
 from taming_jax.data.feeds import to_float
 from taming_jax.errors import UserError
 from taming_jax.evaluation import distances
-from taming_jax.evaluation.report import Evaluation, Protocol, finished
+from taming_jax.evaluation.protocol import Protocol
+from taming_jax.evaluation.report import draw, finished
+from taming_jax.evaluation.samples import nearest
+from taming_jax.evaluation.subject import Evaluation
 from taming_jax.figures import to_uint8
 from taming_jax.models.lpips import load_lpips, lpips
 from taming_jax.run import load_run
@@ -172,14 +175,14 @@ def test_the_command(evaluate, stage1, cache, tmp_path):
 
 
 def test_figures(evaluation, report, tmp_path):
-    evaluation.draw(tmp_path, report)
+    draw(evaluation, tmp_path, report)
     names = {file.name for file in tmp_path.iterdir()}
     assert names == {"evaluation_codes.png", "evaluation_nearest.png", "evaluation_sweep.png"}
-    images, nearest, far = evaluation.nearest(8)  # two of each of the four classes
+    images, closest, far = nearest(evaluation, 8)  # two of each of the four classes
     train = sources.load(evaluation.run.config.data).train.images
-    assert images.shape == nearest.shape == (8, 16, 16, 1) and far.shape == (8,)
+    assert images.shape == closest.shape == (8, 16, 16, 1) and far.shape == (8,)
     assert len(np.unique(images, axis=0)) == 8
-    assert all((train == image).all((1, 2, 3)).any() for image in nearest)
+    assert all((train == image).all((1, 2, 3)).any() for image in closest)
 
 
 def test_a_run_of_other_data_is_not_measured(run, cache):

@@ -1,0 +1,185 @@
+"""A run under a protocol: its data, the features, and what samples are held against."""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tqdm import tqdm
+
+from taming_jax.data import sources
+from taming_jax.data.augment import centred
+from taming_jax.data.sources import Split, spread
+from taming_jax.errors import UserError
+from taming_jax.evaluation import distances
+from taming_jax.evaluation.collected import Collected, Collector, unpacked
+from taming_jax.evaluation.distances import Moments
+from taming_jax.evaluation.features import Extractor, Features, digits, extractor_of, hash_of
+from taming_jax.evaluation.protocol import SAMPLING, Protocol, checked
+from taming_jax.files import read_arrays, text_hash, user_cache, write_arrays
+from taming_jax.train import hosts
+from taming_jax.train.devices import Devices
+
+if TYPE_CHECKING:
+    from taming_jax.run import Run
+
+PART = 64  # images read at once, or as many more as the devices see at once
+
+
+class Chosen:
+    """Some images of a split, by their rows, as a model of images of so many pixels sees them."""
+
+    def __init__(self, split: Split, rows: np.ndarray, size: int):
+        self.split, self.rows, self.labels, self._size = split, rows, split.labels[rows], size
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, places: Any) -> np.ndarray:
+        images = self.split.images[self.rows[places]]
+        return images if images.shape[1] == self._size else centred(images, self._size)
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """Of the images."""
+        content = hashlib.sha256()
+        for start in range(0, len(self), 1024):
+            content.update(self[start : start + 1024].tobytes())
+        return content.hexdigest()[:16]
+
+
+class Evaluation:
+    """A run under a protocol. What several settings of sampling share is computed once.
+
+    `sweep` holds the guidance scales that samples are measured at beside the protocol's own.
+
+    Raises UserError for a protocol that cannot be, a split that has fewer than two images, other
+    data than the run was trained on, and where the features, or the moments of a reference, cannot
+    be had.
+    """
+
+    def __init__(
+        self,
+        run: "Run",
+        protocol: Protocol,
+        devices: int | None = None,
+        progress: bool = False,
+        sweep: Sequence[float | tuple[float, float]] = (),
+    ):
+        protocol = checked(protocol)
+        self.run, self.protocol, self.devices = run, protocol, Devices(devices)
+        self.sweep: list[dict[str, Any]] = [{"guidance_scale": scale} for scale in sweep]
+        self._count, self._quiet = devices, None if progress else True
+        if run.transformer is not None:
+            for changed in [{}, *self.sweep]:
+                self.sampling(dataclasses.replace(protocol, **changed))
+        data = run.config.data
+        self.splits = hosts.agreed(lambda: sources.load(data))
+        self.identity = sources.identity(self.splits)
+        hosts.check_same_data(self.identity)
+        others = sources.unlike(self.identity, run.dataset)
+        if others:
+            raise UserError(
+                f"the run in {run.workdir} was trained on other data: {'; '.join(others)}."
+            )
+        self.chosen = self.choice(protocol.split, protocol.images)
+        if len(self.chosen) < 2:
+            raise UserError(
+                f"the split '{protocol.split}' has {len(self.chosen)} images; an evaluation needs "
+                "2."
+            )
+        self.warnings: list[str] = []
+
+        def of_digits() -> Extractor:
+            train = self.choice("train")
+            return digits(Split(train[:], train.labels), len(self.splits.class_names))
+
+        self.extractor = extractor_of(
+            protocol.features, protocol.weights, protocol.legacy_resize, of_digits
+        )
+        self._reference: Moments | None = None
+        if protocol.reference is not None:
+            file, dimensions = protocol.reference, self.extractor.dimensions
+            self._reference = hosts.agreed(lambda: distances.load_moments(file, dimensions))
+        hosts.check_same_flags({
+            "weights": self.extractor.weights, "reference": self.reference_hash
+        })  # fmt: skip
+        self.features = Features(self.extractor, self.devices)
+        self.classifier = None
+        if self.extractor.classes:
+            self.classifier = self.features
+        elif data.name == "mnist" and run.transformer is not None:
+            self.classifier = Features(of_digits(), self.devices)
+
+    def choice(self, split: str, most: int | None = None) -> Chosen:
+        """The images of a split, or so many of them, evenly."""
+        found: Split = getattr(self.splits, split)
+        rows = spread(len(found.images), most or len(found.images))
+        return Chosen(found, rows, self.run.config.data.image_size)
+
+    def parts(self, chosen: Chosen, name: str) -> Iterator[tuple[slice, np.ndarray]]:
+        """Images in parts, with their places."""
+        size = -(-PART // self.features.size) * self.features.size
+        for start in tqdm(range(0, len(chosen), size), desc=name, disable=self._quiet):
+            here = slice(start, min(start + size, len(chosen)))
+            yield here, chosen[here]
+
+    def collected(self, chosen: Chosen, name: str) -> Collected:
+        """The features of images: from the user's cache, or computed into it."""
+        found = self.kept(chosen)
+        if found is None:
+            collector = Collector(len(chosen), self.protocol.kept)
+            for _, images in self.parts(chosen, f"features of {name}"):
+                collector.add(self.features(images)[0])
+            found = self.keep(chosen, collector)
+        return found
+
+    def kept(self, chosen: Chosen) -> Collected | None:
+        """The features of images from the user's cache, for all processes from the first one's."""
+        arrays = hosts.from_first(lambda: read_arrays(self._file_of(chosen)))
+        return None if arrays is None else unpacked(arrays)
+
+    def keep(self, chosen: Chosen, collector: Collector) -> Collected:
+        """What was collected of images, kept in the user's cache as well."""
+        found = collector.collected()
+        hosts.from_first(lambda: write_arrays(self._file_of(chosen), found.packed()))
+        return found
+
+    def _file_of(self, chosen: Chosen) -> Path:
+        extractor = self.extractor
+        name = [extractor.weights, extractor.resize, self.protocol.kept, chosen.hash]
+        return user_cache() / "features" / f"{text_hash(name)[:32]}.npz"
+
+    @property
+    def reference_hash(self) -> str | None:
+        """Of the file's moments, where there is one."""
+        found = self._reference
+        return None if found is None else hash_of((np.asarray(found.mean), found.covariance))
+
+    @functools.cached_property
+    def reference(self) -> Collected:
+        """The features of the split's images."""
+        return self.collected(self.chosen, self.protocol.split)
+
+    @property
+    def reference_moments(self) -> Moments:
+        """What Fréchet distances are taken to: the file's, or the split's."""
+        return self._reference or self.reference.moments
+
+    def sampling(self, protocol: Protocol) -> dict[str, Any]:
+        """How samples are drawn by a protocol, what it leaves open as the run's config has it.
+        UserError where that cannot be."""
+        given = {name: getattr(protocol, name) for name in SAMPLING}
+        return dict(zip(SAMPLING, self.run.sampling(**given, seed=protocol.seed), strict=True))
+
+    def drawn(
+        self, protocol: Protocol, labels: np.ndarray, numbers: np.ndarray
+    ) -> Iterator[np.ndarray]:
+        """New images, as a protocol samples."""
+        return self.run.drawn(
+            labels, numbers, **self.sampling(protocol), seed=protocol.seed, devices=self._count,
+            batch_size=self.features.size, progress=self._quiet is None,
+        )  # fmt: skip
