@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Trains and measures the variations of docs/recipes.md, and prints their rows.
 
-    python scripts/recipes.py --workdir runs/recipes                 all of them, some hours
+    python scripts/recipes.py --workdir runs/recipes                 all of mnist_tiny, some hours
     python scripts/recipes.py --workdir runs/recipes --rows LeCAM    one, and what it varies
+    python scripts/recipes.py --config birds_tiny --data-path DIR --workdir runs/birds_recipes
 
 A row that was measured before is printed again; one that was interrupted goes on.
 """
@@ -21,8 +22,6 @@ from typing import Any, NamedTuple
 from taming_jax.files import write_whole
 
 ROOT = Path(__file__).parents[1]
-PRESET = "mnist_tiny"
-PROTOCOL = ["--features", "vgg", "--split", "test", "--images", "2000", "--samples", "2000"]
 
 
 class Row(NamedTuple):
@@ -32,9 +31,17 @@ class Row(NamedTuple):
     of: str = ""
 
 
+class Table(NamedTuple):
+    """A preset's rows by their names, and how many images and samples each is measured on."""
+
+    rows: dict[str, Row]
+    images: int
+    samples: int
+
+
 LATE = "--vqgan.discriminator-start 0.75"
 BEFORE = f"{LATE} --vqgan.code-dim 8"  # as the preset was before this table
-ROWS = {
+MNIST_TINY = {
     "mnist_tiny": Row(),
     "late": Row(LATE),
     "codes of 8": Row("--vqgan.code-dim 8"),
@@ -47,13 +54,28 @@ ROWS = {
     "no average": Row("--vqgan.ema-decay None"),
     "DiffAugment": Row("--vqgan.diff-augment translation cutout"),
     "seed 1": Row("--seed 1"),
+    "fixed weight, seed 1": Row("--vqgan.no-adaptive-weight --seed 1"),
     "prior": Row(of="mnist_tiny"),
     "prior before": Row(of="before"),
+    "prior, fixed weight": Row(of="fixed weight"),
     "guidance 0, before": Row("--guidance-scale 0", "prior before"),
     "guidance 1, before": Row("--guidance-scale 1", "prior before"),
     "guidance 1.5, before": Row("--guidance-scale 1.5", "prior before"),
     "guidance 3, before": Row("--guidance-scale 3", "prior before"),
     "dropout": Row("--prior.dropout 0.1", "mnist_tiny"),
+}
+BIRDS_TINY = {
+    "birds_tiny": Row(),
+    "no discriminator": Row("--vqgan.discriminator-start 1"),
+    "fixed weight": Row("--vqgan.no-adaptive-weight"),
+    "DiffAugment": Row("--vqgan.diff-augment color translation cutout"),
+    "LeCAM": Row("--vqgan.lecam-weight 0.1"),
+    "codes of 8": Row("--vqgan.code-dim 8"),
+    "LPIPS, half as long": Row("--vqgan.perceptual-weight 1 --vqgan.steps 2000"),
+}
+TABLES = {
+    "mnist_tiny": Table(MNIST_TINY, 2000, 2000),
+    "birds_tiny": Table(BIRDS_TINY, 100, 100),
 }
 COLUMNS = {
     "reconstruction": ("psnr", "ssim", "lpips", "fd", "usage", "perplexity"),
@@ -70,43 +92,60 @@ def run(script: str, *arguments: str) -> None:
         sys.exit(code)
 
 
-def measured(name: str, workdir: Path) -> dict[str, Any]:
-    """A row's report, with the seconds its training took, where that was not interrupted; trained
-    and measured if it is not yet."""
-    row, file, folder = ROWS[name], workdir / f"{name}.json", workdir / name
-    if file.exists():
-        return json.loads(file.read_text())
-    script, sampling, settings = "", [], row.settings.split()
-    if not row.of:
-        script, log = "train_vqgan.py", folder / "metrics" / "vqgan.jsonl"
-    elif not ROWS[row.of].of:
-        measured(row.of, workdir)
-        script, log = "train_prior.py", folder / "metrics" / "prior.jsonl"
-        if not folder.exists():
-            shutil.rmtree(workdir / "copying", ignore_errors=True)
-            shutil.copytree(workdir / row.of, workdir / "copying")
-            (workdir / "copying").rename(folder)
-    else:
-        measured(row.of, workdir)
-        folder, sampling = workdir / row.of, settings
-    seconds = 0.0
-    if script:
-        begun, fresh = time.monotonic(), not log.exists()
-        run(script, "--config", PRESET, "--workdir", str(folder), *settings)
-        seconds = time.monotonic() - begun if fresh else math.nan
-    out = workdir / "report.json"
-    run("scripts/evaluate.py", "--workdir", str(folder), *PROTOCOL, *sampling, "--out", str(out))
-    found = json.loads(out.read_text()) | {"seconds": seconds}
-    write_whole(file, json.dumps(found).encode())
-    return found
+class Recipes:
+    """The rows of a preset, trained and measured in a folder. `data_path` is the preset's dataset,
+    where that is not downloaded."""
 
+    def __init__(self, preset: str, workdir: Path, data_path: Path | None):
+        self.preset, self.workdir, self.table = preset, workdir, TABLES[preset]
+        self.data = ["--data.path", str(data_path)] if data_path else []
 
-def line(name: str, found: dict[str, Any]) -> str:
-    """A row of a table in Markdown."""
-    kind = "samples" if ROWS[name].of else "reconstruction"
-    values = [f"{found[kind][column]:.3g}" for column in COLUMNS[kind]]
-    settings = f"`{ROWS[name].settings}`" if ROWS[name].settings else ""
-    return f"| {name} | {settings} | {' | '.join(values)} | {found['seconds']:.0f} |"
+    def measured(self, name: str) -> dict[str, Any]:
+        """A row's report, with the seconds its training took, where that was not interrupted;
+        trained and measured if it is not yet."""
+        row, file, folder = (
+            self.table.rows[name],
+            self.workdir / f"{name}.json",
+            self.workdir / name,
+        )
+        if file.exists():
+            return json.loads(file.read_text())
+        script, sampling, settings = "", [], row.settings.split()
+        if not row.of:
+            script, log = "train_vqgan.py", folder / "metrics" / "vqgan.jsonl"
+        elif not self.table.rows[row.of].of:
+            self.measured(row.of)
+            script, log = "train_prior.py", folder / "metrics" / "prior.jsonl"
+            if not folder.exists():
+                shutil.rmtree(self.workdir / "copying", ignore_errors=True)
+                shutil.copytree(self.workdir / row.of, self.workdir / "copying")
+                (self.workdir / "copying").rename(folder)
+        else:
+            self.measured(row.of)
+            folder, sampling = self.workdir / row.of, settings
+        seconds = 0.0
+        if script:
+            begun, fresh = time.monotonic(), not log.exists()
+            run(script, "--config", self.preset, "--workdir", str(folder), *self.data, *settings)
+            seconds = time.monotonic() - begun if fresh else math.nan
+        out = self.workdir / "report.json"
+        run(
+            "scripts/evaluate.py", "--workdir", str(folder), "--features", "vgg", "--split", "test",
+            "--images", str(self.table.images), "--samples", str(self.table.samples), *sampling,
+            "--out", str(out),
+        )  # fmt: skip
+        found = json.loads(out.read_text()) | {"seconds": seconds}
+        write_whole(file, json.dumps(found).encode())
+        return found
+
+    def line(self, name: str) -> str:
+        """A row of a table in Markdown."""
+        row, found = self.table.rows[name], self.measured(name)
+        kind = "samples" if row.of else "reconstruction"
+        # Only what is known: a classifier reads digits alone.
+        values = [f"{found[kind].get(column, math.nan):.3g}" for column in COLUMNS[kind]]
+        settings = f"`{row.settings}`" if row.settings else ""
+        return f"| {name} | {settings} | {' | '.join(values)} | {found['seconds']:.0f} |"
 
 
 def main() -> None:
@@ -114,17 +153,23 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--workdir", type=Path, required=True)
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW")
+    parser.add_argument("--config", choices=TABLES, default="mnist_tiny")
+    parser.add_argument("--data-path", type=Path, help="the dataset, in place of a download")
+    parser.add_argument("--rows", nargs="+", help="by their names; all unless told", metavar="ROW")
     given = parser.parse_args()
-    workdir = given.workdir.absolute()
+    workdir, rows = given.workdir.absolute(), TABLES[given.config].rows
+    if unknown := [name for name in given.rows or () if name not in rows]:
+        parser.error(f"there is no row '{unknown[0]}'; there are {', '.join(rows)}")
+    data_path = given.data_path and given.data_path.absolute()
     workdir.mkdir(parents=True, exist_ok=True)
+    recipes = Recipes(given.config, workdir, data_path)
     for kind, columns in COLUMNS.items():
-        names = [name for name in given.rows if bool(ROWS[name].of) == (kind == "samples")]
+        names = [name for name in given.rows or rows if bool(rows[name].of) == (kind == "samples")]
         if names:
             print("| row | settings |", " | ".join(columns), "| seconds |")
             print("| --- | --- |", " | ".join("---:" for _ in columns), "| ---: |", flush=True)
         for name in names:
-            print(line(name, measured(name, workdir)), flush=True)
+            print(recipes.line(name), flush=True)
 
 
 if __name__ == "__main__":

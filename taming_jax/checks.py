@@ -16,7 +16,9 @@ COUNTS = {
         "channels", "blocks", "decoder_blocks", "latent_channels", "codebook_size", "code_dim",
         "discriminator_filters", "discriminator_layers", "discriminator_every",
     ),
-    "prior": ("layers", "heads", "width", "augmented_versions"),
+    "prior": (
+        "layers", "heads", "width", "mlp_width", "block_size", "vocabulary", "augmented_versions",
+    ),
     "both": (
         "batch_size", "micro_batches", "epochs", "steps", "eval_every", "fd_every",
         "checkpoint_every", "log_every", "draw_every",
@@ -25,9 +27,9 @@ COUNTS = {
 NOT_NEGATIVE = {
     "vqgan": (
         "l1_weight", "perceptual_weight", "codebook_weight", "discriminator_weight",
-        "adaptive_weight_max", "lecam_weight", "commitment",
+        "adaptive_weight_max", "lecam_weight", "commitment", "kl_weight",
     ),
-    "prior": ("weight_decay",),
+    "prior": ("weight_decay", "first_class"),
     "both": ("warmup_steps", "skipped_in_a_row"),
 }  # fmt: skip
 POSITIVE = {
@@ -95,8 +97,19 @@ def check(config: "Config") -> None:
             f"--data.image-size {data.image_size} is too small for VGG16, which halves an image "
             "four times; take 16 or more, or --vqgan.perceptual-weight 0."
         )
+    if min(vqgan.gumbel_temperature) <= 0:
+        raise UserError("--vqgan.gumbel-temperature is two numbers above 0.")
+    used = vqgan.used_codes
+    if used and not 0 <= min(used) <= max(used) < vqgan.codebook_size:
+        raise UserError(
+            f"--vqgan.used-codes name codes beyond the {vqgan.codebook_size} of the codebook."
+        )
+    if prior.vocabulary is not None and prior.vocabulary < vqgan.codes:
+        raise UserError(
+            f"--prior.vocabulary {prior.vocabulary} does not hold the {vqgan.codes} codes."
+        )
     # Rotary positions turn pairs of channels, half of them with the row, half with the column.
-    multiple = prior.heads * (4 if prior.positions == "rotary" else 1)
+    multiple = prior.heads * (1 if prior.positions == "learned" else 4)
     if prior.width % multiple:
         raise UserError(
             f"--prior.width {prior.width} cannot be divided among {prior.heads} --prior.heads; "
@@ -107,7 +120,7 @@ def check(config: "Config") -> None:
             "--prior.warmup-steps belongs to --prior.schedule cosine; one cycle has its own."
         )
     check_sampling(
-        vqgan.codebook_size,
+        vqgan.codes,
         prior.temperature,
         prior.top_k,
         prior.top_p,

@@ -103,6 +103,9 @@ class StageConfig:
     """Where the cosine decay of the learning rate ends, as a share of it; 1 keeps it constant."""
     clip: float | None = None
     """The largest global norm of a network's gradients; larger ones are scaled down to it."""
+    init_from: str | None = None
+    """The folder of a run from whose weights this one begins, in place of random ones, where names
+    and shapes are the same."""
     skipped_in_a_row: int = free(10)
     """Steps in a row that may be skipped because something in them is not finite; one more ends the
     run."""
@@ -143,6 +146,16 @@ class VQGANConfig(StageConfig):
     """Put that weight on the codebook term instead, as the official code did at first."""
     l2_normalise: bool = False
     """Compare directions only: latents and codes are scaled to length one."""
+    quantizer: Literal["nearest", "gumbel"] = "nearest"
+    """The nearest code, or in training one drawn by the Gumbel-softmax trick from what a 1x1
+    convolution makes of a latent, and else the likeliest."""
+    gumbel_temperature: tuple[float, float] = (1.0, 1 / 16)
+    """That trick's, at the first step and at the last, with a cosine between."""
+    kl_weight: float = 5e-4
+    """The weight of the divergence of its distribution from all codes alike."""
+    used_codes: tuple[int, ...] = ()
+    """The codes that are left of the codebook, by which the others count from 0; all unless told
+    (the official code's remap)."""
 
     l1_weight: float = 1.0
     perceptual_weight: float = 1.0
@@ -179,6 +192,11 @@ class VQGANConfig(StageConfig):
     ema_decay: float | None = None
     """Keep a moving average of the generator, and evaluate and draw with it."""
 
+    @property
+    def codes(self) -> int:
+        """How many codes images are written in."""
+        return len(self.used_codes) or self.codebook_size
+
 
 @dataclass(frozen=True)
 class PriorConfig(StageConfig):
@@ -190,7 +208,21 @@ class PriorConfig(StageConfig):
     dropout: float = 0.1
     norm: Literal["layer", "rms"] = "layer"
     mlp: Literal["gelu", "swiglu"] = "gelu"
-    positions: Literal["learned", "rotary"] = "learned"
+    mlp_width: int | None = None
+    """Channels within a block's two-layer network; four times the width unless told, and two thirds
+    of that with swiglu."""
+    bias: bool = True
+    """Whether dense layers add one."""
+    positions: Literal["learned", "rotary", "llamagen"] = "learned"
+    """Of codes in the sequence; or in the grid, by rotary embeddings, without any for the class, or
+    as LlamaGen has them, where a class's queries and keys vanish."""
+    block_size: int | None = None
+    """The longest sequence there are learned positions for; the grid's unless told."""
+    vocabulary: int | None = None
+    """Tokens that embeddings and head have, where classes are tokens among the codes, as in the
+    official transformer; unless told classes have their own, and the head speaks codes only."""
+    first_class: int = 0
+    """The token of the first class, then."""
     qk_norm: bool = False
     remat: bool = False
     """Recompute activations in the backward pass, to save memory."""

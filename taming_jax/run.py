@@ -87,7 +87,7 @@ class Run:
         self._samplers: dict[tuple, tuple[Devices, Compiled, Any]] = {}
         if transformer is not None:
             self.transformer = jax.device_put(transformer)
-            classes = len(transformer["embedding"]) - config.vqgan.codebook_size - 1
+            classes = len(transformer["embedding"]) - config.vqgan.codes - 1
             self.prior = build_gpt(config, classes)
             self._likelihood = jax.jit(self._of_codes)
 
@@ -350,7 +350,7 @@ class Run:
     def decode(self, indices: Any) -> np.ndarray:
         """Code indices int [n,h',w'], a grid of any size, to images float32 [n,h,w,c] in [-1, 1].
         UserError for other types and codes that do not exist."""
-        indices, codes = np.asarray(indices), self.config.vqgan.codebook_size
+        indices, codes = np.asarray(indices), self.config.vqgan.codes
         if indices.ndim != 3 or not np.issubdtype(indices.dtype, np.integer):
             raise UserError(
                 f"indices of shape {indices.shape} and type {indices.dtype} were given; this run "

@@ -77,7 +77,7 @@ def sample(
     for 32 positions, at most eight, unless told.
     """
     length, batch = model.length, len(labels)
-    first, scales = model.codebook_size + labels, None
+    first, scales = model.class_tokens(labels), None
     if guidance_scale is not None:
         first = jnp.concatenate([first, jnp.full_like(first, model.none)])
         scales = jnp.broadcast_to(guidance_scale, (length,))
@@ -87,6 +87,7 @@ def sample(
         given = given.at[:, :held].set(prefix)
 
     def choose(logits: jax.Array, position: jax.Array) -> jax.Array:
+        logits = logits[:, : model.codebook_size]
         if top_k is not None:
             logits = keep_top_k(logits, top_k)
         scaled = logits / jnp.maximum(temperature, 1e-6)

@@ -1,11 +1,14 @@
 """What the official PyTorch modules computed, where those files are at hand, and how to compare."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+
+from taming_jax.convert.layout import expected, ours, paths
 
 FOLDER = Path(__file__).parents[2] / "shared" / "golden"
 
@@ -21,6 +24,19 @@ def load(name: str) -> dict[str, np.ndarray]:
 def under(golden: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
     """The arrays below a prefix, without it."""
     return {k.removeprefix(prefix): v for k, v in golden.items() if k.startswith(prefix)}
+
+
+def without_counts(state_dict: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A discriminator's, without how often its BatchNorm was updated, which ours does not count."""
+    return {k: v for k, v in state_dict.items() if not k.endswith("num_batches_tracked")}
+
+
+def converted(table: Callable, params: Any, state_dict: dict[str, np.ndarray]) -> Any:
+    """A recorded state dict as parameters, by the table that says where those of ours are in it.
+    It must hold them all, in their shapes, and no others."""
+    layout = table(paths(params))
+    assert expected(layout, paths(params)) == {k: x.shape for k, x in state_dict.items()}
+    return jax.tree.map(np.ascontiguousarray, ours(layout, state_dict))
 
 
 def nhwc(array: np.ndarray) -> np.ndarray:

@@ -1,18 +1,21 @@
-"""PyTorch's files, read without PyTorch: `.pth` and `.ckpt`, of the present format (a zip) and of
-the one before version 1.6.
+"""PyTorch's files without PyTorch: `.pth`, `.pt` and `.ckpt`, read in the present format (a zip)
+and in the one before version 1.6, and written in the present one.
 
 They are pickles. What is admitted are tensors and plain containers; a file that names anything else
-is refused, and nothing of it is run.
+is refused, and nothing of it is run. Arrays are views of the mapped file, so that no more of it is
+in memory than is used.
 """
 
 import collections
 import io
+import mmap
 import pickle
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -24,42 +27,65 @@ DTYPES = {
     "LongStorage": "<i8", "IntStorage": "<i4", "ShortStorage": "<i2", "CharStorage": "|i1",
     "ByteStorage": "|u1", "BoolStorage": "|b1",
 }  # fmt: skip
+LARGEST_PICKLE = 2**28  # bytes; what tensors hold is not in it
+ALIGNMENT = 64  # of a storage in a written file, as PyTorch's own
+
+# In Python: the unpickler in C makes room for as many objects as a file claims to have, and the
+# pickler in C writes no name of what cannot be imported.
+PythonUnpickler: Any = pickle._Unpickler
+PythonPickler: Any = pickle._Pickler
+
+DAMAGE = (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, ImportError,
+          zipfile.BadZipFile, struct.error, zlib.error, RecursionError, MemoryError)  # fmt: skip
 
 
 class Storage:
-    """A flat array of one type, that tensors are views of; filled after the pickle is read."""
+    """A flat array of one type, that tensors are views of. `raw` is its content, once that is
+    known."""
 
     def __init__(self, kind: str, count: int):
         self.kind, self.count = kind, count
-        self.data = np.zeros(0)
+        self.raw: Callable[[], Any] = bytes
 
-    def fill(self, raw: bytes) -> None:
-        array = np.frombuffer(raw, DTYPES[self.kind])
+    @property
+    def data(self) -> np.ndarray:
+        array = np.frombuffer(self.raw(), DTYPES[self.kind])
         if len(array) < self.count:
             raise ValueError("it is cut short")
         if self.kind == "BFloat16Storage":  # the upper half of a float32
             array = (array.astype(np.uint32) << 16).view(np.float32)
-        self.data = array[: self.count]
+        return array[: self.count]
 
 
 class Tensor:
-    """A view of a storage, until the storage is filled."""
+    """A view of a storage, `shape` and all, whose content is read when `array` is called."""
 
     def __init__(self, storage: Storage, offset: int, shape: tuple, strides: tuple, *rest: Any):
         self.storage, self.offset, self.shape, self.strides = storage, offset, shape, strides
 
     def array(self) -> np.ndarray:
-        """A copy. Raises ValueError where it would reach beyond its storage."""
+        """A view of the file, not to be written in. Raises ValueError where it would reach beyond
+        its storage."""
         data = self.storage.data[self.offset :]
         last = sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
         backwards = min(self.strides, default=0) < 0
         if min(self.shape, default=1) and (backwards or not 0 <= last < len(data)):
             raise ValueError("a tensor reaches beyond its storage")
         strides = [s * data.itemsize for s in self.strides]
-        return np.array(np.lib.stride_tricks.as_strided(data, self.shape, strides))
+        return np.lib.stride_tricks.as_strided(data, self.shape, strides, writeable=False)
 
 
-class TensorUnpickler(pickle.Unpickler):
+class Name:
+    """A class that PyTorch Lightning's files name and nobody here calls."""
+
+    def __init__(self, module: str, name: str):
+        self.module, self.name = module, name
+
+    def __call__(self, *arguments: Any) -> Any:
+        raise pickle.UnpicklingError(f"it asks for {self.module}.{self.name}")
+
+
+class TensorUnpickler(PythonUnpickler):
     """Admits tensors, their storages, and plain containers."""
 
     def __init__(self, stream: IO[bytes], storage: Callable[[Any], Storage]):
@@ -68,24 +94,25 @@ class TensorUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         admitted: dict[tuple[str, str], Any] = {
-            ("collections", "OrderedDict"): collections.OrderedDict,
-            ("torch._utils", "_rebuild_tensor_v2"): Tensor,
-            ("torch._utils", "_rebuild_tensor"): Tensor,
+            ("collections", "OrderedDict"): lambda *pairs: collections.OrderedDict(*pairs),
+            ("torch._utils", "_rebuild_tensor_v2"): lambda *view: Tensor(*view),
+            ("torch._utils", "_rebuild_tensor"): lambda *view: Tensor(*view),
             ("torch._utils", "_rebuild_parameter"): lambda tensor, *rest: tensor,
         }
         if (module, name) in admitted:
             return admitted[module, name]
         if module == "torch" and name in DTYPES:
             return name
+        if module.split(".")[0] in ("pytorch_lightning", "lightning"):
+            return Name(module, name)
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
     def persistent_load(self, pid: Any) -> Storage:
         return self.storage(pid)
 
 
-def load_tensors(file: Path) -> Any:
-    """What a file holds, its tensors as numpy arrays (bfloat16 as float32) and its containers as
-    dictionaries, lists and tuples.
+def open_tensors(file: Path) -> Any:
+    """What a file holds, its containers as they are and its tensors as `Tensor`s.
 
     Raises UserError for a file that is missing, damaged, none of PyTorch's, or asks for more than
     tensors and containers.
@@ -94,19 +121,31 @@ def load_tensors(file: Path) -> Any:
         with file.open("rb") as stream:
             read = from_zip if zipfile.is_zipfile(stream) else from_stream
             stream.seek(0)
-            return arrays(read(stream))
+            return read(stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
     except FileNotFoundError:
         raise UserError(f"there is no file {file}.") from None
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{file} is refused: {error}; only tensors and plain containers are read."
         ) from error
-    except (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, ImportError,
-            zipfile.BadZipFile, struct.error) as error:  # fmt: skip
-        raise UserError(f"{file} is not a whole file of PyTorch's ({error}).") from error
+    except DAMAGE as error:
+        raise damaged(file, error) from error
 
 
-def from_zip(stream: IO[bytes]) -> Any:
+def damaged(file: Path, error: BaseException) -> UserError:
+    return UserError(f"{file} is not a whole file of PyTorch's ({error}).")
+
+
+def load_tensors(file: Path) -> Any:
+    """What a file holds, its tensors as numpy arrays (bfloat16 as float32) and its containers as
+    dictionaries, lists and tuples. Raises UserError as `open_tensors`."""
+    try:
+        return arrays(open_tensors(file), {})
+    except DAMAGE as error:
+        raise damaged(file, error) from error
+
+
+def from_zip(stream: IO[bytes], mapped: mmap.mmap) -> Any:
     """The present format: a pickle, and a file a storage."""
     with zipfile.ZipFile(stream) as content:
         (name,) = (each for each in content.namelist() if each.endswith("/data.pkl"))
@@ -117,13 +156,29 @@ def from_zip(stream: IO[bytes]) -> Any:
             _, kind, key, _, count = pid
             if key not in storages:
                 storages[key] = Storage(kind, count)
-                storages[key].fill(content.read(f"{folder}data/{key}"))
+                part = content.getinfo(f"{folder}data/{key}")
+                if part.compress_type != zipfile.ZIP_STORED:
+                    raise ValueError("it is compressed, as PyTorch's files are not")
+                storages[key].raw = lambda: piece(mapped, part)
             return storages[key]
 
+        if content.getinfo(name).file_size > LARGEST_PICKLE:
+            raise ValueError("its pickle is too large to be one of tensors")
         return TensorUnpickler(io.BytesIO(content.read(name)), storage).load()
 
 
-def from_stream(stream: IO[bytes]) -> Any:
+def piece(mapped: mmap.mmap, part: zipfile.ZipInfo) -> memoryview:
+    """The content of a file that lies in a zip as it is; ValueError where it was changed."""
+    at = part.header_offset
+    name, extra = struct.unpack("<HH", mapped[at + 26 : at + 30])
+    start = at + 30 + name + extra
+    content = memoryview(mapped)[start : start + part.file_size]
+    if zlib.crc32(content) != part.CRC:
+        raise ValueError(f"{part.filename} was changed")
+    return content
+
+
+def from_stream(stream: IO[bytes], mapped: mmap.mmap) -> Any:
     """The older format: three pickles about the file, the content's, the storages' names in order,
     and the storages, each after its length."""
     storages: dict[str, Storage] = {}
@@ -143,17 +198,114 @@ def from_stream(stream: IO[bytes]) -> Any:
     content = load()
     for key in load():
         (count,) = struct.unpack("<q", stream.read(8))
-        size = np.dtype(DTYPES[storages[key].kind]).itemsize
-        storages[key].fill(stream.read(count * size))
+        start, size = stream.tell(), np.dtype(DTYPES[storages[key].kind]).itemsize
+        if count < 0 or start + count * size > len(mapped):
+            raise ValueError("it is cut short")
+        held = memoryview(mapped)[start : start + count * size]
+        storages[key].raw = lambda held=held: held  # type: ignore[misc]
+        stream.seek(start + count * size)
     return content
 
 
-def arrays(content: Any) -> Any:
-    """Tensors as arrays, all the way down."""
+def arrays(content: Any, seen: dict[int, Any]) -> Any:
+    """Tensors as arrays of their own, all the way down. `seen` is what was gone through: a pickle
+    may hold a list twice, and that one another twice, and so on."""
+    if id(content) in seen:
+        return seen[id(content)]
+    found = content
     if isinstance(content, Tensor):
-        return content.array()
-    if isinstance(content, dict):
-        return {key: arrays(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return type(content)(arrays(value) for value in content)
-    return content
+        found = np.array(content.array())
+    elif isinstance(content, dict):
+        found = {key: arrays(value, seen) for key, value in content.items()}
+    elif isinstance(content, list | tuple):
+        found = type(content)(arrays(value, seen) for value in content)
+    seen[id(content)] = found
+    return found
+
+
+class Global(NamedTuple):
+    """A name of a module as a pickle holds it."""
+
+    module: str
+    name: str
+
+    def __call__(self) -> None:
+        """For pickle, which wants what it writes as a function to be one."""
+
+
+class Kept(NamedTuple):
+    """A storage as a pickle names it."""
+
+    kind: Global
+    key: str
+    size: int
+
+
+class Whole(NamedTuple):
+    """A tensor that is all of its storage, as a pickle holds it."""
+
+    kept: Kept
+    shape: tuple[int, ...]
+
+
+class TensorPickler(PythonPickler):
+    """Writes `Whole` tensors as PyTorch does."""
+
+    def persistent_id(self, found: Any) -> Any:
+        if isinstance(found, Kept):
+            return ("storage", found.kind, found.key, "cpu", found.size)
+        return None
+
+    def save_global_name(self, found: Global) -> None:
+        self.write(f"c{found.module}\n{found.name}\n".encode())
+
+    def save_tensor(self, found: Whole) -> None:
+        strides: list[int] = []
+        size = 1
+        for n in reversed(found.shape):
+            strides.insert(0, size)
+            size *= n
+        hooks: Any = collections.OrderedDict()
+        view = (found.kept, 0, found.shape, tuple(strides), False, hooks)
+        self.save_reduce(Global("torch._utils", "_rebuild_tensor_v2"), view, obj=found)
+
+    dispatch: ClassVar[Any] = {
+        **PythonPickler.dispatch,
+        Global: save_global_name,
+        Whole: save_tensor,
+    }
+
+
+def write_tensors(file: Path, content: dict[str, Any]) -> None:
+    """Writes a file that `torch.load` reads, of plain values and of arrays, in dictionaries. Raises
+    OSError, and leaves nothing half written."""
+    kinds = {np.dtype(code): kind for kind, code in DTYPES.items() if kind != "BFloat16Storage"}
+    held: list[np.ndarray] = []
+
+    def named(value: Any) -> Any:
+        if isinstance(value, np.ndarray):
+            held.append(value)
+            kept = Kept(Global("torch", kinds[value.dtype]), str(len(held) - 1), value.size)
+            return Whole(kept, value.shape)
+        if isinstance(value, dict):
+            return collections.OrderedDict((key, named(x)) for key, x in value.items())
+        return value
+
+    pickled = io.BytesIO()
+    TensorPickler(pickled, 2).dump({key: named(value) for key, value in content.items()})
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+            archive.writestr("archive/data.pkl", pickled.getvalue())
+            archive.writestr("archive/version", "3\n")
+            for i, array in enumerate(held):
+                part = zipfile.ZipInfo(f"archive/data/{i}")
+                # A zip64 header's own 20 bytes, and a field of zeros that fills up.
+                header = archive.fp.tell() + 30 + len(part.filename) + 20 + 4  # type: ignore[union-attr]
+                part.extra = struct.pack("<HH", 0x4246, -header % ALIGNMENT)
+                part.extra += bytes(-header % ALIGNMENT)
+                with archive.open(part, "w", force_zip64=True) as stream:
+                    stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)

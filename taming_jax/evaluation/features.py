@@ -19,8 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from taming_jax.convert.inception import inception_variables
-from taming_jax.convert.torch_file import load_tensors
+from taming_jax.convert.inception import inception_layout
+from taming_jax.convert.layout import expected, ours, paths
+from taming_jax.convert.state_dict import check, open_state_dict
 from taming_jax.data.feeds import to_float
 from taming_jax.data.sources import Split
 from taming_jax.errors import UserError
@@ -124,29 +125,29 @@ def vgg() -> Extractor:
 def inception_v3(file: Path, legacy: bool = False) -> Extractor:
     """InceptionV3 with the original's weights from pytorch-fid's file, as clean-fid resizes, or, as
     a legacy, bilinearly without antialiasing, as pytorch-fid does. UserError for another file."""
-    refusal = "{} does not hold InceptionV3's weights ({}); get them from {}."
     if not file.is_file():
         raise UserError(
             f"there is no file {file}; get InceptionV3's weights from {WHERE}, or take "
             "--features vgg."
         )
-    try:
-        variables = inception_variables(load_tensors(file))
-    except ValueError as error:
-        raise UserError(refusal.format(file, error, WHERE)) from error
     model = InceptionV3()
-    shapes = jax.eval_shape(
-        model.init, jax.random.key(0), jnp.zeros((1, inception.SIZE, inception.SIZE, 3))
-    )
-
-    def described(tree: Any) -> dict[str, tuple]:
-        leaves = jax.tree_util.tree_leaves_with_path(tree)
-        return {jax.tree_util.keystr(path): leaf.shape for path, leaf in leaves}
-
-    known, found = described(dict(shapes)), described(variables)
-    if known != found:
-        first = next(iter(known.items() ^ found.items()))[0]
-        raise UserError(refusal.format(file, f"see {first}", WHERE))
+    image = jnp.zeros((1, inception.SIZE, inception.SIZE, 3))
+    shapes = paths(jax.eval_shape(model.init, jax.random.key(0), image))
+    layout = inception_layout(shapes)
+    try:
+        held, _ = open_state_dict(file)
+        # Of a training the original knows more: a second head, and how long BatchNorm ran.
+        check(
+            file, held, expected(layout, shapes),
+            lambda name: "AuxLogits" in name or name.endswith("num_batches_tracked"),
+            "InceptionV3",
+        )  # fmt: skip
+        variables = jax.tree.map(np.ascontiguousarray, ours(layout, held))
+    except UserError as error:
+        raise UserError(
+            f"{file} does not hold InceptionV3's weights ({str(error).rstrip('.')}); get them from "
+            f"{WHERE}."
+        ) from error
 
     def apply(params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         if legacy:

@@ -36,7 +36,7 @@ def reconstructions(evaluation: Evaluation) -> dict[str, Any]:
     measure = devices.compile(measurement(evaluation, shared))
     params, size = devices.replicate(params), images_at_once(config, MICRO) * len(devices)
     sums: dict[str, float] = {}
-    counts, bits = np.zeros(config.vqgan.codebook_size, np.int64), 0.0
+    counts, bits = np.zeros(config.vqgan.codes, np.int64), 0.0
     made = Collector(len(chosen), 0)
     real = None
     if shared and evaluation.kept(chosen) is None:

@@ -1,6 +1,7 @@
 """Quantizers: from latents to the nearest entries of a codebook, and back from indices.
 
-All share one call signature: `quantizer(z) -> Quantized`, and `quantizer.lookup(indices)`.
+All share one call signature: `quantizer(z, noise=None) -> Quantized`, and
+`quantizer.lookup(indices)`. `noise` is what training draws with, where a quantizer draws.
 """
 
 from typing import NamedTuple
@@ -9,6 +10,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from taming_jax.models.layers import conv
 
 
 class Quantized(NamedTuple):
@@ -24,6 +27,13 @@ class Quantized(NamedTuple):
     loss: jax.Array
 
 
+class Noise(NamedTuple):
+    """A key an image [b], and the temperature float32 []."""
+
+    keys: jax.Array
+    temperature: jax.Array
+
+
 class VectorQuantizer(nn.Module):
     """VQ-VAE's quantizer (arXiv 1711.00937, equation 3) in float32.
 
@@ -37,6 +47,7 @@ class VectorQuantizer(nn.Module):
     commitment: float = 0.25
     legacy: bool = False
     l2_normalise: bool = False
+    used: tuple[int, ...] = ()
 
     def setup(self) -> None:
         k, d = self.codebook_size, self.code_dim
@@ -44,9 +55,9 @@ class VectorQuantizer(nn.Module):
         init = nn.initializers.normal(1.0) if self.l2_normalise else uniform(1 / k)
         self.codebook = self.param("codebook", init, (k, d))
 
-    def __call__(self, z: jax.Array) -> Quantized:
+    def __call__(self, z: jax.Array, noise: Noise | None = None) -> Quantized:
         z = z.astype(jnp.float32)
-        codes = self.codebook
+        codes = left_of(self.codebook, self.used)
         if self.l2_normalise:
             z, codes = unit(z), unit(codes)
         # |z - e|^2 without |z|^2, which is the same for every code. `highest`: a TF32 product
@@ -64,8 +75,57 @@ class VectorQuantizer(nn.Module):
 
     def lookup(self, indices: jax.Array) -> jax.Array:
         """The codes at indices int32 [b,h,w], float32 [b,h,w,d]."""
-        codes = unit(self.codebook) if self.l2_normalise else self.codebook
-        return codes[indices]
+        codes = left_of(self.codebook, self.used)
+        return (unit(codes) if self.l2_normalise else codes)[indices]
+
+
+class GumbelQuantizer(nn.Module):
+    """Codes drawn by the Gumbel-softmax trick (arXiv 1611.01144), as the official GumbelVQ does it:
+    a 1x1 convolution makes logits of latents. With `noise` a code is drawn, one-hot forward and
+    soft backward; without, it is the likeliest (the official code draws in evaluation, too).
+
+    loss = kl_weight * KL(softmax(logits) || all codes alike), of each place.
+    """
+
+    codebook_size: int
+    code_dim: int
+    kl_weight: float = 5e-4
+    used: tuple[int, ...] = ()
+
+    def setup(self) -> None:
+        k, d = self.codebook_size, self.code_dim
+        self.proj = conv(k, 1, jnp.float32)
+        self.codebook = self.param("codebook", nn.initializers.normal(1.0), (k, d))
+
+    def __call__(self, z: jax.Array, noise: Noise | None = None) -> Quantized:
+        with jax.default_matmul_precision("highest"):
+            logits = self.proj(z.astype(jnp.float32))
+        if self.used:
+            logits = logits[..., jnp.array(self.used)]
+        codes = left_of(self.codebook, self.used)
+        likely = nn.softmax(logits)
+        # The codebook's own size, as in the official code, where some of it is used only.
+        loss = (likely * jnp.log(likely * self.codebook_size + 1e-10)).sum(-1) * self.kl_weight
+        if noise is None:
+            indices = jnp.argmax(logits, -1).astype(jnp.int32)
+            return Quantized(select(codes, indices), indices, loss)
+        gumbel = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(noise.keys)
+        drawn = (logits + gumbel) / noise.temperature
+        indices = jnp.argmax(drawn, -1).astype(jnp.int32)
+        soft = nn.softmax(drawn)
+        hard = jax.nn.one_hot(indices, codes.shape[0])
+        weights = hard + soft - lax.stop_gradient(soft)
+        vectors = jnp.matmul(weights, codes, precision=lax.Precision.HIGHEST)
+        return Quantized(vectors, indices, loss)
+
+    def lookup(self, indices: jax.Array) -> jax.Array:
+        """The codes at indices int32 [b,h,w], float32 [b,h,w,d]."""
+        return left_of(self.codebook, self.used)[indices]
+
+
+def left_of(codebook: jax.Array, used: tuple[int, ...]) -> jax.Array:
+    """The codes [k,d] that are used; all where none are named."""
+    return codebook[jnp.array(used)] if used else codebook
 
 
 def select(codes: jax.Array, indices: jax.Array) -> jax.Array:

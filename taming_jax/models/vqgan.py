@@ -6,10 +6,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from taming_jax.config import Config
+from taming_jax.config import Config, VQGANConfig
 from taming_jax.models.autoencoder import Decoder, Encoder
 from taming_jax.models.layers import Dtype, conv
-from taming_jax.models.quantizers import Quantized, VectorQuantizer
+from taming_jax.models.quantizers import GumbelQuantizer, Noise, Quantized, VectorQuantizer
 
 
 class Reconstruction(NamedTuple):
@@ -23,7 +23,7 @@ class VQGAN(nn.Module):
     """Images float [b,h,w,c] in [-1, 1] through a grid of codes and back."""
 
     encoder: nn.Module
-    quantizer: VectorQuantizer
+    quantizer: VectorQuantizer | GumbelQuantizer
     decoder: nn.Module
     latent_channels: int
     dtype: Dtype = jnp.float32
@@ -32,13 +32,13 @@ class VQGAN(nn.Module):
         self.quant_conv = conv(self.quantizer.code_dim, 1, self.dtype)
         self.post_quant_conv = conv(self.latent_channels, 1, self.dtype)
 
-    def __call__(self, images: jax.Array) -> Reconstruction:
-        quantized = self.encode(images)
+    def __call__(self, images: jax.Array, noise: Noise | None = None) -> Reconstruction:
+        quantized = self.encode(images, noise)
         return Reconstruction(self.decode(quantized.vectors), quantized)
 
-    def encode(self, images: jax.Array) -> Quantized:
+    def encode(self, images: jax.Array, noise: Noise | None = None) -> Quantized:
         """Images float [b,h,w,c] to codes; see Quantized."""
-        return self.quantizer(self.quant_conv(self.encoder(images)))
+        return self.quantizer(self.quant_conv(self.encoder(images)), noise)
 
     def decode(self, vectors: jax.Array) -> jax.Array:
         """Codes float [b,h',w',d] to images float32 [b,h,w,c]."""
@@ -65,10 +65,7 @@ def build_vqgan(config: Config) -> VQGAN:
         encoder=Encoder(
             blocks=settings.blocks, latent_channels=settings.latent_channels, **levels
         ),
-        quantizer=VectorQuantizer(
-            settings.codebook_size, settings.code_dim, settings.commitment,
-            settings.legacy_commitment, settings.l2_normalise,
-        ),
+        quantizer=build_quantizer(settings),
         decoder=Decoder(
             blocks=settings.blocks + 1 if blocks is None else blocks,
             out_channels=config.data.channels, **levels,
@@ -76,6 +73,16 @@ def build_vqgan(config: Config) -> VQGAN:
         latent_channels=settings.latent_channels,
         dtype=dtype,
     )  # fmt: skip
+
+
+def build_quantizer(settings: VQGANConfig) -> VectorQuantizer | GumbelQuantizer:
+    """The quantizer that settings describe."""
+    k, d, used = settings.codebook_size, settings.code_dim, settings.used_codes
+    if settings.quantizer == "gumbel":
+        return GumbelQuantizer(k, d, settings.kl_weight, used)
+    return VectorQuantizer(
+        k, d, settings.commitment, settings.legacy_commitment, settings.l2_normalise, used
+    )
 
 
 def grid_size(config: Config) -> int:

@@ -23,10 +23,20 @@ from taming_jax.data.augment import diff_augmented
 from taming_jax.data.feeds import take, to_float
 from taming_jax.models.discriminator import Discriminator
 from taming_jax.models.lpips import lpips
+from taming_jax.models.quantizers import Noise
 from taming_jax.models.vqgan import VQGAN, build_vqgan, reconstruct
 from taming_jax.train.accumulate import accumulated
 from taming_jax.train.devices import averaged, summed
 from taming_jax.train.state import Net, TrainState, moved
+
+
+class Keys(NamedTuple):
+    """Keys [b] each, where something draws: for what the discriminator sees of real and of fake
+    images, and for their codes."""
+
+    real: jax.Array | None = None
+    fake: jax.Array | None = None
+    codes: jax.Array | None = None
 
 
 class Gradients(NamedTuple):
@@ -150,13 +160,13 @@ class Networks:
         lpips_params: Any,
         adversarial: bool,
         discriminator_steps: jax.Array | int = 0,
-        keys: tuple[jax.Array, jax.Array] | None = None,
+        keys: Keys = Keys(),  # noqa: B008
+        temperature: jax.Array | float = 1.0,
     ) -> Gradients:
         """Every loss and gradient of one step on images float [b,h,w,c] in [-1, 1].
 
         `discriminator_steps` is how many steps the discriminator has taken (LeCAM's averages need
-        it); `keys` [b] each are for what the discriminator sees of the real and of the fake images,
-        where that is augmented.
+        it); `keys` are for what of it draws, codes at a `temperature`.
 
         With `micro_batches` the images are taken in so many parts, to the same losses and gradients
         but where the discriminator is concerned: its BatchNorm normalises within a part (of all
@@ -166,8 +176,9 @@ class Networks:
         """
         settings, count = self.settings, self.settings.micro_batches
         part = functools.partial(
-            self.part, generator.params, discriminator.params, lpips_params, adversarial
-        )
+            self.part, generator.params, discriminator.params, lpips_params, adversarial,
+            jnp.asarray(temperature, jnp.float32),
+        )  # fmt: skip
         updates = count * jnp.asarray(discriminator_steps, jnp.int32)
         (extra, _), sums = accumulated(part, (discriminator.extra, updates), (images, keys), count)
         means = jax.tree.map(lambda x: x / count, sums)
@@ -201,13 +212,15 @@ class Networks:
         discriminator: Any,
         lpips_params: Any,
         adversarial: bool,
+        temperature: jax.Array,
         carry: tuple[dict[str, Any], jax.Array],
-        arrays: tuple[jax.Array, tuple[jax.Array, jax.Array] | None],
+        arrays: tuple[jax.Array, Keys],
     ) -> tuple[Any, Part]:
         """What a part of a batch, images and keys, adds to the step. `carry` is the discriminator's
         state and how many updates that has seen."""
         (extra, updates), (images, keys) = carry, arrays
-        seen = self.look(generator, images, lpips_params)
+        noise = None if keys.codes is None else Noise(keys.codes, temperature)
+        seen = self.look(generator, images, lpips_params, noise)
         codebook_weight = self.settings.codebook_weight
         weight = jnp.zeros(())
         if not adversarial:
@@ -226,12 +239,14 @@ class Networks:
             seen.counts, seen.metrics | adversary.metrics,
         )  # fmt: skip
 
-    def look(self, params: Any, images: jax.Array, lpips_params: Any) -> Look:
+    def look(
+        self, params: Any, images: jax.Array, lpips_params: Any, noise: Noise | None = None
+    ) -> Look:
         """The generator's forward pass on images, and the losses between them and what it made."""
 
         def generate(params: Any) -> tuple[Any, Any]:
             output, changed = self.generator.apply(
-                {"params": params}, images, mutable=["intermediates"]
+                {"params": params}, images, noise, mutable=["intermediates"]
             )
             last = changed["intermediates"]["decoder"]["last"][0]
             codebook = output.quantized.loss.mean()
@@ -271,7 +286,7 @@ class Networks:
     def counts(self, indices: jax.Array, weight: jax.Array | float = 1.0) -> jax.Array:
         """How often each code was used on this device, float32 [k]; `weight` [b,1,1] counts an
         example for more or less than once."""
-        one_hot = jax.nn.one_hot(indices, self.settings.codebook_size)
+        one_hot = jax.nn.one_hot(indices, self.settings.codes)
         return (one_hot * jnp.asarray(weight)[..., None]).sum((0, 1, 2))
 
     def adversary(
@@ -281,19 +296,17 @@ class Networks:
         images: jax.Array,
         reconstruction: jax.Array,
         updates: jax.Array,
-        keys: tuple[jax.Array, jax.Array] | None,
+        keys: Keys,
     ) -> Adversary:
         """The adversarial part: one forward pass on the reconstruction, one on the images. `extra`
         is the discriminator's state, which has been updated so many times."""
         settings, stats = self.settings, extra["batch_stats"]
-        for_real_images, for_fake_images = keys or (None, None)
-
         fake, pull_fake, stats = jax.vjp(
-            lambda params, x: self.discriminate(params, stats, x, for_fake_images),
+            lambda params, x: self.discriminate(params, stats, x, keys.fake),
             params, reconstruction, has_aux=True,
         )  # fmt: skip
         real, pull_real, stats = jax.vjp(
-            lambda params: self.discriminate(params, stats, images, for_real_images),
+            lambda params: self.discriminate(params, stats, images, keys.real),
             params, has_aux=True,
         )  # fmt: skip
         extra = extra | {"batch_stats": stats}

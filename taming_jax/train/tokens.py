@@ -62,7 +62,7 @@ class Tokenizer:
     ):
         self.devices, self.seed = devices, config.seed
         self._folder, self._params, self._config = folder, params, config
-        self._dtype, self._say = smallest_unsigned(model.quantizer.codebook_size), say
+        self._dtype, self._say = smallest_unsigned(config.vqgan.codes), say
         self._check = check
         self._known: tuple[np.ndarray | None, str] = None, ""  # the last images, and their digest
 

@@ -21,9 +21,10 @@ from taming_jax.models.vqgan import VQGAN, decode_indices, grid_size, reconstruc
 from taming_jax.train import hosts
 from taming_jax.train.accumulate import repeated
 from taming_jax.train.devices import Compiled, Devices
-from taming_jax.train.objective import Networks
+from taming_jax.train.objective import Keys, Networks
 from taming_jax.train.state import (
     AUGMENTATION,
+    CODES,
     FAKE,
     REAL,
     Net,
@@ -122,10 +123,14 @@ class VQGANStage:
                 return example_keys(self.config.seed, purpose, state.step, arrays["place"])
 
             images = to_float(augmented(take(arrays)[0], keys(AUGMENTATION), self.config.data))
-            seen = (keys(REAL), keys(FAKE)) if settings.diff_augment else None
+            draws = Keys()
+            if settings.diff_augment:
+                draws = draws._replace(real=keys(REAL), fake=keys(FAKE))
+            if settings.quantizer == "gumbel":
+                draws = draws._replace(codes=keys(CODES))
             found = self.networks.gradients(
                 generator, discriminator, images, lpips_params, adversarial,
-                state.step - self.start, seen,
+                state.step - self.start, draws, self.temperature(state.step),
             )  # fmt: skip
             rate = self._rates["generator"](state.step)
             generator = generator.updated(self._optimiser, found.generator, rate)
@@ -144,6 +149,12 @@ class VQGANStage:
             return stepped(state, nets, found.metrics)
 
         return step
+
+    def temperature(self, step: jax.Array) -> jax.Array:
+        """That of the Gumbel-softmax trick at a step."""
+        first, last = self.config.vqgan.gumbel_temperature
+        share = (1 + jnp.cos(jnp.pi * step / self.steps)) / 2
+        return last + (first - last) * share
 
     def compiled(self, adversarial: bool) -> Compiled:
         """The step before (False) or after (True) the discriminator's start, on the devices."""

@@ -7,28 +7,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from taming_jax.convert.inception import inception_variables
+from taming_jax.convert.inception import inception_layout
+from taming_jax.convert.layout import ours, paths
 from taming_jax.data.feeds import to_float
 from taming_jax.evaluation.features import resized_legacy
 from taming_jax.models.inception import CLASSES, InceptionV3
 from tests.golden import assert_close
 
-LAST = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean",
-        "var": "running_var"}  # fmt: skip
 
-
-def shapes():
-    """The official names, with PyTorch's shapes."""
-    found = {}
-    variables = jax.eval_shape(InceptionV3().init, jax.random.key(0), jnp.zeros((1, 299, 299, 3)))
-    for collection in ("params", "batch_stats"):
-        for path, leaf in jax.tree_util.tree_leaves_with_path(variables[collection]):
-            *names, last = (key.key for key in path)
-            shape = leaf.shape
-            if last == "kernel":
-                shape = (shape[3], shape[2], *shape[:2]) if len(shape) == 4 else shape[::-1]
-            found[".".join([*names, LAST[last]])] = shape
-    return found
+def known():
+    """Our arrays' names and shapes, and where they stand in the official state dict."""
+    found = paths(
+        jax.eval_shape(InceptionV3().init, jax.random.key(0), jnp.zeros((1, 299, 299, 3)))
+    )
+    return found, inception_layout(found)
 
 
 def random_weights(shapes):
@@ -57,14 +49,15 @@ def images():
 
 
 def test_features_and_logits_are_pytorch_fids():
-    expected = np.load(Path(__file__).with_name("inception.npz"))
-    variables = inception_variables(random_weights(shapes()))
+    recorded = np.load(Path(__file__).with_name("inception.npz"))
+    shapes, layout = known()
+    variables = ours(layout, random_weights(expected(layout, shapes)))
     small = np.random.default_rng(3).integers(0, 256, (2, 3, 40, 40)).transpose(0, 2, 3, 1)
     with jax.default_matmul_precision("highest"):
         network = jax.jit(InceptionV3().apply)
         features, logits = network(variables, images())
         resized, _ = network(variables, resized_legacy(to_float(small)))
     assert logits.shape == (2, CLASSES)
-    assert_close(features, expected["features"], "features", 1e-4, 1e-6)
-    assert_close(resized, expected["resized"], "features of resized images", 1e-4, 1e-6)
-    assert_close(logits, expected["logits"], "logits", 1e-4, 1e-6)
+    assert_close(features, recorded["features"], "features", 1e-4, 1e-6)
+    assert_close(resized, recorded["resized"], "features of resized images", 1e-4, 1e-6)
+    assert_close(logits, recorded["logits"], "logits", 1e-4, 1e-6)

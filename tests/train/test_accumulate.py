@@ -19,7 +19,7 @@ from taming_jax.models.vqgan import VQGAN
 from taming_jax.train import accumulate
 from taming_jax.train.accumulate import accumulated, divided
 from taming_jax.train.devices import Devices
-from taming_jax.train.objective import Networks
+from taming_jax.train.objective import Keys, Networks
 from taming_jax.train.state import Net, moved
 from tests import golden
 from tests.train.test_objective import networks_and_state
@@ -142,7 +142,7 @@ def learned(overrides, parts, count, adversarial, arguments):
 
     def gradients(nets, arrays):
         images, keys = arrays
-        keys = keys and tuple(map(jax.random.wrap_key_data, keys))
+        keys = Keys(*map(jax.random.wrap_key_data, keys or ()))
         return networks.gradients(*nets, images, {}, adversarial, 100, keys)
 
     arrays = images, keys and tuple(map(jax.random.key_data, keys))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from taming_jax.config import load_config
-from taming_jax.convert.compvis import discriminator_variables, vqgan_params
+from taming_jax.convert.compvis import discriminator_layout, vqgan_layout
 from taming_jax.data.augment import diff_augmented
 from taming_jax.models.lpips import load_lpips
 from taming_jax.train.objective import Networks
@@ -26,10 +26,20 @@ OFFICIAL = {
 def test_reproduces_the_official_training_step():
     recorded = golden.load("compvis_losses")
     networks = Networks.build(load_config("mnist", OFFICIAL))
-    variables = discriminator_variables(golden.under(recorded, "disc/"))
-    generator = Net(vqgan_params(golden.under(recorded, "sd/")), ())
-    discriminator = Net(variables["params"], (), {"batch_stats": variables["batch_stats"]})
     images = golden.nhwc(recorded["x"])
+
+    def generator_of(state_dict):
+        ours = jax.eval_shape(networks.generator.init, jax.random.key(0), images)["params"]
+        return golden.converted(vqgan_layout, ours, state_dict)
+
+    def discriminator_of(state_dict):
+        ours = jax.eval_shape(lambda x: networks.discriminator.init(jax.random.key(0), x), images)
+        return golden.converted(discriminator_layout, ours, state_dict)
+
+    of_discriminator = golden.without_counts(golden.under(recorded, "disc/"))
+    variables = discriminator_of(of_discriminator)
+    generator = Net(generator_of(golden.under(recorded, "sd/")), ())
+    discriminator = Net(variables["params"], (), {"batch_stats": variables["batch_stats"]})
 
     output = networks.generator.apply({"params": generator.params}, images)
     np.testing.assert_array_equal(output.quantized.indices, recorded["indices"])
@@ -46,9 +56,10 @@ def test_reproduces_the_official_training_step():
     }  # fmt: skip
     for official, name in ours.items():
         golden.assert_close(found.metrics[name], scalars[official], official)
-    expected = vqgan_params(golden.under(recorded, "grad/"))
+    expected = generator_of(golden.under(recorded, "grad/"))
     golden.assert_trees_close(found.generator, expected, "generator gradient ")
-    expected = discriminator_variables(golden.under(recorded, "disc_grad/"))["params"]
+    of_discriminator |= golden.under(recorded, "disc_grad/")
+    expected = discriminator_of(of_discriminator)["params"]
     golden.assert_trees_close(found.discriminator, expected, "discriminator gradient ")
 
 

@@ -17,7 +17,7 @@ from taming_jax.models.gpt import GPT, build_gpt
 from taming_jax.models.lpips import load_lpips, lpips
 from taming_jax.models.vqgan import build_vqgan
 from taming_jax.train.devices import Devices
-from taming_jax.train.objective import Networks
+from taming_jax.train.objective import Keys, Networks
 from taming_jax.train.prior import fresh_transformer, training_step
 from taming_jax.train.state import Net
 
@@ -180,7 +180,7 @@ def test_the_discriminator_in_bfloat16_learns_almost_the_same():
 
         def step(net, x, networks=networks):
             fake = -x[:, ::-1] / 2
-            found = networks.adversary(net.params, net.extra, x, fake, jnp.int32(100), None)
+            found = networks.adversary(net.params, net.extra, x, fake, jnp.int32(100), Keys())
             return networks.mean((found.gradient, found.metrics)), found.extra
 
         (gradient, metrics), extra = called(devices, step, net, devices.shard(images))
