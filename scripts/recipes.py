@@ -88,7 +88,9 @@ def run(script: str, *arguments: str) -> None:
     command = shlex.join([sys.executable, script, *arguments])
     print(command, file=sys.stderr, flush=True)
     setup = f"set -e; . {shlex.quote(str(ROOT / 'scripts' / 'cpu.sh'))}; exec {command}"
-    if code := subprocess.run(["bash", "-c", setup], cwd=ROOT, check=False).returncode:
+    if code := subprocess.run(
+        ["bash", "-c", setup], cwd=ROOT, stdout=sys.stderr, check=False
+    ).returncode:
         sys.exit(code)
 
 

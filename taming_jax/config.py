@@ -24,6 +24,8 @@ from taming_jax.errors import UserError
 from taming_jax.files import write_whole
 from taming_jax.formats import FORMAT, SETTINGS, format_of, migrated
 
+UNKNOWN = "unknown"  # the dataset of an imported run
+
 
 def free(default: Any) -> Any:
     """A field that a resumed run may change."""
@@ -34,7 +36,8 @@ def free(default: Any) -> Any:
 class DataConfig:
     name: str = "mnist"
     """The dataset: mnist; synthetic (small pictures made by rule, of any size); folder (pictures in
-    --data.path); OWNER/NAME on the Hugging Face hub; tfds:NAME of TensorFlow Datasets."""
+    --data.path); OWNER/NAME on the Hugging Face hub; tfds:NAME of TensorFlow Datasets. An imported
+    run's is unknown until it is named."""
     path: str | None = free(None)
     """A folder with your own copy of the files, in place of a download."""
     image_column: str | None = None
@@ -338,6 +341,8 @@ def differences(
     """How two configs differ in what is trained (or in any setting, with the `free` ones), a phrase
     a setting: "--seed is 1, not 2"."""
 
+    unknown = UNKNOWN in (left.data.name, right.data.name)
+
     def walk(a: Any, b: Any, names: tuple[str, ...]) -> list[str]:
         found = []
         for f in dataclasses.fields(a):
@@ -345,6 +350,8 @@ def differences(
             if f.metadata.get("free") and not also_free:
                 continue
             if not names and f.name not in sections:
+                continue
+            if unknown and names == ("data",) and f.name not in ("image_size", "channels"):
                 continue
             if dataclasses.is_dataclass(x):
                 found += walk(x, y, (*names, f.name))

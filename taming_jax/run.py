@@ -50,13 +50,13 @@ def _read(folder: Path) -> tuple[Config, int, dict[str, Any] | None, Any, Any]:
         raise UserError(f"there is no folder {folder}; name a run's, such as runs/mnist_tiny.")
     prior = Store(folder, "prior", "nll", read_only=True)
     if prior.steps():
-        (arrays, config, dataset), step = prior.chosen()
-        nets = traverse_util.unflatten_dict(arrays)["nets"]
+        found, step = prior.chosen()
+        nets = traverse_util.unflatten_dict(found.arrays)["nets"]
         transformer = nets["transformer"]["params"]
-        return config, step, dataset, nets["generator"]["params"], transformer
-    (arrays, config, dataset), step = Store(folder, "vqgan", "nll", read_only=True).chosen()
-    net = traverse_util.unflatten_dict(arrays)["nets"]["generator"]
-    return config, step, dataset, net.get("ema", net["params"]), None
+        return found.config, step, found.dataset, nets["generator"]["params"], transformer
+    found, step = Store(folder, "vqgan", "nll", read_only=True).chosen()
+    net = traverse_util.unflatten_dict(found.arrays)["nets"]["generator"]
+    return found.config, step, found.dataset, net.get("ema", net["params"]), None
 
 
 class Run:
@@ -88,6 +88,8 @@ class Run:
         if transformer is not None:
             self.transformer = jax.device_put(transformer)
             classes = len(transformer["embedding"]) - config.vqgan.codes - 1
+            if config.prior.vocabulary is not None:  # classes are among the codes
+                classes = len(self.class_names)
             self.prior = build_gpt(config, classes)
             self._likelihood = jax.jit(self._of_codes)
 

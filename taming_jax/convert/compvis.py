@@ -3,10 +3,12 @@ their state dicts."""
 
 import re
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
 from taming_jax.convert.layout import Entry, Layout, Path, joined, kernel, parameter, same
+from taming_jax.models.lpips import GROUPS, SCALE, SHIFT
 
 
 def vqgan_layout(paths: Iterable[Path]) -> Layout:
@@ -71,3 +73,24 @@ def gpt_layout(paths: Iterable[Path]) -> Layout:
         "head": kernel("head.weight"),
     }
     return {path: entry(path) for path in paths}
+
+
+def lpips_state_dict(params: Any) -> dict[str, np.ndarray]:
+    """The official names of LPIPS's weights, which its losses carry; `params` is what
+    `models.lpips.load_lpips` answers."""
+    channel = (1, 3, 1, 1)
+    found = {
+        "scaling_layer.shift": np.array(SHIFT, np.float32).reshape(channel),
+        "scaling_layer.scale": np.array(SCALE, np.float32).reshape(channel),
+    }
+    place = number = 0  # in torchvision's VGG16, which counts activations and poolings too
+    for piece, group in enumerate(GROUPS, 1):
+        place += piece > 1
+        for _ in group:
+            layer, name = params["vgg"][f"Conv_{number}"], f"net.slice{piece}.{place}"
+            found |= {f"{name}.weight": kernel(name).theirs(np.asarray(layer["kernel"]))[0]}
+            found |= {f"{name}.bias": np.asarray(layer["bias"])}
+            place, number = place + 2, number + 1
+    for i, head in enumerate(params["heads"]):
+        found[f"lin{i}.model.1.weight"] = np.asarray(head).reshape(1, -1, 1, 1)
+    return found

@@ -87,7 +87,7 @@ def write_state_dict(
     if file.suffix == ".safetensors":
         from safetensors.numpy import save_file
 
-        whole = {name: np.ascontiguousarray(x) for name, x in state_dict.items()}
+        whole = {name: np.asarray(x, order="C") for name, x in state_dict.items()}
         partial = file.with_name(f".{file.name}.partial")
         try:
             save_file(whole, partial, {key: json.dumps(value) for key, value in rest.items()})

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from taming_jax.config import DataConfig
+from taming_jax.config import UNKNOWN, DataConfig
 from taming_jax.data import readers
 from taming_jax.data.augment import centred, stored_size
 from taming_jax.data.images import Pictures, decoded
@@ -45,6 +45,11 @@ def load(config: DataConfig) -> Splits:
     Raises UserError for an unknown name, files that are missing or damaged, and image sizes that
     the source cannot give.
     """
+    if config.name == UNKNOWN:
+        raise UserError(
+            "this run was imported, and its dataset is not known; name one by --data.name (folder, "
+            "with --data.path, or another) where it is trained, which its config.json keeps."
+        )
     if config.name in SOURCES:
         return SOURCES[config.name](config)
     if config.name.startswith("tfds:"):
@@ -84,7 +89,7 @@ def unlike(now: dict[str, Any] | None, then: dict[str, Any] | None) -> list[str]
     found: list[str] = []
     if now is None or then is None:
         return found
-    for name, count in then["images"].items():
+    for name, count in then.get("images", {}).items():  # an imported run knows the classes alone
         if now["images"][name] != count:
             found.append(f"there are {now['images'][name]} {name} images, not {count}")
     names, before = now["class_names"], then["class_names"]
@@ -94,7 +99,7 @@ def unlike(now: dict[str, Any] | None, then: dict[str, Any] | None) -> list[str]
         one, other = next(pair for pair in zip(names, before, strict=True) if pair[0] != pair[1])
         found.append(f"a class is called '{one}', not '{other}'")
     if not found:
-        for name, means in then["means"].items():
+        for name, means in then.get("means", {}).items():
             if max(np.abs(np.subtract(now["means"][name], means))) > 1:
                 found.append(f"the {name} images are others")
     return found

@@ -125,8 +125,8 @@ def stage1_step(run: "Run") -> int | None:
         return run.step
     with contextlib.suppress(UserError):
         store = Store(run.workdir, "vqgan", "nll", read_only=True)
-        (arrays, _, _), step = store.chosen()
-        net = traverse_util.unflatten_dict(arrays)["nets"]["generator"]
+        found, step = store.chosen()
+        net = traverse_util.unflatten_dict(found.arrays)["nets"]["generator"]
         if hash_of(net.get("ema", net["params"])) == hash_of(jax.tree.map(np.asarray, run.params)):
             return step
     return None

@@ -10,7 +10,7 @@ import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import jax
 import numpy as np
@@ -27,6 +27,7 @@ from taming_jax.train.runtime import prepare
 from taming_jax.train.signals import Signals
 from taming_jax.train.state import TrainState, copied
 from taming_jax.train.store import FD, Store
+from taming_jax.train.weights import begun_from, said
 
 
 class Stage(Protocol):
@@ -90,7 +91,11 @@ def train(
             if restart:
                 store.clear()
             sections = ("seed", "dtype", "data", stage.name)
-            return store.restore(template, config, sections, say)
+            restored = store.restore(template, config, sections, say)
+            source = getattr(config, stage.name).init_from
+            if restored is None and source is not None:
+                return weights_of(Path(source), stage, template)
+            return restored
 
         try:
             with signals.ending():
@@ -113,6 +118,14 @@ def train(
                 f"--{stage.name}.batch-size, raise --{stage.name}.micro-batches, or use more "
                 "devices."
             ) from error
+
+
+def weights_of(source: Path, stage: Stage, template: TrainState) -> TrainState:
+    """A fresh state with another run's weights. UserError where that has none that fit."""
+    chosen, _ = Store(source, stage.name, stage.monitor, read_only=True).chosen()
+    begun = begun_from(stage.name, template, chosen.arrays)
+    say(said(begun, source))
+    return cast(TrainState, begun.state)
 
 
 def hold(folder: Path, stack: contextlib.ExitStack) -> None:

@@ -135,15 +135,14 @@ def chosen_generator(folder: Path, anew: bool = False) -> Generator:
     prior = Store(folder, "prior", "nll", read_only=True)
     for step in [] if anew else reversed(prior.steps()):
         try:
-            arrays, config, dataset = prior.read(step)
+            found = prior.read(step)
         except ValueError:
             continue
-        params = traverse_util.unflatten_dict(arrays)["nets"]["generator"]["params"]
-        return Generator(params, config, dataset)
-    vqgan = Store(folder, "vqgan", "nll", read_only=True)
-    (arrays, config, dataset), _ = vqgan.chosen()
-    net = traverse_util.unflatten_dict(arrays)["nets"]["generator"]
-    return Generator(net.get("ema", net["params"]), config, dataset)
+        params = traverse_util.unflatten_dict(found.arrays)["nets"]["generator"]["params"]
+        return Generator(params, found.config, found.dataset)
+    found, _ = Store(folder, "vqgan", "nll", read_only=True).chosen()
+    net = traverse_util.unflatten_dict(found.arrays)["nets"]["generator"]
+    return Generator(net.get("ema", net["params"]), found.config, found.dataset)
 
 
 class PriorStage:
@@ -180,6 +179,12 @@ class PriorStage:
         # In float32 whatever the transformer computes in: the codes are the data.
         self.vqgan = build_vqgan(dataclasses.replace(config, dtype="float32"))
         self.model = build_gpt(config, len(self.splits.class_names))
+        if self.model.length > self.model.longest:
+            raise UserError(
+                f"--prior.block-size {self.model.longest} does not hold the "
+                f"{self.model.length} codes of an image; such a prior draws in windows, and is not "
+                "trained on whole images."
+            )
         self.steps = config.prior.total_steps(len(self.splits.train.images))
         step = functools.partial(training_step, config, self.model, self.steps, devices.axis_name)
         self._step = devices.compile(step, donate=True)

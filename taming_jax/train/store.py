@@ -19,6 +19,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
+from orbax.checkpoint import type_handlers
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from taming_jax.config import Config, differences, settings, to_dict
@@ -28,6 +29,7 @@ from taming_jax.files import text_hash
 from taming_jax.formats import ARRAYS, FORMAT, format_of, migrated
 from taming_jax.train.arrays import digest, fill, named_arrays
 from taming_jax.train.trouble import hush, reason
+from taming_jax.train.weights import LEARNED, begun_from, said
 
 hush()
 
@@ -39,8 +41,20 @@ ALONE = ocp.options.MultiprocessingOptions(
 FD = "fd_vgg16"  # a Fréchet distance: where a validation took it, checkpoints are judged by it
 
 
+SHARD = 2**26  # bytes a file, where memory is spared
+
+
 def arrays_handler() -> ocp.StandardCheckpointHandler:
     return ocp.StandardCheckpointHandler(multiprocessing_options=ALONE)
+
+
+def sparing_handler() -> ocp.PyTreeCheckpointHandler:
+    """Writes what the other reads, without a copy of the arrays first: they must not change."""
+    numpy = type_handlers.NumpyHandler(deepcopy_host_arrays=False)
+    return ocp.PyTreeCheckpointHandler(
+        multiprocessing_options=ALONE,
+        type_handler_registry=type_handlers.create_type_handler_registry((np.ndarray, numpy)),
+    )
 
 
 def json_handler() -> ocp.JsonCheckpointHandler:
@@ -48,19 +62,22 @@ def json_handler() -> ocp.JsonCheckpointHandler:
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint's arrays by name, the config it was trained with, and the identity
-    (data/sources.py) of the dataset it was trained on, where it keeps one."""
+    """A checkpoint's arrays by name, the config it was trained with, the identity
+    (data/sources.py) of the dataset it was trained on, where it keeps one, and whether it holds
+    weights only, with which a run begins."""
 
     arrays: dict[tuple[str, ...], np.ndarray]
     config: Config
     dataset: dict[str, Any] | None
+    weights_only: bool = False
 
 
 class Store:
     """The checkpoints of one stage in a run's folder: the last two, and the best by `monitor`, or
     by the Fréchet distance where the run takes it (lower is better). `dataset` is the identity
     (data/sources.py) of what the stage trains on, which each checkpoint keeps, and a resumed run
-    has to equal. `say` is called with a sentence where a checkpoint is damaged, or could not be
+    has to equal. An `imported` one takes weights only, which may be a mapped file larger than
+    memory. `say` is called with a sentence where a checkpoint is damaged, or could not be
     written."""
 
     def __init__(
@@ -70,8 +87,9 @@ class Store:
         monitor: str,
         read_only: bool = False,
         dataset: dict[str, Any] | None = None,
+        imported: bool = False,
     ):
-        self._read_only, self._dataset = read_only, dataset
+        self._read_only, self._dataset, self._imported = read_only, dataset, imported
         self.path = folder.absolute() / "checkpoints" / name
         self._monitor = monitor
         self._manager: ocp.CheckpointManager | None = None
@@ -102,7 +120,10 @@ class Store:
                     # Else threads wait for minutes for a folder that could not be made.
                     async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
                 ),
-                item_handlers={"state": arrays_handler(), "about": json_handler()},
+                item_handlers={
+                    "state": sparing_handler() if self._imported else arrays_handler(),
+                    "about": json_handler(),
+                },
             )  # fmt: skip
         return self._manager
 
@@ -162,10 +183,14 @@ class Store:
             "metrics": metrics,
             "dataset": self._dataset,
         }
+        if self._imported:
+            about["weights_only"] = True
         about["hash"] = text_hash(about)
+        tree = traverse_util.unflatten_dict(arrays)
+        standard = ocp.args.StandardSave(tree)
+        sparing = ocp.args.PyTreeSave(tree, ocdbt_target_data_file_size=SHARD)
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(traverse_util.unflatten_dict(arrays)),
-            about=ocp.args.JsonSave(about),
+            state=sparing if self._imported else standard, about=ocp.args.JsonSave(about)
         )
         if metrics is not None:
             self._lowest = min(self.lowest, self.judged(metrics))
@@ -280,7 +305,9 @@ class Store:
         number = format_of(about, folder)
         try:
             config = settings(about["config"], number)
-            return Checkpoint(migrated(arrays, number, ARRAYS), config, about.get("dataset"))
+            arrays = migrated(arrays, number, ARRAYS)
+            weights_only = about.get("weights_only", False)
+            return Checkpoint(arrays, config, about.get("dataset"), weights_only)
         except UserError as error:
             raise UserError(
                 f"{folder} was written by another version of this program: {error}"
@@ -333,6 +360,8 @@ class Store:
             self._set_aside(damaged, say)
             if damaged and damaged[0] > step:
                 say(f"The one before it, of step {step}, is used.")
+            if checkpoint.weights_only:
+                return self._begun(template, checkpoint.arrays)
             return fill(template, checkpoint.arrays)
         if damaged:
             raise UserError(
@@ -340,6 +369,22 @@ class Store:
                 "anew with --restart."
             )
         return None
+
+    def _begun(self, template: Any, arrays: dict[tuple[str, ...], np.ndarray]) -> Any:
+        """A state with weights that were imported. UserError where some of them have no place."""
+        begun = begun_from(self.path.name, template, arrays)
+        lost = [
+            path for path in arrays
+            if path[1:2] and path[1] in LEARNED[self.path.name] and path[2] == "params"
+            and path not in begun.kept
+        ]  # fmt: skip
+        if lost:
+            raise UserError(
+                f"the settings leave no room for the imported array {'.'.join(lost[0])}; take "
+                f"those of {self.path.parent.parent}/config.json."
+            )
+        self.say(said(begun, self.path.parent.parent))
+        return begun.state
 
     def _harmed(self, step: int) -> bool:
         """Whether Orbax would stumble over an older checkpoint, whose arrays nobody asked for."""

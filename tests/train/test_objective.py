@@ -9,7 +9,7 @@ from taming_jax.config import load_config
 from taming_jax.convert.compvis import discriminator_layout, vqgan_layout
 from taming_jax.data.augment import diff_augmented
 from taming_jax.models.lpips import load_lpips
-from taming_jax.train.objective import Networks
+from taming_jax.train.objective import Keys, Networks
 from taming_jax.train.state import Net
 from tests import golden
 from tests.plain_step import ONES, plain_gradients
@@ -188,7 +188,7 @@ def test_augmentation_of_what_the_discriminator_sees_is_differentiated():
     networks, generator, discriminator, images = networks_and_state(
         {"vqgan.diff_augment": kinds, "vqgan.adaptive_weight": False}
     )
-    keys = tuple(jax.random.split(jax.random.key(i), len(images)) for i in (5, 6))
+    keys = Keys(*(jax.random.split(jax.random.key(i), len(images)) for i in (5, 6)))
     found = jax.jit(networks.gradients, static_argnums=4)(
         generator, discriminator, images, {}, True, 0, keys
     )

@@ -1,0 +1,147 @@
+#!/usr/bin/env python3
+"""Gives a run's best weights back as a checkpoint of the official code
+(CompVis/taming-transformers), with its YAML beside it.
+
+    python scripts/export_compvis.py --workdir runs/birds --out birds.ckpt
+
+`--out` ends in .ckpt or .safetensors; the YAML has the same name. A run that was imported keeps the
+names it came with.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from taming_jax.errors import RunFailed, UserError, report, say
+from taming_jax.files import check_writable, write_whole
+
+PROGRAM = "CompVis/taming-transformers"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--workdir", type=Path, required=True, help="the run's folder")
+    parser.add_argument("--out", type=Path, required=True, help="FILE.ckpt or FILE.safetensors")
+    parser.add_argument(
+        "--stage", choices=("vqgan", "prior"), help="unless told, the prior where there is one"
+    )
+    given = parser.parse_args()
+    if given.out.suffix not in (".ckpt", ".safetensors"):
+        raise UserError(f"--out {given.out}: name a .ckpt or a .safetensors.")
+    if not given.out.absolute().parent.is_dir():
+        folder = given.out.absolute().parent
+        raise UserError(f"--out {given.out}: the folder {folder} does not exist; make it.")
+    check_writable("--out", given.out)
+    work(given)
+
+
+def work(given: argparse.Namespace) -> None:
+    import yaml
+    from flax import traverse_util
+
+    from taming_jax.convert.compvis_config import official, yaml_of
+    from taming_jax.convert.state_dict import write_state_dict
+    from taming_jax.train.imported import recorded
+    from taming_jax.train.store import Store
+
+    if not given.workdir.is_dir():
+        raise UserError(f"there is no folder {given.workdir}; name a run's.")
+    has_prior = bool(Store(given.workdir, "prior", "nll", read_only=True).steps())
+    stage = given.stage or ("prior" if has_prior else "vqgan")
+    checkpoint, step = Store(given.workdir, stage, "nll", read_only=True).chosen()
+    config = checkpoint.config
+    nets = traverse_util.unflatten_dict(checkpoint.arrays)["nets"]
+    classes = None if stage == "vqgan" else len((checkpoint.dataset or {})["class_names"])
+
+    held = recorded(given.workdir)
+    model = None
+    if held is not None and held[0].program == PROGRAM:
+        used = config.vqgan.used_codes or None
+        model = official(held[0].settings, given.workdir / "imported", classes, used)
+    if model is not None and (model.transformer is None) == (stage == "vqgan"):
+        record, rest = held  # type: ignore[misc]
+        settings, names = record.settings, record.names
+    else:
+        settings = yaml.safe_dump(yaml_of(config, "discriminator" in nets, classes))
+        model = official(settings, given.out, classes)
+        rest, names = {}, []
+    arrays = networks(model, nets, config.vqgan.l2_normalise)
+    new = model.discriminator is not None and f"{model.discriminator}main.0.weight" not in names
+    if not names or (new and "discriminator" in nets):
+        arrays = beside(model, config, nets, step) | arrays
+    arrays |= {name: np.asarray(array) for name, array in rest.items()}
+    ordered = [name for name in names if name in arrays]
+    ordered += [name for name in arrays if name not in set(ordered)]
+    if config.vqgan.l2_normalise:
+        say(
+            "The codes are given in length one: their indices and pictures are the same, though the "
+            "official code does not scale latents, and would train otherwise."
+        )
+    if stage == "prior" and config.prior.vocabulary is None:
+        say(
+            f"Class c is token {config.vqgan.codes} + c: give it so. The token of no class is left "
+            "out, since the official code knows no guidance."
+        )
+    try:
+        write_state_dict(
+            given.out, {name: arrays[name] for name in ordered}, {"global_step": int(step)}
+        )
+        write_whole(given.out.with_suffix(".yaml"), settings.encode())
+    except OSError as error:
+        raise RunFailed(f"{given.out} could not be written: {error.strerror or error}.") from error
+    print(f"{given.out} and {given.out.with_suffix('.yaml')} hold step {step} of {given.workdir}.")
+
+
+def networks(model: Any, nets: dict[str, Any], normalised: bool) -> dict[str, np.ndarray]:
+    """The networks' arrays under the official names, with codes of length one where they are
+    `normalised`."""
+    from taming_jax.convert.compvis import discriminator_layout, gpt_layout, vqgan_layout
+    from taming_jax.convert.layout import paths, theirs
+
+    generator = dict(nets["generator"].get("ema", nets["generator"]["params"]))
+    found = [(vqgan_layout, model.generator, generator)]
+    if normalised:
+        codes = generator["quantizer"]["codebook"]
+        lengths = np.linalg.norm(codes, axis=-1, keepdims=True)
+        generator["quantizer"] = generator["quantizer"] | {"codebook": codes / lengths}
+    if model.discriminator is not None and "discriminator" in nets:
+        net = nets["discriminator"]
+        variables = {"params": net["params"], "batch_stats": net["extra"]["batch_stats"]}
+        found.append((discriminator_layout, model.discriminator, variables))
+    if model.transformer is not None:
+        found.append((gpt_layout, model.transformer, nets["transformer"]["params"]))
+    return {
+        prefix + name: array
+        for table, prefix, params in found
+        for name, array in theirs(table(paths(params)), params).items()
+    }
+
+
+def beside(model: Any, config: Any, nets: dict[str, Any], step: int) -> dict[str, np.ndarray]:
+    """What the official modules hold besides, so that they load strictly: attention's masks, how
+    long BatchNorm ran, the perceptual loss."""
+    from taming_jax.convert.compvis import lpips_state_dict
+    from taming_jax.models.lpips import load_lpips
+
+    found: dict[str, np.ndarray] = {}
+    if model.transformer is not None:
+        size = model.config.prior.block_size
+        mask = np.tril(np.ones((size, size), np.float32))[None, None]
+        for i in range(config.prior.layers):
+            found[f"{model.transformer}blocks.{i}.attn.mask"] = mask
+    if model.discriminator is not None and "discriminator" in nets:
+        for i in range(1, config.vqgan.discriminator_layers + 1):
+            name = f"{model.discriminator}main.{3 * i}.num_batches_tracked"
+            found[name] = np.array(step, np.int64)
+        loss = f"{model.generator}loss.perceptual_loss."
+        found |= {loss + name: x for name, x in lpips_state_dict(load_lpips()).items()}
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(report(main))

@@ -1,0 +1,76 @@
+#!/usr/bin/env python3
+"""Makes a run of an official checkpoint (CompVis/taming-transformers): VQModel, GumbelVQ and
+Net2NetTransformer.
+
+    python scripts/import_compvis.py --checkpoint last.ckpt --config model.yaml --workdir runs/it
+
+The run is one like any other: load_run opens it, sample.py samples it, train_vqgan.py and
+train_prior.py go on with it.
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from taming_jax.errors import UserError, report
+
+# What a state dict holds beside the networks: the perceptual loss, attention's masks, counts.
+BESIDE = re.compile(r"(^|\.)loss\.|\.attn\.mask$|\.num_batches_tracked$|(^|\.)quantize\.used$")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint", type=Path, required=True, help=".ckpt or .safetensors")
+    parser.add_argument("--config", type=Path, required=True, help="the model's YAML")
+    parser.add_argument("--workdir", type=Path, required=True, help="the new run's folder")
+    parser.add_argument("--classes", type=int, help="how many, where the YAML does not say")
+    work(parser.parse_args())
+
+
+def work(given: argparse.Namespace) -> None:
+    from taming_jax.config import validated
+    from taming_jax.convert.compvis import discriminator_layout, gpt_layout, vqgan_layout
+    from taming_jax.convert.compvis_config import official, read_text
+    from taming_jax.convert.state_dict import open_state_dict
+    from taming_jax.train.imported import Record, network, read_networks, shapes_of, write_run
+
+    if given.classes is not None and given.classes < 1:
+        raise UserError(f"--classes is {given.classes}; it must be 1 or more.")
+    state_dict, said = open_state_dict(given.checkpoint)
+    used = [np.asarray(x) for name, x in state_dict.items() if name.endswith("quantize.used")]
+    codes = tuple(int(code) for code in used[0].reshape(-1)) if used else None
+    settings = read_text(given.config)
+    model = official(settings, given.config, given.classes, codes)
+    config, names = validated(model.config), model.class_names
+    shapes = shapes_of(config, len(names))
+    networks = {"generator": network(vqgan_layout, shapes["generator"], model.generator)}
+    if model.discriminator and any(name.startswith(model.discriminator) for name in state_dict):
+        networks["discriminator"] = network(
+            discriminator_layout, shapes["discriminator"], model.discriminator
+        )
+    if model.transformer:
+        networks["transformer"] = network(gpt_layout, shapes["transformer"], model.transformer)
+    read = read_networks(
+        given.checkpoint, state_dict, networks, lambda name: bool(BESIDE.search(name)),
+        str(given.config),
+    )  # fmt: skip
+    # A prior's checkpoints hold no discriminator, which then comes back as it is.
+    back = [networks[name] for name in networks if name != "discriminator" or not model.transformer]
+    known = {name for each in back for name in each.expected}
+    rest = {name: np.asarray(x) for name, x in state_dict.items() if name not in known}
+    record = Record("CompVis/taming-transformers", settings, list(state_dict), said)
+    write_run(given.workdir, config, read, names, record, rest)
+    print(
+        f"{given.workdir} holds {' and '.join(networks)} of {given.checkpoint}: images of "
+        f"{config.data.image_size} px, {config.vqgan.codes} codes"
+        + (f", {len(names)} class{'es' * (len(names) > 1)}." if names else ".")
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(report(main))

@@ -1,0 +1,172 @@
+"""Runs of weights from elsewhere: what an import writes, and what of it an export gives back."""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from tqdm import tqdm
+
+from taming_jax.config import Config, write_config
+from taming_jax.convert.layout import Layout, expected, ours, paths
+from taming_jax.convert.state_dict import StateDict, check, open_state_dict, write_state_dict
+from taming_jax.errors import RunFailed, UserError, say
+from taming_jax.files import alone_in, write_whole
+from taming_jax.models.discriminator import Discriminator
+from taming_jax.models.gpt import build_gpt
+from taming_jax.models.vqgan import build_vqgan
+from taming_jax.train.store import Store
+
+
+class Record(NamedTuple):
+    """What an import keeps of where it is from: the program, its own settings (a YAML, or nothing),
+    the names in the file, in their order, and what else the file said."""
+
+    program: str
+    settings: str
+    names: list[str]
+    said: dict[str, Any]
+
+
+class Network(NamedTuple):
+    """One of a run's networks in a file: where its arrays stand there, below a prefix."""
+
+    layout: Layout
+    shapes: dict[tuple[str, ...], tuple[int, ...]]
+    prefix: str
+
+    @property
+    def expected(self) -> dict[str, tuple[int, ...]]:
+        """The names and shapes the file must have."""
+        return {
+            self.prefix + name: shape for name, shape in expected(self.layout, self.shapes).items()
+        }
+
+    def read(self, state_dict: StateDict) -> dict[str, Any]:
+        """Its parameters."""
+        size = len(self.prefix)
+        below = {k[size:]: x for k, x in state_dict.items() if k.startswith(self.prefix)}
+        return ours(self.layout, below)
+
+
+def network(table: Callable[..., Layout], shapes: Any, prefix: str) -> Network:
+    """A network whose arrays have such shapes, by the table of one program."""
+    known = paths(shapes)
+    return Network(table(known), known, prefix)
+
+
+def shapes_of(config: Config, classes: int) -> dict[str, Any]:
+    """The shapes of what a run of these settings learns, by the names of its networks."""
+    data, settings = config.data, config.vqgan
+    image = jnp.zeros((1, data.image_size, data.image_size, data.channels))
+    key = jax.random.key(0)
+    generator = jax.eval_shape(build_vqgan(config).init, key, image)["params"]
+    discriminator = jax.eval_shape(
+        lambda: Discriminator(settings.discriminator_filters, settings.discriminator_layers).init(
+            key, image, train=False
+        )
+    )
+    found = {"generator": generator, "discriminator": dict(discriminator)}
+    if classes:
+        tokens = jnp.zeros((1, 1), jnp.int32)
+        found["transformer"] = jax.eval_shape(build_gpt(config, classes).init, key, tokens)[
+            "params"
+        ]
+    return found
+
+
+def read_networks(
+    file: Path,
+    state_dict: StateDict,
+    networks: Mapping[str, Network],
+    may_be: Callable[[str], bool],
+    described: str,
+) -> dict[str, Any]:
+    """The networks' parameters, in float32, behind a progress bar; those that are not finite are
+    named. UserError where the file is not as `described`."""
+    known = {k: shape for network in networks.values() for k, shape in network.expected.items()}
+    check(file, state_dict, known, may_be, described)
+    size = sum(int(np.prod(shape)) for shape in known.values()) * 4
+    with tqdm(total=size, desc="reading", unit="B", unit_scale=True, disable=None) as bar:
+
+        def converted(path: tuple[Any, ...], array: np.ndarray) -> np.ndarray:
+            if not np.isfinite(array).all():
+                say(f"Warning: {'.'.join(map(str, path))} holds values that are not finite.")
+            bar.update(array.size * 4)
+            return array.astype(np.float32, copy=False)
+
+        return {
+            name: traverse_util.path_aware_map(converted, network.read(state_dict))
+            for name, network in networks.items()
+        }
+
+
+def write_run(
+    folder: Path,
+    config: Config,
+    networks: Mapping[str, Any],
+    class_names: tuple[str, ...],
+    record: Record,
+    rest: Mapping[str, np.ndarray],
+) -> None:
+    """Writes a run that has trained nothing yet: a checkpoint of stage 1, and of stage 2 where
+    there is a transformer, of weights only; and in imported/ what an export gives back: the record,
+    and the `rest` of the file (a perceptual loss, masks, counts).
+
+    Raises UserError where the folder holds a run, RunFailed where the disk does not take it.
+    """
+    generator, discriminator = networks["generator"], networks.get("discriminator")
+    stages: dict[str, Any] = {"vqgan": {"generator": {"params": generator}}}
+    if discriminator is not None:
+        stages["vqgan"]["discriminator"] = {
+            "params": discriminator["params"],
+            "extra": {"batch_stats": discriminator["batch_stats"]},
+        }
+    if "transformer" in networks:
+        stages["prior"] = {
+            "generator": {"params": generator},
+            "transformer": {"params": networks["transformer"]},
+        }
+    with new_run(folder):
+        for name, nets in stages.items():
+            dataset = {"class_names": list(class_names)} if name == "prior" else None
+            store = Store(folder, name, "nll", dataset=dataset, imported=True)
+            state = {"step": np.zeros((), np.int32), "skipped": np.zeros((), np.int32)}
+            store.save(0, state | {"nets": nets}, config, None)
+            store.require(0)
+            store.close()
+        (folder / "imported").mkdir()
+        if rest:
+            write_state_dict(folder / "imported" / "rest.safetensors", rest, {})
+        content = json.dumps(record._asdict(), indent=2) + "\n"
+        write_whole(folder / "imported" / "record.json", content.encode())
+        write_config(config, folder / "config.json")
+
+
+@contextlib.contextmanager
+def new_run(folder: Path) -> Iterator[None]:
+    """While a run is written into a folder that holds none."""
+    if (folder / "config.json").exists() or (folder / "checkpoints").exists():
+        raise UserError(f"{folder} holds a run already; name another --workdir.")
+    try:
+        with alone_in(folder, say):
+            yield
+    except OSError as error:
+        raise RunFailed(
+            f"{error.filename or folder} could not be written ({error.strerror or error})."
+        ) from error
+
+
+def recorded(folder: Path) -> tuple[Record, StateDict] | None:
+    """The record and the rest of an import; None of a run that is none."""
+    place = folder / "imported"
+    if not (place / "record.json").is_file():
+        return None
+    record = Record(**json.loads((place / "record.json").read_text(encoding="utf-8")))
+    rest = place / "rest.safetensors"
+    return record, open_state_dict(rest)[0] if rest.is_file() else {}
