@@ -79,7 +79,7 @@ def work(given: argparse.Namespace) -> None:
     ordered += [name for name in arrays if name not in set(ordered)]
     if config.vqgan.l2_normalise:
         say(
-            "The codes are given in length one: their indices and pictures are the same, though the "
+            "The codes are given in length one: their indices and pictures are the same, but the "
             "official code does not scale latents, and would train otherwise."
         )
     if stage == "prior" and config.prior.vocabulary is None:

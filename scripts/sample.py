@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
-"""Draws new images of classes from a run of both stages.
+"""Draws new images of classes from a run of both stages, or completes given ones.
 
     python scripts/sample.py --workdir runs/mnist --classes 0 1 2 --per-class 8 --out grid.png
+    python scripts/sample.py --workdir runs/birds --size 512x384 --per-class 1 --out wide.png
+    python scripts/sample.py --workdir runs/birds --complete bird.jpg --keep top --out rest.png
 
 `--out` says what is written: FILE.npz (`images` uint8 [n,h,w,c], `labels` int32 [n]), FILE.png (a
 labelled grid, a row a class), or a folder (one PNG an image). Images are drawn as the run's preset
@@ -12,12 +14,16 @@ import argparse
 import functools
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from taming_jax.command_line import add_flags, processes
 from taming_jax.errors import RunFailed, UserError, report
 from taming_jax.files import check_writable
+
+if TYPE_CHECKING:
+    from taming_jax.run import Run
 
 ROWS = 10  # of a grid, unless its classes are named
 
@@ -42,6 +48,24 @@ def parse() -> argparse.Namespace:
         nargs="+",
         help="1 is none; 2 is much; two numbers are the first code's and the last's",
     )
+    parser.add_argument(
+        "--size",
+        type=size_of,
+        help="WIDTHxHEIGHT in pixels, larger than the training images: drawn in windows as large",
+    )
+    parser.add_argument(
+        "--complete",
+        nargs="+",
+        metavar="IMAGE",
+        help="pictures whose rest is drawn, --per-class times each; --classes are theirs, one of "
+        "all or one of each",
+    )
+    parser.add_argument(
+        "--keep", type=share_of, help="of them: top, the upper half (unless told), or a share"
+    )
+    parser.add_argument(
+        "--mask", help="of them in place of --keep: a picture, white where it is kept"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--devices", type=int, help="all unless told")
     parser.add_argument(
@@ -54,13 +78,42 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def write_folder(out: Path, images: np.ndarray, labels: np.ndarray, per_class: int) -> None:
-    """One PNG an image, named by its class and its place in it."""
+def size_of(text: str) -> tuple[int, int]:
+    """HEIGHT, WIDTH of WIDTHxHEIGHT."""
+    wide, _, high = text.partition("x")
+    if not (wide.isdecimal() and high.isdecimal() and int(wide) and int(high)):
+        raise argparse.ArgumentTypeError(f"{text} is not WIDTHxHEIGHT, such as 512x384")
+    return int(high), int(wide)
+
+
+def share_of(text: str) -> float:
+    """A share of the rows from the top."""
+    if text == "top":
+        return 0.5
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is neither top nor a share") from None
+
+
+class Drawn(NamedTuple):
+    """Images uint8 [n,h,w,c], as many of each row, their classes int32 [n], and what a row is
+    called and what its files are."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    rows: list[str]
+    files: list[str]
+
+
+def write_folder(out: Path, drawn: Drawn) -> None:
+    """One PNG an image, named by its row and its place in it."""
     from PIL import Image
 
     out.mkdir(exist_ok=True)
-    for i, image in enumerate(images):
-        place = out / f"{labels[i]:04d}_{i % per_class:05d}.png"
+    each = len(drawn.images) // len(drawn.files)
+    for i, image in enumerate(drawn.images):
+        place = out / f"{drawn.files[i // each]}_{i % each:05d}.png"
         Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(place)
 
 
@@ -86,23 +139,64 @@ def work(given: argparse.Namespace) -> None:
     from taming_jax.run import load_run
 
     run = load_run(given.workdir)
-    known = len(run.class_names)
-    unless_told = spread(known, ROWS if kind == ".png" else known)
-    asked = run.labels(given.classes or unless_told)
-    classes = np.array(list(dict.fromkeys(asked.tolist())), np.int32)  # each once
-    images = to_uint8(
-        run.sample(
-            classes.tolist(), given.per_class, temperature=given.temperature, top_k=given.top_k,
-            top_p=given.top_p, guidance_scale=given.guidance_scale, seed=given.seed,
-            devices=given.devices, batch_size=given.batch_size, progress=True,
-        )
-    )  # fmt: skip
-    names = [run.class_names[i] for i in classes]
+    settings = {
+        "temperature": given.temperature, "top_k": given.top_k, "top_p": given.top_p,
+        "guidance_scale": given.guidance_scale, "seed": given.seed, "devices": given.devices,
+        "batch_size": given.batch_size, "progress": True,
+    }  # fmt: skip
+    if given.complete:
+        drawn = completed(run, given, settings)
+        said = f"{len(drawn.images)} completions of {len(drawn.rows)} pictures are in {out}."
+    else:
+        known = len(run.class_names)
+        unless_told = spread(known, ROWS if kind == ".png" else known)
+        asked = run.labels(given.classes or unless_told)
+        classes = list(dict.fromkeys(asked.tolist()))  # each once
+        images = run.sample(classes, given.per_class, size=given.size, **settings)
+        names = [run.class_names[i] for i in classes]
+        labels = np.repeat(np.array(classes, np.int32), given.per_class)
+        drawn = Drawn(to_uint8(images), labels, names, [f"{i:04d}" for i in classes])
+        said = f"{len(images)} images of {len(classes)} classes are in {out}."
+        if given.classes is None and len(classes) < known:
+            said += f"\nThere are {known} classes; --classes names others."
     # The others wait: one that was long alone would be taken for lost.
-    hosts.from_first(lambda: write(out, kind, images, classes, names, given.per_class))
-    print(f"{len(images)} images of {len(classes)} classes are in {out}.")
-    if given.classes is None and len(classes) < known:
-        print(f"There are {known} classes; --classes names others.")
+    hosts.from_first(lambda: write(out, kind, drawn))
+    print(said)
+
+
+def completed(run: "Run", given: argparse.Namespace, settings: dict[str, Any]) -> Drawn:
+    """The completions of the given pictures. UserError for those that cannot be read."""
+    from taming_jax.figures import to_uint8
+
+    config = run.config.data
+    size = given.size or (config.image_size, config.image_size)
+    files = [Path(name) for name in given.complete]
+    pictures = np.stack([picture(file, size, config.channels) for file in files])
+    mask = None
+    if given.mask is not None:
+        mask = picture(Path(given.mask), size, 1)[..., 0] > 127
+    classes = given.classes
+    images = run.complete(
+        pictures, classes, given.per_class, keep=0.5 if given.keep is None else given.keep,
+        mask=mask, **settings,
+    )  # fmt: skip
+    of_each = np.full(len(pictures), -1) if classes is None else run.labels(classes)
+    labels = np.repeat(np.broadcast_to(of_each, len(pictures)), given.per_class)
+    rows = [file.stem for file in files]
+    names = [f"{i:04d}_{row}" for i, row in enumerate(rows)]
+    return Drawn(to_uint8(images), labels.astype(np.int32), rows, names)
+
+
+def picture(file: Path, size: tuple[int, int], channels: int) -> np.ndarray:
+    """The middle of a picture, uint8 [h,w,c] of a size."""
+    from taming_jax.data.images import decode
+
+    try:
+        return decode(file.read_bytes(), size, channels, squeeze=False)
+    except FileNotFoundError:
+        raise UserError(f"there is no picture {file}.") from None
+    except Exception as error:  # Pillow raises many kinds
+        raise UserError(f"{file} cannot be read as a picture ({error}).") from error
 
 
 def place_of(given: argparse.Namespace) -> tuple[Path, str]:
@@ -118,26 +212,30 @@ def place_of(given: argparse.Namespace) -> tuple[Path, str]:
         raise UserError(f"--out {out} is a file; name a folder, a .npz or a .png.")
     if given.per_class < 1:
         raise UserError(f"--per-class is {given.per_class}; it must be 1 or more.")
+    if not given.complete and (given.keep is not None or given.mask is not None):
+        raise UserError(
+            "--keep and --mask are of pictures to be completed; name some by --complete."
+        )
+    if given.keep is not None and given.mask is not None:
+        raise UserError("--keep and --mask both say what is kept; leave one out.")
     if given.batch_size is not None and given.batch_size < 1:
         raise UserError(f"--batch-size is {given.batch_size}; it must be 1 or more.")
     check_writable("--out", out)
     return out, kind
 
 
-def write(
-    out: Path, kind: str, images: np.ndarray, classes: np.ndarray, names: list[str], per_class: int
-) -> None:
-    """Writes uint8 images [n,h,w,c], `per_class` of each class, in their order."""
+def write(out: Path, kind: str, drawn: Drawn) -> None:
+    """Writes what was drawn."""
     from taming_jax.figures import labelled_grid, save
 
-    labels = np.repeat(classes, per_class)
+    each = len(drawn.images) // len(drawn.rows)
     try:
         if kind == ".npz":
-            np.savez_compressed(out, images=images, labels=labels)
+            np.savez_compressed(out, images=drawn.images, labels=drawn.labels)
         elif kind == ".png":
-            save(labelled_grid(images, names, per_class), out)
+            save(labelled_grid(drawn.images, drawn.rows, each), out)
         else:
-            write_folder(out, images, labels, per_class)
+            write_folder(out, drawn)
     except OSError as error:
         raise RunFailed(f"{out} could not be written: {error.strerror or error}.") from error
 

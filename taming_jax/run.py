@@ -2,33 +2,38 @@
 
 import dataclasses
 import functools
+import math
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from tqdm import tqdm
 
-from taming_jax.checks import check_sampling
+from taming_jax import tiles
 from taming_jax.config import Config
 from taming_jax.data import sources
 from taming_jax.data.sources import Split
 from taming_jax.errors import UserError
 from taming_jax.losses import next_token
 from taming_jax.models.gpt import build_gpt, teacher_forced
-from taming_jax.models.vqgan import build_vqgan, decode_indices, encode, images_at_once
-from taming_jax.sampling import sample
+from taming_jax.models.vqgan import (
+    PIXELS,
+    build_vqgan,
+    decode_indices,
+    encode,
+    images_at_once,
+    pixels_a_code,
+)
+from taming_jax.sampler import Sampler, Settings
 from taming_jax.train import hosts
-from taming_jax.train.devices import Compiled, Devices
+from taming_jax.train.devices import Devices
 from taming_jax.train.runtime import keep_programs
 from taming_jax.train.store import Store
 from taming_jax.train.tokens import Tokenizer
 
-MICRO = 32  # images a device draws at once: another size would round otherwise, and turn a code
 # Images a call of the compiled functions, which are compiled for these two sizes; the last batch is
 # filled up.
 FEW, BATCH = 8, 64
@@ -84,7 +89,7 @@ class Run:
         self._encode = jax.jit(lambda params, images: encode(self.model, params, images).indices)
         self._decode = jax.jit(functools.partial(decode_indices, self.model))
         self.transformer = None
-        self._samplers: dict[tuple, tuple[Devices, Compiled, Any]] = {}
+        self._own_sampler: Sampler | None = None
         if transformer is not None:
             self.transformer = jax.device_put(transformer)
             classes = len(transformer["embedding"]) - config.vqgan.codes - 1
@@ -135,26 +140,24 @@ class Run:
         classes: int | str | Iterable[int | str],
         per_class: int = 1,
         *,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        guidance_scale: float | Sequence[float] | None = None,
         prefix: Any = None,
-        seed: int = 0,
-        devices: int | None = None,
-        batch_size: int | None = None,
-        progress: bool = False,
+        **settings: Any,
     ) -> np.ndarray:
         """New images of classes (numbers or names), float32 [n,h,w,c] in [-1, 1]: `per_class` of
         the first, then of the second, and so on.
 
         Image i of a class depends on the seed, the class and i alone: images are drawn in
-        micro-batches of one size on every device. A temperature of 0 takes the most likely codes;
-        `top_k` and `top_p` leave unlikely ones out; a `guidance_scale` above 1 exaggerates what is
-        particular to the class, and two of them are the first code's and the last's, with the codes
-        between on a line. What is None is as the run's config has it (a guidance scale or top-p of
-        1 does nothing). `prefix` int [p] holds the first codes, in raster order.
-        `batch_size` bounds how many images are in flight, in whole micro-batches.
+        micro-batches of one size on every device. `prefix` int [p] holds the first codes, in raster
+        order. `settings`, all with defaults, are
+
+        - `temperature`: 0 takes the most likely codes; `top_k` and `top_p` leave unlikely ones out;
+          a `guidance_scale` above 1 exaggerates what is particular to the class, and two of them
+          are the first code's and the last's, with the codes between on a line. What is None is as
+          the run's config has it (a guidance scale or top-p of 1 does nothing).
+        - `size`: height and width in pixels, where they are larger than the training images': codes
+          are then drawn in windows as large as those.
+        - `seed`; `devices`, all unless told; `batch_size`, which bounds how many images are in
+          flight, in whole micro-batches; `progress`, a bar.
         """
         self._need_prior()
         numbers_of_classes = self.labels(classes)
@@ -162,118 +165,84 @@ class Run:
             raise UserError("no classes, or none of each, were asked for.")
         labels = np.repeat(numbers_of_classes, per_class)
         numbers = np.tile(np.arange(per_class, dtype=np.int32), len(numbers_of_classes))
+        known = None
+        if prefix is not None:
+            prefix = np.asarray(prefix)
+            known = np.broadcast_to(prefix, (len(labels), *prefix.shape))
+        return np.concatenate(list(self.drawn(labels, numbers, known=known, **settings)))
+
+    def complete(
+        self,
+        images: Any,
+        classes: int | str | Iterable[int | str] | None = None,
+        per_image: int = 1,
+        *,
+        keep: float = 0.5,
+        mask: Any = None,
+        **settings: Any,
+    ) -> np.ndarray:
+        """Images [n,h,w,c], of the training size or larger, with what of their codes is not kept
+        drawn anew, `per_image` of the first, then of the second, and so on: float32 [.,h,w,c] in
+        [-1, 1].
+
+        Kept is a share of the rows from the top, or where a bool `mask` [h',w'] of codes, or
+        [h,w] of pixels, is true. Codes are drawn in raster order: a code knows what is above it,
+        and to its left, kept or not, and nothing of what is kept below. `classes` is one of all
+        images, or one of each; where it is None, none, which needs a prior trained with
+        --prior.label-dropout, or one that knows one class only. `settings` are those of `sample`.
+        """
+        images = np.asarray(images)
+        codes = self.encode(images)
+        n, *grid = codes.shape
+        labels = self._sampler().labels_of(classes, n)
+        known = np.where(self._kept(keep, mask, (grid[0], grid[1])), codes, -1)
+        if per_image < 1:
+            raise UserError("no completions were asked for.")
         return np.concatenate(list(self.drawn(
-            labels, numbers, temperature=temperature, top_k=top_k, top_p=top_p,
-            guidance_scale=guidance_scale, prefix=prefix, seed=seed, devices=devices,
-            batch_size=batch_size, progress=progress,
+            np.repeat(labels, per_image), np.tile(np.arange(per_image, dtype=np.int32), n),
+            known=np.repeat(known.reshape(n, -1), per_image, 0),
+            size=(images.shape[1], images.shape[2]), **settings,
         )))  # fmt: skip
 
+    def _kept(self, keep: float, mask: Any, grid: tuple[int, int]) -> np.ndarray:
+        """Which codes of a grid are kept, bool [h',w']."""
+        if mask is None:
+            rows = round(keep * grid[0])
+            if not 0 < keep < 1 or not 0 < rows < grid[0]:
+                raise UserError(
+                    f"a share of {keep} of {grid[0]} rows of codes leaves nothing to keep or "
+                    "nothing to draw; it is between 0 and 1."
+                )
+            return np.broadcast_to(np.arange(grid[0])[:, None] < rows, grid)
+        mask, factor = np.asarray(mask, bool), self.factor
+        if mask.shape == tuple(size * factor for size in grid):
+            # A code is kept where more than half of its pixels are.
+            mask = mask.reshape(grid[0], factor, grid[1], factor).mean((1, 3)) > 0.5
+        if mask.shape != grid:
+            raise UserError(
+                f"a mask of {'x'.join(map(str, mask.shape))} was given; it is of "
+                f"{grid[0]}x{grid[1]} codes, or of {grid[0] * factor}x{grid[1] * factor} pixels."
+            )
+        return mask
+
     def drawn(
-        self,
-        labels: np.ndarray,
-        numbers: np.ndarray,
-        *,
-        prefix: Any = None,
-        seed: int = 0,
-        devices: int | None = None,
-        batch_size: int | None = None,
-        progress: bool = False,
-        **settings: Any,
+        self, labels: np.ndarray, numbers: np.ndarray, **settings: Any
     ) -> Iterator[np.ndarray]:
         """The images of `sample`, in parts: image `numbers[i]`, int32 [n], of class `labels[i]`,
-        int32 [n]; `settings` are those of `sampling`."""
-        temperature, top_k, top_p, guidance_scale = self.sampling(**settings, seed=seed)
-        given = None if prefix is None else np.asarray(prefix, np.int32)
-        if given is not None and (
-            given.ndim != 1 or len(given) > self.prior.length
-            or (given.size and not 0 <= given.min() <= given.max() < self.prior.codebook_size)
-        ):  # fmt: skip
-            raise UserError(
-                f"a prefix holds at most {self.prior.length} codes from 0 to "
-                f"{self.prior.codebook_size - 1}."
-            )
-        used, draw, params = self._sampler(
-            devices, top_k, top_p is not None, guidance_scale is not None, given is not None
-        )
-        size = MICRO * len(used)
-        ends = np.ravel(0.0 if guidance_scale is None else guidance_scale)
-        common = used.replicate({
-            "seed": np.uint32(seed),
-            "settings": np.array([temperature, top_p or 1.0], np.float32),
-            "scales": np.linspace(ends[0], ends[-1], self.prior.length, dtype=np.float32),
-            "prefix": np.zeros(0, np.int32) if given is None else given,
-        })  # fmt: skip
-        most, left = -(-(batch_size or 1) // size), len(labels)
-        flying: list[jax.Array] = []
-        for start in tqdm(
-            range(0, len(labels), size), desc="sampling", disable=None if progress else True
-        ):
-            filled = np.minimum(np.arange(start, start + size), len(labels) - 1)[used.own(size)]
-            shards = used.shard({"labels": labels[filled], "numbers": numbers[filled]})
-            flying.append(draw(params, shards | common))
-            if len(flying) == most or start + size >= len(labels):
-                for part in map(used.gather, flying):
-                    yield part[:left]
-                    left -= len(part)
-                flying = []
+        int32 [n]; `settings` are those of `sample`, and `known` int [n,t], codes that are not to be
+        drawn, with -1 where they are."""
+        return self._sampler().drawn(labels, numbers, **settings)
 
-    def sampling(
-        self,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        guidance_scale: float | Sequence[float] | None = None,
-        seed: int = 0,
-    ) -> tuple[float, int | None, float | None, float | Sequence[float] | None]:
+    def sampling(self, **settings: Any) -> Settings:
         """The settings of `sample`, what is None as the run's config has it. UserError where they
         cannot be."""
+        return self._sampler().settings(**settings)
+
+    def _sampler(self) -> Sampler:
         self._need_prior()
-        preset = self.config.prior
-        temperature = preset.temperature if temperature is None else temperature
-        top_k = preset.top_k if top_k is None else top_k
-        top_p = preset.top_p if top_p is None else top_p
-        guidance_scale = preset.guidance_scale if guidance_scale is None else guidance_scale
-        check_sampling(
-            self.prior.codebook_size, temperature, top_k, top_p, guidance_scale,
-            preset.label_dropout,
-        )  # fmt: skip
-        if not 0 <= seed < 2**32:
-            raise UserError(f"the seed is {seed}; it must be from 0 to {2**32 - 1}.")
-        return temperature, top_k, top_p, guidance_scale
-
-    def _sampler(
-        self, count: int | None, top_k: int | None, use_top_p: bool, use_guidance: bool, given: bool
-    ) -> tuple[Devices, Compiled, Any]:
-        """The devices, the compiled sampler of one choice of what is compiled in, and the
-        parameters there."""
-        devices = Devices(count)
-        key = (len(devices), top_k, use_top_p, use_guidance, given)
-        if key in self._samplers:
-            return self._samplers[key]
-
-        def draw(params: Any, arrays: dict[str, jax.Array]) -> jax.Array:
-            temperature, top_p = arrays["settings"]
-            key, labels, prefix = jax.random.key(arrays["seed"]), arrays["labels"], arrays["prefix"]
-            keys = jax.vmap(
-                lambda c, i: jax.random.fold_in(jax.random.fold_in(key, c), i)
-            )(labels, arrays["numbers"])  # fmt: skip
-            with jax.default_matmul_precision("highest"):
-                codes = sample(
-                    self.prior, params["transformer"], labels, keys, temperature, top_k,
-                    top_p if use_top_p else None, arrays["scales"] if use_guidance else None,
-                    jnp.broadcast_to(prefix, (len(labels), len(prefix))) if given else None,
-                )  # fmt: skip
-                grid = codes.reshape(len(labels), *self.prior.grid)
-                return decode_indices(self.model, params["generator"], grid)
-
-        of_one_place = [made for made in self._samplers.values() if len(made[0]) == len(devices)]
-        if of_one_place:
-            devices, _, params = of_one_place[0]
-        else:
-            params = {"transformer": self.transformer, "generator": self.params}
-            params = devices.replicate(jax.tree.map(np.asarray, params))
-        self._samplers[key] = devices, devices.compile(draw), params
-        return self._samplers[key]
+        if self._own_sampler is None:
+            self._own_sampler = Sampler(self)
+        return self._own_sampler
 
     def log_likelihood(self, images: Any, labels: Any) -> np.ndarray:
         """The logarithm of the probability, in nats, that the prior gives the codes of images
@@ -326,14 +295,24 @@ class Run:
         tokenizer = Tokenizer(folder, self.model, params, self.config, Devices(1))
         return tokenizer(split, getattr(splits, split))
 
-    def encode(self, images: Any) -> np.ndarray:
-        """Images to code indices, int32 [n,h',w']. UserError for other shapes and types."""
-        images = np.asarray(images)
-        size, channels = self.config.data.image_size, self.config.data.channels
-        if images.ndim != 4 or images.shape[1:] != (size, size, channels):
+    @property
+    def factor(self) -> int:
+        """How many pixels a code is high and wide."""
+        return pixels_a_code(self.config)
+
+    def encode(self, images: Any, tile: int | None = None) -> np.ndarray:
+        """Images [n,h,w,c] to code indices, int32 [n,h',w']. Height and width are multiples of
+        `factor`; images of more than a million pixels, or where `tile` is told, are taken in tiles
+        of so many pixels a side that overlap. UserError for other shapes and types."""
+        images, factor = np.asarray(images), self.factor
+        channels = self.config.data.channels
+        if (
+            images.ndim != 4 or images.shape[3] != channels
+            or any(size < factor or size % factor for size in images.shape[1:3])
+        ):  # fmt: skip
             raise UserError(
-                f"images of shape {images.shape} were given; this run takes "
-                f"[n, {size}, {size}, {channels}]."
+                f"images of shape {images.shape} were given; this run takes [n, h, w, {channels}], "
+                f"h and w multiples of {factor} (it was trained on {self.config.data.image_size})."
             )
         if images.dtype == np.uint8:
             images = images / np.float32(127.5) - 1
@@ -347,11 +326,13 @@ class Run:
                 "images of type float must lie in [-1, 1]; others, or NaN, were given. Pass uint8, "
                 "or images / 127.5 - 1."
             )
-        return self._batched(self._encode, images.astype(np.float32))
+        encode = functools.partial(self._batched, self._encode)
+        images, side = images.astype(np.float32), self._tile(images.shape[1:3], tile)
+        return encode(images) if side is None else tiles.encoded(encode, images, factor, side)
 
-    def decode(self, indices: Any) -> np.ndarray:
-        """Code indices int [n,h',w'], a grid of any size, to images float32 [n,h,w,c] in [-1, 1].
-        UserError for other types and codes that do not exist."""
+    def decode(self, indices: Any, tile: int | None = None) -> np.ndarray:
+        """Code indices int [n,h',w'], a grid of any size, to images float32 [n,h,w,c] in [-1, 1];
+        in tiles as `encode`. UserError for other types and codes that do not exist."""
         indices, codes = np.asarray(indices), self.config.vqgan.codes
         if indices.ndim != 3 or not np.issubdtype(indices.dtype, np.integer):
             raise UserError(
@@ -362,7 +343,22 @@ class Run:
             raise UserError("no codes were given.")
         if indices.min() < 0 or indices.max() >= codes:
             raise UserError(f"indices go from 0 to {codes - 1}; others were given.")
-        return self._batched(self._decode, indices.astype(np.int32))
+        decode, factor = functools.partial(self._batched, self._decode), self.factor
+        pixels = indices.shape[1] * factor, indices.shape[2] * factor
+        indices, side = indices.astype(np.int32), self._tile(pixels, tile)
+        return decode(indices) if side is None else tiles.decoded(decode, indices, factor, side)
+
+    def _tile(self, size: tuple[int, ...], tile: int | None) -> int | None:
+        """The side of the tiles, in codes, that images of a size are taken in; None where they are
+        taken whole."""
+        if tile is not None and (tile < 4 * self.factor or tile % self.factor):
+            raise UserError(
+                f"tiles of {tile} pixels were asked for; take a multiple of {self.factor}, "
+                f"{4 * self.factor} or more."
+            )
+        if tile is None and size[0] * size[1] <= PIXELS:
+            return None
+        return (tile or math.isqrt(PIXELS)) // self.factor
 
     def reconstruct(self, images: Any) -> np.ndarray:
         """Images through the codes and back, uint8 as uint8 and floats as float32. UserError as
@@ -374,11 +370,14 @@ class Run:
         return reconstruction
 
     def _batched(self, function: Callable, values: np.ndarray, params: Any = None) -> np.ndarray:
-        """Applies a compiled function in batches of one size, so that it is compiled once."""
+        """Applies a compiled function in batches of one size, so that it is compiled once for
+        images of a size."""
         if not len(values):
             raise UserError("nothing was given: the first dimension is 0.")
         params = self.params if params is None else params
-        many = images_at_once(self.config, BATCH)
+        across = 1 if function is self._encode else self.factor
+        pixels = values.shape[1] * values.shape[2] * across**2 if values.ndim > 2 else 1
+        many = images_at_once(pixels, BATCH)
         size = many if len(values) > FEW else min(FEW, many)
         parts = []
         with jax.default_matmul_precision("highest"):

@@ -68,8 +68,8 @@ def test_a_prefix_is_kept_and_goes_on_as_if_it_had_been_drawn():
     model, params, _ = small()
     draw = functools.partial(sample, model, params, LABELS, KEYS)
     whole = sample(model, params, LABELS, KEYS)
-    np.testing.assert_array_equal(draw(prefix=whole[:, :5]), whole)
-    other = draw(prefix=(whole[:, :5] + 1) % 11)
+    np.testing.assert_array_equal(draw(known=whole[:, :5]), whole)
+    other = draw(known=(whole[:, :5] + 1) % 11)
     np.testing.assert_array_equal(other[:, :5], (whole[:, :5] + 1) % 11)
     assert (other[:, 5:] != whole[:, 5:]).any()
 
@@ -81,7 +81,7 @@ def test_greedy_codes_after_a_prefix_under_a_changing_guidance(settings):
     scales = jnp.linspace(0.0, 4.0, 12)
     prefix = jax.random.randint(jax.random.key(9), (4, 3), 0, 11)
     draw = functools.partial(
-        sample, model, params, LABELS, KEYS, temperature=0.0, prefix=prefix, pieces=3
+        sample, model, params, LABELS, KEYS, temperature=0.0, known=prefix, pieces=3
     )
     codes = draw(guidance_scale=scales)
     np.testing.assert_array_equal(codes[:, :3], prefix)
@@ -171,3 +171,69 @@ def test_top_k_and_top_p_keep_what_they_say():
     assert kept(keep_top_p(logits, 0.81)) == [0, 1, 2]
     assert kept(keep_top_p(logits, 1.0)) == [0, 1, 2, 3, 4]
     assert kept(keep_top_p(logits, 0.0)) == [0]
+
+
+def test_known_codes_anywhere_are_kept():
+    """Those before a code are known to it, drawn or not; those after are not."""
+    model, params, _ = small()
+    whole = sample(model, params, LABELS, KEYS)
+    known = jnp.where(jnp.arange(12) % 3 == 1, (whole + 1) % 11, -1)
+    codes = sample(model, params, LABELS, KEYS, temperature=0.0, known=known)
+    np.testing.assert_array_equal(codes[:, 1::3], known[:, 1::3])
+    likely = uncached(model, params, LABELS, codes).argmax(-1)
+    np.testing.assert_array_equal(codes[known < 0], likely[known < 0])
+
+
+def by_hand(model, params, codes, row, column, scale):
+    """A code's logits by a plain forward pass over the window that the official notebook takes."""
+    (high, wide), (height, width) = model.window, codes.shape[1:]
+
+    def local(at, window, size):
+        half = window // 2
+        if at <= half:
+            return at
+        return window - (size - at) if size - at < window - half else half
+
+    i, j = local(row, high, height), local(column, wide, width)
+    window = codes[:, row - i : row - i + high, column - j : column - j + wide]
+    logits = uncached(model, params, LABELS, window.reshape(len(codes), -1), scale)
+    return logits.reshape(len(codes), high, wide, -1)[:, i, j]
+
+
+@pytest.mark.parametrize(
+    ("settings", "scale"), [({}, None), (MODERN, 2.0), ({"block_size": 10}, 2.0)],
+    ids=["gpt2", "modern", "small block"],
+)  # fmt: skip
+def test_logits_in_a_window_are_those_of_a_plain_forward_pass(settings, scale):
+    model, params, _ = small(**settings)
+    assert model.window == ((3, 3) if "block_size" in settings else (3, 4))
+    codes = jax.random.randint(jax.random.key(2), (4, 7, 9), 0, 11)
+    logits = jax.jit(
+        lambda row, column: sampling.window_logits(
+            model, params, LABELS, codes, row, column, scale=scale
+        )
+    )
+    for row in range(7):
+        for column in range(9):
+            expected = by_hand(model, params, codes, row, column, scale)
+            golden.assert_close(logits(row, column), expected, f"{row}, {column}", 1e-5)
+
+
+def test_greedy_codes_of_a_large_grid_are_the_most_likely_in_their_windows():
+    model, params, _ = small()
+    draw = jax.jit(sampling.sample_windows, static_argnums=(0, 4))
+    known = jnp.full((4, 63), -1).at[:, 20:30].set(5)
+    codes = draw(model, params, LABELS, KEYS, (7, 9), temperature=0.0, known=known)
+    np.testing.assert_array_equal(codes[:, 20:30], 5)
+    grids = codes.reshape(4, 7, 9)
+    for place in np.flatnonzero(known[0] < 0):
+        likely = by_hand(model, params, grids, *divmod(place, 9), None).argmax(-1)
+        np.testing.assert_array_equal(codes[:, place], likely)
+
+
+def test_a_window_as_large_as_the_grid_draws_what_the_cache_does():
+    model, params, _ = small()
+    draw = jax.jit(sampling.sample_windows, static_argnums=(0, 4))
+    codes = draw(model, params, LABELS, KEYS, (3, 4), top_p=0.9, guidance_scale=1.5)
+    expected = sample(model, params, LABELS, KEYS, top_p=0.9, guidance_scale=1.5)
+    np.testing.assert_array_equal(codes, expected)

@@ -75,18 +75,20 @@ class Pictures:
         )  # fmt: skip
 
 
-def decode(content: bytes, size: int, channels: int, squeeze: bool) -> np.ndarray:
-    """A picture's bytes to uint8 [size,size,channels]: turned as EXIF says, transparency on white,
-    its middle square (or, to `squeeze`, all of it) resized by antialiased bicubic interpolation.
+def decode(content: bytes, size: int | tuple[int, int], channels: int, squeeze: bool) -> np.ndarray:
+    """A picture's bytes to uint8 [h,w,channels] of a size, or of a height and width: turned as EXIF
+    says, transparency on white, its middle of that shape (or, to `squeeze`, all of it) resized by
+    antialiased bicubic interpolation.
 
     Raises some exception, of many kinds, where the picture cannot be read.
     """
+    high, wide = (size, size) if isinstance(size, int) else size
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(io.BytesIO(content)) as opened:
             if not squeeze:
                 # A JPEG is decoded at an eighth, a quarter or half its size where that is enough.
-                opened.draft(None, (2 * size, 2 * size))
+                opened.draft(None, (2 * wide, 2 * high))
             opened.load()
             image = ImageOps.exif_transpose(opened)
     if image.mode.startswith("I;16"):
@@ -98,11 +100,11 @@ def decode(content: bytes, size: int, channels: int, squeeze: bool) -> np.ndarra
     width, height = image.size
     box = (0.0, 0.0, float(width), float(height))
     if not squeeze:
-        side = min(width, height)
-        left, top = (width - side) / 2, (height - side) / 2
-        box = (left, top, left + side, top + side)
-    image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
-    return np.asarray(image).reshape(size, size, channels)
+        across, down = min(width, height * wide / high), min(height, width * high / wide)
+        left, top = (width - across) / 2, (height - down) / 2
+        box = (left, top, left + across, top + down)
+    image = image.resize((wide, high), Image.Resampling.BICUBIC, box=box)
+    return np.asarray(image).reshape(high, wide, channels)
 
 
 @dataclass(frozen=True)

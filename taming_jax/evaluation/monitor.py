@@ -30,7 +30,7 @@ class Monitor:
             )
         self._split, self._devices = split, devices
         self._rows = spread(len(split.images), MOST)
-        self._size = images_at_once(config, MICRO) * len(devices)
+        self._size = images_at_once(config.data.image_size**2, MICRO) * len(devices)
         self.features = Features(vgg(), devices)
         self._known: Moments | None = None
 

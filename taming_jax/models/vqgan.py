@@ -11,6 +11,8 @@ from taming_jax.models.autoencoder import Decoder, Encoder
 from taming_jax.models.layers import Dtype, conv
 from taming_jax.models.quantizers import GumbelQuantizer, Noise, Quantized, VectorQuantizer
 
+PIXELS = 2**20  # of all images that a device encodes or decodes at once
+
 
 class Reconstruction(NamedTuple):
     """`images` float32 [b,h,w,c], about [-1, 1], and what the quantizer answered."""
@@ -87,13 +89,18 @@ def build_quantizer(settings: VQGANConfig) -> VectorQuantizer | GumbelQuantizer:
 
 def grid_size(config: Config) -> int:
     """Height and width of the grid of codes."""
-    return config.data.image_size // 2 ** (len(config.vqgan.multipliers) - 1)
+    return config.data.image_size // pixels_a_code(config)
 
 
-def images_at_once(config: Config, most: int) -> int:
-    """How many images a device encodes or decodes at once, so that large ones fit in memory: a
-    million pixels in all, at most so many images."""
-    return min(max(2**20 // config.data.image_size**2, 1), most)
+def pixels_a_code(config: Config) -> int:
+    """How many pixels of a row, or of a column, a code stands for."""
+    return int(2 ** (len(config.vqgan.multipliers) - 1))
+
+
+def images_at_once(pixels: int, most: int) -> int:
+    """How many images of so many pixels a device encodes or decodes at once, so that large ones fit
+    in memory: a million pixels in all, at most so many images."""
+    return min(max(PIXELS // pixels, 1), most)
 
 
 def reconstruct(model: VQGAN, params: Any, images: jax.Array) -> Reconstruction:

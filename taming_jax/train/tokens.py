@@ -99,7 +99,7 @@ class Tokenizer:
             state = {"params": self._params, "version": np.int32(version)}
             state = self.devices.replicate(state)
             label = name + (f", version {version}" if version else "")
-            size = images_at_once(self._config, 256) * len(self.devices)
+            size = images_at_once(self._config.data.image_size**2, 256) * len(self.devices)
             parts = {at: Split(*(x[at : at + FILE] for x in split)) for at in missing}
             count = sum(len(part.images) for part in parts.values())
             self._say(f"Encoding {label}: {count} images.")
