@@ -37,7 +37,14 @@ def work(given: argparse.Namespace) -> None:
     from taming_jax.convert.compvis import discriminator_layout, gpt_layout, vqgan_layout
     from taming_jax.convert.compvis_config import official, read_text
     from taming_jax.convert.state_dict import open_state_dict
-    from taming_jax.train.imported import Record, network, read_networks, shapes_of, write_run
+    from taming_jax.train.imported import (
+        Record,
+        fitted,
+        network,
+        read_networks,
+        shapes_of,
+        write_run,
+    )
 
     if given.classes is not None and given.classes < 1:
         raise UserError(f"--classes is {given.classes}; it must be 1 or more.")
@@ -46,13 +53,13 @@ def work(given: argparse.Namespace) -> None:
     codes = tuple(int(code) for code in used[0].reshape(-1)) if used else None
     settings = read_text(given.config)
     model = official(settings, given.config, given.classes, codes)
-    config, names = validated(model.config), model.class_names
-    shapes = shapes_of(config, len(names))
+    below, names = model.discriminator, model.class_names
+    judged = below is not None and any(name.startswith(below) for name in state_dict)
+    config = validated(model.config if judged else fitted(model.config))
+    shapes = shapes_of(config, len(names), judged)
     networks = {"generator": network(vqgan_layout, shapes["generator"], model.generator)}
-    if model.discriminator and any(name.startswith(model.discriminator) for name in state_dict):
-        networks["discriminator"] = network(
-            discriminator_layout, shapes["discriminator"], model.discriminator
-        )
+    if judged and below is not None:
+        networks["discriminator"] = network(discriminator_layout, shapes["discriminator"], below)
     if model.transformer:
         networks["transformer"] = network(gpt_layout, shapes["transformer"], model.transformer)
     read = read_networks(

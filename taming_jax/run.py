@@ -28,6 +28,7 @@ from taming_jax.models.vqgan import (
     pixels_a_code,
 )
 from taming_jax.sampler import Sampler, Settings
+from taming_jax.sampling import window_likelihood
 from taming_jax.train import hosts
 from taming_jax.train.devices import Devices
 from taming_jax.train.runtime import keep_programs
@@ -96,7 +97,7 @@ class Run:
             if config.prior.vocabulary is not None:  # classes are among the codes
                 classes = len(self.class_names)
             self.prior = build_gpt(config, classes)
-            self._likelihood = jax.jit(self._of_codes)
+            self._likelihood = jax.jit(self._of_codes, static_argnums=0)
 
     def __repr__(self) -> str:
         stage = "stage 1" if self.transformer is None else "both stages"
@@ -258,12 +259,15 @@ class Run:
         self._need_prior()
         codes = indices.reshape(len(indices), -1)
         both = np.concatenate([numbers[:, None], codes], 1)
-        return self._batched(self._likelihood, both, self.transformer)
+        of_grid = functools.partial(self._likelihood, indices.shape[1:])
+        return self._batched(of_grid, both, self.transformer)
 
-    def _of_codes(self, params: Any, both: jax.Array) -> jax.Array:
-        """Log-likelihoods [b] of rows of a class and its codes [b,1+t]."""
-        codes = both[:, 1:]
-        tokens = teacher_forced(self.prior, both[:, 0], codes)
+    def _of_codes(self, grid: tuple[int, int], params: Any, both: jax.Array) -> jax.Array:
+        """Log-likelihoods [b] of rows of a class and its codes [b,1+t], as they would be drawn."""
+        labels, codes = both[:, 0], both[:, 1:]
+        if grid != self.prior.window:
+            return window_likelihood(self.prior, params, labels, codes.reshape(-1, *grid))
+        tokens = teacher_forced(self.prior, labels, codes)
         logits = cast(jax.Array, self.prior.apply({"params": params}, tokens))
         return -next_token(logits, codes) * self.prior.length
 

@@ -90,8 +90,8 @@ class Sampler:
         factor, window = self.run.factor, self.prior.window
         if any(pixels % factor for pixels in size):
             raise UserError(
-                f"a height of {size[0]} and a width of {size[1]} are no multiples of {factor}, which "
-                "a code has."
+                f"a height of {size[0]} and a width of {size[1]} are no multiples of {factor}, "
+                "which a code has."
             )
         grid = size[0] // factor, size[1] // factor
         if grid[0] < window[0] or grid[1] < window[1]:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from taming_jax.losses import next_token
 from taming_jax.models.gpt import GPT, Cache, teacher_forced
 
 
@@ -228,3 +229,17 @@ def sample_windows(
         )  # fmt: skip
         codes, _ = lax.scan(functools.partial(step, rows), codes, at)
     return codes
+
+
+def window_likelihood(model: GPT, params: Any, labels: jax.Array, codes: jax.Array) -> jax.Array:
+    """The logarithm of the probability, in nats, float32 [b], that grids of codes int [b,h,w] are
+    drawn by `sample_windows`."""
+    height, width = codes.shape[1:]
+
+    def step(total: jax.Array, position: jax.Array) -> tuple[jax.Array, None]:
+        row, column = jnp.divmod(position, width)
+        logits = window_logits(model, params, labels, codes, row, column)
+        code = lax.dynamic_slice(codes, (0, row, column), (len(codes), 1, 1))[:, 0]
+        return total - next_token(logits[:, None], code), None
+
+    return lax.scan(step, jnp.zeros(len(codes)), jnp.arange(height * width))[0]

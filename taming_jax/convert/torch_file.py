@@ -35,8 +35,11 @@ ALIGNMENT = 64  # of a storage in a written file, as PyTorch's own
 PythonUnpickler: Any = pickle._Unpickler
 PythonPickler: Any = pickle._Pickler
 
-DAMAGE = (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, ImportError,
-          zipfile.BadZipFile, struct.error, zlib.error, RecursionError, MemoryError)  # fmt: skip
+DAMAGE = (
+    OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, ImportError,
+    RecursionError, MemoryError, pickle.UnpicklingError, zipfile.BadZipFile, struct.error,
+    zlib.error,
+)  # fmt: skip
 
 
 class Storage:
@@ -75,6 +78,10 @@ class Tensor:
         return np.lib.stride_tricks.as_strided(data, self.shape, strides, writeable=False)
 
 
+class Refused(Exception):
+    """A file asks for more than tensors and containers."""
+
+
 class Name:
     """A class that PyTorch Lightning's files name and nobody here calls."""
 
@@ -82,7 +89,7 @@ class Name:
         self.module, self.name = module, name
 
     def __call__(self, *arguments: Any) -> Any:
-        raise pickle.UnpicklingError(f"it asks for {self.module}.{self.name}")
+        raise Refused(f"it asks for {self.module}.{self.name}")
 
 
 class TensorUnpickler(PythonUnpickler):
@@ -105,7 +112,7 @@ class TensorUnpickler(PythonUnpickler):
             return name
         if module.split(".")[0] in ("pytorch_lightning", "lightning"):
             return Name(module, name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        raise Refused(f"it asks for {module}.{name}")
 
     def persistent_load(self, pid: Any) -> Storage:
         return self.storage(pid)
@@ -119,12 +126,13 @@ def open_tensors(file: Path) -> Any:
     """
     try:
         with file.open("rb") as stream:
-            read = from_zip if zipfile.is_zipfile(stream) else from_stream
+            zipped = stream.read(2) == b"PK"
+            read = from_zip if zipped or zipfile.is_zipfile(stream) else from_stream
             stream.seek(0)
             return read(stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
     except FileNotFoundError:
         raise UserError(f"there is no file {file}.") from None
-    except pickle.UnpicklingError as error:
+    except Refused as error:
         raise UserError(
             f"{file} is refused: {error}; only tensors and plain containers are read."
         ) from error
@@ -186,7 +194,7 @@ def from_stream(stream: IO[bytes], mapped: mmap.mmap) -> Any:
     def storage(pid: Any) -> Storage:
         _, kind, key, _, count, *view = pid
         if any(view):
-            raise pickle.UnpicklingError("it has views of storages, of PyTorch before 0.4")
+            raise Refused("it has views of storages, of PyTorch before 0.4")
         return storages.setdefault(key, Storage(kind, count))
 
     def load() -> Any:

@@ -218,6 +218,8 @@ class GPT(nn.Module):
     def _forward(
         self, tokens: jax.Array, cache: Cache | None, position: jax.Array | int, train: bool
     ) -> tuple[jax.Array, Cache]:
+        if isinstance(position, int) and position + tokens.shape[1] > self.longest:
+            raise ValueError(f"{tokens.shape[1]} tokens are more than the {self.longest} there are")
         x = select(self.embedding, tokens)
         at = position + jnp.arange(tokens.shape[1])
         places = None

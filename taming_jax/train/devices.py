@@ -165,7 +165,8 @@ class Devices:
         devices: [devices, n / devices, ...]. They may still be on their way."""
         if self.axis_name is None:
             return jax.device_put(tree, self.list[0])
-        parts = jax.tree.map(lambda x: x.reshape(len(self.list), -1, *x.shape[1:]), tree)
+        count = len(self.list)
+        parts = jax.tree.map(lambda x: x.reshape(count, len(x) // count, *x.shape[1:]), tree)
         return jax.device_put(parts, self._layout)
 
     def largest(self, value: int) -> jax.Array:

@@ -1,6 +1,7 @@
 """Runs of weights from elsewhere: what an import writes, and what of it an export gives back."""
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -60,18 +61,30 @@ def network(table: Callable[..., Layout], shapes: Any, prefix: str) -> Network:
     return Network(table(known), known, prefix)
 
 
-def shapes_of(config: Config, classes: int) -> dict[str, Any]:
+def fitted(config: Config) -> Config:
+    """Settings of a model of images too small for a perceptual loss, or for a discriminator of so
+    many layers, which the file does not hold, without it or with fewer."""
+    size, vqgan = config.data.image_size, config.vqgan
+    layers = min(vqgan.discriminator_layers, (size // 3).bit_length() - 1)
+    if size < 16:
+        vqgan = dataclasses.replace(vqgan, perceptual_weight=0.0)
+    if layers < 1:
+        vqgan = dataclasses.replace(vqgan, discriminator_start=1.0)
+    return dataclasses.replace(
+        config, vqgan=dataclasses.replace(vqgan, discriminator_layers=max(layers, 1))
+    )
+
+
+def shapes_of(config: Config, classes: int, discriminator: bool) -> dict[str, Any]:
     """The shapes of what a run of these settings learns, by the names of its networks."""
     data, settings = config.data, config.vqgan
     image = jnp.zeros((1, data.image_size, data.image_size, data.channels))
     key = jax.random.key(0)
     generator = jax.eval_shape(build_vqgan(config).init, key, image)["params"]
-    discriminator = jax.eval_shape(
-        lambda: Discriminator(settings.discriminator_filters, settings.discriminator_layers).init(
-            key, image, train=False
-        )
-    )
-    found = {"generator": generator, "discriminator": dict(discriminator)}
+    found = {"generator": generator}
+    if discriminator:
+        net = Discriminator(settings.discriminator_filters, settings.discriminator_layers)
+        found["discriminator"] = dict(jax.eval_shape(lambda: net.init(key, image, train=False)))
     if classes:
         tokens = jnp.zeros((1, 1), jnp.int32)
         found["transformer"] = jax.eval_shape(build_gpt(config, classes).init, key, tokens)[

@@ -14,7 +14,7 @@ def small(**settings):
     settings = {"layers": 2, "heads": 2, "width": 16, **settings}
     model = GPT(codebook_size=11, classes=3, grid=(3, 4), **settings)
     tokens = jax.random.randint(jax.random.key(1), (4, 12), 0, 15)
-    params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), tokens[:, : model.longest])["params"]
     # Larger than they start, so that what a position sees matters to what it says.
     return model, jax.tree.map(lambda p: 8 * p if p.ndim > 1 else p, params), tokens
 
