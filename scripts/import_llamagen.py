@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Makes a run of LlamaGen's tokenizer (VQ-16, VQ-8) and, where it is given, of its class-conditional
-transformer.
+"""Makes a run of LlamaGen's tokenizer (VQ-16, VQ-8) and, where it is given, of its
+class-conditional transformer.
 
     python scripts/import_llamagen.py --tokenizer vq_ds16_c2i.pt --gpt c2i_B_256.pt --workdir runs/b
 

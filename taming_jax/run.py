@@ -166,10 +166,7 @@ class Run:
             raise UserError("no classes, or none of each, were asked for.")
         labels = np.repeat(numbers_of_classes, per_class)
         numbers = np.tile(np.arange(per_class, dtype=np.int32), len(numbers_of_classes))
-        known = None
-        if prefix is not None:
-            prefix = np.asarray(prefix)
-            known = np.broadcast_to(prefix, (len(labels), *prefix.shape))
+        known = None if prefix is None else self._sampler().known_of(prefix, len(labels))
         return np.concatenate(list(self.drawn(labels, numbers, known=known, **settings)))
 
     def complete(

@@ -83,6 +83,17 @@ class Sampler:
             raise UserError(f"{n} images and {len(labels)} classes were given.")
         return np.broadcast_to(labels, n)
 
+    def known_of(self, prefix: Any, n: int) -> np.ndarray:
+        """The first codes [p] of n images, int32 [n,p]. UserError for what is none."""
+        codes = np.asarray(prefix)
+        if codes.ndim != 1 or (codes.size and codes.min() < 0):
+            raise self._no_prefix(self.prior.length)
+        return np.broadcast_to(codes.astype(np.int32), (n, len(codes)))
+
+    def _no_prefix(self, length: int) -> UserError:
+        last = self.prior.codebook_size - 1
+        return UserError(f"a prefix holds at most {length} codes from 0 to {last}.")
+
     def grid_of(self, size: tuple[int, int] | None) -> tuple[int, int]:
         """The grid of images of a size in pixels. UserError where it is none, or too small."""
         if size is None:
@@ -123,7 +134,7 @@ class Sampler:
             known.ndim != 2 or known.shape[1] > length
             or (known.size and not -1 <= known.min() <= known.max() < codes)
         ):  # fmt: skip
-            raise UserError(f"a prefix holds at most {length} codes from 0 to {codes - 1}.")
+            raise self._no_prefix(length)
         held = 0 if known is None else known.shape[1]
         choice = (top_k, top_p is not None, guidance_scale is not None, grid, held)
         used, draw, params = self._compile(devices, choice)

@@ -74,7 +74,11 @@ def test_more_images_than_a_batch_are_the_same_as_one_by_one(run):
 def test_what_a_run_cannot_take_is_a_sentence(run, tmp_path):
     for call, says in (
         (lambda: run.encode(np.zeros((16, 16, 3))), "images of shape"),
-        (lambda: run.encode(np.zeros((1, 28, 28, 3))), r"takes \[n, 16, 16, 3\]"),
+        (
+            lambda: run.encode(np.zeros((1, 28, 27, 3))),
+            r"takes \[n, h, w, 3\], h and w multiples of 2",
+        ),
+        (lambda: run.decode(np.zeros((1, 8, 8), int), tile=7), "tiles of 7 pixels"),
         (lambda: run.encode(np.zeros((0, 16, 16, 3))), "nothing was given"),
         (lambda: run.encode(np.zeros((1, 16, 16, 3), int)), "images of type int64"),
         (lambda: run.encode(np.full((1, 16, 16, 3), 2.0)), r"must lie in \[-1, 1\]"),

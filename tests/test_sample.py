@@ -158,6 +158,12 @@ def test_the_log_likelihood_is_that_of_the_codes(run):
         ("--out s.jpg", "name a .npz, a .png, or a folder"),
         ("--seed -1", "the seed is -1"),
         ("--workdir nowhere", "there is no folder nowhere"),
+        ("--size 17x16", "a height of 16 and a width of 17 are no multiples of 2"),
+        ("--size 32x14", "a height of 14 and a width of 32 are less than the 16 and 16"),
+        ("--keep top", "--keep and --mask are of pictures to be completed"),
+        ("--complete none.png", "there is no picture none.png"),
+        ("--complete /dev/null", "/dev/null cannot be read as a picture"),
+        ("--complete /dev/null --keep 0.5 --mask m.png", "--keep and --mask both say what is kept"),
     ],
 )
 def test_bad_input_is_a_sentence(sample, both, tmp_path, monkeypatch, arguments, says):
@@ -200,3 +206,63 @@ def test_samples_need_no_data(both, tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "load", None)
     elsewhere = taming_jax.load_run(shutil.copytree(both, tmp_path / "run"))
     assert elsewhere.sample(["large disc"], devices=1).shape == (1, 16, 16, 1)
+
+
+def test_larger_images_are_drawn_in_windows(sample, run, both, tmp_path):
+    given = ["--workdir", both, "--classes", 0, 1, "--per-class", 2, "--guidance-scale", 1.5]
+    status, _, err = sample(*given, "--size", "24x20", "--out", tmp_path / "s.npz")
+    assert status == 0, err
+    images = np.load(tmp_path / "s.npz")["images"]
+    assert images.shape == (4, 20, 24, 1)
+    settings = {"guidance_scale": 1.5, "size": (20, 24)}
+    np.testing.assert_array_equal(images[:2], to_uint8(run.sample([0], 2, devices=2, **settings)))
+    # Of the training images' size, they are those that the cache draws.
+    whole = run.sample([0], 2, size=(16, 16), devices=1)
+    np.testing.assert_array_equal(whole, run.sample([0], 2, devices=1))
+
+
+def test_the_rest_of_pictures_is_drawn(sample, run, both, tmp_path):
+    pictures = sources.load(run.config.data).test.images[:3]
+    for i, image in enumerate(pictures):
+        Image.fromarray(image[..., 0]).save(tmp_path / f"{i}.png")
+    given = ["--workdir", both, "--per-class", 2, "--out", tmp_path / "s.npz"]
+    files = [tmp_path / f"{i}.png" for i in range(3)]
+    status, said, err = sample(*given, "--complete", *files, "--classes", 1, "--keep", 0.25)
+    assert status == 0 and "6 completions of 3 pictures are in" in said, err
+    archive = np.load(tmp_path / "s.npz")
+    assert archive["labels"].tolist() == [1] * 6
+    found = run.complete(pictures, 1, 2, keep=0.25, devices=1)
+    np.testing.assert_array_equal(archive["images"], to_uint8(found))
+
+    codes, rows = run.encode(pictures), np.arange(8)[:, None] < 2
+    drawn = run.complete(pictures, [1, 0, 1], temperature=0, guidance_scale=1, keep=0.25)
+    known = np.where(rows, codes, -1).reshape(3, -1)
+    parts = run.drawn(np.array([1, 0, 1]), np.zeros(3, np.int32), known=known, temperature=0,
+                      guidance_scale=1)  # fmt: skip
+    np.testing.assert_array_equal(drawn, np.concatenate(list(parts)))
+    # All but the last code kept: the pictures' reconstructions, but for what that code touches.
+    mask = np.ones((8, 8), bool)
+    mask[-1, -1] = False
+    nearly = run.complete(pictures, 0, mask=mask)
+    np.testing.assert_allclose(nearly[:, :2, :2], run.decode(codes)[:, :2, :2], atol=0.2)
+    # A mask of pixels keeps codes of which most are kept; of no class is a class as well.
+    pixels = np.repeat(np.repeat(mask, 2, 0), 2, 1)
+    pixels[0, 0] = False
+    np.testing.assert_array_equal(run.complete(pictures, 0, mask=pixels), nearly)
+    assert run.complete(pictures, None, mask=mask).shape == (3, 16, 16, 1)
+    status, _, err = sample(*given[:-1], tmp_path / "c", "--complete", *files)
+    assert status == 0 and (tmp_path / "c" / "0002_2_00001.png").exists(), err
+
+
+def test_what_cannot_be_completed_is_a_sentence(run):
+    images = np.zeros((2, 16, 16, 1), np.uint8)
+    for arguments, says in (
+        ({"classes": [0, 1, 2]}, "2 images and 3 classes"),
+        ({"keep": 1.5}, "a share of 1.5 of 8 rows"),
+        ({"keep": 0.01}, "a share of 0.01 of 8 rows"),
+        ({"mask": np.ones((3, 3))}, "a mask of 3x3 was given; it is of 8x8 codes, or of 16x16"),
+        ({"per_image": 0}, "no completions"),
+        ({"size": (16, 16)}, "multiple values"),
+    ):
+        with pytest.raises((UserError, TypeError), match=says):
+            run.complete(images, **arguments)

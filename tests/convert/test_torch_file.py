@@ -1,6 +1,7 @@
 """Files as PyTorch writes them, made here without it, in both of its formats."""
 
 import collections
+import contextlib
 import io
 import pickle
 import struct
@@ -11,7 +12,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from taming_jax.convert.torch_file import MAGIC, load_tensors
+from taming_jax.convert.torch_file import MAGIC, load_tensors, write_tensors
 from taming_jax.errors import UserError
 
 KINDS = {"f4": "FloatStorage", "f8": "DoubleStorage", "i8": "LongStorage", "u2": "BFloat16Storage"}
@@ -160,3 +161,72 @@ def test_files_that_are_not_whole(torch, tmp_path):
             load_tensors(tmp_path / "beyond.pth")
     with pytest.raises(UserError, match="there is no file"):
         load_tensors(tmp_path / "none.pth")
+
+
+def test_what_is_written_is_read(tmp_path):
+    rng = np.random.default_rng(0)
+    state = {
+        "a.weight": rng.random((3, 4), np.float32), "count": np.array(7, np.int64),
+        "half": rng.random(5).astype(np.float16), "none": np.zeros((0, 3), np.float32),
+        "turned": np.asfortranarray(rng.random((2, 5), np.float32)),
+    }  # fmt: skip
+    write_tensors(tmp_path / "m.ckpt", {"epoch": 3, "state_dict": state})
+    found = load_tensors(tmp_path / "m.ckpt")
+    assert found["epoch"] == 3 and list(found["state_dict"]) == list(state)
+    for name, array in state.items():
+        back = found["state_dict"][name]
+        assert back.dtype == array.dtype and back.shape == array.shape
+        np.testing.assert_array_equal(back, array)
+    with zipfile.ZipFile(tmp_path / "m.ckpt") as archive:  # as torch.load(mmap=True) wants them
+        for part in archive.infolist():
+            if "/data/" in part.filename:
+                archive.fp.seek(part.header_offset + 26)
+                lengths = struct.unpack("<HH", archive.fp.read(4))
+                assert (part.header_offset + 30 + sum(lengths)) % 64 == 0
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_changed_byte_is_noticed(torch, tmp_path):
+    write_zip(tmp_path / "m.pth", content(torch), STORAGES)
+    whole = bytearray((tmp_path / "m.pth").read_bytes())
+    at = whole.index(STORAGES["0"].tobytes())
+    whole[at + 5] ^= 1
+    (tmp_path / "m.pth").write_bytes(whole)
+    with pytest.raises(UserError, match=r"is not a whole file .*archive/data/0 was changed"):
+        load_tensors(tmp_path / "m.pth")
+
+
+def test_names_of_lightning_may_stand_in_a_file_but_not_be_called(tmp_path):
+    name = b"cpytorch_lightning.callbacks.model_checkpoint\nModelCheckpoint\n"
+
+    def write(pickled):
+        with zipfile.ZipFile(tmp_path / "m.ckpt", "w") as archive:
+            archive.writestr("archive/data.pkl", pickled)
+        return tmp_path / "m.ckpt"
+
+    assert list(load_tensors(write(b"\x80\x02}(" + name + b"K\x01u."))) != []
+    with pytest.raises(UserError, match=r"asks for pytorch_lightning.callbacks"):
+        load_tensors(write(b"\x80\x02" + name + b")R."))
+
+
+def test_bombs_take_neither_memory_nor_time(tmp_path):
+    lists = b"]q\x00"  # a list that holds the one before it twice, and so on
+    for i in range(60):
+        lists += b"](h" + bytes([i]) + b"h" + bytes([i]) + b"eq" + bytes([i + 1])
+    bombs = {
+        "nested": b"\x80\x02" + lists + b".",
+        "memo": b"\x80\x02K\x01r\xff\xff\xff\x7f.",  # "remember this as number 2 ** 31 - 1"
+        "long": b"\x80\x04\x8e" + b"\xff" * 7 + b"\x7f.",
+        "deep": b"\x80\x02" + b"(" * 100_000 + b"t" * 100_000 + b".",
+    }
+    for name, pickled in bombs.items():
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            archive.writestr("archive/data.pkl", pickled)
+        with contextlib.suppress(UserError):
+            load_tensors(tmp_path / name)
+    with zipfile.ZipFile(tmp_path / "large", "w", zipfile.ZIP_DEFLATED) as archive:
+        with archive.open("archive/data.pkl", "w", force_zip64=True) as stream:
+            for _ in range(300):
+                stream.write(bytes(2**20))
+    with pytest.raises(UserError, match="its pickle is too large"):
+        load_tensors(tmp_path / "large")
