@@ -224,9 +224,11 @@ def test_bombs_take_neither_memory_nor_time(tmp_path):
             archive.writestr("archive/data.pkl", pickled)
         with contextlib.suppress(UserError):
             load_tensors(tmp_path / name)
-    with zipfile.ZipFile(tmp_path / "large", "w", zipfile.ZIP_DEFLATED) as archive:
-        with archive.open("archive/data.pkl", "w", force_zip64=True) as stream:
-            for _ in range(300):
-                stream.write(bytes(2**20))
+    with (
+        zipfile.ZipFile(tmp_path / "large", "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("archive/data.pkl", "w", force_zip64=True) as stream,
+    ):
+        for _ in range(300):
+            stream.write(bytes(2**20))
     with pytest.raises(UserError, match="its pickle is too large"):
         load_tensors(tmp_path / "large")

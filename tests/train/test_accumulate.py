@@ -14,7 +14,7 @@ from jax import lax
 from taming_jax.config import load_config
 from taming_jax.models.discriminator import Discriminator
 from taming_jax.models.layers import conv
-from taming_jax.models.quantizers import VectorQuantizer
+from taming_jax.models.quantizers import GumbelQuantizer, VectorQuantizer
 from taming_jax.models.vqgan import VQGAN
 from taming_jax.train import accumulate
 from taming_jax.train.accumulate import accumulated, divided
@@ -112,7 +112,8 @@ def small(overrides, parts, axis_name=None):
     """Stage 1 with networks that are compiled in no time."""
     settings = {"lecam_weight": 0.5, "discriminator_weight": 0.7, "micro_batches": parts}
     config = load_config("mnist_tiny", {f"vqgan.{k}": v for k, v in (settings | overrides).items()})
-    generator = VQGAN(SmallEncoder(), VectorQuantizer(16, 4), SmallDecoder(), 6)
+    kind = GumbelQuantizer if config.vqgan.quantizer == "gumbel" else VectorQuantizer
+    generator = VQGAN(SmallEncoder(), kind(16, 4), SmallDecoder(), 6)
     discriminator = Discriminator(4, 1, axis_name)
     return Networks(config.vqgan, generator, discriminator, jnp.float32, axis_name)
 
@@ -142,26 +143,42 @@ def learned(overrides, parts, count, adversarial, arguments):
 
     def gradients(nets, arrays):
         images, keys = arrays
-        keys = Keys(*map(jax.random.wrap_key_data, keys or ()))
-        return networks.gradients(*nets, images, {}, adversarial, 100, keys)
+        keys = jax.tree.map(jax.random.wrap_key_data, keys)
+        return networks.gradients(*nets, images, {}, adversarial, 100, keys, 0.8)
 
-    arrays = images, keys and tuple(map(jax.random.key_data, keys))
+    arrays = images, jax.tree.map(jax.random.key_data, keys)
     step = devices.compile(gradients)
     return devices.fetch(step(devices.replicate(nets), devices.shard(arrays)))
 
 
 def test_on_two_devices_four_parts_are_the_whole_batch_too(state_and_images):
-    arguments = (*state_and_images, None)
+    arguments = (*state_and_images, Keys())
     whole = learned({}, 1, 1, False, arguments)
     found = learned({}, 4, 2, False, arguments)
     golden.assert_trees_close(found, whole, "", 1e-5, 1e-6)
+
+
+def test_codes_that_are_drawn_depend_on_the_image_alone(state_and_images):
+    """Not on the parts or the devices; and on its key."""
+    _, discriminator, images = state_and_images
+    networks = small({"quantizer": "gumbel"}, 1)
+    params = jax.jit(networks.generator.init)(jax.random.key(3), images)["params"]
+    keys = Keys(codes=jax.random.split(jax.random.key(4), len(images)))
+    arguments = (Net(params, ()), discriminator, images, keys)
+    whole = learned({"quantizer": "gumbel"}, 1, 1, False, arguments)
+    found = learned({"quantizer": "gumbel"}, 2, 2, False, arguments)
+    golden.assert_trees_close(found, whole, "", 1e-5, 1e-6)
+    other = (*arguments[:-1], Keys(codes=jax.random.split(jax.random.key(5), len(images))))
+    assert (
+        learned({"quantizer": "gumbel"}, 1, 1, False, other).metrics["nll"] != whole.metrics["nll"]
+    )
 
 
 def of_part(networks, updates, discriminator, extra, x, keys, params):
     """A part of a batch written out: the image losses; the adversarial loss; the discriminator's;
     and its state afterwards."""
     settings, before = networks.settings, extra["batch_stats"]
-    for_real, for_fake = keys or (None, None)
+    for_real, for_fake, _ = keys
     output = networks.generator.apply({"params": params}, x)
     fake, stats = networks.discriminate(discriminator, before, output.images, for_fake)
     real, stats = networks.discriminate(discriminator, stats, x, for_real)
@@ -194,7 +211,7 @@ def by_parts(networks, generator, discriminator, images, keys, steps, count):
 
     extra, found = discriminator.extra, []
     for number in range(count):
-        here = None if keys is None else tuple(key[number::count] for key in keys)
+        here = jax.tree.map(lambda key, number=number: key[number::count], keys)
         terms = one(count * steps + number, extra, images[number::count], here)
         found.append([(value, gradient) for (value, _), gradient in terms])
         extra = terms[0][0][1]
@@ -225,9 +242,9 @@ def test_the_adversarial_part_in_two_parts_is_that_of_their_losses_written_out(
     monkeypatch.setattr(accumulate, "unrolled", lambda: unrolled)
     networks = small(overrides, 2)
     *state, images = state_and_images
-    keys = None
+    keys = Keys()
     if networks.settings.diff_augment:
-        keys = tuple(jax.random.split(jax.random.key(i), len(images)) for i in (5, 6))
+        keys = Keys(*(jax.random.split(jax.random.key(i), len(images)) for i in (5, 6)))
     gradient, of_discriminator, extra, metrics = by_parts(networks, *state, images, keys, 100, 2)
     found = learned(overrides, 2, count, True, (*state, images, keys))
     golden.assert_trees_close(found.generator, gradient, "generator ", 1e-5, 1e-6)
