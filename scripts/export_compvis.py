@@ -19,6 +19,7 @@ from taming_jax.errors import RunFailed, UserError, report, say
 from taming_jax.files import check_writable, write_whole
 
 PROGRAM = "CompVis/taming-transformers"
+LOW = -50.0  # the logit of what is never to be drawn
 
 
 def main() -> None:
@@ -114,11 +115,36 @@ def networks(model: Any, nets: dict[str, Any], normalised: bool) -> dict[str, np
         variables = {"params": net["params"], "batch_stats": net["extra"]["batch_stats"]}
         found.append((discriminator_layout, model.discriminator, variables))
     if model.transformer is not None:
-        found.append((gpt_layout, model.transformer, nets["transformer"]["params"]))
+        transformer = speaking(nets["transformer"]["params"], model.config.prior.vocabulary)
+        found.append((gpt_layout, model.transformer, transformer))
     return {
         prefix + name: array
         for table, prefix, params in found
         for name, array in theirs(table(paths(params)), params).items()
+    }
+
+
+def speaking(transformer: dict[str, Any], tokens: int) -> dict[str, Any]:
+    """A transformer with logits of so many tokens, of one that speaks codes and no classes, whose
+    logits are to be low whatever its state.
+
+    The last norm answers scale * n + bias, and the n of all channels add up to zero. So 1 / scale
+    in the head gives a constant: the sum of bias / scale. That is made large by adding scale to the
+    bias, once; what codes get by it is taken from them by the same constant.
+    """
+    head, norm = transformer["head"], transformer["norm_out"]
+    missing = tokens - head.shape[1]
+    if not missing:
+        return transformer
+    scale, bias = (np.asarray(norm[name], np.float64) for name in ("scale", "bias"))
+    scale = np.where(np.abs(scale) < 1e-6, 1e-6, scale)
+    bias = bias + scale
+    constant = (bias / scale).sum()
+    codes = head - np.outer(1 / scale, scale @ head) / constant
+    classes = np.repeat((LOW / constant / scale)[:, None], missing, 1)
+    return transformer | {
+        "head": np.concatenate([codes, classes], 1).astype(np.float32),
+        "norm_out": {"scale": scale.astype(np.float32), "bias": bias.astype(np.float32)},
     }
 
 

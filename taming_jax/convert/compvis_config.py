@@ -10,6 +10,8 @@ from taming_jax.config import UNKNOWN, Config, DataConfig, PriorConfig, VQGANCon
 from taming_jax.errors import UserError
 
 IMAGENET = 1000  # classes, where a file does not say how many
+OURS = "taming_jax"  # the part of an exported YAML that the official code does not look at
+WARMUP = 200  # steps in which fresh optimisers get to know weights that are trained
 
 
 class Official(NamedTuple):
@@ -62,12 +64,12 @@ def official(
 def described(
     content: dict[str, Any], file: Path, classes: int | None, used: tuple[int, ...] | None
 ) -> Official:
-    model = content["model"]
+    model, told = content["model"], content.get(OURS) or {}
     kind, params = kind_of(model), model["params"]
     batch_size = int(content.get("data", {}).get("params", {}).get("batch_size", 4))
     rate = float(model.get("base_learning_rate", 4.5e-6)) * batch_size
     if kind in ("VQModel", "GumbelVQ"):
-        data, vqgan = stage1(model, file, used)
+        data, vqgan = stage1(model, file, used, told)
         settings = dataclasses.replace(
             vqgan, batch_size=batch_size, learning_rate=rate, discriminator_learning_rate=rate
         )
@@ -86,8 +88,8 @@ def described(
         raise UserError(
             f"{file} has a first stage {first.get('target')}; VQModel and GumbelVQ are read."
         )
-    data, vqgan = stage1(first, file, used)
-    prior, names = stage2(params, vqgan, file, classes)
+    data, vqgan = stage1(first, file, used, told)
+    prior, names = stage2(params, file, classes, told)
     prior = dataclasses.replace(prior, batch_size=batch_size, learning_rate=rate)
     config = Config(config=file.stem, data=data, vqgan=vqgan, prior=prior)
     held = discriminator_of(first["params"]) is not None
@@ -111,7 +113,7 @@ def discriminator_of(params: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def stage1(
-    section: dict[str, Any], file: Path, used: tuple[int, ...] | None
+    section: dict[str, Any], file: Path, used: tuple[int, ...] | None, told: dict[str, Any]
 ) -> tuple[DataConfig, VQGANConfig]:
     """A VQModel's or GumbelVQ's settings."""
     params = section["params"]
@@ -138,7 +140,8 @@ def stage1(
         codebook_size=int(params["n_embed"]), code_dim=int(params["embed_dim"]),
         commitment=float(params.get("beta", 0.25)),
         # The official VQModel leaves the misplaced weight on.
-        legacy_commitment=bool(params.get("legacy", True)),
+        legacy_commitment=bool(params.get("legacy", told.get("legacy", True))),
+        l2_normalise=bool(told.get("l2_normalise", False)), warmup_steps=WARMUP,
         used_codes=used_codes(params, file) if used is None else used,
     )  # fmt: skip
     if kind_of(section) == "GumbelVQ":
@@ -187,7 +190,7 @@ def used_codes(params: dict[str, Any], file: Path) -> tuple[int, ...]:
 
 
 def stage2(
-    params: dict[str, Any], vqgan: VQGANConfig, file: Path, classes: int | None
+    params: dict[str, Any], file: Path, classes: int | None, told: dict[str, Any]
 ) -> tuple[PriorConfig, tuple[str, ...]]:
     """A Net2NetTransformer's settings, and the names of its classes."""
     section = params["transformer_config"]
@@ -202,13 +205,13 @@ def stage2(
     vocabulary = int(gpt["vocab_size"])
     condition = params.get("cond_stage_config")
     kind = condition if isinstance(condition, str) else kind_of(condition or {})
-    first = 0
+    first = int(told.get("first_class", 0))
     names: tuple[str, ...] = ("image",)
     if params.get("unconditional") or kind in ("__is_unconditional__", "SOSProvider"):
         first = int(params.get("sos_token", 0))
     elif kind in ("Labelator", "DummyCondStage"):
-        told = ((condition or {}).get("params") or {}).get("n_classes")
-        count = classes or told or min(IMAGENET, vocabulary)
+        said = ((condition or {}).get("params") or {}).get("n_classes")
+        count = classes or said or min(IMAGENET, vocabulary)
         names = tuple(str(i) for i in range(int(count)))
     else:
         raise UserError(
@@ -224,7 +227,7 @@ def stage2(
         layers=int(gpt.get("n_layer", 12)), heads=int(gpt.get("n_head", 8)),
         width=int(gpt.get("n_embd", 256)), dropout=max(drops), block_size=int(gpt["block_size"]),
         vocabulary=vocabulary, first_class=first, keep_codes=float(params.get("pkeep", 1.0)),
-        label_dropout=0.0, schedule="cosine", final_learning_rate=1.0,
+        label_dropout=0.0, schedule="cosine", final_learning_rate=1.0, warmup_steps=WARMUP,
     )  # fmt: skip
     return prior, names
 
@@ -292,9 +295,13 @@ def yaml_of(config: Config, discriminator: bool, classes: int | None) -> dict[st
                 "codebook_weight": vqgan.codebook_weight,
             },
         }  # fmt: skip
+    ours: dict[str, Any] = {
+        "legacy": vqgan.legacy_commitment, "l2_normalise": vqgan.l2_normalise,
+    }  # fmt: skip
     if classes is None:
         rate = vqgan.learning_rate / vqgan.batch_size
-        return {"model": {"base_learning_rate": rate} | stage} | batches(vqgan.batch_size)
+        model = {"base_learning_rate": rate} | stage
+        return {"model": model, OURS: ours} | batches(vqgan.batch_size)
     prior = config.prior
     for setting, plain in (
         ("norm", "layer"), ("mlp", "gelu"), ("positions", "learned"), ("qk_norm", False),
@@ -332,8 +339,10 @@ def yaml_of(config: Config, discriminator: bool, classes: int | None) -> dict[st
             "cond_stage_config": "__is_unconditional__",
             "sos_token": prior.first_class,
         }
-    rate = prior.learning_rate / prior.batch_size
-    return {"model": {"base_learning_rate": rate} | net} | batches(prior.batch_size)
+    else:
+        ours["first_class"] = vqgan.codes if prior.vocabulary is None else prior.first_class
+    model = {"base_learning_rate": prior.learning_rate / prior.batch_size} | net
+    return {"model": model, OURS: ours} | batches(prior.batch_size)
 
 
 def batches(size: int) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def tokenizer_of(file: object, state_dict: StateDict) -> Tokenizer:
         blocks=count(state_dict, r"encoder\.conv_blocks\.0\.res\.(\d+)\."),
         latent_channels=shape("encoder.conv_out.weight")[0], codebook_size=codes,
         code_dim=dimension, l2_normalise=True, commitment=0.25, discriminator_weight=0.5,
-        learning_rate=1e-4, discriminator_learning_rate=1e-4, betas=(0.9, 0.95),
+        learning_rate=1e-4, discriminator_learning_rate=1e-4, betas=(0.9, 0.95), warmup_steps=200,
     )  # fmt: skip
     return Tokenizer(levels, settings, of_image)
 
@@ -70,7 +70,7 @@ def transformer_of(
         layers=count(state_dict, r"layers\.(\d+)\."), heads=heads, width=width, norm="rms",
         mlp="swiglu", mlp_width=state_dict["layers.0.feed_forward.w1.weight"].shape[0], bias=False,
         positions="llamagen", dropout=0.1, label_dropout=0.1, learning_rate=1e-4,
-        weight_decay=0.05, clip=1.0, schedule="cosine", final_learning_rate=1.0,
+        weight_decay=0.05, clip=1.0, schedule="cosine", final_learning_rate=1.0, warmup_steps=200,
         # As its own script draws.
         guidance_scale=4.0, top_k=min(2000, codes),
     )  # fmt: skip
