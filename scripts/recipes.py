@@ -39,38 +39,33 @@ class Table(NamedTuple):
     samples: int
 
 
-LATE = "--vqgan.discriminator-start 0.75"
+ADAPTIVE = "--vqgan.adaptive-weight"
+LATE = f"{ADAPTIVE} --vqgan.discriminator-start 0.75"
 BEFORE = f"{LATE} --vqgan.code-dim 8"  # as the preset was before this table
 MNIST_TINY = {
     "mnist_tiny": Row(),
+    "seed 1": Row("--seed 1"),
+    "adaptive": Row(ADAPTIVE),
+    "adaptive, seed 1": Row(f"{ADAPTIVE} --seed 1"),
     "late": Row(LATE),
-    "codes of 8": Row("--vqgan.code-dim 8"),
+    "codes of 8": Row(f"{ADAPTIVE} --vqgan.code-dim 8"),
+    "LeCAM": Row(f"{ADAPTIVE} --vqgan.lecam-weight 0.1"),
     "before": Row(BEFORE),
     "before, 32 codes": Row(f"{BEFORE} --vqgan.codebook-size 32"),
     "before, 512 codes": Row(f"{BEFORE} --vqgan.codebook-size 512"),
     "before, not normalised": Row(f"{BEFORE} --vqgan.no-l2-normalise"),
-    "fixed weight": Row("--vqgan.no-adaptive-weight"),
-    "LeCAM": Row("--vqgan.lecam-weight 0.1"),
-    "no average": Row("--vqgan.ema-decay None"),
-    "DiffAugment": Row("--vqgan.diff-augment translation cutout"),
-    "seed 1": Row("--seed 1"),
-    "fixed weight, seed 1": Row("--vqgan.no-adaptive-weight --seed 1"),
     "prior": Row(of="mnist_tiny"),
+    "prior, adaptive": Row(of="adaptive"),
     "prior before": Row(of="before"),
-    "prior, fixed weight": Row(of="fixed weight"),
     "guidance 0, before": Row("--guidance-scale 0", "prior before"),
     "guidance 1, before": Row("--guidance-scale 1", "prior before"),
     "guidance 1.5, before": Row("--guidance-scale 1.5", "prior before"),
     "guidance 3, before": Row("--guidance-scale 3", "prior before"),
-    "dropout": Row("--prior.dropout 0.1", "mnist_tiny"),
 }
 BIRDS_TINY = {
     "birds_tiny": Row(),
     "no discriminator": Row("--vqgan.discriminator-start 1"),
-    "fixed weight": Row("--vqgan.no-adaptive-weight"),
     "DiffAugment": Row("--vqgan.diff-augment color translation cutout"),
-    "LeCAM": Row("--vqgan.lecam-weight 0.1"),
-    "codes of 8": Row("--vqgan.code-dim 8"),
     "LPIPS, half as long": Row("--vqgan.perceptual-weight 1 --vqgan.steps 2000"),
 }
 TABLES = {

@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(items):
 TINY = [
     "--config", "mnist_tiny", "--data.name", "synthetic", "--data.image-size", "16",
     "--vqgan.channels", "4", "--vqgan.multipliers", "1", "2", "--vqgan.batch-size", "8",
-    "--vqgan.discriminator-start", "1", "--vqgan.steps",
+    "--vqgan.discriminator-start", "1", "--vqgan.adaptive-weight", "--vqgan.steps",
 ]  # fmt: skip
 
 

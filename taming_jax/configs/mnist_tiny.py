@@ -32,7 +32,7 @@ CONFIG = Config(
         discriminator_layers=2,
         discriminator_start=0.25,
         discriminator_weight=0.1,
-        adaptive_weight=True,
+        adaptive_weight=False,  # docs/recipes.md: nearer in features
         ema_decay=0.99,
     ),
     prior=PriorConfig(

@@ -14,6 +14,7 @@ from taming_jax import errors
 from taming_jax.convert.state_dict import open_state_dict
 from taming_jax.convert.torch_file import write_tensors
 from taming_jax.errors import UserError
+from taming_jax.models.lpips import load_lpips
 from tests import commands, golden
 from tests.convert.llamagen_torch import random_weights
 from tests.golden import assert_close, nhwc
@@ -325,3 +326,72 @@ def test_what_is_not_finite_is_imported_and_named(command, tmp_path):
         "--workdir", tmp_path / "run",
     )  # fmt: skip
     assert status == 2 and "holds a run already; name another --workdir" in err
+
+
+def test_a_run_of_ones_own_goes_there_and_back(command, tmp_path):
+    """Classes of its own, l2-normalised codes and a discriminator; what the official modules hold
+    besides is there."""
+    from taming_jax.train.imported import Record, shapes_of, write_run
+
+    config = taming_jax.load_config("folder", {
+        "data.image_size": 32, "vqgan.channels": 32, "vqgan.multipliers": (1, 2),
+        "vqgan.blocks": 1, "vqgan.latent_channels": 16, "vqgan.codebook_size": 24,
+        "vqgan.code_dim": 8, "vqgan.discriminator_filters": 8, "vqgan.discriminator_layers": 2,
+        "prior.width": 32, "prior.heads": 2, "prior.layers": 1,
+    })  # fmt: skip
+    rng = np.random.default_rng(0)
+    networks = jax.tree.map(
+        lambda leaf: (rng.standard_normal(leaf.shape) / 3).astype(np.float32),
+        shapes_of(config, 3, True),
+    )
+    names = ("cat", "dog", "owl")
+    write_run(tmp_path / "run", config, networks, names, Record("own", "", [], {}), {})
+    again, codes = {}, rng.integers(0, 24, (3, 16, 16)).astype(np.int32)
+    for stage in ("vqgan", "prior"):
+        out = tmp_path / f"{stage}.ckpt"
+        status, said, err = command(
+            "export", "--workdir", tmp_path / "run", "--out", out, "--stage", stage
+        )
+        assert status == 0 and "in length one" in said, err
+        assert ("Class c is token 24 + c" in said) == (stage == "prior")
+        status, _, err = command(
+            "import", "--checkpoint", out, "--config", out.with_suffix(".yaml"), "--workdir",
+            tmp_path / stage,
+        )  # fmt: skip
+        assert status == 0, err
+        again[stage] = taming_jax.load_run(tmp_path / stage)
+    own, prior = taming_jax.load_run(tmp_path / "run"), again["prior"]
+    np.testing.assert_allclose(again["vqgan"].decode(codes), own.decode(codes), atol=1e-5)
+    numbers = np.array([2, 0, 1], np.int32)
+    expected = own.code_likelihood(codes, numbers)
+    np.testing.assert_allclose(prior.code_likelihood(codes, numbers), expected, rtol=1e-5)
+    with jax.default_matmul_precision("highest"):
+        tokens = np.concatenate([24 + numbers[:, None], codes.reshape(3, -1)[:, :-1]], 1)
+        logits = prior.prior.apply({"params": prior.transformer}, tokens)
+    assert logits.shape[-1] == 27
+    np.testing.assert_allclose(logits[..., 24:], -50, atol=1e-2)
+    assert again["vqgan"].config.vqgan.l2_normalise and prior.config.prior.first_class == 24
+
+    held, _ = open_state_dict(tmp_path / "vqgan.ckpt")
+    lpips = load_lpips()
+    last = held["loss.perceptual_loss.net.slice5.28.weight"]
+    np.testing.assert_array_equal(last, lpips["vgg"]["Conv_12"]["kernel"].transpose(3, 2, 0, 1))
+    assert held["loss.perceptual_loss.net.slice2.5.bias"].shape == (128,)
+    assert held["loss.perceptual_loss.lin4.model.1.weight"].shape == (1, 512, 1, 1)
+    assert held["loss.discriminator.main.3.num_batches_tracked"].shape == ()
+    assert held["loss.discriminator.main.8.weight"].shape == (1, 32, 4, 4)
+    mask = np.asarray(open_state_dict(tmp_path / "prior.ckpt")[0]["transformer.blocks.0.attn.mask"])
+    np.testing.assert_array_equal(mask, np.tril(np.ones((1, 1, 256, 256))))
+
+
+def test_runs_that_the_official_code_cannot_have(command, both, tmp_path):
+    for arguments, says in (
+        (("--workdir", both, "--out", tmp_path / "x.ckpt"), "one block a level more than the enc"),
+        (("--workdir", tmp_path / "none", "--out", tmp_path / "x.ckpt"), "there is no folder"),
+        (("--workdir", both, "--out", tmp_path / "x.pt"), "name a .ckpt or a .safetensors"),
+        (("--workdir", both, "--out", tmp_path / "no" / "x.ckpt"), "does not exist; make it"),
+        (("--workdir", tmp_path, "--out", tmp_path / "x.ckpt"), "holds no vqgan checkpoint"),
+    ):
+        status, _, err = command("export", *arguments)
+        assert status == 2 and says in err and err.count("\n") == 1, err
+        assert not list(tmp_path.glob("x.*"))

@@ -110,7 +110,12 @@ class SmallDecoder(nn.Module):
 
 def small(overrides, parts, axis_name=None):
     """Stage 1 with networks that are compiled in no time."""
-    settings = {"lecam_weight": 0.5, "discriminator_weight": 0.7, "micro_batches": parts}
+    settings = {
+        "lecam_weight": 0.5,
+        "discriminator_weight": 0.7,
+        "micro_batches": parts,
+        "adaptive_weight": True,
+    }
     config = load_config("mnist_tiny", {f"vqgan.{k}": v for k, v in (settings | overrides).items()})
     kind = GumbelQuantizer if config.vqgan.quantizer == "gumbel" else VectorQuantizer
     generator = VQGAN(SmallEncoder(), kind(16, 4), SmallDecoder(), 6)

@@ -18,7 +18,10 @@ from taming_jax.train.state import AUGMENTATION, example_keys
 from taming_jax.train.vqgan import VQGANStage
 from tests import commands, golden
 
-OVERRIDES = {"vqgan.batch_size": 16, "vqgan.discriminator_start": 0.0, "vqgan.steps": 200}
+OVERRIDES = {
+    "vqgan.batch_size": 16, "vqgan.discriminator_start": 0.0, "vqgan.steps": 200,
+    "vqgan.adaptive_weight": True,
+}  # fmt: skip
 
 
 def test_fetch_answers_arrays_that_later_steps_do_not_touch():
@@ -113,8 +116,8 @@ def test_the_command_line_gives_the_same_rows_on_any_number_of_devices(tmp_path)
         workdir = tmp_path / str(count)
         status, _, err = commands.run(
             "train_vqgan.py", "--config", "mnist_tiny", "--vqgan.batch-size", 16,
-            "--vqgan.steps", 4, "--vqgan.discriminator-start", 0, "--workdir", workdir,
-            "--devices", count, devices=4,
+            "--vqgan.steps", 4, "--vqgan.discriminator-start", 0, "--vqgan.adaptive-weight",
+            "--workdir", workdir, "--devices", count, devices=4,
         )  # fmt: skip
         assert status == 0, err
         lines = (workdir / "metrics" / "vqgan.jsonl").read_text().splitlines()

@@ -69,7 +69,9 @@ def networks_and_state(overrides, batch=4):
     Not too small: with one channel a group (8 or 16 channels here), GroupNorm makes the gradient of
     the bias before it zero in theory, and what is left is rounding.
     """
-    sizes = {"vqgan.channels": 64, "vqgan.multipliers": (1, 2)}
+    sizes = {
+        "vqgan.channels": 64, "vqgan.multipliers": (1, 2), "vqgan.adaptive_weight": True,
+    }  # fmt: skip
     config = load_config("mnist_tiny", sizes | overrides)
     networks = Networks.build(config)
     keys = jax.random.split(jax.random.key(0), 4)

@@ -126,6 +126,7 @@ def assert_near(gradient, expected, least, each):
 SMALL = {
     "vqgan.codebook_size": 1, "vqgan.channels": 64, "vqgan.multipliers": (1,),
     "vqgan.decoder_blocks": 1, "vqgan.lecam_weight": 1.0, "data.image_size": 12,
+    "vqgan.adaptive_weight": True,
 }  # fmt: skip
 QUICKLY = {"xla_backend_optimization_level": 0}
 

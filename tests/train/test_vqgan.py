@@ -16,6 +16,7 @@ from taming_jax.train.vqgan import VQGANStage
 SMALL = {
     "data.name": "synthetic", "data.image_size": 12, "vqgan.channels": 4,
     "vqgan.multipliers": (1,), "vqgan.batch_size": 8, "vqgan.discriminator_start": 0.0,
+    "vqgan.adaptive_weight": True,
 }  # fmt: skip
 
 
