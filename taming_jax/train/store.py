@@ -19,46 +19,20 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
-from orbax.checkpoint import type_handlers
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from taming_jax.config import Config, differences, settings, to_dict
+from taming_jax.config import Config, differences, settings
 from taming_jax.data.sources import unlike
 from taming_jax.errors import RunFailed, UserError, say
 from taming_jax.files import text_hash
 from taming_jax.formats import ARRAYS, FORMAT, format_of, migrated
+from taming_jax.plain import to_dict
 from taming_jax.train.arrays import digest, fill, named_arrays
-from taming_jax.train.trouble import hush, reason
+from taming_jax.train.handlers import ALONE, SHARD, arrays_handler, json_handler, sparing_handler
+from taming_jax.train.trouble import reason
 from taming_jax.train.weights import LEARNED, begun_from, said
 
-hush()
-
-# Only the first of several processes has to do with checkpoints: Orbax waits for no other.
-ALONE = ocp.options.MultiprocessingOptions(
-    primary_host=0, active_processes={0}, barrier_sync_key_prefix="taming_jax"
-)
-
 FD = "fd_vgg16"  # a Fréchet distance: where a validation took it, checkpoints are judged by it
-
-
-SHARD = 2**26  # bytes a file, where memory is spared
-
-
-def arrays_handler() -> ocp.StandardCheckpointHandler:
-    return ocp.StandardCheckpointHandler(multiprocessing_options=ALONE)
-
-
-def sparing_handler() -> ocp.PyTreeCheckpointHandler:
-    """Writes what the other reads, without a copy of the arrays first: they must not change."""
-    numpy = type_handlers.NumpyHandler(deepcopy_host_arrays=False)
-    return ocp.PyTreeCheckpointHandler(
-        multiprocessing_options=ALONE,
-        type_handler_registry=type_handlers.create_type_handler_registry((np.ndarray, numpy)),
-    )
-
-
-def json_handler() -> ocp.JsonCheckpointHandler:
-    return ocp.JsonCheckpointHandler(multiprocessing_options=ALONE)
 
 
 class Checkpoint(NamedTuple):
