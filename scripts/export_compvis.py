@@ -57,7 +57,11 @@ def work(given: argparse.Namespace) -> None:
     checkpoint, step = Store(given.workdir, stage, "nll", read_only=True).chosen()
     config = checkpoint.config
     nets = traverse_util.unflatten_dict(checkpoint.arrays)["nets"]
-    classes = None if stage == "vqgan" else len((checkpoint.dataset or {})["class_names"])
+    classes = None
+    if stage == "prior":
+        classes = len(nets["transformer"]["params"]["embedding"]) - config.vqgan.codes - 1
+        if config.prior.vocabulary is not None:
+            classes = len(checkpoint.dataset["class_names"] if checkpoint.dataset else ("image",))
 
     held = recorded(given.workdir)
     model = None
@@ -89,10 +93,10 @@ def work(given: argparse.Namespace) -> None:
             "out, since the official code knows no guidance."
         )
     try:
+        write_whole(given.out.with_suffix(".yaml"), settings.encode())
         write_state_dict(
             given.out, {name: arrays[name] for name in ordered}, {"global_step": int(step)}
         )
-        write_whole(given.out.with_suffix(".yaml"), settings.encode())
     except OSError as error:
         raise RunFailed(f"{given.out} could not be written: {error.strerror or error}.") from error
     print(f"{given.out} and {given.out.with_suffix('.yaml')} hold step {step} of {given.workdir}.")

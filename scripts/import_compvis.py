@@ -35,10 +35,11 @@ def main() -> None:
 def work(given: argparse.Namespace) -> None:
     from taming_jax.config import validated
     from taming_jax.convert.compvis import discriminator_layout, gpt_layout, vqgan_layout
-    from taming_jax.convert.compvis_config import official, read_text
+    from taming_jax.convert.compvis_config import codes_in, official, read_text
     from taming_jax.convert.state_dict import open_state_dict
     from taming_jax.train.imported import (
         Record,
+        check_new,
         fitted,
         network,
         read_networks,
@@ -48,14 +49,20 @@ def work(given: argparse.Namespace) -> None:
 
     if given.classes is not None and given.classes < 1:
         raise UserError(f"--classes is {given.classes}; it must be 1 or more.")
+    check_new(given.workdir)
+    settings = read_text(given.config)
     state_dict, said = open_state_dict(given.checkpoint)
     used = [np.asarray(x) for name, x in state_dict.items() if name.endswith("quantize.used")]
-    codes = tuple(int(code) for code in used[0].reshape(-1)) if used else None
-    settings = read_text(given.config)
-    model = official(settings, given.config, given.classes, codes)
+    try:
+        codes = codes_in(used[0]) if used else None
+    except ValueError as error:
+        raise UserError(f"{given.checkpoint}: quantize.used holds no codes ({error}).") from error
+    step = said.get("global_step", 0)
+    step = step if isinstance(step, int) and step > 0 else 0
+    model = official(settings, given.config, given.classes, codes, step)
     below, names = model.discriminator, model.class_names
     judged = below is not None and any(name.startswith(below) for name in state_dict)
-    config = validated(model.config if judged else fitted(model.config))
+    config = validated(fitted(model.config, judged))
     shapes = shapes_of(config, len(names), judged)
     networks = {"generator": network(vqgan_layout, shapes["generator"], model.generator)}
     if judged and below is not None:
@@ -70,7 +77,7 @@ def work(given: argparse.Namespace) -> None:
     back = [networks[name] for name in networks if name != "discriminator" or not model.transformer]
     known = {name for each in back for name in each.expected}
     rest = {name: np.asarray(x) for name, x in state_dict.items() if name not in known}
-    record = Record("CompVis/taming-transformers", settings, list(state_dict), said)
+    record = Record("CompVis/taming-transformers", settings, list(state_dict))
     write_run(given.workdir, config, read, names, record, rest)
     print(
         f"{given.workdir} holds {' and '.join(networks)} of {given.checkpoint}: images of "

@@ -39,6 +39,7 @@ def work(given: argparse.Namespace) -> None:
     from taming_jax.convert.state_dict import open_state_dict
     from taming_jax.train.imported import (
         Record,
+        check_new,
         fitted,
         network,
         read_networks,
@@ -49,6 +50,7 @@ def work(given: argparse.Namespace) -> None:
     for name in ("image_size", "heads"):
         if getattr(given, name) is not None and getattr(given, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be 1 or more.")
+    check_new(given.workdir)
     of_tokenizer, _ = open_state_dict(given.tokenizer)
     tokenizer = llamagen.tokenizer_of(given.tokenizer, of_tokenizer)
     codes, prior, classes, of_gpt = tokenizer.settings.codebook_size, None, 0, None
@@ -56,7 +58,8 @@ def work(given: argparse.Namespace) -> None:
         of_gpt, _ = open_state_dict(given.gpt)
         prior, classes = llamagen.transformer_of(given.gpt, of_gpt, codes, given.heads)
     name = given.tokenizer.stem
-    config = validated(fitted(llamagen.config_of(name, tokenizer, prior, given.image_size)))
+    config = llamagen.config_of(name, tokenizer, prior, given.image_size)
+    config = validated(fitted(config, judged=False))
     shapes = shapes_of(config, classes, discriminator=False)
     table = llamagen.tokenizer_layout
     networks = read_networks(
@@ -69,7 +72,7 @@ def work(given: argparse.Namespace) -> None:
             given.gpt, of_gpt, {"transformer": network(of_heads, shapes["transformer"], "")},
             BESIDE.__contains__, "its own width and layers",
         )  # fmt: skip
-    record = Record("FoundationVision/LlamaGen", "", [*of_tokenizer, *(of_gpt or {})], {})
+    record = Record("FoundationVision/LlamaGen", "", [*of_tokenizer, *(of_gpt or {})])
     rest = {name: np.asarray(x) for name, x in of_tokenizer.items() if name in BESIDE}
     write_run(given.workdir, config, networks, tuple(map(str, range(classes))), record, rest)
     print(

@@ -165,16 +165,21 @@ def work(given: argparse.Namespace) -> None:
 
 
 def completed(run: "Run", given: argparse.Namespace, settings: dict[str, Any]) -> Drawn:
-    """The completions of the given pictures. UserError for those that cannot be read."""
+    """The completions of the given pictures, which the first of several processes reads. UserError
+    for those that cannot be read."""
     from taming_jax.figures import to_uint8
+    from taming_jax.train import hosts
 
     config = run.config.data
     size = given.size or (config.image_size, config.image_size)
     files = [Path(name) for name in given.complete]
-    pictures = np.stack([picture(file, size, config.channels) for file in files])
-    mask = None
-    if given.mask is not None:
-        mask = picture(Path(given.mask), size, 1)[..., 0] > 127
+
+    def read() -> tuple[np.ndarray, np.ndarray | None]:
+        pictures = np.stack([picture(file, size, config.channels) for file in files])
+        mask = given.mask and picture(Path(given.mask), size, 1)[..., 0] > 127
+        return pictures, mask
+
+    pictures, mask = hosts.from_first(read)
     classes = given.classes
     images = run.complete(
         pictures, classes, given.per_class, keep=0.5 if given.keep is None else given.keep,

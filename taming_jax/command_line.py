@@ -100,6 +100,12 @@ class Command(NamedTuple):
     processes: Processes
 
 
+def replaced(config: Config, section: str, **values: Any) -> Config:
+    """A config with other values in one of its sections."""
+    changed = dataclasses.replace(getattr(config, section), **values)
+    return dataclasses.replace(config, **{section: changed})
+
+
 def parse_arguments(arguments: Sequence[str], stage: str = "vqgan") -> Command:
     """The command line of both training scripts.
 
@@ -142,7 +148,10 @@ def parse_arguments(arguments: Sequence[str], stage: str = "vqgan") -> Command:
             f"the run in {base.folder} was trained otherwise: {'; '.join(different)}. Leave these "
             "settings out, or train a stage 1 with them."
         )
-    if config.data.path is not None:  # the run may be used from another folder
-        path = str(Path(config.data.path).absolute())
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=path))
+    # The run may be used from another folder.
+    if config.data.path is not None:
+        config = replaced(config, "data", path=str(Path(config.data.path).absolute()))
+    for name in ("vqgan", "prior"):
+        if (source := getattr(config, name).init_from) is not None:
+            config = replaced(config, name, init_from=str(Path(source).absolute()))
     return Command(validated(config), line.restart, processes(line))

@@ -205,8 +205,8 @@ class Run:
     def _kept(self, keep: float, mask: Any, grid: tuple[int, int]) -> np.ndarray:
         """Which codes of a grid are kept, bool [h',w']."""
         if mask is None:
-            rows = round(keep * grid[0])
-            if not 0 < keep < 1 or not 0 < rows < grid[0]:
+            rows = round(keep * grid[0]) if 0 < keep < 1 else 0
+            if not 0 < rows < grid[0]:
                 raise UserError(
                     f"a share of {keep} of {grid[0]} rows of codes leaves nothing to keep or "
                     "nothing to draw; it is between 0 and 1."
@@ -253,7 +253,8 @@ class Run:
 
     def code_likelihood(self, indices: np.ndarray, numbers: np.ndarray) -> np.ndarray:
         """The same of code indices int32 [n,h',w'] and classes int32 [n]."""
-        self._need_prior()
+        grid = indices.shape[1] * self.factor, indices.shape[2] * self.factor
+        self._sampler().grid_of(grid)  # UserError for images that are too small
         codes = indices.reshape(len(indices), -1)
         both = np.concatenate([numbers[:, None], codes], 1)
         of_grid = functools.partial(self._likelihood, indices.shape[1:])
@@ -352,7 +353,8 @@ class Run:
     def _tile(self, size: tuple[int, ...], tile: int | None) -> int | None:
         """The side of the tiles, in codes, that images of a size are taken in; None where they are
         taken whole."""
-        if tile is not None and (tile < 4 * self.factor or tile % self.factor):
+        whole = tile is None or isinstance(tile, int | np.integer)
+        if tile is not None and (not whole or tile < 4 * self.factor or tile % self.factor):
             raise UserError(
                 f"tiles of {tile} pixels were asked for; take a multiple of {self.factor}, "
                 f"{4 * self.factor} or more."

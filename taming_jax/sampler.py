@@ -99,6 +99,10 @@ class Sampler:
         if size is None:
             return self.prior.grid
         factor, window = self.run.factor, self.prior.window
+        if np.shape(size) != (2,) or not all(isinstance(n, int | np.integer) for n in size):
+            raise UserError(
+                f"a size of {size} was asked for; it is a height and a width in pixels."
+            )
         if any(pixels % factor for pixels in size):
             raise UserError(
                 f"a height of {size[0]} and a width of {size[1]} are no multiples of {factor}, "

@@ -47,7 +47,7 @@ def work(given):
     stage = STAGES[given.stage](config, devices)
     store = Store(Path(given.workdir), stage.name, stage.monitor, True, stage.dataset)
     template = stage.init(jax.random.key(config.seed))
-    restored = hosts.from_first(lambda: store.restore(template, config, (), print))
+    restored = hosts.from_first(lambda: store.restore(template, config, (), (), print))
     before = jax.tree.map(np.array, moments(restored))
     step, feed = int(restored.step), stage.feeds()[0]
     batch = feed.batch(step)

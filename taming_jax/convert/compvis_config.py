@@ -1,13 +1,15 @@
 """The official code's YAML files as our settings, and ours as theirs."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from taming_jax.config import UNKNOWN, Config, DataConfig, PriorConfig, VQGANConfig
-from taming_jax.errors import UserError
+from taming_jax.errors import UserError, say
+from taming_jax.plain import from_dict, to_dict
 
 IMAGENET = 1000  # classes, where a file does not say how many
 OURS = "taming_jax"  # the part of an exported YAML that the official code does not look at
@@ -38,10 +40,15 @@ def read_text(file: Path) -> str:
 
 
 def official(
-    text: str, file: Path, classes: int | None = None, used: tuple[int, ...] | None = None
+    text: str,
+    file: Path,
+    classes: int | None = None,
+    used: tuple[int, ...] | None = None,
+    step: int = 0,
 ) -> Official:
     """What a YAML's text describes; `file` is where it is from. `classes` is how many classes there
-    are, where it does not say; `used` the codes that its `remap` names, where they are known.
+    are, where it does not say; `used` the codes that its `remap` names, where they are known; and
+    `step` how far the model was trained.
 
     Raises UserError for what is no YAML of a model, for other models than VQModel, GumbelVQ and
     Net2NetTransformer, and for those of them that ours cannot be.
@@ -50,26 +57,33 @@ def official(
 
     try:
         content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{file} is not YAML ({' '.join(str(error).split())}).") from error
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise UserError(f"{file} has no `model`; name the YAML that belongs to the checkpoint.")
     try:
-        return described(content, file, classes, used)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        found = described(content, file, classes, used, step)
+        # As it is read again, types and all.
+        return found._replace(config=from_dict(Config, to_dict(found.config)))
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         missing = f"it does not say {error}" if isinstance(error, KeyError) else error
         raise UserError(f"{file} cannot be understood: {missing}.") from error
 
 
 def described(
-    content: dict[str, Any], file: Path, classes: int | None, used: tuple[int, ...] | None
+    content: dict[str, Any],
+    file: Path,
+    classes: int | None,
+    used: tuple[int, ...] | None,
+    step: int,
 ) -> Official:
     model, told = content["model"], content.get(OURS) or {}
     kind, params = kind_of(model), model["params"]
-    batch_size = int(content.get("data", {}).get("params", {}).get("batch_size", 4))
+    data_params = (content.get("data") or {}).get("params") or {}
+    batch_size = number(data_params.get("batch_size", 4))
     rate = float(model.get("base_learning_rate", 4.5e-6)) * batch_size
     if kind in ("VQModel", "GumbelVQ"):
-        data, vqgan = stage1(model, file, used, told)
+        data, vqgan = stage1(model, file, used, told, step)
         settings = dataclasses.replace(
             vqgan, batch_size=batch_size, learning_rate=rate, discriminator_learning_rate=rate
         )
@@ -88,7 +102,7 @@ def described(
         raise UserError(
             f"{file} has a first stage {first.get('target')}; VQModel and GumbelVQ are read."
         )
-    data, vqgan = stage1(first, file, used, told)
+    data, vqgan = stage1(first, file, used, told, step)
     prior, names = stage2(params, file, classes, told)
     prior = dataclasses.replace(prior, batch_size=batch_size, learning_rate=rate)
     config = Config(config=file.stem, data=data, vqgan=vqgan, prior=prior)
@@ -97,6 +111,13 @@ def described(
     return Official(
         config, below, f"{below}loss.discriminator." if held else None, "transformer.", names
     )
+
+
+def number(value: Any) -> int:
+    """A size. ValueError for what is none."""
+    if not 0 < float(value) < 2**24 or int(value) != float(value):
+        raise ValueError(f"{value} is no size")
+    return int(value)
 
 
 def kind_of(section: dict[str, Any]) -> str:
@@ -113,7 +134,11 @@ def discriminator_of(params: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def stage1(
-    section: dict[str, Any], file: Path, used: tuple[int, ...] | None, told: dict[str, Any]
+    section: dict[str, Any],
+    file: Path,
+    used: tuple[int, ...] | None,
+    told: dict[str, Any],
+    step: int,
 ) -> tuple[DataConfig, VQGANConfig]:
     """A VQModel's or GumbelVQ's settings."""
     params = section["params"]
@@ -129,36 +154,37 @@ def stage1(
             f"{file} is of images of {dd['in_channels']} channels to {dd['out_ch']}; only gray or "
             "colour images to the same are read."
         )
+    if dd.get("dropout"):
+        say(f"{file} has a dropout of {dd['dropout']}, which this one trains on without.")
     data = DataConfig(
-        name=UNKNOWN, image_size=int(dd["resolution"]), channels=int(dd["in_channels"])
+        name=UNKNOWN, image_size=number(dd["resolution"]), channels=int(dd["in_channels"])
     )
     vqgan = VQGANConfig(
-        channels=int(dd["ch"]), multipliers=tuple(map(int, dd["ch_mult"])),
-        blocks=int(dd["num_res_blocks"]),
-        attention_resolutions=tuple(map(int, dd["attn_resolutions"])),
-        latent_channels=int(dd["z_channels"]),
-        codebook_size=int(params["n_embed"]), code_dim=int(params["embed_dim"]),
-        commitment=float(params.get("beta", 0.25)),
+        channels=number(dd["ch"]), multipliers=tuple(map(number, dd["ch_mult"])),
+        blocks=number(dd["num_res_blocks"]),
+        attention_resolutions=tuple(map(number, dd["attn_resolutions"])),
+        latent_channels=number(dd["z_channels"]),
+        codebook_size=number(params["n_embed"]), code_dim=number(params["embed_dim"]),
+        commitment=float(params.get("beta", told.get("commitment", 0.25))),
         # The official VQModel leaves the misplaced weight on.
         legacy_commitment=bool(params.get("legacy", told.get("legacy", True))),
         l2_normalise=bool(told.get("l2_normalise", False)), warmup_steps=WARMUP,
         used_codes=used_codes(params, file) if used is None else used,
     )  # fmt: skip
+    check_codes(vqgan, file)
     if kind_of(section) == "GumbelVQ":
         if dd["z_channels"] != params["embed_dim"]:
             raise UserError(f"{file}: a GumbelVQ's z_channels and embed_dim must be the same.")
-        schedule = params.get("temperature_scheduler_config", {}).get("params", {})
-        ends = float(schedule.get("lr_max", 1.0)), float(schedule.get("lr_min", 1e-6))
+        temperature = temperature_at(step, params.get("temperature_scheduler_config") or {})
         vqgan = dataclasses.replace(
             vqgan, quantizer="gumbel", kl_weight=float(params.get("kl_weight", 1e-8)),
-            gumbel_temperature=ends,
+            gumbel_temperature=(temperature, temperature),
         )  # fmt: skip
     loss = discriminator_of(params)
     if loss is None:
         return data, vqgan
     return data, dataclasses.replace(
         vqgan,
-        l1_weight=float(loss.get("pixelloss_weight", 1.0)),
         perceptual_weight=float(loss.get("perceptual_weight", 1.0)),
         codebook_weight=float(loss.get("codebook_weight", 1.0)),
         discriminator_weight=float(loss.get("disc_weight", 1.0))
@@ -166,8 +192,31 @@ def stage1(
         discriminator_layers=int(loss.get("disc_num_layers", 3)),
         discriminator_filters=int(loss.get("disc_ndf", 64)),
         discriminator_loss=loss.get("disc_loss", "hinge"),
-        discriminator_start=0.0,
     )
+
+
+def temperature_at(step: int, section: dict[str, Any]) -> float:
+    """Where a LambdaWarmUpCosineScheduler is after so many steps."""
+    schedule = section.get("params") or {}
+    most, least = float(schedule.get("lr_max", 1.0)), float(schedule.get("lr_min", 1e-6))
+    share = min(step / float(schedule.get("max_decay_steps", 1_000_001)), 1.0)
+    return max(least + (most - least) * (1 + math.cos(math.pi * share)) / 2, 1e-6)
+
+
+def check_codes(vqgan: VQGANConfig, file: Path) -> None:
+    """UserError where the codes that are used are none of the codebook's, or not each once."""
+    used = vqgan.used_codes
+    if used and not (
+        len(set(used)) == len(used) and 0 <= min(used) <= max(used) < vqgan.codebook_size
+    ):
+        raise UserError(f"{file}: the codes that are used are not some of {vqgan.codebook_size}.")
+
+
+def codes_in(array: np.ndarray) -> tuple[int, ...]:
+    """An array of codes. ValueError for what is none."""
+    if array.dtype.kind not in "iu" or not array.size:
+        raise ValueError(f"it holds {array.size} values of {array.dtype}")
+    return tuple(int(code) for code in array.reshape(-1))
 
 
 def used_codes(params: dict[str, Any], file: Path) -> tuple[int, ...]:
@@ -183,8 +232,7 @@ def used_codes(params: dict[str, Any], file: Path) -> tuple[int, ...]:
             f"{file} remaps its codes by {remap}, which is not there; put it beside {file}."
         )
     try:
-        used = np.load(place, allow_pickle=False)
-        return tuple(int(code) for code in used.reshape(-1))
+        return codes_in(np.load(place, allow_pickle=False))
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{place} is no array of codes ({error}).") from error
 
@@ -202,14 +250,16 @@ def stage2(
     permuter = params.get("permuter_config")
     if permuter and kind_of(permuter) != "Identity":
         raise UserError(f"{file} permutes its codes by {permuter['target']}; that is not read.")
-    vocabulary = int(gpt["vocab_size"])
+    vocabulary = number(gpt["vocab_size"])
     condition = params.get("cond_stage_config")
     kind = condition if isinstance(condition, str) else kind_of(condition or {})
     first = int(told.get("first_class", 0))
     names: tuple[str, ...] = ("image",)
     if params.get("unconditional") or kind in ("__is_unconditional__", "SOSProvider"):
         first = int(params.get("sos_token", 0))
-    elif kind in ("Labelator", "DummyCondStage"):
+    elif kind == "Labelator" or (
+        kind == "DummyCondStage" and "class" in str(params.get("cond_stage_key"))
+    ):
         said = ((condition or {}).get("params") or {}).get("n_classes")
         count = classes or said or min(IMAGENET, vocabulary)
         names = tuple(str(i) for i in range(int(count)))
@@ -224,8 +274,9 @@ def stage2(
         )
     drops = {float(gpt.get(f"{part}_pdrop", 0.0)) for part in ("embd", "resid", "attn")}
     prior = PriorConfig(
-        layers=int(gpt.get("n_layer", 12)), heads=int(gpt.get("n_head", 8)),
-        width=int(gpt.get("n_embd", 256)), dropout=max(drops), block_size=int(gpt["block_size"]),
+        layers=number(gpt.get("n_layer", 12)), heads=number(gpt.get("n_head", 8)),
+        width=number(gpt.get("n_embd", 256)), dropout=max(drops),
+        block_size=number(gpt["block_size"]),
         vocabulary=vocabulary, first_class=first, keep_codes=float(params.get("pkeep", 1.0)),
         label_dropout=0.0, schedule="cosine", final_learning_rate=1.0, warmup_steps=WARMUP,
     )  # fmt: skip
@@ -290,13 +341,13 @@ def yaml_of(config: Config, discriminator: bool, classes: int | None) -> dict[st
                 "disc_weight": vqgan.discriminator_weight,
                 "disc_num_layers": vqgan.discriminator_layers,
                 "disc_ndf": vqgan.discriminator_filters, "disc_loss": vqgan.discriminator_loss,
-                "pixelloss_weight": vqgan.l1_weight,
                 "perceptual_weight": vqgan.perceptual_weight,
                 "codebook_weight": vqgan.codebook_weight,
             },
         }  # fmt: skip
     ours: dict[str, Any] = {
-        "legacy": vqgan.legacy_commitment, "l2_normalise": vqgan.l2_normalise,
+        "legacy": vqgan.legacy_commitment, "commitment": vqgan.commitment,
+        "l2_normalise": vqgan.l2_normalise,
     }  # fmt: skip
     if classes is None:
         rate = vqgan.learning_rate / vqgan.batch_size

@@ -1,6 +1,7 @@
 """LlamaGen's tokenizers and class-conditional transformers (arXiv 2406.06525): their settings, read
 off the shapes of their arrays, and where the arrays of ours stand in their state dicts."""
 
+import functools
 import re
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -28,19 +29,17 @@ class Tokenizer(NamedTuple):
 def tokenizer_of(file: object, state_dict: StateDict) -> Tokenizer:
     """A VQ-16 or VQ-8, or one of other sizes. UserError for what is none."""
 
-    def shape(name: str) -> tuple[int, ...]:
-        if name not in state_dict:
-            raise UserError(f"{file} is no tokenizer of LlamaGen's: it lacks {name}.")
-        return state_dict[name].shape
-
+    shape = functools.partial(shape_of, file, "tokenizer", state_dict)
     levels = count(state_dict, r"encoder\.conv_blocks\.(\d+)\.")
-    channels, of_image, *_ = shape("encoder.conv_in.weight")
-    widths = [shape(f"encoder.conv_blocks.{i}.res.0.conv1.weight")[0] for i in range(levels)]
-    codes, dimension = shape("quantize.embedding.weight")
+    channels, of_image, *_ = shape("encoder.conv_in.weight", 4)
+    widths = [shape(f"encoder.conv_blocks.{i}.res.0.conv1.weight", 4)[0] for i in range(levels)]
+    codes, dimension = shape("quantize.embedding.weight", 2)
+    if not levels or any(width % channels for width in widths):
+        raise UserError(f"{file} is no tokenizer of LlamaGen's: its levels are not its multiples.")
     settings = VQGANConfig(
         channels=channels, multipliers=tuple(width // channels for width in widths),
         blocks=count(state_dict, r"encoder\.conv_blocks\.0\.res\.(\d+)\."),
-        latent_channels=shape("encoder.conv_out.weight")[0], codebook_size=codes,
+        latent_channels=shape("encoder.conv_out.weight", 4)[0], codebook_size=codes,
         code_dim=dimension, l2_normalise=True, commitment=0.25, discriminator_weight=0.5,
         learning_rate=1e-4, discriminator_learning_rate=1e-4, betas=(0.9, 0.95), warmup_steps=200,
     )  # fmt: skip
@@ -52,12 +51,10 @@ def transformer_of(
 ) -> tuple[PriorConfig, int]:
     """A class-conditional transformer's settings, and how many classes it has. UserError for what
     is none."""
-    for name in ("cls_embedding.embedding_table.weight", "tok_embeddings.weight"):
-        if name not in state_dict:
-            raise UserError(
-                f"{file} is no class-conditional transformer of LlamaGen's: it lacks {name}."
-            )
-    rows, width = state_dict["tok_embeddings.weight"].shape
+    shape = functools.partial(shape_of, file, "class-conditional transformer", state_dict)
+    classes, _ = shape("cls_embedding.embedding_table.weight", 2)
+    rows, width = shape("tok_embeddings.weight", 2)
+    hidden, _ = shape("layers.0.feed_forward.w1.weight", 2)
     if rows != codes:
         raise UserError(f"{file} speaks {rows} codes, and the tokenizer has {codes}.")
     heads = heads or HEADS.get(width)
@@ -68,14 +65,23 @@ def transformer_of(
         )
     prior = PriorConfig(
         layers=count(state_dict, r"layers\.(\d+)\."), heads=heads, width=width, norm="rms",
-        mlp="swiglu", mlp_width=state_dict["layers.0.feed_forward.w1.weight"].shape[0], bias=False,
+        mlp="swiglu", mlp_width=hidden, bias=False,
         positions="llamagen", dropout=0.1, label_dropout=0.1, learning_rate=1e-4,
         weight_decay=0.05, clip=1.0, schedule="cosine", final_learning_rate=1.0, warmup_steps=200,
         # As its own script draws.
         guidance_scale=4.0, top_k=min(2000, codes),
     )  # fmt: skip
     # The last row stands for no class.
-    return prior, state_dict["cls_embedding.embedding_table.weight"].shape[0] - 1
+    return prior, classes - 1
+
+
+def shape_of(
+    file: object, kind: str, state_dict: StateDict, name: str, dimensions: int
+) -> tuple[int, ...]:
+    """The shape of an array of so many dimensions. UserError where there is none."""
+    if name not in state_dict or len(state_dict[name].shape) != dimensions:
+        raise UserError(f"{file} is no {kind} of LlamaGen's: it lacks {name}.")
+    return state_dict[name].shape
 
 
 def count(state_dict: StateDict, pattern: str) -> int:

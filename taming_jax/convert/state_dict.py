@@ -72,7 +72,13 @@ def open_safetensors(file: Path) -> tuple[StateDict, dict[str, Any]]:
 
     def held(name: str) -> Held:
         def read() -> np.ndarray:
-            return content.get_tensor(name)
+            try:
+                return content.get_tensor(name)
+            except (AttributeError, TypeError, ValueError, safetensors.SafetensorError) as error:
+                raise UserError(
+                    f"{file} holds {name} in a type that is not read here ({error}); write it in "
+                    "float32 or float16."
+                ) from error
 
         return Held(shapes[name], read)
 

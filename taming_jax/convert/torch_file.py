@@ -7,7 +7,9 @@ in memory than is used.
 """
 
 import collections
+import functools
 import io
+import math
 import mmap
 import pickle
 import struct
@@ -27,7 +29,7 @@ DTYPES = {
     "LongStorage": "<i8", "IntStorage": "<i4", "ShortStorage": "<i2", "CharStorage": "|i1",
     "ByteStorage": "|u1", "BoolStorage": "|b1",
 }  # fmt: skip
-LARGEST_PICKLE = 2**28  # bytes; what tensors hold is not in it
+LARGEST_PICKLE = 2**23  # bytes; what tensors hold is not in it
 ALIGNMENT = 64  # of a storage in a written file, as PyTorch's own
 
 # In Python: the unpickler in C makes room for as many objects as a file claims to have, and the
@@ -37,8 +39,8 @@ PythonPickler: Any = pickle._Pickler
 
 DAMAGE = (
     OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, ImportError,
-    RecursionError, MemoryError, pickle.UnpicklingError, zipfile.BadZipFile, struct.error,
-    zlib.error,
+    OverflowError, RuntimeError, MemoryError, pickle.UnpicklingError, zipfile.BadZipFile,
+    struct.error, zlib.error,
 )  # fmt: skip
 
 
@@ -52,30 +54,37 @@ class Storage:
 
     @property
     def data(self) -> np.ndarray:
+        """Its content; of bfloat16 its bits."""
         array = np.frombuffer(self.raw(), DTYPES[self.kind])
         if len(array) < self.count:
             raise ValueError("it is cut short")
-        if self.kind == "BFloat16Storage":  # the upper half of a float32
-            array = (array.astype(np.uint32) << 16).view(np.float32)
         return array[: self.count]
 
 
 class Tensor:
-    """A view of a storage, `shape` and all, whose content is read when `array` is called."""
+    """A view of a storage, `shape` and all, whose content is read when `array` is called. Raises
+    ValueError for what is no view."""
 
     def __init__(self, storage: Storage, offset: int, shape: tuple, strides: tuple, *rest: Any):
+        numbers = (offset, *shape, *strides)
+        if len(shape) != len(strides) or not all(type(n) is int and n >= 0 for n in numbers):
+            raise ValueError("a tensor has no shape")
+        if math.prod(shape) > storage.count:
+            raise ValueError("a tensor is larger than its storage")
         self.storage, self.offset, self.shape, self.strides = storage, offset, shape, strides
 
     def array(self) -> np.ndarray:
-        """A view of the file, not to be written in. Raises ValueError where it would reach beyond
-        its storage."""
+        """A view of the file, not to be written in (of bfloat16 a float32 copy). Raises ValueError
+        where it would reach beyond its storage."""
         data = self.storage.data[self.offset :]
         last = sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
-        backwards = min(self.strides, default=0) < 0
-        if min(self.shape, default=1) and (backwards or not 0 <= last < len(data)):
+        if min(self.shape, default=1) and last >= len(data):
             raise ValueError("a tensor reaches beyond its storage")
         strides = [s * data.itemsize for s in self.strides]
-        return np.lib.stride_tricks.as_strided(data, self.shape, strides, writeable=False)
+        view = np.lib.stride_tricks.as_strided(data, self.shape, strides, writeable=False)
+        if self.storage.kind == "BFloat16Storage":  # the upper half of a float32
+            return (view.astype(np.uint32) << 16).view(np.float32)
+        return view
 
 
 class Refused(Exception):
@@ -99,9 +108,36 @@ class TensorUnpickler(PythonUnpickler):
         super().__init__(stream)
         self.storage = storage
 
+    def load_setitem(self) -> None:
+        self._check_keys(self.stack[-2:-1])
+        super().load_setitem()
+
+    def load_setitems(self) -> None:
+        self._check_keys(self.stack[::2])
+        super().load_setitems()
+
+    def load_dict(self) -> None:
+        self._check_keys(self.stack[::2])
+        super().load_dict()
+
+    def _check_keys(self, keys: list[Any]) -> None:
+        """Refuses what is long to hash: a tuple of tuples of the same, and so on."""
+        for key in keys:
+            if not isinstance(key, str | int | float | Name | None):
+                raise Refused(f"it has {type(key).__name__} as a key")
+
+    def load_set(self) -> None:
+        raise Refused("it asks for a set")
+
+    dispatch: ClassVar[Any] = {
+        **PythonUnpickler.dispatch,
+        pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems,
+        pickle.DICT[0]: load_dict, pickle.EMPTY_SET[0]: load_set, pickle.FROZENSET[0]: load_set,
+    }  # fmt: skip
+
     def find_class(self, module: str, name: str) -> Any:
         admitted: dict[tuple[str, str], Any] = {
-            ("collections", "OrderedDict"): lambda *pairs: collections.OrderedDict(*pairs),
+            ("collections", "OrderedDict"): self.ordered,
             ("torch._utils", "_rebuild_tensor_v2"): lambda *view: Tensor(*view),
             ("torch._utils", "_rebuild_tensor"): lambda *view: Tensor(*view),
             ("torch._utils", "_rebuild_parameter"): lambda tensor, *rest: tensor,
@@ -114,7 +150,14 @@ class TensorUnpickler(PythonUnpickler):
             return Name(module, name)
         raise Refused(f"it asks for {module}.{name}")
 
+    def ordered(self, pairs: Any = ()) -> Any:
+        self._check_keys([key for key, _ in pairs])
+        return collections.OrderedDict(pairs)
+
     def persistent_load(self, pid: Any) -> Storage:
+        kind, key, count = pid[1], pid[2], pid[4]
+        if not (isinstance(kind, str) and isinstance(key, str) and type(count) is int):
+            raise ValueError("a storage has no name")
         return self.storage(pid)
 
 
@@ -127,9 +170,9 @@ def open_tensors(file: Path) -> Any:
     try:
         with file.open("rb") as stream:
             zipped = stream.read(2) == b"PK"
-            read = from_zip if zipped or zipfile.is_zipfile(stream) else from_stream
-            stream.seek(0)
-            return read(stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
+            mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+            zipped = zipped or zipfile.is_zipfile(stream)
+            return from_zip(stream, mapped) if zipped else from_stream(mapped)
     except FileNotFoundError:
         raise UserError(f"there is no file {file}.") from None
     except Refused as error:
@@ -144,15 +187,6 @@ def damaged(file: Path, error: BaseException) -> UserError:
     return UserError(f"{file} is not a whole file of PyTorch's ({error}).")
 
 
-def load_tensors(file: Path) -> Any:
-    """What a file holds, its tensors as numpy arrays (bfloat16 as float32) and its containers as
-    dictionaries, lists and tuples. Raises UserError as `open_tensors`."""
-    try:
-        return arrays(open_tensors(file), {})
-    except DAMAGE as error:
-        raise damaged(file, error) from error
-
-
 def from_zip(stream: IO[bytes], mapped: mmap.mmap) -> Any:
     """The present format: a pickle, and a file a storage."""
     with zipfile.ZipFile(stream) as content:
@@ -165,13 +199,13 @@ def from_zip(stream: IO[bytes], mapped: mmap.mmap) -> Any:
             if key not in storages:
                 storages[key] = Storage(kind, count)
                 part = content.getinfo(f"{folder}data/{key}")
-                if part.compress_type != zipfile.ZIP_STORED:
-                    raise ValueError("it is compressed, as PyTorch's files are not")
-                storages[key].raw = lambda: piece(mapped, part)
+                storages[key].raw = functools.cache(lambda: piece(mapped, part))
             return storages[key]
 
         if content.getinfo(name).file_size > LARGEST_PICKLE:
             raise ValueError("its pickle is too large to be one of tensors")
+        if any(part.compress_type != zipfile.ZIP_STORED for part in content.infolist()):
+            raise ValueError("it is compressed, as PyTorch's files are not")
         return TensorUnpickler(io.BytesIO(content.read(name)), storage).load()
 
 
@@ -186,10 +220,11 @@ def piece(mapped: mmap.mmap, part: zipfile.ZipInfo) -> memoryview:
     return content
 
 
-def from_stream(stream: IO[bytes], mapped: mmap.mmap) -> Any:
+def from_stream(mapped: mmap.mmap) -> Any:
     """The older format: three pickles about the file, the content's, the storages' names in order,
     and the storages, each after its length."""
     storages: dict[str, Storage] = {}
+    pickles = io.BytesIO(mapped[:LARGEST_PICKLE])
 
     def storage(pid: Any) -> Storage:
         _, kind, key, _, count, *view = pid
@@ -198,37 +233,22 @@ def from_stream(stream: IO[bytes], mapped: mmap.mmap) -> Any:
         return storages.setdefault(key, Storage(kind, count))
 
     def load() -> Any:
-        return TensorUnpickler(stream, storage).load()
+        return TensorUnpickler(pickles, storage).load()
 
     if load() != MAGIC:
         raise ValueError("its first number is another")
     load(), load()
     content = load()
-    for key in load():
-        (count,) = struct.unpack("<q", stream.read(8))
-        start, size = stream.tell(), np.dtype(DTYPES[storages[key].kind]).itemsize
-        if count < 0 or start + count * size > len(mapped):
+    keys, at = load(), pickles.tell()
+    for key in keys:
+        (count,) = struct.unpack("<q", mapped[at : at + 8])
+        start, size = at + 8, np.dtype(DTYPES[storages[key].kind]).itemsize
+        at = start + count * size
+        if count < 0 or at > len(mapped):
             raise ValueError("it is cut short")
-        held = memoryview(mapped)[start : start + count * size]
+        held = memoryview(mapped)[start:at]
         storages[key].raw = lambda held=held: held  # type: ignore[misc]
-        stream.seek(start + count * size)
     return content
-
-
-def arrays(content: Any, seen: dict[int, Any]) -> Any:
-    """Tensors as arrays of their own, all the way down. `seen` is what was gone through: a pickle
-    may hold a list twice, and that one another twice, and so on."""
-    if id(content) in seen:
-        return seen[id(content)]
-    found = content
-    if isinstance(content, Tensor):
-        found = np.array(content.array())
-    elif isinstance(content, dict):
-        found = {key: arrays(value, seen) for key, value in content.items()}
-    elif isinstance(content, list | tuple):
-        found = type(content)(arrays(value, seen) for value in content)
-    seen[id(content)] = found
-    return found
 
 
 class Global(NamedTuple):

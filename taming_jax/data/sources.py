@@ -85,11 +85,11 @@ def identity(splits: Splits) -> dict[str, Any]:
 
 def unlike(now: dict[str, Any] | None, then: dict[str, Any] | None) -> list[str]:
     """How a dataset is another than it was, by their identities, a phrase a difference; nothing
-    where one of them is not known."""
+    where one of them is not known, or of an imported run, which knows names of classes alone."""
     found: list[str] = []
-    if now is None or then is None:
+    if now is None or then is None or "images" not in then:
         return found
-    for name, count in then.get("images", {}).items():  # an imported run knows the classes alone
+    for name, count in then["images"].items():
         if now["images"][name] != count:
             found.append(f"there are {now['images'][name]} {name} images, not {count}")
     names, before = now["class_names"], then["class_names"]
@@ -99,7 +99,7 @@ def unlike(now: dict[str, Any] | None, then: dict[str, Any] | None) -> list[str]
         one, other = next(pair for pair in zip(names, before, strict=True) if pair[0] != pair[1])
         found.append(f"a class is called '{one}', not '{other}'")
     if not found:
-        for name, means in then.get("means", {}).items():
+        for name, means in then["means"].items():
             if max(np.abs(np.subtract(now["means"][name], means))) > 1:
                 found.append(f"the {name} images are others")
     return found

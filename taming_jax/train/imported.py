@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from taming_jax.config import Config, write_config
 from taming_jax.convert.layout import Layout, expected, ours, paths
 from taming_jax.convert.state_dict import StateDict, check, open_state_dict, write_state_dict
 from taming_jax.errors import RunFailed, UserError, say
-from taming_jax.files import alone_in, write_whole
+from taming_jax.files import check_writable, write_whole
 from taming_jax.models.discriminator import Discriminator
 from taming_jax.models.gpt import build_gpt
 from taming_jax.models.vqgan import build_vqgan
@@ -26,12 +27,11 @@ from taming_jax.train.store import Store
 
 class Record(NamedTuple):
     """What an import keeps of where it is from: the program, its own settings (a YAML, or nothing),
-    the names in the file, in their order, and what else the file said."""
+    and the names in the file, in their order."""
 
     program: str
     settings: str
     names: list[str]
-    said: dict[str, Any]
 
 
 class Network(NamedTuple):
@@ -61,10 +61,14 @@ def network(table: Callable[..., Layout], shapes: Any, prefix: str) -> Network:
     return Network(table(known), known, prefix)
 
 
-def fitted(config: Config) -> Config:
-    """Settings of a model of images too small for a perceptual loss, or for a discriminator of so
-    many layers, which the file does not hold, without it or with fewer."""
+def fitted(config: Config, judged: bool) -> Config:
+    """The settings of a file that holds a discriminator, which then is on from the first step, or
+    does not: then of one that images so small have room for. A perceptual loss needs some, too."""
     size, vqgan = config.data.image_size, config.vqgan
+    if judged:
+        return dataclasses.replace(
+            config, vqgan=dataclasses.replace(vqgan, discriminator_start=0.0)
+        )
     layers = min(vqgan.discriminator_layers, (size // 3).bit_length() - 1)
     if size < 16:
         vqgan = dataclasses.replace(vqgan, perceptual_weight=0.0)
@@ -108,10 +112,15 @@ def read_networks(
     with tqdm(total=size, desc="reading", unit="B", unit_scale=True, disable=None) as bar:
 
         def converted(path: tuple[Any, ...], array: np.ndarray) -> np.ndarray:
+            name = ".".join(map(str, path))
+            if array.dtype.kind != "f":
+                raise UserError(f"{file} holds {array.dtype} for {name}, and not floats.")
+            with np.errstate(over="ignore"):
+                array = array.astype(np.float32, copy=False)
             if not np.isfinite(array).all():
-                say(f"Warning: {'.'.join(map(str, path))} holds values that are not finite.")
+                say(f"Warning: {name} holds values that are not finite.")
             bar.update(array.size * 4)
-            return array.astype(np.float32, copy=False)
+            return array
 
         return {
             name: traverse_util.path_aware_map(converted, network.read(state_dict))
@@ -145,34 +154,48 @@ def write_run(
             "generator": {"params": generator},
             "transformer": {"params": networks["transformer"]},
         }
-    with new_run(folder):
+    with new_run(folder) as place:
+        imported = place / "imported"
+        imported.mkdir()
+        content = json.dumps(record._asdict(), indent=2) + "\n"
+        write_whole(imported / "record.json", content.encode())
+        if rest:
+            write_state_dict(imported / "rest.safetensors", rest, {})
         for name, nets in stages.items():
             dataset = {"class_names": list(class_names)} if name == "prior" else None
-            store = Store(folder, name, "nll", dataset=dataset, imported=True)
+            store = Store(place, name, "nll", dataset=dataset, imported=True)
             state = {"step": np.zeros((), np.int32), "skipped": np.zeros((), np.int32)}
             store.save(0, state | {"nets": nets}, config, None)
             store.require(0)
             store.close()
-        (folder / "imported").mkdir()
-        if rest:
-            write_state_dict(folder / "imported" / "rest.safetensors", rest, {})
-        content = json.dumps(record._asdict(), indent=2) + "\n"
-        write_whole(folder / "imported" / "record.json", content.encode())
-        write_config(config, folder / "config.json")
+        write_config(config, place / "config.json")
+
+
+def check_new(folder: Path) -> None:
+    """UserError where something is in a folder already, or it cannot be made."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} holds something already; name another --workdir.")
+    parent = next(place for place in folder.absolute().parents if place.exists())
+    check_writable("--workdir", parent)
 
 
 @contextlib.contextmanager
-def new_run(folder: Path) -> Iterator[None]:
-    """While a run is written into a folder that holds none."""
-    if (folder / "config.json").exists() or (folder / "checkpoints").exists():
-        raise UserError(f"{folder} holds a run already; name another --workdir.")
+def new_run(folder: Path) -> Iterator[Path]:
+    """A folder beside a run's, which becomes it when all is written, and else is gone again."""
+    check_new(folder)
+    folder = folder.absolute()
+    place = folder.with_name(f".{folder.name}.partial")
     try:
-        with alone_in(folder, say):
-            yield
+        shutil.rmtree(place, ignore_errors=True)  # of an import that was killed
+        place.mkdir(parents=True)
+        yield place
+        place.replace(folder)
     except OSError as error:
         raise RunFailed(
             f"{error.filename or folder} could not be written ({error.strerror or error})."
         ) from error
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def recorded(folder: Path) -> tuple[Record, StateDict] | None:

@@ -27,13 +27,14 @@ from taming_jax.train.runtime import prepare
 from taming_jax.train.signals import Signals
 from taming_jax.train.state import TrainState, copied
 from taming_jax.train.store import FD, Store
-from taming_jax.train.weights import begun_from, said
+from taming_jax.train.weights import begun_from, said, unlike
 
 
 class Stage(Protocol):
     """A stage of the pipeline, as the loop needs it.
 
-    `dataset` is the identity of its data (data/sources.py).
+    `dataset` is the identity of its data (data/sources.py), `learned` names the networks that it
+    trains.
     `monitor` names the metric of a validation that chooses the best checkpoint, lower being better.
     Where feeds take their time (tokens are encoded), they call `check` now and then, which raises
     Interrupted after a signal. `eval_step` answers sums over a batch and `summarise` the metrics of
@@ -45,6 +46,7 @@ class Stage(Protocol):
 
     name: str
     monitor: str
+    learned: tuple[str, ...]
     dataset: dict[str, Any]
 
     def feeds(self, check: Callable[[], None]) -> tuple[Feed, Feed]: ...
@@ -88,14 +90,13 @@ def train(
 
         def begin(template: TrainState) -> Any:
             usable(folder)
-            if restart:
-                store.clear()
-            sections = ("seed", "dtype", "data", stage.name)
-            restored = store.restore(template, config, sections, say)
+            sections, begun = ("seed", "dtype", "data", stage.name), None
             source = getattr(config, stage.name).init_from
-            if restored is None and source is not None:
-                return weights_of(Path(source), stage, template)
-            return restored
+            if source is not None and (restart or not store.steps()):
+                begun = weights_of(Path(source), stage, config, template)
+            if restart:
+                store.clear(config, sections)
+            return begun or store.restore(template, config, sections, stage.learned, say)
 
         try:
             with signals.ending():
@@ -120,11 +121,14 @@ def train(
             ) from error
 
 
-def weights_of(source: Path, stage: Stage, template: TrainState) -> TrainState:
-    """A fresh state with another run's weights. UserError where that has none that fit."""
+def weights_of(source: Path, stage: Stage, config: Config, template: TrainState) -> TrainState:
+    """A fresh state with another run's weights; what there is to know of them is said. UserError
+    where none of them fit."""
     chosen, _ = Store(source, stage.name, stage.monitor, read_only=True).chosen()
-    begun = begun_from(stage.name, template, chosen.arrays)
+    begun = begun_from(stage.learned, template, chosen.arrays)
     say(said(begun, source))
+    for sentence in unlike(stage.learned, config, template, chosen.config, chosen.arrays):
+        say(f"Warning: {sentence}")
     return cast(TrainState, begun.state)
 
 

@@ -153,6 +153,7 @@ class PriorStage:
 
     name = "prior"
     monitor = "nll"
+    learned: tuple[str, ...] = ("transformer",)
 
     def __init__(self, config: Config, devices: Devices, restart: bool = False):
         devices.check_batch(self.name, config.prior.batch_size, config.prior.micro_batches)
@@ -179,6 +180,12 @@ class PriorStage:
         # In float32 whatever the transformer computes in: the codes are the data.
         self.vqgan = build_vqgan(dataclasses.replace(config, dtype="float32"))
         self.model = build_gpt(config, len(self.splits.class_names))
+        tokens = self.model.vocabulary
+        if tokens is not None and self.model.first + self.model.classes > tokens:
+            raise UserError(
+                f"--prior.vocabulary {tokens} has no room for {self.model.classes} classes from "
+                f"token {self.model.first}; take a larger one, or another --prior.first-class."
+            )
         if self.model.length > self.model.longest:
             raise UserError(
                 f"--prior.block-size {self.model.longest} does not hold the "

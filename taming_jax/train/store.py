@@ -30,7 +30,7 @@ from taming_jax.plain import to_dict
 from taming_jax.train.arrays import digest, fill, named_arrays
 from taming_jax.train.handlers import ALONE, SHARD, arrays_handler, json_handler, sparing_handler
 from taming_jax.train.trouble import reason
-from taming_jax.train.weights import LEARNED, begun_from, said
+from taming_jax.train.weights import begun_from, said
 
 FD = "fd_vgg16"  # a Fréchet distance: where a validation took it, checkpoints are judged by it
 
@@ -313,10 +313,12 @@ class Store:
         template: Any,
         config: Config,
         sections: tuple[str, ...],
+        learned: tuple[str, ...],
         say: Callable[[str], None],
     ) -> Any | None:
         """The newest undamaged checkpoint as a state like `template`, or None where there is none
-        at all. Damaged ones are named, and moved aside so that their steps can be saved again.
+        at all; of imported weights those of the networks that are `learned`. Damaged ones are
+        named, and moved aside so that their steps can be saved again.
 
         Raises UserError where the checkpoints are of a run that trains something else, or where
         none of them can be read.
@@ -335,7 +337,7 @@ class Store:
             if damaged and damaged[0] > step:
                 say(f"The one before it, of step {step}, is used.")
             if checkpoint.weights_only:
-                return self._begun(template, checkpoint.arrays)
+                return self._begun(template, checkpoint.arrays, learned)
             return fill(template, checkpoint.arrays)
         if damaged:
             raise UserError(
@@ -344,13 +346,14 @@ class Store:
             )
         return None
 
-    def _begun(self, template: Any, arrays: dict[tuple[str, ...], np.ndarray]) -> Any:
+    def _begun(
+        self, template: Any, arrays: dict[tuple[str, ...], np.ndarray], learned: tuple[str, ...]
+    ) -> Any:
         """A state with weights that were imported. UserError where some of them have no place."""
-        begun = begun_from(self.path.name, template, arrays)
+        begun = begun_from(learned, template, arrays)
         lost = [
             path for path in arrays
-            if path[1:2] and path[1] in LEARNED[self.path.name] and path[2] == "params"
-            and path not in begun.kept
+            if path[1:2] and path[1] in learned and path[2] == "params" and path not in begun.kept
         ]  # fmt: skip
         if lost:
             raise UserError(
@@ -385,19 +388,36 @@ class Store:
             )
 
     def _set_aside(self, steps: list[int], say: Callable[[str], None]) -> None:
+        for place in self._move(steps, "damaged"):
+            say(f"The damaged one was moved to {place}.")
+
+    def _move(self, steps: list[int], why: str) -> list[Path]:
+        """Moves checkpoints out of Orbax's sight; answers where they are now."""
         self.close()
+        moved = []
         for step in steps:
-            place = self.path.with_name(f"{self.path.name}-damaged") / str(step)
+            place = self.path.with_name(f"{self.path.name}-{why}") / str(step)
             while place.exists():
                 place = place.with_name(place.name + "-again")
             place.parent.mkdir(exist_ok=True)
             (self.path / str(step)).rename(place)
-            say(f"The damaged one was moved to {place}.")
+            moved.append(place)
+        return moved
 
-    def clear(self) -> None:
-        """Deletes this stage's checkpoints, for a run that begins anew, and nothing else. What is
-        not whole, by which Orbax would count as well, is moved aside."""
+    def clear(self, config: Config, sections: tuple[str, ...]) -> None:
+        """Deletes this stage's checkpoints, for a run that begins anew, and nothing else. One of
+        imported weights stays, as what the run begins from, or is moved aside where its settings
+        are others; so is what is not whole, by which Orbax would count as well."""
         self.close()
         for step in self.steps():
-            shutil.rmtree(self.path / str(step))
-        self._set_aside(self._folders(), self.say)
+            try:
+                about = self._about(step)
+            except ValueError:
+                about = {}
+            if not about.get("weights_only"):
+                shutil.rmtree(self.path / str(step))
+            elif differences(
+                config, settings(about["config"], format_of(about, self.path)), sections
+            ):
+                self._move([step], "imported")
+        self._set_aside([step for step in self._folders() if not self._ended(step)], self.say)

@@ -42,6 +42,7 @@ class VQGANStage:
 
     name = "vqgan"
     monitor = "nll"
+    learned: tuple[str, ...] = ("generator", "discriminator")
 
     def __init__(self, config: Config, devices: Devices):
         settings = config.vqgan

@@ -1,5 +1,6 @@
 """A run that begins from trained weights: those of another run, or those it was imported with."""
 
+import collections
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,11 +8,16 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from taming_jax.checks import flag
+from taming_jax.config import Config
 from taming_jax.errors import UserError
 from taming_jax.train.arrays import named_arrays
 
-# What a stage learns; a prior's generator is the one of its own folder.
-LEARNED = {"vqgan": ("generator", "discriminator"), "prior": ("transformer",)}
+# What changes a network's meaning, and not the shapes of its weights.
+MEANING = {
+    "vqgan": ("multipliers", "attention_resolutions", "l2_normalise", "quantizer", "used_codes"),
+    "prior": ("heads", "positions", "vocabulary", "first_class", "norm"),
+}
 Name = tuple[str, ...]
 
 
@@ -24,8 +30,9 @@ class Begun(NamedTuple):
     new: list[Name]
 
 
-def begun_from(stage: str, template: Any, arrays: Mapping[Name, np.ndarray]) -> Begun:
-    """A fresh state with the weights, of the same names and shapes, of arrays by name. A moving
+def begun_from(learned: tuple[str, ...], template: Any, arrays: Mapping[Name, np.ndarray]) -> Begun:
+    """A fresh state with the weights, of the same names and shapes, of arrays by name, where its
+    networks are `learned`. A moving
     average there is the better part, and both average and parameters begin as it; optimisers begin
     anew."""
     kept: list[Name] = []
@@ -33,7 +40,7 @@ def begun_from(stage: str, template: Any, arrays: Mapping[Name, np.ndarray]) -> 
     leaves = []
 
     def found(path: Name) -> np.ndarray | None:
-        if path[0] != "nets" or path[1] not in LEARNED[stage]:
+        if path[0] != "nets" or path[1] not in learned:
             return None
         if path[2] in ("params", "ema"):
             rest = path[3:]
@@ -44,7 +51,7 @@ def begun_from(stage: str, template: Any, arrays: Mapping[Name, np.ndarray]) -> 
     for path, leaf in named_arrays(template).items():
         array = found(path)
         fits = array is not None and array.shape == leaf.shape
-        if path[:1] == ("nets",) and path[1] in LEARNED[stage] and path[2] == "params":
+        if path[:1] == ("nets",) and path[1] in learned and path[2] == "params":
             (kept if fits else new).append(path)
         # Each in memory of its own, since the state is donated.
         leaves.append(np.array(array, leaf.dtype) if fits else np.asarray(leaf))
@@ -56,9 +63,36 @@ def said(begun: Begun, source: Path) -> str:
     kept."""
     if not begun.kept:
         raise UserError(f"no weight of {source} has a name and shape of this run's; leave it out.")
-    sentence = f"Begins from {source}: {len(begun.kept)} arrays of weights are kept"
-    if not begun.new:
-        return sentence + ", all there are."
-    names = [".".join(path[1:2] + path[3:]) for path in begun.new]
-    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    return f"{sentence}, and {len(names)} are new: {', '.join(names[:8])}{more}."
+    new = f"new: {listed(begun.new)}" if begun.new else "nothing is new"
+    return f"Begins from {source}: of its weights are kept {listed(begun.kept)}; {new}."
+
+
+def listed(paths: list[Name]) -> str:
+    """How many arrays of which modules: "generator.encoder 54, generator.decoder 60"."""
+    counts = collections.Counter(".".join((path[1], path[3])) for path in paths)
+    return ", ".join(f"{name} {count}" for name, count in counts.items())
+
+
+def unlike(
+    learned: tuple[str, ...],
+    config: Config,
+    template: Any,
+    other: Config,
+    arrays: Mapping[Name, np.ndarray],
+) -> list[str]:
+    """What makes weights of the same shapes mean something else, a sentence each: settings of
+    another run, or another generator, whose codes its prior spoke."""
+    found = []
+    for section, names in MEANING.items():
+        for name in names:
+            here, there = (getattr(getattr(x, section), name) for x in (config, other))
+            if here != there and (section == "vqgan" or "transformer" in learned):
+                found.append(f"{flag(section, name)} was {there} there, and is {here} here.")
+    others = [
+        path for path, leaf in named_arrays(template).items()
+        if path[:3] == ("nets", "generator", "params") and path[1] not in learned
+        and (path not in arrays or not np.array_equal(np.asarray(leaf), arrays[path]))
+    ]  # fmt: skip
+    if others:
+        found.append("those weights spoke the codes of another stage 1, which mean something else.")
+    return found

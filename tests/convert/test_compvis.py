@@ -189,9 +189,11 @@ def test_an_export_is_the_state_dict_that_was_imported(command, tmp_path, model)
 
 
 def test_settings_become_ours(command, tmp_path):
+    # The official loss takes a weight of pixels, and does nothing with it.
     model = changed(
-        VQ, lossconfig__params__disc_loss="vanilla", lossconfig__params__disc_factor=0.5
-    )
+        VQ, lossconfig__params__disc_loss="vanilla", lossconfig__params__disc_factor=0.5,
+        lossconfig__params__pixelloss_weight=3.0,
+    )  # fmt: skip
     files = Files(tmp_path, model, random_weights(names_of(model), 1))
     said = files.imported(command, tmp_path / "run")
     assert "holds generator and discriminator of" in said and "32 px, 64 codes." in said
@@ -200,6 +202,10 @@ def test_settings_become_ours(command, tmp_path):
     assert config.vqgan.discriminator_loss == "vanilla" and config.vqgan.batch_size == 4
     assert config.vqgan.discriminator_weight == pytest.approx(0.4)
     assert config.vqgan.learning_rate == pytest.approx(1.8e-5)
+    assert config.vqgan.l1_weight == 1.0 and config.vqgan.discriminator_start == 0.0
+    alone = {k: x for k, x in files.weights.items() if not k.startswith("loss.")}
+    Files(tmp_path, model, alone).imported(command, tmp_path / "alone")
+    assert taming_jax.load_run(tmp_path / "alone").config.vqgan.discriminator_start == 0.25
     standard = Files(tmp_path, changed(model, legacy=False, beta=0.5), files.weights)
     standard.imported(command, tmp_path / "standard")
     config = taming_jax.load_run(tmp_path / "standard").config
@@ -264,6 +270,12 @@ def test_a_token_before_the_codes_is_the_class(command, tmp_path):
         (changed(NET, transformer_config__params__n_unmasked=3), r"leaves 3 tokens unmasked"),
         ({"params": {}}, r"is of None; VQModel, GumbelVQ and Net2NetTransformer are read"),
         (VQ | {"params": {"n_embed": 3}}, r"cannot be understood: it does not say 'ddconfig'"),
+        (changed(VQ, n_embed=float("inf")), r"cannot be understood: inf is no size"),
+        (changed(VQ, ddconfig__ch=1e30), r"cannot be understood: 1e\+30 is no size"),
+        (changed(VQ, ddconfig__ch_mult=[1, 2.5]), r"cannot be understood: 2.5 is no size"),
+        (changed(VQ, lossconfig__params__disc_loss="foo"), r"'vqgan.discriminator_loss' cannot be"),
+        (changed(NET, cond_stage_key="objects", cond_stage_config={"target": "x.DummyCondStage"}),
+         r"conditions images on what DummyCondStage makes of others"),
     ],
 )  # fmt: skip
 def test_models_that_ours_cannot_be(model, says, tmp_path):
@@ -295,6 +307,13 @@ def test_files_that_are_not_as_they_should_be(command, tmp_path):
     wider = changed(model, ddconfig__z_channels=64)
     says = "is [64, 32, 3, 3] in the file and [64, 64, 3, 3] by"
     refused(says, Files(tmp_path, wider, weights))
+    counts = {"quant_conv.bias": np.arange(16)}
+    refused(
+        "holds int64 for quant_conv.bias, and not floats", Files(tmp_path, model, weights | counts)
+    )
+    for used in (np.array([0.5]), np.zeros(0, np.int64), np.array([3, 3]), np.array([64])):
+        files = Files(tmp_path, model, weights | {"quantize.used": used})
+        refused("used", files)
     whole = Files(tmp_path, model, weights)
     content = whole.ckpt.read_bytes()
     for share in (0.0, 0.5, 0.99):
@@ -319,13 +338,16 @@ def test_what_is_not_finite_is_imported_and_named(command, tmp_path):
     model = changed(VQ, lossconfig={"target": "DummyLoss"})
     weights = random_weights(names_of(model), 4)
     weights["encoder.conv_in.bias"][3] = np.nan
+    weights["quant_conv.bias"] = weights["quant_conv.bias"].astype(np.float64)
+    weights["quant_conv.bias"][0] = 1e300
     said = Files(tmp_path, model, weights).imported(command, tmp_path / "run")
     assert "Warning: encoder.conv_in.bias holds values that are not finite." in said
+    assert "Warning: quant_conv.bias holds values that are not finite." in said
     status, _, err = command(
         "import", "--checkpoint", tmp_path / "model.ckpt", "--config", tmp_path / "model.yaml",
         "--workdir", tmp_path / "run",
     )  # fmt: skip
-    assert status == 2 and "holds a run already; name another --workdir" in err
+    assert status == 2 and "holds something already; name another --workdir" in err
 
 
 def test_a_run_of_ones_own_goes_there_and_back(command, tmp_path):
@@ -345,7 +367,7 @@ def test_a_run_of_ones_own_goes_there_and_back(command, tmp_path):
         shapes_of(config, 3, True),
     )
     names = ("cat", "dog", "owl")
-    write_run(tmp_path / "run", config, networks, names, Record("own", "", [], {}), {})
+    write_run(tmp_path / "run", config, networks, names, Record("own", "", []), {})
     again, codes = {}, rng.integers(0, 24, (3, 16, 16)).astype(np.int32)
     for stage in ("vqgan", "prior"):
         out = tmp_path / f"{stage}.ckpt"

@@ -77,10 +77,14 @@ def test_a_tokenizer_and_its_transformer_are_the_references(files, tmp_path):
 
 
 def test_what_does_not_belong_together_is_refused(files, tmp_path):
+    tables = {"cls_embedding.embedding_table.weight": (4, 32), "tok_embeddings.weight": (24, 32)}
+    part = {name: np.zeros(shape, np.float32) for name, shape in tables.items()}
+    write_tensors(files / "part.pt", part)
     for flags, says in (
         (("--gpt", files / "vq.pt"), "is no class-conditional transformer of LlamaGen's"),
         (("--gpt", files / "gpt.pt"), "is 32 wide, and no file says how many heads that is"),
         (("--gpt", files / "none.pt"), "there is no file"),
+        (("--gpt", files / "part.pt"), "it lacks layers.0.feed_forward.w1.weight"),
     ):
         status, _, err = imported(files, tmp_path / "run", *flags)
         assert status == 2 and says in err and err.count("\n") == 1, err

@@ -36,7 +36,7 @@ def saved(folder, values):
 
 
 def restored(store, say=lambda sentence: None, config=CONFIG):
-    return store.restore(state(0), config, SECTIONS, say)
+    return store.restore(state(0), config, SECTIONS, (), say)
 
 
 def assert_equal(left, right):
@@ -103,7 +103,7 @@ def test_a_new_run_saves_where_a_half_deleted_checkpoint_lies(tmp_path):
     saved(tmp_path, {5: None, 9: None}).close()
     (tmp_path / "checkpoints" / "vqgan" / "9" / "_CHECKPOINT_METADATA").unlink()
     store = Store(tmp_path, "vqgan", "nll")
-    store.clear()
+    store.clear(CONFIG, SECTIONS)
     store.save(1, state(1), CONFIG, None)
     store.wait()
     assert_equal(restored(store), state(1))
@@ -162,7 +162,7 @@ def test_a_checkpoint_of_the_first_format_is_read(tmp_path):
     rewritten(store.path / "3", lambda about: about.pop("format"))
     assert store.best() == (3, 0.5)
     template = {"step": np.int32(0), "skipped": np.int32(9), "kernel": np.zeros(6, np.float32)}
-    found = store.restore(template, CONFIG, SECTIONS, pytest.fail)
+    found = store.restore(template, CONFIG, SECTIONS, (), pytest.fail)
     assert_equal(found, {"step": np.int32(3), "skipped": np.int32(0), "kernel": kernel})
     assert store.read(3).config == CONFIG
 
@@ -221,7 +221,7 @@ def test_clear_deletes_checkpoints_and_nothing_else(tmp_path):
     notes.parent.mkdir()
     notes.write_text("mine")
     assert store.steps() == [1, 2]
-    store.clear()
+    store.clear(CONFIG, SECTIONS)
     assert store.steps() == [] and not notes.exists()
     aside = tmp_path / "checkpoints" / "vqgan-damaged" / "2024" / "notes.txt"
     assert aside.read_text() == "mine"

@@ -5,12 +5,15 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from flax import traverse_util
 
 import taming_jax
 from taming_jax.errors import UserError
+from taming_jax.train.prior import PriorStage
 from taming_jax.train.state import Net, TrainState
 from taming_jax.train.store import Store
-from taming_jax.train.weights import begun_from, said
+from taming_jax.train.vqgan import VQGANStage
+from taming_jax.train.weights import begun_from, said, unlike
 from tests import commands
 from tests.conftest import TINY
 
@@ -42,7 +45,7 @@ def arrays():
 
 
 def test_weights_of_the_same_names_and_shapes_are_kept():
-    begun = begun_from("vqgan", state(ema=True), arrays())
+    begun = begun_from(VQGANStage.learned, state(ema=True), arrays())
     generator, discriminator = (begun.state.nets[name] for name in ("generator", "discriminator"))
     for params in (generator.params, generator.ema):  # both begin as the average
         assert (params["layer"]["kernel"] == 3).all() and (params["layer"]["bias"] == 2).all()
@@ -53,15 +56,15 @@ def test_weights_of_the_same_names_and_shapes_are_kept():
     assert begun.new == [("nets", "discriminator", "params", "layer", "kernel")]
     sentence = said(begun, "runs/it")
     assert sentence == (
-        "Begins from runs/it: 3 arrays of weights are kept, and 1 are new: "
-        "discriminator.layer.kernel."
+        "Begins from runs/it: of its weights are kept generator.layer 2, discriminator.layer 1; "
+        "new: discriminator.layer 1."
     )
 
 
 def test_other_shapes_are_new_and_nothing_kept_is_refused():
-    begun = begun_from("vqgan", state(shape=(5, 3)), arrays())
+    begun = begun_from(VQGANStage.learned, state(shape=(5, 3)), arrays())
     assert len(begun.new) == 2 and not begun.state.nets["generator"].params["layer"]["kernel"].any()
-    begun = begun_from("prior", state(), arrays())  # a prior's generator is its own
+    begun = begun_from(PriorStage.learned, state(), arrays())  # a prior's generator is its own
     assert not begun.state.nets["generator"].params["layer"]["kernel"].any()
     with pytest.raises(UserError, match="no weight of runs/it has a name and shape"):
         said(begun, "runs/it")
@@ -80,9 +83,9 @@ def test_a_run_begins_from_anothers_weights(script, both, stage1, tmp_path):
     line += [f"--{stage}.init-from", both, "--workdir", workdir]
     status, out, err = commands.run(script, *line)
     assert status == 0, err
-    assert f"Begins from {both}: " in out and ("are new: discriminator." in out) == (
-        stage == "vqgan"
-    )
+    assert f"Begins from {both}: of its weights are kept" in out
+    assert ("new: discriminator.conv_0" in out) == (stage == "vqgan")
+    assert "spoke the codes of another" not in out
     name = "generator" if stage == "vqgan" else "transformer"
     (before, _), (after, _) = (
         Store(folder, stage, "nll", read_only=True).chosen() for folder in (both, workdir)
@@ -118,7 +121,7 @@ def test_an_imported_run_goes_on(both, tmp_path):
         "transformer": jax.tree.map(np.asarray, trained.transformer),
     }
     workdir = tmp_path / "run"
-    write_run(workdir, unknown, networks, trained.class_names, Record("x", "", [], {}), {})
+    write_run(workdir, unknown, networks, trained.class_names, Record("x", "", []), {})
     assert paths(networks["generator"])
     run = taming_jax.load_run(workdir)
     assert run.class_names == trained.class_names and run.step == 0
@@ -129,7 +132,34 @@ def test_an_imported_run_goes_on(both, tmp_path):
     assert status == 2 and "this run was imported, and its dataset is not known" in err, err
     line += ["--data.name", config.data.name]
     status, out, err = commands.run("train_vqgan.py", *line, "--vqgan.steps", 1)
-    assert status == 0 and "Begins from" in out and "are new: discriminator." in out, err
+    assert status == 0 and "Begins from" in out and "new: discriminator.conv_0" in out, err
     status, out, err = commands.run("train_prior.py", *line, "--prior.steps", 1)
-    assert status == 0 and "arrays of weights are kept, all there are" in out, err
+    assert status == 0 and "; nothing is new." in out, err
     assert taming_jax.load_config(workdir / "config.json").data.name == config.data.name
+    # Anew is from the imported weights, which no setting can delete.
+    first = workdir / "checkpoints" / "prior" / "0"
+    again = ("train_prior.py", *line, "--prior.steps", 1, "--restart")
+    status, out, err = commands.run(*again)
+    assert status == 0 and "Begins from" in out and first.is_dir(), err
+    status, out, err = commands.run(*again, "--prior.dropout", 0.3)
+    assert status == 0 and "Begins from" not in out and not first.is_dir(), err
+    assert (workdir / "checkpoints" / "prior-imported" / "0").is_dir()
+    status, _, err = commands.run(*again, "--prior.init-from", tmp_path / "none")
+    assert status == 2 and "none holds no prior checkpoint" in err, err
+    assert taming_jax.load_run(workdir).step == 1
+
+
+def test_weights_that_mean_something_else_are_named(both):
+    """As another number of heads, or another stage 1, makes them."""
+    checkpoint, _ = Store(both, "prior", "nll", read_only=True).chosen()
+    config = checkpoint.config
+    other = taming_jax.load_config(both / "config.json", {"prior.heads": 2})
+    nets = traverse_util.unflatten_dict(checkpoint.arrays)["nets"]
+    template = TrainState(np.zeros(()), {
+        name: Net(jax.tree.map(np.copy, net["params"]), ()) for name, net in nets.items()
+    })  # fmt: skip
+    arguments = (config, template, other, checkpoint.arrays)
+    assert unlike(("transformer",), *arguments) == ["--prior.heads was 2 there, and is 4 here."]
+    template.nets["generator"].params["quant_conv"]["bias"][0] += 1
+    assert "another stage 1" in unlike(("transformer",), *arguments)[1]
+    assert unlike(("generator", "discriminator"), *arguments) == []
