@@ -66,7 +66,6 @@ BIRDS_TINY = {
     "birds_tiny": Row(),
     "no discriminator": Row("--vqgan.discriminator-start 1"),
     "DiffAugment": Row("--vqgan.diff-augment color translation cutout"),
-    "LPIPS, half as long": Row("--vqgan.perceptual-weight 1 --vqgan.steps 2000"),
 }
 TABLES = {
     "mnist_tiny": Table(MNIST_TINY, 2000, 2000),

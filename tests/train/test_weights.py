@@ -56,7 +56,7 @@ def test_weights_of_the_same_names_and_shapes_are_kept():
     assert begun.new == [("nets", "discriminator", "params", "layer", "kernel")]
     sentence = said(begun, "runs/it")
     assert sentence == (
-        "Begins from runs/it: of its weights are kept generator.layer 2, discriminator.layer 1; "
+        "Begins from runs/it: of its weights are kept discriminator.layer 1, generator.layer 2; "
         "new: discriminator.layer 1."
     )
 
