@@ -97,13 +97,14 @@ def share_of(text: str) -> float:
 
 
 class Drawn(NamedTuple):
-    """Images uint8 [n,h,w,c], as many of each row, their classes int32 [n], and what a row is
-    called and what its files are."""
+    """Images uint8 [n,h,w,c], as many of each row, their classes int32 [n], what a row is called
+    and what its files are, and the picture it begins with, [rows,h,w,c], where there is one."""
 
     images: np.ndarray
     labels: np.ndarray
     rows: list[str]
     files: list[str]
+    given: np.ndarray | None = None
 
 
 def write_folder(out: Path, drawn: Drawn) -> None:
@@ -189,7 +190,7 @@ def completed(run: "Run", given: argparse.Namespace, settings: dict[str, Any]) -
     labels = np.repeat(np.broadcast_to(of_each, len(pictures)), given.per_class)
     rows = [file.stem for file in files]
     names = [f"{i:04d}_{row}" for i, row in enumerate(rows)]
-    return Drawn(to_uint8(images), labels.astype(np.int32), rows, names)
+    return Drawn(to_uint8(images), labels.astype(np.int32), rows, names, pictures)
 
 
 def picture(file: Path, size: tuple[int, int], channels: int) -> np.ndarray:
@@ -201,7 +202,7 @@ def picture(file: Path, size: tuple[int, int], channels: int) -> np.ndarray:
     except FileNotFoundError:
         raise UserError(f"there is no picture {file}.") from None
     except Exception as error:  # Pillow raises many kinds
-        raise UserError(f"{file} cannot be read as a picture ({error}).") from error
+        raise UserError(f"{file} cannot be read as a picture; name a whole one.") from error
 
 
 def place_of(given: argparse.Namespace) -> tuple[Path, str]:
@@ -238,7 +239,13 @@ def write(out: Path, kind: str, drawn: Drawn) -> None:
         if kind == ".npz":
             np.savez_compressed(out, images=drawn.images, labels=drawn.labels)
         elif kind == ".png":
-            save(labelled_grid(drawn.images, drawn.rows, each), out)
+            images, below = drawn.images, []
+            if drawn.given is not None:
+                rows = images.reshape(len(drawn.rows), each, *images.shape[1:])
+                images = np.concatenate([drawn.given[:, None], rows], 1)
+                images, each = images.reshape(-1, *images.shape[2:]), each + 1
+                below = ["given", *[""] * (each - 1)]
+            save(labelled_grid(images, drawn.rows, each, below=below), out)
         else:
             write_folder(out, drawn)
     except OSError as error:

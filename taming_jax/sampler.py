@@ -104,9 +104,10 @@ class Sampler:
                 f"a size of {size} was asked for; it is a height and a width in pixels."
             )
         if any(pixels % factor for pixels in size):
+            near = [max(round(pixels / factor), 1) * factor for pixels in size]
             raise UserError(
-                f"a height of {size[0]} and a width of {size[1]} are no multiples of {factor}, "
-                "which a code has."
+                f"a height of {size[0]} and a width of {size[1]} were asked for, and both are "
+                f"multiples of a code's {factor}; take {near[0]} and {near[1]}."
             )
         grid = size[0] // factor, size[1] // factor
         if grid[0] < window[0] or grid[1] < window[1]:

@@ -158,7 +158,7 @@ def test_the_log_likelihood_is_that_of_the_codes(run):
         ("--out s.jpg", "name a .npz, a .png, or a folder"),
         ("--seed -1", "the seed is -1"),
         ("--workdir nowhere", "there is no folder nowhere"),
-        ("--size 17x16", "a height of 16 and a width of 17 are no multiples of 2"),
+        ("--size 17x16", "both are multiples of a code's 2; take 16 and 16"),
         ("--size 32x14", "a height of 14 and a width of 32 are less than the 16 and 16"),
         ("--keep top", "--keep and --mask are of pictures to be completed"),
         ("--complete none.png", "there is no picture none.png"),
@@ -252,6 +252,11 @@ def test_the_rest_of_pictures_is_drawn(sample, run, both, tmp_path):
     assert run.complete(pictures, None, mask=mask).shape == (3, 16, 16, 1)
     status, _, err = sample(*given[:-1], tmp_path / "c", "--complete", *files)
     assert status == 0 and (tmp_path / "c" / "0002_2_00001.png").exists(), err
+    # A grid begins with the pictures themselves.
+    status, _, err = sample(*given[:-1], tmp_path / "c.png", "--complete", *files)
+    assert status == 0, err
+    with Image.open(tmp_path / "c.png") as grid:
+        assert grid.size[0] > grid.size[1] / 2  # three columns, three rows
 
 
 def test_what_cannot_be_completed_is_a_sentence(run):

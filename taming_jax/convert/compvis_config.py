@@ -77,16 +77,17 @@ def described(
     used: tuple[int, ...] | None,
     step: int,
 ) -> Official:
-    model, told = content["model"], content.get(OURS) or {}
+    model, ours = content["model"], content.get(OURS) or {}
     kind, params = kind_of(model), model["params"]
     data_params = (content.get("data") or {}).get("params") or {}
     batch_size = number(data_params.get("batch_size", 4))
     rate = float(model.get("base_learning_rate", 4.5e-6)) * batch_size
     if kind in ("VQModel", "GumbelVQ"):
-        data, vqgan = stage1(model, file, used, told, step)
+        data, vqgan = stage1(model, file, used, step)
         settings = dataclasses.replace(
             vqgan, batch_size=batch_size, learning_rate=rate, discriminator_learning_rate=rate
         )
+        settings = told(settings, ours.get("vqgan"))
         with_discriminator = discriminator_of(params) is not None
         return Official(
             Config(config=file.stem, data=data, vqgan=settings), "",
@@ -102,15 +103,26 @@ def described(
         raise UserError(
             f"{file} has a first stage {first.get('target')}; VQModel and GumbelVQ are read."
         )
-    data, vqgan = stage1(first, file, used, told, step)
-    prior, names = stage2(params, file, classes, told)
+    data, vqgan = stage1(first, file, used, step)
+    vqgan = told(vqgan, ours.get("vqgan"))
+    prior, names = stage2(params, file, classes, ours.get("prior") or {})
     prior = dataclasses.replace(prior, batch_size=batch_size, learning_rate=rate)
+    prior = told(prior, ours.get("prior"))
     config = Config(config=file.stem, data=data, vqgan=vqgan, prior=prior)
     held = discriminator_of(first["params"]) is not None
     below = "first_stage_model."
     return Official(
         config, below, f"{below}loss.discriminator." if held else None, "transformer.", names
     )
+
+
+def told(settings: Any, ours: dict[str, Any] | None) -> Any:
+    """Settings over which those stand that an export wrote down, but for a warm-up shorter than
+    fresh optimisers need (one cycle begins with its own)."""
+    found = from_dict(type(settings), to_dict(settings) | (ours or {}))
+    if getattr(found, "schedule", None) == "one-cycle":
+        return found
+    return dataclasses.replace(found, warmup_steps=max(found.warmup_steps, settings.warmup_steps))
 
 
 def number(value: Any) -> int:
@@ -137,7 +149,6 @@ def stage1(
     section: dict[str, Any],
     file: Path,
     used: tuple[int, ...] | None,
-    told: dict[str, Any],
     step: int,
 ) -> tuple[DataConfig, VQGANConfig]:
     """A VQModel's or GumbelVQ's settings."""
@@ -165,10 +176,9 @@ def stage1(
         attention_resolutions=tuple(map(number, dd["attn_resolutions"])),
         latent_channels=number(dd["z_channels"]),
         codebook_size=number(params["n_embed"]), code_dim=number(params["embed_dim"]),
-        commitment=float(params.get("beta", told.get("commitment", 0.25))),
+        commitment=float(params.get("beta", 0.25)),
         # The official VQModel leaves the misplaced weight on.
-        legacy_commitment=bool(params.get("legacy", told.get("legacy", True))),
-        l2_normalise=bool(told.get("l2_normalise", False)), warmup_steps=WARMUP,
+        legacy_commitment=bool(params.get("legacy", True)), warmup_steps=WARMUP,
         used_codes=used_codes(params, file) if used is None else used,
     )  # fmt: skip
     check_codes(vqgan, file)
@@ -238,7 +248,7 @@ def used_codes(params: dict[str, Any], file: Path) -> tuple[int, ...]:
 
 
 def stage2(
-    params: dict[str, Any], file: Path, classes: int | None, told: dict[str, Any]
+    params: dict[str, Any], file: Path, classes: int | None, ours: dict[str, Any]
 ) -> tuple[PriorConfig, tuple[str, ...]]:
     """A Net2NetTransformer's settings, and the names of its classes."""
     section = params["transformer_config"]
@@ -253,7 +263,7 @@ def stage2(
     vocabulary = number(gpt["vocab_size"])
     condition = params.get("cond_stage_config")
     kind = condition if isinstance(condition, str) else kind_of(condition or {})
-    first = int(told.get("first_class", 0))
+    first = int(ours.get("first_class", 0))
     names: tuple[str, ...] = ("image",)
     if params.get("unconditional") or kind in ("__is_unconditional__", "SOSProvider"):
         first = int(params.get("sos_token", 0))
@@ -290,7 +300,8 @@ def yaml_of(config: Config, discriminator: bool, classes: int | None) -> dict[st
     if vqgan.decoder_blocks not in (None, vqgan.blocks + 1):
         raise UserError(
             f"the official decoder has one block a level more than the encoder, not "
-            f"{vqgan.decoder_blocks} and {vqgan.blocks}; this run cannot be exported."
+            f"{vqgan.decoder_blocks} and {vqgan.blocks}; this run cannot be exported (one of "
+            f"--vqgan.decoder-blocks {vqgan.blocks + 1} can)."
         )
     if any(vqgan.channels * multiplier % 32 for multiplier in vqgan.multipliers):
         raise UserError(
@@ -345,10 +356,8 @@ def yaml_of(config: Config, discriminator: bool, classes: int | None) -> dict[st
                 "codebook_weight": vqgan.codebook_weight,
             },
         }  # fmt: skip
-    ours: dict[str, Any] = {
-        "legacy": vqgan.legacy_commitment, "commitment": vqgan.commitment,
-        "l2_normalise": vqgan.l2_normalise,
-    }  # fmt: skip
+    # Where the weights came from is over.
+    ours = {"vqgan": to_dict(dataclasses.replace(vqgan, init_from=None))}
     if classes is None:
         rate = vqgan.learning_rate / vqgan.batch_size
         model = {"base_learning_rate": rate} | stage
@@ -390,8 +399,14 @@ def yaml_of(config: Config, discriminator: bool, classes: int | None) -> dict[st
             "cond_stage_config": "__is_unconditional__",
             "sos_token": prior.first_class,
         }
-    else:
-        ours["first_class"] = vqgan.codes if prior.vocabulary is None else prior.first_class
+    gpt = net["params"]["transformer_config"]["params"]  # type: ignore[index]
+    ours["prior"] = to_dict(
+        dataclasses.replace(
+            prior, init_from=None, vocabulary=gpt["vocab_size"], block_size=gpt["block_size"],
+            first_class=vqgan.codes if prior.vocabulary is None else prior.first_class,
+            label_dropout=0.0, guidance_scale=None,
+        )
+    )  # fmt: skip
     model = {"base_learning_rate": prior.learning_rate / prior.batch_size} | net
     return {"model": model, OURS: ours} | batches(prior.batch_size)
 

@@ -223,6 +223,8 @@ def piece(mapped: mmap.mmap, part: zipfile.ZipInfo) -> memoryview:
 def from_stream(mapped: mmap.mmap) -> Any:
     """The older format: three pickles about the file, the content's, the storages' names in order,
     and the storages, each after its length."""
+    if mapped[:1] != b"\x80":
+        raise ValueError("it does not begin as one")
     storages: dict[str, Storage] = {}
     pickles = io.BytesIO(mapped[:LARGEST_PICKLE])
 

@@ -1,6 +1,7 @@
 """The official files in and out, by the commands."""
 
 import copy
+import dataclasses
 import runpy
 import sys
 
@@ -392,7 +393,14 @@ def test_a_run_of_ones_own_goes_there_and_back(command, tmp_path):
         logits = prior.prior.apply({"params": prior.transformer}, tokens)
     assert logits.shape[-1] == 27
     np.testing.assert_allclose(logits[..., 24:], -50, atol=1e-2)
-    assert again["vqgan"].config.vqgan.l2_normalise and prior.config.prior.first_class == 24
+    # The settings, too, but for what was said; fresh optimisers warm up.
+    assert again["vqgan"].config.vqgan == dataclasses.replace(
+        config.vqgan, discriminator_start=0.0, warmup_steps=max(config.vqgan.warmup_steps, 200)
+    )
+    assert prior.config.prior == dataclasses.replace(
+        config.prior, vocabulary=27, first_class=24, block_size=256, label_dropout=0.0,
+        guidance_scale=None,
+    )  # fmt: skip
 
     held, _ = open_state_dict(tmp_path / "vqgan.ckpt")
     lpips = load_lpips()
