@@ -26,7 +26,7 @@ SPLIT = Split(np.zeros((20, 1, 1, 1), np.uint8), np.zeros(20, np.int32))
 class Parabola:
     """A stage whose state counts its steps; validation is best at step `best`."""
 
-    name, monitor, dataset = "vqgan", "nll", None
+    name, monitor, learned, dataset = "vqgan", "nll", (), None
 
     def __init__(self, config, devices, best=6, nearest=0, broken=(), on_step=lambda step: None):
         self.config, self.devices, self.nearest = config, devices, nearest
