@@ -87,7 +87,7 @@ def described(
         settings = dataclasses.replace(
             vqgan, batch_size=batch_size, learning_rate=rate, discriminator_learning_rate=rate
         )
-        settings = told(settings, ours.get("vqgan"))
+        settings = told("vqgan", settings, ours)
         with_discriminator = discriminator_of(params) is not None
         return Official(
             Config(config=file.stem, data=data, vqgan=settings), "",
@@ -104,10 +104,10 @@ def described(
             f"{file} has a first stage {first.get('target')}; VQModel and GumbelVQ are read."
         )
     data, vqgan = stage1(first, file, used, step)
-    vqgan = told(vqgan, ours.get("vqgan"))
+    vqgan = told("vqgan", vqgan, ours)
     prior, names = stage2(params, file, classes, ours.get("prior") or {})
     prior = dataclasses.replace(prior, batch_size=batch_size, learning_rate=rate)
-    prior = told(prior, ours.get("prior"))
+    prior = told("prior", prior, ours)
     config = Config(config=file.stem, data=data, vqgan=vqgan, prior=prior)
     held = discriminator_of(first["params"]) is not None
     below = "first_stage_model."
@@ -116,10 +116,10 @@ def described(
     )
 
 
-def told(settings: Any, ours: dict[str, Any] | None) -> Any:
-    """Settings over which those stand that an export wrote down, but for a warm-up shorter than
+def told(section: str, settings: Any, ours: dict[str, Any]) -> Any:
+    """A section's settings over which those stand that an export wrote down, but for a warm-up shorter than
     fresh optimisers need (one cycle begins with its own)."""
-    found = from_dict(type(settings), to_dict(settings) | (ours or {}))
+    found = from_dict(type(settings), to_dict(settings) | (ours.get(section) or {}), f"{section}.")
     if getattr(found, "schedule", None) == "one-cycle":
         return found
     return dataclasses.replace(found, warmup_steps=max(found.warmup_steps, settings.warmup_steps))
