@@ -117,8 +117,8 @@ def described(
 
 
 def told(section: str, settings: Any, ours: dict[str, Any]) -> Any:
-    """A section's settings over which those stand that an export wrote down, but for a warm-up shorter than
-    fresh optimisers need (one cycle begins with its own)."""
+    """A section's settings, over which those stand that an export wrote down, but for a warm-up
+    shorter than fresh optimisers need (one cycle begins with its own)."""
     found = from_dict(type(settings), to_dict(settings) | (ours.get(section) or {}), f"{section}.")
     if getattr(found, "schedule", None) == "one-cycle":
         return found
