@@ -11,14 +11,19 @@ names it came with.
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from taming_jax.errors import RunFailed, UserError, report, say
 from taming_jax.files import check_writable, write_whole
 
-PROGRAM = "CompVis/taming-transformers"
+if TYPE_CHECKING:
+    from taming_jax.config import Config
+    from taming_jax.convert.compvis_config import Official
+    from taming_jax.convert.state_dict import StateDict
+    from taming_jax.train.store import Checkpoint
+
 LOW = -50.0  # the logit of what is never to be drawn
 
 
@@ -42,12 +47,9 @@ def main() -> None:
 
 
 def work(given: argparse.Namespace) -> None:
-    import yaml
     from flax import traverse_util
 
-    from taming_jax.convert.compvis_config import official, yaml_of
     from taming_jax.convert.state_dict import write_state_dict
-    from taming_jax.train.imported import recorded
     from taming_jax.train.store import Store
 
     if not given.workdir.is_dir():
@@ -57,31 +59,16 @@ def work(given: argparse.Namespace) -> None:
     checkpoint, step = Store(given.workdir, stage, "nll", read_only=True).chosen()
     config = checkpoint.config
     nets = traverse_util.unflatten_dict(checkpoint.arrays)["nets"]
-    classes = None
-    if stage == "prior":
-        classes = len(nets["transformer"]["params"]["embedding"]) - config.vqgan.codes - 1
-        if config.prior.vocabulary is not None:
-            classes = len(checkpoint.dataset["class_names"] if checkpoint.dataset else ("image",))
-
-    held = recorded(given.workdir)
-    model = None
-    if held is not None and held[0].program == PROGRAM:
-        used = config.vqgan.used_codes or None
-        model = official(held[0].settings, given.workdir / "imported", classes, used)
-    if model is not None and (model.transformer is None) == (stage == "vqgan"):
-        record, rest = held  # type: ignore[misc]
-        settings, names = record.settings, record.names
-    else:
-        settings = yaml.safe_dump(yaml_of(config, "discriminator" in nets, classes))
-        model = official(settings, given.out, classes)
-        rest, names = {}, []
+    theirs = counterpart(given.workdir, config, nets, classes_of(checkpoint, nets))
+    model, names = theirs.model, theirs.names
     arrays = networks(model, nets, config.vqgan.l2_normalise)
-    new = model.discriminator is not None and f"{model.discriminator}main.0.weight" not in names
-    if not names or (new and "discriminator" in nets):
+    judged = model.discriminator is not None and "discriminator" in nets
+    if not names or (judged and f"{model.discriminator}main.0.weight" not in names):
         arrays = beside(model, config, nets, step) | arrays
-    arrays |= {name: np.asarray(array) for name, array in rest.items()}
+    arrays |= {name: np.asarray(array) for name, array in theirs.rest.items()}
+    known = set(names)
     ordered = [name for name in names if name in arrays]
-    ordered += [name for name in arrays if name not in set(ordered)]
+    ordered += [name for name in arrays if name not in known]
     if config.vqgan.l2_normalise:
         say(
             "The codes are given in length one: their indices and pictures are the same, but the "
@@ -93,7 +80,7 @@ def work(given: argparse.Namespace) -> None:
             "out, since the official code knows no guidance."
         )
     try:
-        write_whole(given.out.with_suffix(".yaml"), settings.encode())
+        write_whole(given.out.with_suffix(".yaml"), theirs.settings.encode())
         write_state_dict(
             given.out, {name: arrays[name] for name in ordered}, {"global_step": int(step)}
         )
@@ -102,24 +89,69 @@ def work(given: argparse.Namespace) -> None:
     print(f"{given.out} and {given.out.with_suffix('.yaml')} hold step {step} of {given.workdir}.")
 
 
-def networks(model: Any, nets: dict[str, Any], normalised: bool) -> dict[str, np.ndarray]:
+class Counterpart(NamedTuple):
+    """The official model of a run: what it is, its YAML, and of an imported run the names in the
+    file it came from, in their order, and what that held besides the networks."""
+
+    model: "Official"
+    settings: str
+    names: list[str]
+    rest: "StateDict"
+
+
+def classes_of(checkpoint: "Checkpoint", nets: dict[str, Any]) -> int | None:
+    """How many classes a checkpoint's prior has; None where it holds none."""
+    if "transformer" not in nets:
+        return None
+    if checkpoint.config.prior.vocabulary is None:
+        tokens = len(nets["transformer"]["params"]["embedding"])
+        return tokens - checkpoint.config.vqgan.codes - 1
+    return len(checkpoint.dataset["class_names"]) if checkpoint.dataset else 1
+
+
+def counterpart(
+    workdir: Path, config: "Config", nets: dict[str, Any], classes: int | None
+) -> Counterpart:
+    """The one that a run was imported as, where that is of the same stage, or else one of its own.
+    UserError where there is none."""
+    import yaml
+
+    from taming_jax.convert.compvis import PROGRAM
+    from taming_jax.convert.compvis_config import official
+    from taming_jax.convert.compvis_yaml import yaml_of
+    from taming_jax.train.imported import recorded
+
+    held = recorded(workdir)
+    if held is not None and held[0].program == PROGRAM:
+        record, rest = held
+        used = config.vqgan.used_codes or None
+        model = official(record.settings, workdir / "imported", classes, used)
+        if (model.transformer is None) == (classes is None):
+            return Counterpart(model, record.settings, record.names, rest)
+    settings = yaml.safe_dump(yaml_of(config, "discriminator" in nets, classes))
+    return Counterpart(official(settings, workdir, classes), settings, [], {})
+
+
+def networks(model: "Official", nets: dict[str, Any], normalised: bool) -> dict[str, np.ndarray]:
     """The networks' arrays under the official names, with codes of length one where they are
     `normalised`."""
     from taming_jax.convert.compvis import discriminator_layout, gpt_layout, vqgan_layout
     from taming_jax.convert.layout import paths, theirs
 
     generator = dict(nets["generator"].get("ema", nets["generator"]["params"]))
-    found = [(vqgan_layout, model.generator, generator)]
     if normalised:
         codes = generator["quantizer"]["codebook"]
         lengths = np.linalg.norm(codes, axis=-1, keepdims=True)
         generator["quantizer"] = generator["quantizer"] | {"codebook": codes / lengths}
+    found = [(vqgan_layout, model.generator, generator)]
     if model.discriminator is not None and "discriminator" in nets:
         net = nets["discriminator"]
         variables = {"params": net["params"], "batch_stats": net["extra"]["batch_stats"]}
         found.append((discriminator_layout, model.discriminator, variables))
     if model.transformer is not None:
-        transformer = speaking(nets["transformer"]["params"], model.config.prior.vocabulary)
+        tokens = model.config.prior.vocabulary
+        assert tokens is not None  # of an official model
+        transformer = speaking(nets["transformer"]["params"], tokens)
         found.append((gpt_layout, model.transformer, transformer))
     return {
         prefix + name: array
@@ -152,7 +184,9 @@ def speaking(transformer: dict[str, Any], tokens: int) -> dict[str, Any]:
     }
 
 
-def beside(model: Any, config: Any, nets: dict[str, Any], step: int) -> dict[str, np.ndarray]:
+def beside(
+    model: "Official", config: "Config", nets: dict[str, Any], step: int
+) -> dict[str, np.ndarray]:
     """What the official modules hold besides, so that they load strictly: attention's masks, how
     long BatchNorm ran, the perceptual loss."""
     from taming_jax.convert.compvis import lpips_state_dict
@@ -161,6 +195,7 @@ def beside(model: Any, config: Any, nets: dict[str, Any], step: int) -> dict[str
     found: dict[str, np.ndarray] = {}
     if model.transformer is not None:
         size = model.config.prior.block_size
+        assert size is not None  # of an official model
         mask = np.tril(np.ones((size, size), np.float32))[None, None]
         for i in range(config.prior.layers):
             found[f"{model.transformer}blocks.{i}.attn.mask"] = mask

@@ -33,23 +33,19 @@ def main() -> None:
 
 
 def work(given: argparse.Namespace) -> None:
-    from taming_jax.config import validated
-    from taming_jax.convert.compvis import discriminator_layout, gpt_layout, vqgan_layout
+    from taming_jax.convert.compvis import (
+        PROGRAM,
+        discriminator_layout,
+        gpt_layout,
+        vqgan_layout,
+    )
     from taming_jax.convert.compvis_config import codes_in, official, read_text
     from taming_jax.convert.state_dict import open_state_dict
-    from taming_jax.train.imported import (
-        Record,
-        check_new,
-        fitted,
-        network,
-        read_networks,
-        shapes_of,
-        write_run,
-    )
+    from taming_jax.train import imported
 
     if given.classes is not None and given.classes < 1:
         raise UserError(f"--classes is {given.classes}; it must be 1 or more.")
-    check_new(given.workdir)
+    imported.check_new(given.workdir)
     settings = read_text(given.config)
     state_dict, said = open_state_dict(given.checkpoint)
     used = [np.asarray(x) for name, x in state_dict.items() if name.endswith("quantize.used")]
@@ -62,14 +58,18 @@ def work(given: argparse.Namespace) -> None:
     model = official(settings, given.config, given.classes, codes, step)
     below, names = model.discriminator, model.class_names
     judged = below is not None and any(name.startswith(below) for name in state_dict)
-    config = validated(fitted(model.config, judged))
-    shapes = shapes_of(config, len(names), judged)
-    networks = {"generator": network(vqgan_layout, shapes["generator"], model.generator)}
+    config = imported.fitted(model.config, judged)
+    shapes = imported.shapes_of(config, len(names), judged)
+    tables = {"generator": (vqgan_layout, model.generator)}
     if judged and below is not None:
-        networks["discriminator"] = network(discriminator_layout, shapes["discriminator"], below)
+        tables["discriminator"] = (discriminator_layout, below)
     if model.transformer:
-        networks["transformer"] = network(gpt_layout, shapes["transformer"], model.transformer)
-    read = read_networks(
+        tables["transformer"] = (gpt_layout, model.transformer)
+    networks = {
+        name: imported.network(table, shapes[name], prefix)
+        for name, (table, prefix) in tables.items()
+    }
+    read = imported.read_networks(
         given.checkpoint, state_dict, networks, lambda name: bool(BESIDE.search(name)),
         str(given.config),
     )  # fmt: skip
@@ -77,13 +77,9 @@ def work(given: argparse.Namespace) -> None:
     back = [networks[name] for name in networks if name != "discriminator" or not model.transformer]
     known = {name for each in back for name in each.expected}
     rest = {name: np.asarray(x) for name, x in state_dict.items() if name not in known}
-    record = Record("CompVis/taming-transformers", settings, list(state_dict))
-    write_run(given.workdir, config, read, names, record, rest)
-    print(
-        f"{given.workdir} holds {' and '.join(networks)} of {given.checkpoint}: images of "
-        f"{config.data.image_size} px, {config.vqgan.codes} codes"
-        + (f", {len(names)} class{'es' * (len(names) > 1)}." if names else ".")
-    )
+    record = imported.Record(PROGRAM, settings, list(state_dict))
+    imported.write_run(given.workdir, config, read, names, record, rest)
+    print(imported.summary(given.workdir, config, networks, len(names), given.checkpoint))
 
 
 if __name__ == "__main__":

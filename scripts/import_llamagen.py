@@ -34,51 +34,40 @@ def main() -> None:
 
 
 def work(given: argparse.Namespace) -> None:
-    from taming_jax.config import validated
     from taming_jax.convert import llamagen
     from taming_jax.convert.state_dict import open_state_dict
-    from taming_jax.train.imported import (
-        Record,
-        check_new,
-        fitted,
-        network,
-        read_networks,
-        shapes_of,
-        write_run,
-    )
+    from taming_jax.train import imported
 
     for name in ("image_size", "heads"):
         if getattr(given, name) is not None and getattr(given, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be 1 or more.")
-    check_new(given.workdir)
+    imported.check_new(given.workdir)
     of_tokenizer, _ = open_state_dict(given.tokenizer)
-    tokenizer = llamagen.tokenizer_of(given.tokenizer, of_tokenizer)
-    codes, prior, classes, of_gpt = tokenizer.settings.codebook_size, None, 0, None
+    vqgan, channels = llamagen.tokenizer_of(given.tokenizer, of_tokenizer)
+    codes, prior, classes, of_gpt = vqgan.codebook_size, None, 0, None
     if given.gpt is not None:
         of_gpt, _ = open_state_dict(given.gpt)
         prior, classes = llamagen.transformer_of(given.gpt, of_gpt, codes, given.heads)
-    name = given.tokenizer.stem
-    config = llamagen.config_of(name, tokenizer, prior, given.image_size)
-    config = validated(fitted(config, judged=False))
-    shapes = shapes_of(config, classes, discriminator=False)
-    table = llamagen.tokenizer_layout
-    networks = read_networks(
-        given.tokenizer, of_tokenizer, {"generator": network(table, shapes["generator"], "")},
-        BESIDE.__contains__, "its own codebook and levels",
+    config = llamagen.config_of(given.tokenizer.stem, vqgan, prior, given.image_size, channels)
+    config = imported.fitted(config, judged=False)
+    shapes = imported.shapes_of(config, classes, discriminator=False)
+    generator = imported.network(llamagen.tokenizer_layout, shapes["generator"], "")
+    networks = imported.read_networks(
+        given.tokenizer, of_tokenizer, {"generator": generator}, BESIDE.__contains__,
+        "its own codebook and levels",
     )  # fmt: skip
     if of_gpt is not None and prior is not None:
         of_heads = functools.partial(llamagen.transformer_layout, heads=prior.heads, codes=codes)
-        networks |= read_networks(
-            given.gpt, of_gpt, {"transformer": network(of_heads, shapes["transformer"], "")},
-            BESIDE.__contains__, "its own width and layers",
+        transformer = imported.network(of_heads, shapes["transformer"], "")
+        networks |= imported.read_networks(
+            given.gpt, of_gpt, {"transformer": transformer}, BESIDE.__contains__,
+            "its own width and layers",
         )  # fmt: skip
-    record = Record("FoundationVision/LlamaGen", "", [*of_tokenizer, *(of_gpt or {})])
+    record = imported.Record("FoundationVision/LlamaGen", "", [*of_tokenizer, *(of_gpt or {})])
     rest = {name: np.asarray(x) for name, x in of_tokenizer.items() if name in BESIDE}
-    write_run(given.workdir, config, networks, tuple(map(str, range(classes))), record, rest)
-    print(
-        f"{given.workdir} holds {' and '.join(networks)} of LlamaGen's: images of "
-        f"{given.image_size} px, {codes} codes" + (f", {classes} classes." if classes else ".")
-    )
+    names = tuple(map(str, range(classes)))
+    imported.write_run(given.workdir, config, networks, names, record, rest)
+    print(imported.summary(given.workdir, config, networks, classes, "LlamaGen's"))
 
 
 if __name__ == "__main__":

@@ -155,7 +155,8 @@ def main() -> None:
     given = parser.parse_args()
     workdir, rows = given.workdir.absolute(), TABLES[given.config].rows
     if unknown := [name for name in given.rows or () if name not in rows]:
-        parser.error(f"there is no row '{unknown[0]}'; there are {', '.join(rows)}")
+        known = ", ".join(f"'{name}'" for name in rows)
+        parser.error(f"there is no row '{unknown[0]}'; there are {known}")
     data_path = given.data_path and given.data_path.absolute()
     workdir.mkdir(parents=True, exist_ok=True)
     recipes = Recipes(given.config, workdir, data_path)

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from taming_jax.errors import UserError
+from taming_jax.errors import UserError, say
 
 LOCK = ".lock"
 
@@ -41,20 +41,25 @@ def check_writable(name: str, place: Path) -> None:
         ) from error
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all: beside its place, then renamed. Raises OSError, and then
-    leaves nothing that holds space."""
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A file beside a place, to be written: whole, it gets its name there; where anything fails
+    (OSError, of a full disk), what was there stays, and nothing is left that holds space."""
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
+        yield partial
+        with partial.open("rb") as file:
             os.fsync(file.fileno())  # on the disk before it has its name
         partial.replace(path)
-    except OSError:
+    finally:
         with contextlib.suppress(OSError):
             partial.unlink()
-        raise
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all. Raises OSError."""
+    with whole(path) as partial:
+        partial.write_bytes(content)
 
 
 def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -159,6 +164,38 @@ def claimed(folder: Path, say: Callable[[str], None]) -> BinaryIO:
             if os.path.samestat(os.fstat(lock.fileno()), (folder / LOCK).stat()):
                 return lock
         lock.close()  # its last holder deleted it before it was locked here
+
+
+def hold(folder: Path, stack: contextlib.ExitStack) -> None:
+    """Locks a run's folder until the stack ends. UserError where another process holds it, or it
+    cannot be written."""
+    with writable(folder):
+        stack.enter_context(alone_in(folder, say))
+
+
+@contextlib.contextmanager
+def writable(folder: Path) -> Iterator[None]:
+    """UserError in place of OSError where a run's folder cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"the workdir {folder} cannot be written ({error.filename}: {error.strerror}); choose "
+            "another --workdir."
+        ) from error
+
+
+def usable(folder: Path) -> None:
+    """Makes the folders that a run writes in. UserError where one of them, or the config, cannot be
+    written."""
+    with writable(folder):
+        for part in (folder, *(folder / name for name in ("checkpoints", "metrics", "figures"))):
+            part.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=part):
+                pass
+        if (folder / "config.json").exists():
+            with (folder / "config.json").open("a"):
+                pass
 
 
 def text_hash(content: Any) -> str:

@@ -27,7 +27,7 @@ from taming_jax.models.vqgan import (
     images_at_once,
     pixels_a_code,
 )
-from taming_jax.sampler import Sampler, Settings
+from taming_jax.sampler import Sampler, Settings, kept_codes
 from taming_jax.sampling import window_likelihood
 from taming_jax.train import hosts
 from taming_jax.train.devices import Devices
@@ -90,7 +90,6 @@ class Run:
         self._encode = jax.jit(lambda params, images: encode(self.model, params, images).indices)
         self._decode = jax.jit(functools.partial(decode_indices, self.model))
         self.transformer = None
-        self._own_sampler: Sampler | None = None
         if transformer is not None:
             self.transformer = jax.device_put(transformer)
             classes = len(transformer["embedding"]) - config.vqgan.codes - 1
@@ -166,7 +165,7 @@ class Run:
             raise UserError("no classes, or none of each, were asked for.")
         labels = np.repeat(numbers_of_classes, per_class)
         numbers = np.tile(np.arange(per_class, dtype=np.int32), len(numbers_of_classes))
-        known = None if prefix is None else self._sampler().known_of(prefix, len(labels))
+        known = None if prefix is None else self._sampler.known_of(prefix, len(labels))
         return np.concatenate(list(self.drawn(labels, numbers, known=known, **settings)))
 
     def complete(
@@ -192,8 +191,8 @@ class Run:
         images = np.asarray(images)
         codes = self.encode(images)
         n, *grid = codes.shape
-        labels = self._sampler().labels_of(classes, n)
-        known = np.where(self._kept(keep, mask, (grid[0], grid[1])), codes, -1)
+        labels = self._labels_of(classes, n)
+        known = np.where(kept_codes(keep, mask, (grid[0], grid[1]), self.factor), codes, -1)
         if per_image < 1:
             raise UserError("no completions were asked for.")
         return np.concatenate(list(self.drawn(
@@ -202,26 +201,21 @@ class Run:
             size=(images.shape[1], images.shape[2]), **settings,
         )))  # fmt: skip
 
-    def _kept(self, keep: float, mask: Any, grid: tuple[int, int]) -> np.ndarray:
-        """Which codes of a grid are kept, bool [h',w']."""
-        if mask is None:
-            rows = round(keep * grid[0]) if 0 < keep < 1 else 0
-            if not 0 < rows < grid[0]:
+    def _labels_of(self, classes: int | str | Iterable[int | str] | None, n: int) -> np.ndarray:
+        """The classes of n images, int32 [n]: one of all, or one of each, or none of any."""
+        self._need_prior()
+        if classes is None:
+            none = 0 if self.prior.classes == 1 else self.prior.classes
+            if none and not self.config.prior.label_dropout:
                 raise UserError(
-                    f"a share of {keep} of {grid[0]} rows of codes leaves nothing to keep or "
-                    "nothing to draw; it is between 0 and 1."
+                    "this prior does not know images of no class (it was trained without "
+                    "--prior.label-dropout); name theirs."
                 )
-            return np.broadcast_to(np.arange(grid[0])[:, None] < rows, grid)
-        mask, factor = np.asarray(mask, bool), self.factor
-        if mask.shape == tuple(size * factor for size in grid):
-            # A code is kept where more than half of its pixels are.
-            mask = mask.reshape(grid[0], factor, grid[1], factor).mean((1, 3)) > 0.5
-        if mask.shape != grid:
-            raise UserError(
-                f"a mask of {'x'.join(map(str, mask.shape))} was given; it is of "
-                f"{grid[0]}x{grid[1]} codes, or of {grid[0] * factor}x{grid[1] * factor} pixels."
-            )
-        return mask
+            return np.full(n, none, np.int32)
+        labels = self.labels(classes)
+        if len(labels) not in (1, n):
+            raise UserError(f"{n} images and {len(labels)} classes were given.")
+        return np.broadcast_to(labels, n)
 
     def drawn(
         self, labels: np.ndarray, numbers: np.ndarray, **settings: Any
@@ -229,18 +223,18 @@ class Run:
         """The images of `sample`, in parts: image `numbers[i]`, int32 [n], of class `labels[i]`,
         int32 [n]; `settings` are those of `sample`, and `known` int [n,t], codes that are not to be
         drawn, with -1 where they are."""
-        return self._sampler().drawn(labels, numbers, **settings)
+        return self._sampler.drawn(labels, numbers, **settings)
 
     def sampling(self, **settings: Any) -> Settings:
         """The settings of `sample`, what is None as the run's config has it. UserError where they
         cannot be."""
-        return self._sampler().settings(**settings)
+        return self._sampler.settings(**settings)
 
+    @functools.cached_property
     def _sampler(self) -> Sampler:
         self._need_prior()
-        if self._own_sampler is None:
-            self._own_sampler = Sampler(self)
-        return self._own_sampler
+        params = {"transformer": self.transformer, "generator": self.params}
+        return Sampler(self.config, self.prior, self.model, params, self.decode)
 
     def log_likelihood(self, images: Any, labels: Any) -> np.ndarray:
         """The logarithm of the probability, in nats, that the prior gives the codes of images
@@ -254,7 +248,7 @@ class Run:
     def code_likelihood(self, indices: np.ndarray, numbers: np.ndarray) -> np.ndarray:
         """The same of code indices int32 [n,h',w'] and classes int32 [n]."""
         grid = indices.shape[1] * self.factor, indices.shape[2] * self.factor
-        self._sampler().grid_of(grid)  # UserError for images that are too small
+        self._sampler.grid_of(grid)  # UserError for images that are too small
         codes = indices.reshape(len(indices), -1)
         both = np.concatenate([numbers[:, None], codes], 1)
         of_grid = functools.partial(self._likelihood, indices.shape[1:])

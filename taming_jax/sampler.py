@@ -1,21 +1,20 @@
 """A run's prior as a source of images: compiled once for each choice of what is compiled in, and
 shared over the devices."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
 from taming_jax.checks import check_sampling
+from taming_jax.config import Config
 from taming_jax.errors import UserError
-from taming_jax.models.vqgan import decode_indices, images_at_once
+from taming_jax.models.gpt import GPT
+from taming_jax.models.vqgan import VQGAN, decode_indices, images_at_once, pixels_a_code
 from taming_jax.sampling import sample, sample_windows
 from taming_jax.train.devices import Compiled, Devices
-
-if TYPE_CHECKING:
-    from taming_jax.run import Run
 
 MICRO = 32  # images a device draws at once: another size would round otherwise, and turn a code
 
@@ -41,10 +40,19 @@ class Choice(NamedTuple):
 
 
 class Sampler:
-    """Draws a run's images."""
+    """Draws images of a run's config by its prior and generator. `decode` makes pictures of grids
+    that are too large to be decoded where they are drawn."""
 
-    def __init__(self, run: "Run"):
-        self.run, self.prior = run, run.prior
+    def __init__(
+        self,
+        config: Config,
+        prior: GPT,
+        generator: VQGAN,
+        params: dict[str, Any],
+        decode: Callable[[np.ndarray], np.ndarray],
+    ):
+        self.preset, self.factor = config.prior, pixels_a_code(config)
+        self.prior, self.generator, self.params, self.decode = prior, generator, params, decode
         self._compiled: dict[Choice, tuple[Devices, Compiled, Any]] = {}
 
     def settings(
@@ -56,7 +64,7 @@ class Sampler:
         seed: int = 0,
     ) -> Settings:
         """What is None as the run's config has it. UserError where the settings cannot be."""
-        preset = self.run.config.prior
+        preset = self.preset
         found = Settings(
             preset.temperature if temperature is None else temperature,
             preset.top_k if top_k is None else top_k,
@@ -67,21 +75,6 @@ class Sampler:
         if not 0 <= seed < 2**32:
             raise UserError(f"the seed is {seed}; it must be from 0 to {2**32 - 1}.")
         return found
-
-    def labels_of(self, classes: int | str | Iterable[int | str] | None, n: int) -> np.ndarray:
-        """The classes of n images, int32 [n]: one of all, or one of each, or none of any."""
-        if classes is None:
-            none = 0 if self.prior.classes == 1 else self.prior.classes
-            if none and not self.run.config.prior.label_dropout:
-                raise UserError(
-                    "this prior does not know images of no class (it was trained without "
-                    "--prior.label-dropout); name theirs."
-                )
-            return np.full(n, none, np.int32)
-        labels = self.run.labels(classes)
-        if len(labels) not in (1, n):
-            raise UserError(f"{n} images and {len(labels)} classes were given.")
-        return np.broadcast_to(labels, n)
 
     def known_of(self, prefix: Any, n: int) -> np.ndarray:
         """The first codes [p] of n images, int32 [n,p]. UserError for what is none."""
@@ -98,7 +91,7 @@ class Sampler:
         """The grid of images of a size in pixels. UserError where it is none, or too small."""
         if size is None:
             return self.prior.grid
-        factor, window = self.run.factor, self.prior.window
+        factor, window = self.factor, self.prior.window
         if np.shape(size) != (2,) or not all(isinstance(n, int | np.integer) for n in size):
             raise UserError(
                 f"a size of {size} was asked for; it is a height and a width in pixels."
@@ -144,7 +137,7 @@ class Sampler:
         choice = (top_k, top_p is not None, guidance_scale is not None, grid, held)
         used, draw, params = self._compile(devices, choice)
         whole = grid == self.prior.grid
-        micro = MICRO if whole else images_at_once(length * self.run.factor**2, MICRO)
+        micro = MICRO if whole else images_at_once(length * self.factor**2, MICRO)
         batch = micro * len(used)
         ends = np.ravel(0.0 if guidance_scale is None else guidance_scale)
         common = used.replicate({
@@ -172,7 +165,7 @@ class Sampler:
     def _finished(self, part: np.ndarray, whole: bool) -> np.ndarray:
         """Images of what was drawn: itself, but for grids that are larger than the training
         images', of which it is the codes."""
-        return part if whole else self.run.decode(part)
+        return part if whole else self.decode(part)
 
     def _compile(self, count: int | None, settings: tuple) -> tuple[Devices, Compiled, Any]:
         """The devices, the compiled sampler of one choice of what is compiled in, and the
@@ -181,7 +174,7 @@ class Sampler:
         choice = Choice(len(devices), *settings)
         if choice in self._compiled:
             return self._compiled[choice]
-        prior, model = self.prior, self.run.model
+        prior, generator = self.prior, self.generator
         windows = choice.grid != prior.grid or prior.window != prior.grid
 
         def draw(params: Any, arrays: dict[str, jax.Array]) -> jax.Array:
@@ -207,13 +200,34 @@ class Sampler:
                 grids = codes.reshape(len(labels), *choice.grid)
                 if choice.grid != prior.grid:
                     return grids
-                return decode_indices(model, params["generator"], grids)
+                return decode_indices(generator, params["generator"], grids)
 
         of_one_place = [made for made in self._compiled.values() if len(made[0]) == len(devices)]
         if of_one_place:
             devices, _, params = of_one_place[0]
         else:
-            params = {"transformer": self.run.transformer, "generator": self.run.params}
-            params = devices.replicate(jax.tree.map(np.asarray, params))
+            params = devices.replicate(jax.tree.map(np.asarray, self.params))
         self._compiled[choice] = devices, devices.compile(draw), params
         return self._compiled[choice]
+
+
+def kept_codes(keep: float, mask: Any, grid: tuple[int, int], factor: int) -> np.ndarray:
+    """Which codes of a grid are kept, bool [h',w']: see `Run.complete`."""
+    if mask is None:
+        rows = round(keep * grid[0]) if 0 < keep < 1 else 0
+        if not 0 < rows < grid[0]:
+            raise UserError(
+                f"a share of {keep} of {grid[0]} rows of codes leaves nothing to keep or "
+                "nothing to draw; it is between 0 and 1."
+            )
+        return np.broadcast_to(np.arange(grid[0])[:, None] < rows, grid)
+    mask = np.asarray(mask, bool)
+    if mask.shape == tuple(size * factor for size in grid):
+        # A code is kept where more than half of its pixels are.
+        mask = mask.reshape(grid[0], factor, grid[1], factor).mean((1, 3)) > 0.5
+    if mask.shape != grid:
+        raise UserError(
+            f"a mask of {'x'.join(map(str, mask.shape))} was given; it is of "
+            f"{grid[0]}x{grid[1]} codes, or of {grid[0] * factor}x{grid[1] * factor} pixels."
+        )
+    return mask

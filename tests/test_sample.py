@@ -90,9 +90,9 @@ def test_image_n_of_a_class_depends_on_nothing_else(run):
 
 def test_what_was_compiled_is_used_again(run):
     run.sample([0], prefix=[1, 2], seed=8, devices=1)
-    held = dict(run._sampler()._compiled)
+    held = dict(run._sampler._compiled)
     other = run.sample([1], prefix=[3, 4], seed=9, devices=1)
-    assert run._sampler()._compiled == held
+    assert run._sampler._compiled == held
     assert other.shape == (1, 16, 16, 1)
 
 

@@ -10,6 +10,8 @@ import numpy as np
 from taming_jax.convert.layout import Entry, Layout, Path, joined, kernel, parameter, same
 from taming_jax.models.lpips import GROUPS, SCALE, SHIFT
 
+PROGRAM = "CompVis/taming-transformers"
+
 
 def vqgan_layout(paths: Iterable[Path]) -> Layout:
     """Of `VQGAN`'s parameters in a VQModel or GumbelVQ."""

@@ -1,10 +1,10 @@
 """LlamaGen's tokenizers and class-conditional transformers (arXiv 2406.06525): their settings, read
 off the shapes of their arrays, and where the arrays of ours stand in their state dicts."""
 
+import dataclasses
 import functools
 import re
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import numpy as np
 
@@ -13,21 +13,15 @@ from taming_jax.convert import layout
 from taming_jax.convert.layout import Entry, Layout, parameter
 from taming_jax.convert.state_dict import StateDict
 from taming_jax.errors import UserError
+from taming_jax.models.vqgan import grid_size
 
 # Attention heads by a transformer's width, which no shape tells: GPT-B, L, XL, XXL and 3B.
 HEADS = {768: 12, 1024: 16, 1280: 20, 1536: 24, 3200: 32}
 
 
-class Tokenizer(NamedTuple):
-    """What the shapes of a tokenizer's arrays tell."""
-
-    levels: int
-    settings: VQGANConfig
-    channels: int  # of an image
-
-
-def tokenizer_of(file: object, state_dict: StateDict) -> Tokenizer:
-    """A VQ-16 or VQ-8, or one of other sizes. UserError for what is none."""
+def tokenizer_of(file: object, state_dict: StateDict) -> tuple[VQGANConfig, int]:
+    """The settings of a VQ-16 or VQ-8, or one of other sizes, and the channels of its images.
+    UserError for what is none."""
 
     shape = functools.partial(shape_of, file, "tokenizer", state_dict)
     levels = count(state_dict, r"encoder\.conv_blocks\.(\d+)\.")
@@ -43,7 +37,7 @@ def tokenizer_of(file: object, state_dict: StateDict) -> Tokenizer:
         code_dim=dimension, l2_normalise=True, commitment=0.25, discriminator_weight=0.5,
         learning_rate=1e-4, discriminator_learning_rate=1e-4, betas=(0.9, 0.95), warmup_steps=200,
     )  # fmt: skip
-    return Tokenizer(levels, settings, of_image)
+    return settings, of_image
 
 
 def transformer_of(
@@ -91,16 +85,14 @@ def count(state_dict: StateDict, pattern: str) -> int:
 
 
 def config_of(
-    name: str, tokenizer: Tokenizer, prior: PriorConfig | None, image_size: int
+    name: str, vqgan: VQGANConfig, prior: PriorConfig | None, image_size: int, channels: int
 ) -> Config:
     """A run's settings. Attention is at the lowest resolution, wherever that is."""
-    lowest = image_size // 2 ** (tokenizer.levels - 1)
-    vqgan = tokenizer.settings
-    return Config(
-        config=name,
-        data=DataConfig(name=UNKNOWN, image_size=image_size, channels=tokenizer.channels),
-        vqgan=VQGANConfig(**{**vars(vqgan), "attention_resolutions": (lowest,)}),
-        prior=prior or PriorConfig(),
+    data = DataConfig(name=UNKNOWN, image_size=image_size, channels=channels)
+    config = Config(config=name, data=data, vqgan=vqgan, prior=prior or PriorConfig())
+    lowest = (grid_size(config),)
+    return dataclasses.replace(
+        config, vqgan=dataclasses.replace(vqgan, attention_resolutions=lowest)
     )
 
 

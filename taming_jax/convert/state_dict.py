@@ -10,6 +10,7 @@ import numpy as np
 
 from taming_jax.convert.torch_file import DAMAGE, Tensor, damaged, open_tensors, write_tensors
 from taming_jax.errors import UserError
+from taming_jax.files import whole
 
 
 class Held(NamedTuple):
@@ -93,13 +94,9 @@ def write_state_dict(
     if file.suffix == ".safetensors":
         from safetensors.numpy import save_file
 
-        whole = {name: np.asarray(x, order="C") for name, x in state_dict.items()}
-        partial = file.with_name(f".{file.name}.partial")
-        try:
-            save_file(whole, partial, {key: json.dumps(value) for key, value in rest.items()})
-            partial.replace(file)
-        finally:
-            partial.unlink(missing_ok=True)
+        arrays = {name: np.asarray(x, order="C") for name, x in state_dict.items()}
+        with whole(file) as partial:
+            save_file(arrays, partial, {key: json.dumps(value) for key, value in rest.items()})
     else:
         write_tensors(file, {**rest, "state_dict": dict(state_dict)})
 

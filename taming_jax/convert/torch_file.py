@@ -22,6 +22,7 @@ from typing import IO, Any, ClassVar, NamedTuple
 import numpy as np
 
 from taming_jax.errors import UserError
+from taming_jax.files import whole
 
 MAGIC = 0x1950A86A20F9469CFC6C  # an older file's first pickle
 DTYPES = {
@@ -248,8 +249,7 @@ def from_stream(mapped: mmap.mmap) -> Any:
         at = start + count * size
         if count < 0 or at > len(mapped):
             raise ValueError("it is cut short")
-        held = memoryview(mapped)[start:at]
-        storages[key].raw = lambda held=held: held  # type: ignore[misc]
+        storages[key].raw = functools.partial(memoryview(mapped).__getitem__, slice(start, at))
     return content
 
 
@@ -323,19 +323,17 @@ def write_tensors(file: Path, content: dict[str, Any]) -> None:
 
     pickled = io.BytesIO()
     TensorPickler(pickled, 2).dump({key: named(value) for key, value in content.items()})
-    partial = file.with_name(f".{file.name}.partial")
-    try:
-        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
-            archive.writestr("archive/data.pkl", pickled.getvalue())
-            archive.writestr("archive/version", "3\n")
-            for i, array in enumerate(held):
-                part = zipfile.ZipInfo(f"archive/data/{i}")
-                # A zip64 header's own 20 bytes, and a field of zeros that fills up.
-                header = archive.fp.tell() + 30 + len(part.filename) + 20 + 4  # type: ignore[union-attr]
-                part.extra = struct.pack("<HH", 0x4246, -header % ALIGNMENT)
-                part.extra += bytes(-header % ALIGNMENT)
-                with archive.open(part, "w", force_zip64=True) as stream:
-                    stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
+    with (
+        whole(file) as partial,
+        partial.open("wb") as stream,
+        zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive,
+    ):
+        archive.writestr("archive/data.pkl", pickled.getvalue())
+        archive.writestr("archive/version", "3\n")
+        for i, array in enumerate(held):
+            part = zipfile.ZipInfo(f"archive/data/{i}")
+            # A zip64 header's own 20 bytes, and a field of zeros that fills up.
+            missing = -(stream.tell() + 30 + len(part.filename) + 20 + 4) % ALIGNMENT
+            part.extra = struct.pack("<HH", 0x4246, missing) + bytes(missing)
+            with archive.open(part, "w", force_zip64=True) as place:
+                place.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)

@@ -34,10 +34,8 @@ def reconstructions(evaluation: Evaluation) -> dict[str, Any]:
     of_vgg = evaluation.extractor.name == "VGG16" and fits_vgg(config.data.image_size)
     shared = of_vgg and "lpips" in params
     measure = devices.compile(measurement(evaluation, shared))
-    params, size = (
-        devices.replicate(params),
-        images_at_once(config.data.image_size**2, MICRO) * len(devices),
-    )
+    params = devices.replicate(params)
+    size = images_at_once(config.data.image_size**2, MICRO) * len(devices)
     sums: dict[str, float] = {}
     counts, bits = np.zeros(config.vqgan.codes, np.int64), 0.0
     made = Collector(len(chosen), 0)

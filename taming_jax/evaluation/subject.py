@@ -173,7 +173,7 @@ class Evaluation:
         """How samples are drawn by a protocol, what it leaves open as the run's config has it.
         UserError where that cannot be."""
         given = {name: getattr(protocol, name) for name in SAMPLING}
-        return dict(zip(SAMPLING, self.run.sampling(**given, seed=protocol.seed), strict=True))
+        return self.run.sampling(**given, seed=protocol.seed)._asdict()
 
     def drawn(
         self, protocol: Protocol, labels: np.ndarray, numbers: np.ndarray

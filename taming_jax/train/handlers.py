@@ -1,5 +1,7 @@
 """How Orbax writes and reads a checkpoint's items: arrays, and what is said of them."""
 
+from typing import Any
+
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import type_handlers
@@ -26,6 +28,13 @@ def sparing_handler() -> ocp.PyTreeCheckpointHandler:
         multiprocessing_options=ALONE,
         type_handler_registry=type_handlers.create_type_handler_registry((np.ndarray, numpy)),
     )
+
+
+def arrays_to_save(tree: Any, sparing: bool) -> ocp.args.CheckpointArgs:
+    """A tree of numpy arrays for one of the two."""
+    if sparing:
+        return ocp.args.PyTreeSave(tree, ocdbt_target_data_file_size=SHARD)
+    return ocp.args.StandardSave(tree)
 
 
 def json_handler() -> ocp.JsonCheckpointHandler:

@@ -14,7 +14,7 @@ import numpy as np
 from flax import traverse_util
 from tqdm import tqdm
 
-from taming_jax.config import Config, write_config
+from taming_jax.config import Config, validated, write_config
 from taming_jax.convert.layout import Layout, expected, ours, paths
 from taming_jax.convert.state_dict import StateDict, check, open_state_dict, write_state_dict
 from taming_jax.errors import RunFailed, UserError, say
@@ -63,20 +63,19 @@ def network(table: Callable[..., Layout], shapes: Any, prefix: str) -> Network:
 
 def fitted(config: Config, judged: bool) -> Config:
     """The settings of a file that holds a discriminator, which then is on from the first step, or
-    does not: then of one that images so small have room for. A perceptual loss needs some, too."""
+    does not: then of one that images so small have room for. A perceptual loss needs some, too.
+    UserError where they cannot be."""
     size, vqgan = config.data.image_size, config.vqgan
     if judged:
-        return dataclasses.replace(
-            config, vqgan=dataclasses.replace(vqgan, discriminator_start=0.0)
-        )
-    layers = min(vqgan.discriminator_layers, (size // 3).bit_length() - 1)
-    if size < 16:
-        vqgan = dataclasses.replace(vqgan, perceptual_weight=0.0)
-    if layers < 1:
-        vqgan = dataclasses.replace(vqgan, discriminator_start=1.0)
-    return dataclasses.replace(
-        config, vqgan=dataclasses.replace(vqgan, discriminator_layers=max(layers, 1))
-    )
+        vqgan = dataclasses.replace(vqgan, discriminator_start=0.0)
+    else:
+        layers = min(vqgan.discriminator_layers, (size // 3).bit_length() - 1)
+        vqgan = dataclasses.replace(
+            vqgan, discriminator_layers=max(layers, 1),
+            discriminator_start=vqgan.discriminator_start if layers > 0 else 1.0,
+            perceptual_weight=vqgan.perceptual_weight if size >= 16 else 0.0,
+        )  # fmt: skip
+    return validated(dataclasses.replace(config, vqgan=vqgan))
 
 
 def shapes_of(config: Config, classes: int, discriminator: bool) -> dict[str, Any]:
@@ -169,6 +168,16 @@ def write_run(
             store.require(0)
             store.close()
         write_config(config, place / "config.json")
+
+
+def summary(
+    folder: Path, config: Config, networks: Mapping[str, Any], classes: int, of: object
+) -> str:
+    """What was written, as a sentence."""
+    words = [f"images of {config.data.image_size} px", f"{config.vqgan.codes} codes"]
+    if classes:
+        words.append(f"{classes} class{'es' * (classes > 1)}")
+    return f"{folder} holds {' and '.join(networks)} of {of}: {', '.join(words)}."
 
 
 def check_new(folder: Path) -> None:

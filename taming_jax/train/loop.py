@@ -7,8 +7,7 @@ import contextlib
 import functools
 import math
 import signal
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -17,8 +16,8 @@ import numpy as np
 
 from taming_jax.config import Config, StageConfig, validated, write_config
 from taming_jax.data.feeds import Batch, Feed
-from taming_jax.errors import Interrupted, RunFailed, UserError, say
-from taming_jax.files import alone_in
+from taming_jax.errors import Interrupted, RunFailed, say
+from taming_jax.files import hold, usable
 from taming_jax.train import hosts
 from taming_jax.train.devices import Devices
 from taming_jax.train.log import Log, Silent
@@ -27,7 +26,7 @@ from taming_jax.train.runtime import prepare
 from taming_jax.train.signals import Signals
 from taming_jax.train.state import TrainState, copied
 from taming_jax.train.store import FD, Store
-from taming_jax.train.weights import begun_from, said, unlike
+from taming_jax.train.weights import begun_from, other_meanings, said
 
 
 class Stage(Protocol):
@@ -127,41 +126,10 @@ def weights_of(source: Path, stage: Stage, config: Config, template: TrainState)
     chosen, _ = Store(source, stage.name, stage.monitor, read_only=True).chosen()
     begun = begun_from(stage.learned, template, chosen.arrays)
     say(said(begun, source))
-    for sentence in unlike(stage.learned, config, template, chosen.config, chosen.arrays):
+    meanings = other_meanings(stage.learned, config, template, chosen.config, chosen.arrays)
+    for sentence in meanings:
         say(f"Warning: {sentence}")
     return cast(TrainState, begun.state)
-
-
-def hold(folder: Path, stack: contextlib.ExitStack) -> None:
-    """Locks a run's folder until the stack ends. UserError where another process holds it, or it
-    cannot be written."""
-    with writable(folder):
-        stack.enter_context(alone_in(folder, say))
-
-
-@contextlib.contextmanager
-def writable(folder: Path) -> Iterator[None]:
-    """UserError in place of OSError where a run's folder cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"the workdir {folder} cannot be written ({error.filename}: {error.strerror}); choose "
-            "another --workdir."
-        ) from error
-
-
-def usable(folder: Path) -> None:
-    """Makes the folders that a run writes in. UserError where one of them, or the config, cannot be
-    written."""
-    with writable(folder):
-        for part in (folder, *(folder / name for name in ("checkpoints", "metrics", "figures"))):
-            part.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=part):
-                pass
-        if (folder / "config.json").exists():
-            with (folder / "config.json").open("a"):
-                pass
 
 
 def derived(term: str) -> tuple[bool, bool]:

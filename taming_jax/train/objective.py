@@ -39,6 +39,9 @@ class Keys(NamedTuple):
     codes: jax.Array | None = None
 
 
+NO_KEYS = Keys()
+
+
 class Gradients(NamedTuple):
     """What a step learns from a batch, averaged over the devices. `discriminator` and `extra` (its
     state afterwards) are None where the adversarial part is off."""
@@ -160,7 +163,7 @@ class Networks:
         lpips_params: Any,
         adversarial: bool,
         discriminator_steps: jax.Array | int = 0,
-        keys: Keys = Keys(),  # noqa: B008
+        keys: Keys = NO_KEYS,
         temperature: jax.Array | float = 1.0,
     ) -> Gradients:
         """Every loss and gradient of one step on images float [b,h,w,c] in [-1, 1].

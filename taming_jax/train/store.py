@@ -28,9 +28,15 @@ from taming_jax.files import text_hash
 from taming_jax.formats import ARRAYS, FORMAT, format_of, migrated
 from taming_jax.plain import to_dict
 from taming_jax.train.arrays import digest, fill, named_arrays
-from taming_jax.train.handlers import ALONE, SHARD, arrays_handler, json_handler, sparing_handler
+from taming_jax.train.handlers import (
+    ALONE,
+    arrays_handler,
+    arrays_to_save,
+    json_handler,
+    sparing_handler,
+)
 from taming_jax.train.trouble import reason
-from taming_jax.train.weights import begun_from, said
+from taming_jax.train.weights import begun_whole, said
 
 FD = "fd_vgg16"  # a Fréchet distance: where a validation took it, checkpoints are judged by it
 
@@ -160,11 +166,9 @@ class Store:
         if self._imported:
             about["weights_only"] = True
         about["hash"] = text_hash(about)
-        tree = traverse_util.unflatten_dict(arrays)
-        standard = ocp.args.StandardSave(tree)
-        sparing = ocp.args.PyTreeSave(tree, ocdbt_target_data_file_size=SHARD)
         items = ocp.args.Composite(
-            state=sparing if self._imported else standard, about=ocp.args.JsonSave(about)
+            state=arrays_to_save(traverse_util.unflatten_dict(arrays), sparing=self._imported),
+            about=ocp.args.JsonSave(about),
         )
         if metrics is not None:
             self._lowest = min(self.lowest, self.judged(metrics))
@@ -337,7 +341,10 @@ class Store:
             if damaged and damaged[0] > step:
                 say(f"The one before it, of step {step}, is used.")
             if checkpoint.weights_only:
-                return self._begun(template, checkpoint.arrays, learned)
+                run = self.path.parent.parent
+                begun = begun_whole(learned, template, checkpoint.arrays, run)
+                say(said(begun, run))
+                return begun.state
             return fill(template, checkpoint.arrays)
         if damaged:
             raise UserError(
@@ -345,23 +352,6 @@ class Store:
                 "anew with --restart."
             )
         return None
-
-    def _begun(
-        self, template: Any, arrays: dict[tuple[str, ...], np.ndarray], learned: tuple[str, ...]
-    ) -> Any:
-        """A state with weights that were imported. UserError where some of them have no place."""
-        begun = begun_from(learned, template, arrays)
-        lost = [
-            path for path in arrays
-            if path[1:2] and path[1] in learned and path[2] == "params" and path not in begun.kept
-        ]  # fmt: skip
-        if lost:
-            raise UserError(
-                f"the settings leave no room for the imported array {'.'.join(lost[0])}; take "
-                f"those of {self.path.parent.parent}/config.json."
-            )
-        self.say(said(begun, self.path.parent.parent))
-        return begun.state
 
     def _harmed(self, step: int) -> bool:
         """Whether Orbax would stumble over an older checkpoint, whose arrays nobody asked for."""

@@ -15,8 +15,8 @@ from taming_jax.train.arrays import named_arrays
 
 # What changes a network's meaning, and not the shapes of its weights.
 MEANING = {
-    "vqgan": ("multipliers", "attention_resolutions", "l2_normalise", "quantizer", "used_codes"),
-    "prior": ("heads", "positions", "vocabulary", "first_class", "norm"),
+    "vqgan": ("l2_normalise", "quantizer", "used_codes"),
+    "prior": ("heads", "positions", "vocabulary", "first_class"),
 }
 Name = tuple[str, ...]
 
@@ -31,10 +31,9 @@ class Begun(NamedTuple):
 
 
 def begun_from(learned: tuple[str, ...], template: Any, arrays: Mapping[Name, np.ndarray]) -> Begun:
-    """A fresh state with the weights, of the same names and shapes, of arrays by name, where its
-    networks are `learned`. A moving
-    average there is the better part, and both average and parameters begin as it; optimisers begin
-    anew."""
+    """A fresh state whose `learned` networks have the weights, of the same names and shapes, of
+    arrays by name. Where those have a moving average, average and parameters begin as it;
+    optimisers begin anew."""
     kept: list[Name] = []
     new: list[Name] = []
     leaves = []
@@ -73,7 +72,23 @@ def listed(paths: list[Name]) -> str:
     return ", ".join(f"{name} {count}" for name, count in counts.items())
 
 
-def unlike(
+def begun_whole(
+    learned: tuple[str, ...], template: Any, arrays: Mapping[Name, np.ndarray], source: Path
+) -> Begun:
+    """The same of weights that the run in a folder was imported with. UserError where some of them
+    have no place in it."""
+    begun = begun_from(learned, template, arrays)
+    kept = set(begun.kept)
+    for path in arrays:
+        if path[1:2] and path[1] in learned and path[2] == "params" and path not in kept:
+            raise UserError(
+                f"the settings leave no room for the imported array {'.'.join(path)}; take those "
+                f"of {source}/config.json."
+            )
+    return begun
+
+
+def other_meanings(
     learned: tuple[str, ...],
     config: Config,
     template: Any,

@@ -168,7 +168,7 @@ def test_a_run_outlives_a_disk_in_trouble(disk, tmp_path, capsys, monkeypatch, t
 
     monkeypatch.setattr(Parabola, "draw", draw)
     # Its open file would keep the disk from being made read-only.
-    monkeypatch.setattr("taming_jax.train.loop.alone_in", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr("taming_jax.files.alone_in", lambda *_: contextlib.nullcontext())
     train(tmp_path / "whole", **MANY)
     assert "cannot be written" not in capsys.readouterr().out
     train(disk.folder / "run", stage={"on_step": on_step}, **MANY)
