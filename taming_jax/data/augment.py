@@ -70,12 +70,17 @@ def translation(image: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def cutout(image: jax.Array, key: jax.Array) -> jax.Array:
-    """An image [h,w,c] with a window of half its height and width, about a random place, at 0."""
-    h, w, _ = image.shape
-    row, column = jax.random.randint(key, (2,), 0, jnp.array([h, w]))
-    rows, columns = jnp.arange(h)[:, None] - row, jnp.arange(w)[None] - column
-    inside = (abs(2 * rows) < h // 2) & (abs(2 * columns) < w // 2)
-    return jnp.where(inside[..., None], 0.0, image)
+    """An image [h,w,c] with a window of half its height and width, rounded up, at 0. Its centre is
+    anywhere in the image, so that a part of it may lie outside."""
+    sizes = (image.shape[0] + 1) // 2, (image.shape[1] + 1) // 2
+    # A window of even size has its centre between two pixels, or at either edge.
+    ends = [n + 1 - size % 2 for n, size in zip(image.shape, sizes, strict=False)]
+    centres = jax.random.randint(key, (2,), 0, jnp.array(ends))
+    rows, columns = (
+        (jnp.arange(n) >= centre - size // 2) & (jnp.arange(n) < centre - size // 2 + size)
+        for n, size, centre in zip(image.shape, sizes, centres, strict=False)
+    )
+    return jnp.where((rows[:, None] & columns)[..., None], 0.0, image)
 
 
 DIFFERENTIABLE = {"color": color, "translation": translation, "cutout": cutout}

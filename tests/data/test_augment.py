@@ -55,7 +55,7 @@ def test_what_the_discriminator_sees_is_changed_as_it_says():
     cut = np.asarray(diff_augmented(images, keys, ["cutout"]))
     hidden = (cut == 0).all(-1)
     assert (cut[~hidden] == images[~hidden]).all()
-    assert hidden.sum((1, 2)).max() == 49 and hidden.any((1, 2)).all()
+    assert hidden.sum((1, 2)).max() == 64 and hidden.any((1, 2)).all()
     assert hidden.any(0).all(), "every place is hidden in some image"
 
     moved = np.asarray(diff_augmented(images, keys, ["translation"]))
@@ -74,3 +74,27 @@ def test_what_the_discriminator_sees_is_changed_as_it_says():
     np.testing.assert_allclose(contrast, np.median(contrast, 1)[:, None] + 0 * contrast, rtol=1e-2)
     assert 0.49 < contrast.min() < 0.7 and 1.3 < np.median(contrast, 1).max() < 1.51
     assert diff_augmented(images, keys, []) is images
+
+
+def published_cutout(height, width, row, column):
+    """The mask of DiffAugment's public code, which clamps a window's places to the image."""
+    hidden = np.zeros((height, width), bool)
+    sizes = int(height * 0.5 + 0.5), int(width * 0.5 + 0.5)
+    rows = np.clip(np.arange(sizes[0]) + row - sizes[0] // 2, 0, height - 1)
+    columns = np.clip(np.arange(sizes[1]) + column - sizes[1] // 2, 0, width - 1)
+    hidden[np.ix_(rows, columns)] = True
+    return hidden
+
+
+def test_cutout_hides_the_window_of_the_published_code():
+    """Half of the height and half of the width, with the centre at any of its places."""
+    images = np.ones((256, 6, 5, 1), np.float32)
+    keys = jax.random.split(jax.random.key(2), len(images))
+    hidden = np.asarray(diff_augmented(images, keys, ["cutout"]))[..., 0] == 0
+    # Both sizes are 3, which is odd, so that centres go from 0 to the last row and column.
+    masks = {published_cutout(6, 5, i, j).tobytes() for i in range(6) for j in range(5)}
+    assert {mask.tobytes() for mask in hidden} == masks
+    even = np.ones((256, 4, 4, 1), np.float32)
+    hidden = np.asarray(diff_augmented(even, keys, ["cutout"]))[..., 0] == 0
+    masks = {published_cutout(4, 4, i, j).tobytes() for i in range(5) for j in range(5)}
+    assert {mask.tobytes() for mask in hidden} == masks
