@@ -16,11 +16,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from taming_jax.command_line import add_flags, processes
+from taming_jax.command_line import add_data_flags, add_flags, data_settings, processes
 from taming_jax.errors import RunFailed, UserError, report
 
 # What may differ from process to process.
-OWN = {"process_id", "workdir", "weights", "reference"}
+OWN = {
+    "process_id", "workdir", "weights", "reference", "data.path", "data.cache", "data.workers",
+}  # fmt: skip
 
 
 def parse() -> argparse.Namespace:
@@ -31,7 +33,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--compare", nargs=2, metavar="JSON", help="two reports side by side")
     parser.add_argument("--split", default="test", help="train, validation or test")
     parser.add_argument("--images", type=int, help="so many of the split, evenly; all unless told")
-    parser.add_argument("--samples", type=int, default=5000)
+    parser.add_argument("--samples", type=int, default=5000, help="0 leaves them out")
     parser.add_argument(
         "--features", default="auto", help="inception, vgg, classifier; auto: inception, else vgg"
     )
@@ -49,6 +51,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--devices", type=int, help="all unless told")
     parser.add_argument("--out", type=Path, help="the report, .json")
     parser.add_argument("--figures", type=Path, help="a folder for figures; beside --out if not")
+    add_data_flags(parser)
     add_flags(parser)
     return parser.parse_args()
 
@@ -149,7 +152,7 @@ def work(given: argparse.Namespace) -> None:
         "seed", "temperature", "top_k", "top_p",
     )  # fmt: skip
     protocol = Protocol(**{name: getattr(given, name) for name in names}, guidance_scale=scale)
-    run = load_run(given.workdir)
+    run = load_run(given.workdir, data_settings(given))
     evaluation = Evaluation(run, protocol, given.devices, progress=True, sweep=sweep)
     found = finished(evaluation)
     print(table(found))

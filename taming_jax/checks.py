@@ -28,6 +28,7 @@ NOT_NEGATIVE = {
     "vqgan": (
         "l1_weight", "perceptual_weight", "codebook_weight", "discriminator_weight",
         "adaptive_weight_max", "lecam_weight", "commitment", "kl_weight",
+        "discriminator_start_step",
     ),
     "prior": ("weight_decay", "first_class"),
     "both": ("warmup_steps", "skipped_in_a_row"),
@@ -127,6 +128,18 @@ def check(config: "Config") -> None:
         prior.guidance_scale,
         prior.label_dropout,
     )
+
+
+def warnings_of(config: "Config") -> list[str]:
+    """Sentences about settings of stage 1 that are allowed but have no effect."""
+    resolutions, sizes = config.vqgan.attention_resolutions, config.level_resolutions
+    unmatched = [size for size in resolutions if size not in sizes]
+    if not unmatched:
+        return []
+    return [
+        f"{flag('vqgan', 'attention_resolutions')} {' '.join(map(str, unmatched))} has no effect: "
+        f"the feature maps are {', '.join(map(str, sizes))} pixels high."
+    ]
 
 
 def require(

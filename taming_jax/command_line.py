@@ -5,12 +5,23 @@ import argparse
 import dataclasses
 import os
 import shlex
+import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from taming_jax.config import Config, differences, load_config, presets, read_config, validated
+from taming_jax.checks import flag
+from taming_jax.config import (
+    Config,
+    DataConfig,
+    differences,
+    load_config,
+    presets,
+    read_config,
+    replaced,
+    validated,
+)
 from taming_jax.errors import UserError
 
 
@@ -74,6 +85,36 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--initialization-timeout", type=int, default=300)
 
 
+# What of a dataset is fixed by the networks, or matters in training only.
+NOT_READ = ("image_size", "channels", "random_crop", "mirror")
+
+
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags `--data.…` of a script that reads the dataset of a run: for data that has moved,
+    or other data."""
+    group = parser.add_argument_group(
+        "data", "the dataset, where it is not found as in training; train_vqgan.py --help has more"
+    )
+    hints = typing.get_type_hints(DataConfig)
+    for name in (name for name in hints if name not in NOT_READ):
+        kinds = typing.get_args(hints[name]) or (hints[name],)
+        options: dict[str, Any] = {"dest": f"data.{name}", "default": argparse.SUPPRESS}
+        if bool in kinds:
+            group.add_argument(flag("data", name), action="store_true", **options)
+            group.add_argument(flag("data", f"no_{name}"), action="store_false", **options)
+        else:
+            group.add_argument(flag("data", name), type=kinds[0], **options)
+
+
+def data_settings(given: argparse.Namespace) -> dict[str, Any]:
+    """The settings that were given by the flags `--data.…`, by their names in `DataConfig`."""
+    return {
+        name.removeprefix("data."): value
+        for name, value in vars(given).items()
+        if name.startswith("data.")
+    }
+
+
 def processes(given: Any) -> Processes:
     """What is said of processes in an object that has such attributes, checked; where it is only
     the address, the numbers are Open MPI's (of which JAX knows version 4's address alone)."""
@@ -100,12 +141,6 @@ class Command(NamedTuple):
     processes: Processes
 
 
-def replaced(config: Config, section: str, **values: Any) -> Config:
-    """A config with other values in one of its sections."""
-    changed = dataclasses.replace(getattr(config, section), **values)
-    return dataclasses.replace(config, **{section: changed})
-
-
 def parse_arguments(arguments: Sequence[str], stage: str = "vqgan") -> Command:
     """The command line of both training scripts.
 
@@ -122,13 +157,19 @@ def parse_arguments(arguments: Sequence[str], stage: str = "vqgan") -> Command:
         known, rest = first.parse_known_args(list(arguments))
     except argparse.ArgumentError as error:
         raise UserError(f"{error}; --config NAME and --workdir DIR need a value.") from error
-    if known.config is None and not {"-h", "--help"} & set(rest):
+    wants_help = bool({"-h", "--help"} & set(rest))
+    if known.config is None and not wants_help:
         raise UserError(f"say which --config to train; the presets are {', '.join(presets())}.")
-    base = load_config(known.config or "mnist")  # for --help alone, mnist's defaults
+    try:
+        base = load_config(known.config or "mnist")
+    except UserError:
+        if not wants_help:
+            raise
+        base = load_config("mnist")
     if known.workdir is not None:
         base = dataclasses.replace(base, workdir=known.workdir)
     run = base
-    if stage == "prior" and known.config is not None:
+    if stage == "prior" and not wants_help:
         if not (base.folder / "config.json").exists():
             into = "" if known.workdir is None else f" --workdir {shlex.quote(str(known.workdir))}"
             raise UserError(

@@ -134,7 +134,8 @@ class VQGANConfig(StageConfig):
     decoder_blocks: int | None = None
     """Residual blocks a level of the decoder; one more than the encoder's unless told."""
     attention_resolutions: tuple[int, ...] = (16,)
-    """Heights at which every block is followed by self-attention (the middle always has it)."""
+    """Heights of feature maps at which every block is followed by self-attention; the middle of the
+    networks always has it."""
     latent_channels: int = 256
     """Channels between the encoder and the 1x1 convolution into code space."""
 
@@ -168,6 +169,9 @@ class VQGANConfig(StageConfig):
     discriminator_layers: int = 3
     discriminator_start: float = 0.25
     """The share of the run after which the adversarial part begins, 0 to 1 (1: never)."""
+    discriminator_start_step: int | None = free(None)
+    """The step at which it begins. Default: computed from the share when the run is created. It
+    then stays as it is, also when the run is made longer."""
     discriminator_loss: Literal["hinge", "vanilla"] = "hinge"
     discriminator_weight: float = 0.8
     """The weight of the generator's adversarial loss."""
@@ -193,6 +197,13 @@ class VQGANConfig(StageConfig):
     """Recompute the residual blocks' activations in the backward pass, to save memory."""
     ema_decay: float | None = None
     """Keep a moving average of the generator, and evaluate and draw with it."""
+
+    def start_step(self, examples: int) -> int | None:
+        """The step, counted from 0, at which the adversarial part begins in a run on that many
+        training images; None where it never does."""
+        if self.discriminator_start_step is not None or self.discriminator_start == 1:
+            return self.discriminator_start_step
+        return round(self.discriminator_start * self.total_steps(examples))
 
     @property
     def codes(self) -> int:
@@ -281,6 +292,11 @@ class Config:
         """The run's folder."""
         return Path(self.workdir or f"runs/{self.config}")
 
+    @property
+    def level_resolutions(self) -> list[int]:
+        """Heights of the feature maps of encoder and decoder, from full resolution down."""
+        return [self.data.image_size // 2**level for level in range(len(self.vqgan.multipliers))]
+
 
 def presets() -> list[str]:
     """The names of the presets."""
@@ -308,24 +324,36 @@ def load_config(name: str | Path, overrides: Mapping[str, Any] | None = None) ->
             f"there is no preset '{name}'; {hint}the presets are {', '.join(presets())}; "
             "the path of a config.json is accepted as well."
         )
-    if overrides:
-        values = to_dict(config)
-        for dotted, value in overrides.items():
-            *sections, last = dotted.split(".")
-            section = values
-            for part in sections:
-                section = section.get(part, {}) if isinstance(section, dict) else {}
-            if not isinstance(section, dict):
-                raise UserError(f"there is no setting '{dotted}'.")
-            if last not in section:
-                near = difflib.get_close_matches(last, section, n=1)
-                hint = f" Did you mean '{'.'.join([*sections, near[0]])}'?" if near else ""
-                raise UserError(f"there is no setting '{dotted}'.{hint}")
-            if isinstance(section[last], dict):
-                raise UserError(f"'{dotted}' is a group; name its settings, '{dotted}.…'.")
-            section[last] = value
-        config = from_dict(Config, values)
-    return validated(config)
+    return override(config, overrides or {})
+
+
+def override(config: Config, overrides: Mapping[str, Any]) -> Config:
+    """A config with other values of the settings that `overrides` names, such as "vqgan.steps".
+
+    Raises UserError for a setting that does not exist, and for settings that cannot work together.
+    """
+    values = to_dict(config)
+    for dotted, value in overrides.items():
+        *sections, last = dotted.split(".")
+        section = values
+        for part in sections:
+            section = section.get(part, {}) if isinstance(section, dict) else {}
+        if not isinstance(section, dict):
+            raise UserError(f"there is no setting '{dotted}'.")
+        if last not in section:
+            near = difflib.get_close_matches(last, section, n=1)
+            hint = f" Did you mean '{'.'.join([*sections, near[0]])}'?" if near else ""
+            raise UserError(f"there is no setting '{dotted}'.{hint}")
+        if isinstance(section[last], dict):
+            raise UserError(f"'{dotted}' is a group; name its settings, '{dotted}.…'.")
+        section[last] = value
+    return validated(from_dict(Config, values))
+
+
+def replaced(config: Config, section: str, **values: Any) -> Config:
+    """A config with other values in one of its sections."""
+    changed = dataclasses.replace(getattr(config, section), **values)
+    return dataclasses.replace(config, **{section: changed})
 
 
 def validated(config: Config) -> Config:

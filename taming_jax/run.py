@@ -1,10 +1,12 @@
 """A finished (or half-finished) run as an object, for notebooks."""
 
+import contextlib
+import copy
 import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,10 +15,11 @@ import numpy as np
 from flax import traverse_util
 
 from taming_jax import tiles
-from taming_jax.config import Config
+from taming_jax.checks import flag
+from taming_jax.config import Config, differences, override, read_config
 from taming_jax.data import sources
-from taming_jax.data.sources import Split
-from taming_jax.errors import UserError
+from taming_jax.data.sources import Split, Splits
+from taming_jax.errors import UserError, say
 from taming_jax.losses import next_token
 from taming_jax.models.gpt import build_gpt, teacher_forced
 from taming_jax.models.vqgan import (
@@ -40,14 +43,18 @@ from taming_jax.train.tokens import Tokenizer
 FEW, BATCH = 8, 64
 
 
-def load_run(workdir: str | Path) -> "Run":
+def load_run(workdir: str | Path, data: Mapping[str, Any] | None = None) -> "Run":
     """The best checkpoints of the run in a folder (the newest where none was validated): the prior,
     where there is one, with the generator whose codes it speaks, else stage 1's.
+
+    `data` names settings of the dataset, such as `{"path": "elsewhere/birds"}`, where they are not
+    those of the run's config.json: for data that has moved, or other data.
 
     Raises UserError where the folder holds no run, or none of its checkpoints can be read.
     """
     folder = Path(workdir)
-    return Run(folder, *hosts.from_first(lambda: _read(folder)))
+    run = Run(folder, *hosts.from_first(lambda: _read(folder)))
+    return run.with_data(data) if data else run
 
 
 def _read(folder: Path) -> tuple[Config, int, dict[str, Any] | None, Any, Any]:
@@ -59,10 +66,22 @@ def _read(folder: Path) -> tuple[Config, int, dict[str, Any] | None, Any, Any]:
         found, step = prior.chosen()
         nets = traverse_util.unflatten_dict(found.arrays)["nets"]
         transformer = nets["transformer"]["params"]
-        return found.config, step, found.dataset, nets["generator"]["params"], transformer
+        config = _with_current_data(found.config, folder)
+        return config, step, found.dataset, nets["generator"]["params"], transformer
     found, step = Store(folder, "vqgan", "nll", read_only=True).chosen()
     net = traverse_util.unflatten_dict(found.arrays)["nets"]["generator"]
-    return found.config, step, found.dataset, net.get("ema", net["params"]), None
+    config = _with_current_data(found.config, folder)
+    return config, step, found.dataset, net.get("ema", net["params"]), None
+
+
+def _with_current_data(config: Config, folder: Path) -> Config:
+    """A checkpoint's config with the data settings of the run's config.json, which may name another
+    place since, or the dataset of an imported run; as it is where those are of other data."""
+    with contextlib.suppress(UserError):
+        current = read_config(folder / "config.json")
+        if not differences(current, config, ("data",)):
+            return dataclasses.replace(config, data=current.data)
+    return config
 
 
 class Run:
@@ -82,6 +101,7 @@ class Run:
         transformer: Any = None,
     ):
         self.workdir, self.config, self.step, self.dataset = workdir, config, step, dataset
+        self.data_named = False  # whether data was named anew, by `with_data`
         if config.compile_cache:
             keep_programs()
         self.params = jax.device_put(generator)
@@ -108,6 +128,47 @@ class Run:
         if self.dataset is None:
             return sources.load(self.config.data).class_names
         return tuple(self.dataset["class_names"])
+
+    def with_data(self, settings: Mapping[str, Any]) -> "Run":
+        """This run with other settings of its dataset: `path`, `name` and the others of
+        `DataConfig`. UserError for settings that do not exist, or do not fit its networks."""
+        other = copy.copy(self)
+        other.config = override(self.config, {f"data.{name}": x for name, x in settings.items()})
+        for name in ("image_size", "channels"):
+            own, new = getattr(self.config.data, name), getattr(other.config.data, name)
+            if own != new:
+                raise UserError(
+                    f"{flag('data', name)} is {new}, but this run's networks take {own}."
+                )
+        other.data_named = True
+        other.__dict__.pop("class_names", None)
+        return other
+
+    def load_data(self) -> Splits:
+        """The run's dataset. Where it was named anew, says whether it is the one that the run was
+        trained on, as far as can be told by counts, classes and means of some images.
+
+        Raises UserError where the dataset cannot be read, and where it is another than the run's
+        and was not named.
+        """
+        splits = sources.load(self.config.data)
+        others = sources.unlike(sources.identity(splits), self.dataset)
+        if others and not self.data_named:
+            raise UserError(
+                f"the run in {self.workdir} was trained on other data: {'; '.join(others)}. Name "
+                "that data by --data.path, or this by --data.name as well if you mean it."
+            )
+        if self.data_named:
+            say(self.other_data(splits) or "The data is what the run was trained on.")
+        return splits
+
+    def other_data(self, splits: Splits) -> str:
+        """A sentence where a dataset is not known to be what the run was trained on; else
+        nothing."""
+        if self.dataset is None or "images" not in self.dataset:
+            return "Whether the run was trained on this data is not known."
+        others = sources.unlike(sources.identity(splits), self.dataset)
+        return f"The run was trained on other data: {'; '.join(others)}." if others else ""
 
     def labels(self, classes: int | str | Iterable[int | str]) -> np.ndarray:
         """Classes by number or by name as numbers, int32 [n]; a string is a name before it is a
@@ -269,23 +330,27 @@ class Run:
         devices: int | None = None,
         progress: bool = False,
         sweep: Any = (),
+        data: Mapping[str, Any] | None = None,
         **protocol: Any,
     ) -> dict[str, Any]:
         """The report of docs/evaluation.md: reconstructions of a split's images, and new images
         where there is a prior, under a protocol (see `evaluation.protocol.Protocol`, whose settings
-        these are: `split="test", samples=5000`, …)."""
+        these are: `split="test", samples=5000`, …). `data` is as in `load_run`."""
         from taming_jax.evaluation.protocol import Protocol
         from taming_jax.evaluation.report import finished
         from taming_jax.evaluation.subject import Evaluation
 
-        return finished(Evaluation(self, Protocol(**protocol), devices, progress, sweep))
+        run = self.with_data(data) if data else self
+        return finished(Evaluation(run, Protocol(**protocol), devices, progress, sweep))
 
-    def tokens(self, split: str = "train") -> Split:
+    def tokens(self, split: str = "train", data: Mapping[str, Any] | None = None) -> Split:
         """A split of the run's dataset as codes, unsigned [n, h' * w'], not augmented, with its
-        labels: read from the run's folder, or encoded into it."""
-        splits = sources.load(self.config.data)
+        labels: read from the run's folder, or encoded into it. `data` is as in `load_run`."""
+        if data:
+            return self.with_data(data).tokens(split)
         if split not in ("train", "validation", "test"):
             raise UserError(f"there is no split '{split}'; take train, validation or test.")
+        splits = self.load_data()
         params = jax.tree.map(np.asarray, self.params)
         folder = self.workdir / "tokens"
         tokenizer = Tokenizer(folder, self.model, params, self.config, Devices(1))

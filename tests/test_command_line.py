@@ -33,6 +33,14 @@ def test_the_command_line_overrides_the_preset():
     assert given.config == expected
 
 
+def test_help_of_stage_2_needs_no_stage_1(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for arguments in (["--config", "mnist", "--help"], ["--help"], ["--config", "mnst", "-h"]):
+        with pytest.raises(SystemExit) as exit:
+            parse_arguments(arguments, "prior")
+        assert exit.value.code == 0 and "--prior.layers" in capsys.readouterr().out
+
+
 def test_processes_are_no_part_of_the_config():
     told = "--distributed --coordinator-address node1:8476 --num-processes 2 --process-id 1"
     given = parse_arguments(["--config", "mnist", *told.split()])

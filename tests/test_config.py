@@ -4,6 +4,7 @@ import json
 import pytest
 
 from taming_jax import config as config_module
+from taming_jax.checks import warnings_of
 from taming_jax.config import (
     Config,
     differences,
@@ -11,8 +12,10 @@ from taming_jax.config import (
     presets,
     write_config,
 )
+from taming_jax.configs import CPU_PRESETS
 from taming_jax.errors import UserError
 from taming_jax.formats import FORMAT
+from taming_jax.train.meter import advice_for_a_cpu
 
 
 def test_a_written_config_reads_back_as_the_same_object(tmp_path):
@@ -88,6 +91,7 @@ def test_differences_name_what_is_trained_and_skip_what_may_change():
         ({"data.channels": 2}, "--data.channels is 2"),
         ({"vqgan.multipliers": ()}, "--vqgan.multipliers"),
         ({"vqgan.discriminator_start": 1.5}, "--vqgan.discriminator-start is 1.5"),
+        ({"vqgan.discriminator_start_step": -1}, "--vqgan.discriminator-start-step is -1"),
         ({"vqgan.ema_decay": -1.0}, "--vqgan.ema-decay"),
         ({"vqgan.codebook_size": 0}, "--vqgan.codebook-size"),
         ({"devices": 0}, "--devices is 0"),
@@ -146,6 +150,25 @@ def test_an_unknown_preset_names_the_nearest():
         load_config("mnist_tny")
     with pytest.raises(UserError, match="cannot be read"):
         load_config("runs/none/config.json")
+
+
+def test_attention_that_no_level_has_is_named():
+    overrides = {"vqgan.attention_resolutions": (16, 14)}
+    (sentence,) = warnings_of(load_config("mnist", overrides))
+    assert sentence.startswith("--vqgan.attention-resolutions 16 has no effect")
+    assert "28, 14, 7 pixels high" in sentence
+    for name in presets():
+        assert warnings_of(load_config(name)) == []
+
+
+def test_a_preset_for_a_gpu_names_one_for_a_cpu():
+    assert CPU_PRESETS.keys() | set(CPU_PRESETS.values()) == set(presets())
+    assert advice_for_a_cpu(load_config("mnist"), "gpu") == ""
+    assert advice_for_a_cpu(load_config("mnist_tiny"), "cpu") == ""
+    says = advice_for_a_cpu(load_config("mnist"), "cpu")
+    assert "mnist is meant for a GPU" in says and says.endswith("--config mnist_tiny.")
+    says = advice_for_a_cpu(load_config("folder"), "cpu")
+    assert says.endswith("--config birds_tiny --data.name folder.")
 
 
 def test_the_mnist_preset_is_the_reference():

@@ -12,7 +12,8 @@ CONFIG = Config(
         multipliers=(1, 2, 2),
         blocks=2,
         decoder_blocks=2,
-        attention_resolutions=(16,),
+        # Theirs is 16, which none of 28, 14 and 7 is: only the middle has attention.
+        attention_resolutions=(),
         latent_channels=64,
         codebook_size=64,
         code_dim=64,

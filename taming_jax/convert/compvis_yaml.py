@@ -17,7 +17,8 @@ def yaml_of(config: Config, discriminator: bool, classes: int | None) -> dict[st
     check_stage1(config.vqgan)
     model = stage1(config, discriminator)
     # Where the weights came from is over.
-    ours = {"vqgan": to_dict(dataclasses.replace(config.vqgan, init_from=None))}
+    vqgan = dataclasses.replace(config.vqgan, init_from=None, discriminator_start_step=None)
+    ours = {"vqgan": to_dict(vqgan)}
     settings: Any = config.vqgan
     if classes is not None:
         check_stage2(config)

@@ -31,11 +31,11 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
-from tqdm import tqdm
 
 from taming_jax.config import DataConfig
 from taming_jax.errors import UserError
 from taming_jax.files import text_hash, user_cache
+from taming_jax.progress import Progress
 
 VERSION = 3  # of the cache's format; another version is another key
 CHUNK = 64  # pictures a worker takes at once
@@ -324,11 +324,11 @@ def decode_all(
     jobs = [(pictures.numbers[start : start + CHUNK], start) for start in starts]
     decoder = Decoder(pictures.reader, str(file), shape, config.squeeze)
     bad: dict[int, str] = {}
-    with tqdm(total=len(pictures), desc="decoding", unit="picture", disable=None) as bar:
+    with Progress("decoding", len(pictures), "pictures") as progress:
         if workers < 2:
             for job in jobs:
                 bad |= decoder(*job)
-                bar.update(len(job[0]))
+                progress.update(len(job[0]))
             return bad
         # Fresh processes: a fork of one that runs JAX's threads may hang.
         pool = concurrent.futures.ProcessPoolExecutor(
@@ -339,7 +339,7 @@ def decode_all(
                 futures = {pool.submit(work, *job): len(job[0]) for job in jobs}
             for future in concurrent.futures.as_completed(futures):
                 bad |= future.result()
-                bar.update(futures[future])
+                progress.update(futures[future])
         except concurrent.futures.process.BrokenProcessPool as error:
             raise UserError(
                 f"a process that decodes pictures died; where memory is short, take fewer "

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import traverse_util
-from tqdm import tqdm
 
 from taming_jax.data.feeds import permutation
 from taming_jax.data.sources import Split
 from taming_jax.files import read_arrays, write_arrays
+from taming_jax.progress import Progress
 
 FEATURES = 128
 EPOCHS, BATCH, RATE = 3, 128, 2e-3
@@ -68,11 +68,13 @@ def trained(train: Split, classes: int) -> Any:
 
     state = optimiser.init(params)
     per_epoch = len(train.images) // BATCH
-    for number in tqdm(range(steps), desc="training a classifier", disable=None):
-        epoch, place = divmod(number, per_epoch)
-        rows = permutation(0, epoch, len(train.images))[place * BATCH : (place + 1) * BATCH]
-        key = jax.random.fold_in(jax.random.key(1), number)
-        params, state = step(params, state, train.images[rows], train.labels[rows], key)
+    with Progress("training a classifier", steps, "steps") as progress:
+        for number in range(steps):
+            epoch, place = divmod(number, per_epoch)
+            rows = permutation(0, epoch, len(train.images))[place * BATCH : (place + 1) * BATCH]
+            key = jax.random.fold_in(jax.random.key(1), number)
+            params, state = step(params, state, train.images[rows], train.labels[rows], key)
+            progress.update()
     return jax.tree.map(np.asarray, params)
 
 

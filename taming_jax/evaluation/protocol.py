@@ -17,7 +17,7 @@ class Protocol:
     images: int | None = None
     """How many of its images, evenly spread; all where None."""
     samples: int = 5000
-    """How many are drawn, of the classes as often as the split has them."""
+    """How many are drawn, of the classes as often as the split has them; 0 leaves them out."""
     features: str = "auto"
     """inception, vgg, classifier; auto takes InceptionV3 where its weights are, else VGG16."""
     weights: Path | None = None
@@ -40,6 +40,8 @@ def checked(protocol: Protocol) -> Protocol:
     """A protocol with its files as paths. UserError for numbers and splits that cannot be."""
     for name, least in (("samples", 2), ("images", 2), ("kept", 2), ("neighbours", 1)):
         value = getattr(protocol, name)
+        if (name, value) == ("samples", 0):
+            continue
         if value is not None and value < least:
             raise UserError(f"{name} is {value}; it must be {least} or more.")
     if protocol.split not in ("train", "validation", "test"):

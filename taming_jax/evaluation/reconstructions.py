@@ -52,7 +52,7 @@ def reconstructions(evaluation: Evaluation) -> dict[str, Any]:
         if real is not None:
             real.add(features[0])
         made.add(features[1] if shared else evaluation.features(decoded)[0])
-        if run.transformer is not None:
+        if evaluation.prior_fits:
             likelihood = run.code_likelihood(indices, chosen.labels[here])
             bits -= float(likelihood.sum() / np.log(2))
     if real is not None:  # LPIPS's network saw them
@@ -61,15 +61,17 @@ def reconstructions(evaluation: Evaluation) -> dict[str, Any]:
     length, pixels = counts.sum() / n, config.data.image_size**2
     entropy = float(-(shares * np.log2(shares)).sum())
     moments = made.collected().moments
+    with evaluation.phase("Fréchet distance of reconstructions"):
+        fd = distances.frechet_distance(moments, evaluation.reference_moments)
     report = {name: total / n for name, total in sums.items()} | {
-        "fd": distances.frechet_distance(moments, evaluation.reference_moments),
+        "fd": fd,
         "usage": float((counts > 0).mean()),
         "perplexity": 2**entropy,
         "bits_per_pixel": float(length * np.log2(len(counts)) / pixels),
         "entropy_bits_per_pixel": float(length * entropy / pixels),
         "code_counts": counts.tolist(),
     }
-    if run.transformer is not None:
+    if evaluation.prior_fits:
         report["likelihood_bits_per_code"] = bits / n / length
     return report
 

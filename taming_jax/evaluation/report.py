@@ -33,7 +33,7 @@ def finished(evaluation: Evaluation) -> dict[str, Any]:
         "reconstruction": reconstructions(evaluation),
         "samples": None,
     }
-    if evaluation.run.transformer is not None:
+    if evaluation.draws:
         report["samples"] = samples(evaluation)
         if evaluation.sweep:
             report["sweep"] = [
@@ -74,12 +74,12 @@ def draw(evaluation: Evaluation, folder: Path, report: dict[str, Any]) -> None:
 def described(evaluation: Evaluation) -> dict[str, Any]:
     """The protocol as the report has it: what was measured, against what, and how."""
     run, protocol, config = evaluation.run, evaluation.protocol, evaluation.run.config
-    has_prior, classifier = run.transformer is not None, evaluation.classifier
+    draws, classifier = evaluation.draws, evaluation.classifier
     return {
         "run": str(run.workdir),
         "config": config.config,
         "vqgan_step": stage1_step(run),
-        "prior_step": run.step if has_prior else None,
+        "prior_step": None if run.transformer is None else run.step,
         "generator": hash_of(jax.tree.map(np.asarray, run.params)),
         "dataset": config.data.name,
         "dataset_hash": text_hash(evaluation.identity)[:16],
@@ -96,10 +96,10 @@ def described(evaluation: Evaluation) -> dict[str, Any]:
         "classifier": None if classifier is None else classifier.extractor.weights,
         "kept": protocol.kept,
         "neighbours": protocol.neighbours,
-        "samples": protocol.samples if has_prior else 0,
+        "samples": protocol.samples if draws else 0,
         "classes": "as often as the split has them",
         "seed": protocol.seed,
-        **(evaluation.sampling(protocol) if has_prior else {}),
+        **(evaluation.sampling(protocol) if draws else {}),
     }
 
 
@@ -107,7 +107,7 @@ def warned(evaluation: Evaluation) -> list[str]:
     """What has to be known beside the figures."""
     found, d = list(evaluation.warnings), evaluation.extractor.dimensions
     counts = {"images of the split": len(evaluation.chosen)}
-    if evaluation.run.transformer is not None:
+    if evaluation.draws:
         counts["samples"] = evaluation.protocol.samples
     for name, count in counts.items():
         if count <= d:

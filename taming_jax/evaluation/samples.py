@@ -35,14 +35,18 @@ def samples(evaluation: Evaluation, **changed: Any) -> dict[str, Any]:
             right[done : done + len(part)] = own.argmax(1) == labels[done : done + len(part)]
         done += len(part)
     found = collector.collected()
-    fd = distances.frechet_distance(found.moments, evaluation.reference_moments)
-    report: dict[str, Any] = {"fd": fd} | compared(protocol, reference.features, found.features)
+    with evaluation.phase("Fréchet distance of samples"):
+        fd = distances.frechet_distance(found.moments, evaluation.reference_moments)
+    with evaluation.phase("kernel distance, precision and recall of samples"):
+        apart = compared(protocol, reference.features, found.features)
+    report: dict[str, Any] = {"fd": fd} | apart
     if probabilities:
         score = distances.inception_score(np.concatenate(probabilities), seed=protocol.seed)
         report |= dict(zip(("inception_score", "inception_score_deviation"), score, strict=True))
     if classifier is not None:
         report["accuracy"] = float(right.mean())
-    report["per_class"] = per_class(evaluation, labels, right, found)
+    with evaluation.phase("distances of each class"):
+        report["per_class"] = per_class(evaluation, labels, right, found)
     return report
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm import tqdm
 
 from taming_jax.data import sources
 from taming_jax.data.augment import centred
@@ -20,6 +19,7 @@ from taming_jax.evaluation.distances import Moments
 from taming_jax.evaluation.features import Extractor, Features, digits, extractor_of, hash_of
 from taming_jax.evaluation.protocol import SAMPLING, Protocol, checked
 from taming_jax.files import read_arrays, text_hash, user_cache, write_arrays
+from taming_jax.progress import Progress
 from taming_jax.train import hosts
 from taming_jax.train.devices import Devices
 
@@ -72,18 +72,22 @@ class Evaluation:
         protocol = checked(protocol)
         self.run, self.protocol, self.devices = run, protocol, Devices(devices)
         self.sweep: list[dict[str, Any]] = [{"guidance_scale": scale} for scale in sweep]
-        self._count, self._quiet = devices, None if progress else True
-        if run.transformer is not None:
+        self._count, self.progress = devices, progress
+        if run.transformer is not None and protocol.samples:
             for changed in [{}, *self.sweep]:
                 self.sampling(dataclasses.replace(protocol, **changed))
         data = run.config.data
-        self.splits = hosts.agreed(lambda: sources.load(data))
+        self.splits = hosts.agreed(run.load_data)
         self.identity = sources.identity(self.splits)
         hosts.check_same_data(self.identity)
-        others = sources.unlike(self.identity, run.dataset)
-        if others:
+        classes = len(self.splits.class_names)
+        self.prior_fits = run.transformer is not None and run.prior.classes == classes
+        self.draws = run.transformer is not None and protocol.samples > 0
+        if self.draws and not self.prior_fits:
             raise UserError(
-                f"the run in {run.workdir} was trained on other data: {'; '.join(others)}."
+                f"the data has {classes} classes and the prior of {run.workdir} has "
+                f"{run.prior.classes}, so that samples cannot be drawn as the data has them; leave "
+                "them out by --samples 0."
             )
         self.chosen = self.choice(protocol.split, protocol.images)
         if len(self.chosen) < 2:
@@ -92,6 +96,8 @@ class Evaluation:
                 "2."
             )
         self.warnings: list[str] = []
+        if run.data_named and (sentence := run.other_data(self.splits)):
+            self.warnings.append(sentence)
 
         def of_digits() -> Extractor:
             train = self.choice("train")
@@ -111,7 +117,7 @@ class Evaluation:
         self.classifier = None
         if self.extractor.classes:
             self.classifier = self.features
-        elif data.name == "mnist" and run.transformer is not None:
+        elif data.name == "mnist" and self.draws:
             self.classifier = Features(of_digits(), self.devices)
 
     def choice(self, split: str, most: int | None = None) -> Chosen:
@@ -123,9 +129,15 @@ class Evaluation:
     def parts(self, chosen: Chosen, name: str) -> Iterator[tuple[slice, np.ndarray]]:
         """Images in parts, with their places."""
         size = -(-PART // self.features.size) * self.features.size
-        for start in tqdm(range(0, len(chosen), size), desc=name, disable=self._quiet):
-            here = slice(start, min(start + size, len(chosen)))
-            yield here, chosen[here]
+        with Progress(name, len(chosen), "images", enabled=self.progress) as progress:
+            for start in range(0, len(chosen), size):
+                here = slice(start, min(start + size, len(chosen)))
+                yield here, chosen[here]
+                progress.update(here.stop - here.start)
+
+    def phase(self, name: str) -> Progress:
+        """Around work in one piece that may take long."""
+        return Progress(name, enabled=self.progress)
 
     def collected(self, chosen: Chosen, name: str) -> Collected:
         """The features of images: from the user's cache, or computed into it."""
@@ -181,5 +193,5 @@ class Evaluation:
         """New images, as a protocol samples."""
         return self.run.drawn(
             labels, numbers, **self.sampling(protocol), seed=protocol.seed, devices=self._count,
-            batch_size=self.features.size, progress=self._quiet is None,
+            batch_size=self.features.size, progress=self.progress,
         )  # fmt: skip

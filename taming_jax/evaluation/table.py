@@ -40,7 +40,7 @@ def table(report: dict[str, Any]) -> str:
             lines.append(f"{kind} ({whose})")
             last = kind
         lines.append(f"  {name:<30}{shown(value):>10}")
-    if report["samples"] is None:
+    if report["samples"] is None and protocol.get("prior_step") is None:
         lines.append("samples: the run has no prior yet; train one with train_prior.py.")
     for found in report.get("sweep", []):
         lines.append(

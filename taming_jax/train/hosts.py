@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from taming_jax import progress
 from taming_jax.checks import flag
 from taming_jax.command_line import Processes
 from taming_jax.config import Config, differences, show
@@ -195,6 +196,7 @@ def first() -> bool:
 def one_speaks() -> None:
     """From here on the sentences of other processes than the first go nowhere; errors do not."""
     if not first():
+        progress.silence()
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from tqdm import tqdm
 
 from taming_jax.config import Config, validated, write_config
 from taming_jax.convert.layout import Layout, expected, ours, paths
@@ -22,6 +21,7 @@ from taming_jax.files import check_writable, write_whole
 from taming_jax.models.discriminator import Discriminator
 from taming_jax.models.gpt import build_gpt
 from taming_jax.models.vqgan import build_vqgan
+from taming_jax.progress import Progress
 from taming_jax.train.store import Store
 
 
@@ -66,6 +66,7 @@ def fitted(config: Config, judged: bool) -> Config:
     does not: then of one that images so small have room for. A perceptual loss needs some, too.
     UserError where they cannot be."""
     size, vqgan = config.data.image_size, config.vqgan
+    vqgan = dataclasses.replace(vqgan, discriminator_start_step=None)
     if judged:
         vqgan = dataclasses.replace(vqgan, discriminator_start=0.0)
     else:
@@ -108,7 +109,7 @@ def read_networks(
     known = {k: shape for network in networks.values() for k, shape in network.expected.items()}
     check(file, state_dict, known, may_be, described)
     size = sum(int(np.prod(shape)) for shape in known.values()) * 4
-    with tqdm(total=size, desc="reading", unit="B", unit_scale=True, disable=None) as bar:
+    with Progress("reading", size, "B") as progress:
 
         def converted(path: tuple[Any, ...], array: np.ndarray) -> np.ndarray:
             name = ".".join(map(str, path))
@@ -118,7 +119,7 @@ def read_networks(
                 array = array.astype(np.float32, copy=False)
             if not np.isfinite(array).all():
                 say(f"Warning: {name} holds values that are not finite.")
-            bar.update(array.size * 4)
+            progress.update(array.size * 4)
             return array
 
         return {

@@ -1,16 +1,20 @@
-"""What training takes of a device: its memory, its arithmetic, and a trace of chosen steps."""
+"""What training takes of a device: its memory, its arithmetic, its time, and a trace of chosen
+steps."""
 
 import contextlib
 import re
 import resource
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from taming_jax.config import Config
+from taming_jax.config import Config, load_config
+from taming_jax.configs import CPU_PRESETS
+from taming_jax.progress import duration
 
 # The most that a device does in a second, in 10^12 operations, as NVIDIA's data sheets have it,
 # without sparsity: float32 (in TF32, where there is one, as XLA multiplies float32), and bfloat16.
@@ -85,6 +89,45 @@ class Meter:
             if self._peak is not None:
                 found["utilisation"] = round(found["flops_per_second"] / self._peak, 4)
         return found
+
+
+def advice_for_a_cpu(config: Config, platform: str) -> str:
+    """A sentence where a preset for a GPU is trained on a CPU; else nothing."""
+    small = CPU_PRESETS.get(config.config)
+    if platform != "cpu" or small is None:
+        return ""
+    taken = f"--config {small}"
+    if config.data.name != load_config(small).data.name:
+        taken += f" --data.name {config.data.name}"
+    return (
+        f"Warning: the preset {config.config} is meant for a GPU, and this run is on a CPU. "
+        f"A preset that a CPU can train is {taken}."
+    )
+
+
+class Estimate:
+    """How long a run takes, from its first steps: said once, where it is more than an hour."""
+
+    STEPS = 4
+
+    def __init__(self, start: int, steps: int):
+        self._start, self._steps, self._began = start, steps, 0.0
+
+    def after(self, done: int, metrics: Any) -> str:
+        """The sentence, after the steps it needs; nothing before and later. Waits for the step
+        whose metrics these are where its time counts."""
+        taken = done - self._start
+        if taken not in (1, self.STEPS):
+            return ""
+        jax.block_until_ready(metrics)
+        now = time.monotonic()
+        if taken == 1:
+            self._began = now
+            return ""
+        left = (now - self._began) / (self.STEPS - 1) * (self._steps - done)
+        if left < 3600:
+            return ""
+        return f"At the speed of its first steps the run takes at least {duration(left)}."
 
 
 class Tracer:

@@ -1,0 +1,98 @@
+"""How far long work has come: a bar on a terminal, elsewhere a line every ten seconds.
+
+Work that is over within ten seconds writes nothing to a file.
+"""
+
+import math
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from tqdm import tqdm
+
+from taming_jax.errors import say
+
+INTERVAL = 10.0  # seconds from one line to the next
+
+_silenced = False
+
+
+def silence() -> None:
+    """Shows no progress from here on, in a process that leaves this to another."""
+    global _silenced
+    _silenced = True
+
+
+def duration(seconds: float) -> str:
+    """A duration in words, rounded to one unit: "40 seconds", "3 hours", "5 days"."""
+    for name, size in (("day", 86400), ("hour", 3600), ("minute", 60)):
+        if seconds >= 2 * size:
+            return f"{round(seconds / size)} {name}s"
+    return f"{round(seconds)} seconds"
+
+
+class Progress:
+    """A context in which work is done: `total` items of it, or in one piece where that is None.
+
+    On a terminal the items are a bar on stderr. Elsewhere, and for work in one piece, a thread
+    writes a line every `INTERVAL` seconds, by `write` (default: to stderr), so that there is one
+    also while the first item takes its time.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        total: int | None = None,
+        unit: str = "",
+        *,
+        enabled: bool = True,
+        write: Callable[[str], None] | None = None,
+    ):
+        self._name, self._total, self._unit, self._done = name, total, unit, 0
+        self._enabled = enabled and not _silenced
+        self._write = write or (lambda line: say(line, sys.stderr))
+        self._as_bar = write is None and total is not None and sys.stderr.isatty()
+        self._over = threading.Event()
+
+    def __enter__(self) -> "Progress":
+        self._began = time.monotonic()
+        self._bar: tqdm[Any] | None = None
+        if self._enabled and self._as_bar:
+            self._bar = tqdm(
+                total=self._total, desc=self._name, unit=self._unit or "it",
+                unit_scale=self._unit == "B", dynamic_ncols=True, file=sys.stderr,
+            )  # fmt: skip
+        elif self._enabled:
+            threading.Thread(target=self._write_lines, daemon=True).start()
+        return self
+
+    def update(self, count: int = 1) -> None:
+        """Counts items that are done."""
+        if self._total is not None:  # the last batch may be filled up
+            count = min(count, self._total - self._done)
+        self._done += count
+        if self._bar is not None:
+            self._bar.update(count)
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        if self._bar is not None:
+            self._bar.close()
+
+    def _write_lines(self) -> None:
+        while not self._over.wait(INTERVAL):
+            self._write(self.line())
+
+    def line(self) -> str:
+        """The state of the work, as a line."""
+        spent = time.monotonic() - self._began
+        if self._total is None:
+            return f"{self._name}: {duration(spent)} so far"
+        size, unit = (2**20, " MiB") if self._unit == "B" else (1, f" {self._unit}".rstrip())
+        line = f"{self._name}: {self._done // size} of {self._total // size}{unit}"
+        if not self._done:
+            return line
+        left = math.ceil(spent / self._done * (self._total - self._done))
+        return f"{line}, {left // 60}:{left % 60:02d} left"

@@ -1,0 +1,120 @@
+"""A run whose dataset has moved, is another, or was never known."""
+
+import runpy
+import shutil
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import taming_jax
+from taming_jax import errors
+from taming_jax.config import write_config
+from taming_jax.data import sources
+from taming_jax.errors import UserError
+from taming_jax.train.imported import Record, write_run
+from tests import commands
+from tests.data import pictures
+
+SETTINGS = {
+    "data.name": "folder", "data.image_size": 16, "vqgan.channels": 4, "vqgan.multipliers": (1, 2),
+    "vqgan.latent_channels": 4, "vqgan.codebook_size": 16, "vqgan.batch_size": 8,
+    "vqgan.discriminator_layers": 1, "vqgan.discriminator_filters": 4,
+    "vqgan.discriminator_start": 1.0, "vqgan.steps": 1, "devices": 1,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a run, the pictures it was trained on, which have moved to `new`, and `other`
+    pictures."""
+    place = tmp_path_factory.mktemp("moved")
+    pictures.write_folder(place / "old")
+    other = {"train": pictures.split(30, 300), "test": pictures.split(8, 400)}
+    pictures.write_folder(place / "other", other)
+    overrides = {"data.path": str(place / "old"), "data.cache": str(place / "cache")}
+    config = taming_jax.load_config(
+        "birds_tiny", SETTINGS | overrides | {"workdir": str(place / "run")}
+    )
+    taming_jax.train(config, "vqgan")
+    (place / "old").rename(place / "new")
+    return place
+
+
+@pytest.fixture
+def evaluate(capsys, monkeypatch):
+    """The command in this process: its exit status, stdout and stderr."""
+    script = runpy.run_path(str(commands.ROOT / "scripts" / "evaluate.py"))
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments), "--devices", "1"])
+        status = errors.report(script["main"])
+        return status, *capsys.readouterr()
+
+    return call
+
+
+def test_data_that_has_moved_is_named_and_recognised(place, capsys):
+    run = taming_jax.load_run(place / "run")
+    with pytest.raises(UserError, match=f"--data.path {place / 'old'} is no folder"):
+        run.tokens("test")
+    moved = taming_jax.load_run(place / "run", data={"path": str(place / "new")})
+    images = sources.load(moved.config.data).test.images
+    expected = run.encode(images).reshape(len(images), -1)
+    capsys.readouterr()
+    np.testing.assert_array_equal(moved.tokens("test").images, expected)
+    assert "The data is what the run was trained on." in capsys.readouterr().out
+    given = run.tokens("test", data={"path": str(place / "new")})
+    np.testing.assert_array_equal(given.images, expected)
+
+
+def test_the_path_may_be_changed_in_config_json(place, tmp_path):
+    workdir = shutil.copytree(place / "run", tmp_path / "run")
+    config = taming_jax.load_config(
+        workdir / "config.json", {"data.path": str(place / "new"), "data.workers": 1}
+    )
+    write_config(config, workdir / "config.json")
+    run = taming_jax.load_run(workdir)
+    assert run.config.data.path == str(place / "new") and len(run.tokens("test").images) == 9
+
+
+def test_other_data_needs_to_be_named_and_is_told_apart(place, tmp_path, capsys):
+    workdir = shutil.copytree(place / "run", tmp_path / "run")
+    data = {"path": str(place / "other")}
+    assert len(taming_jax.load_run(workdir).tokens("test", data=data).images) == 8
+    assert "The run was trained on other data: there are" in capsys.readouterr().out
+    config = taming_jax.load_config(workdir / "config.json", {"data.path": data["path"]})
+    write_config(config, workdir / "config.json")
+    with pytest.raises(UserError, match=r"trained on other data: there are .* Name that data by"):
+        taming_jax.load_run(workdir).tokens("test")
+
+
+def test_data_that_the_networks_cannot_take_is_refused(place):
+    for settings, says in (
+        ({"image_size": 32}, "--data.image-size is 32, but this run's networks take 16"),
+        ({"channels": 1}, "--data.channels is 1, but this run's networks take 3"),
+        ({"pth": "x"}, "there is no setting 'data.pth'. Did you mean 'data.path'"),
+    ):
+        with pytest.raises(UserError, match=says):
+            taming_jax.load_run(place / "run", data=settings)
+
+
+def test_an_import_is_evaluated_on_data_of_ones_own(place, both, tmp_path, evaluate):
+    """By one command, without training; samples need a prior of as many classes."""
+    trained = taming_jax.load_run(both)
+    config = taming_jax.load_config(both / "config.json", {"data.name": "unknown"})
+    networks = {"generator": trained.params, "transformer": trained.transformer}
+    networks = jax.tree.map(np.asarray, networks)
+    names = tuple(map(str, range(4)))
+    write_run(tmp_path / "run", config, networks, names, Record("x", "", []), {})
+    given = ["--workdir", tmp_path / "run", "--features", "vgg"]
+    status, _, err = evaluate(*given)
+    assert status == 2 and "this run was imported, and its dataset is not known" in err
+    data = ["--data.name", "folder", "--data.path", place / "other", "--data.workers", 1]
+    status, _, err = evaluate(*given, *data, "--samples", 10)
+    assert status == 2 and "the data has 3 classes and the prior" in err and "--samples 0" in err
+    status, out, err = evaluate(*given, *data, "--samples", 0)
+    assert status == 0, err
+    assert "reconstruction (8 images of the test split)" in out and "no prior yet" not in out
+    assert "Warning: Whether the run was trained on this data is not known." in out
