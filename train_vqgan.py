@@ -14,9 +14,10 @@ from taming_jax.errors import report
 def work(given: Command) -> None:
     # Heavy, and not needed to answer a wrong flag.
     from taming_jax.train.loop import train
-    from taming_jax.train.vqgan import VQGANStage
+    from taming_jax.train.vqgan import build_stage
 
-    train(VQGANStage, given.config, given.restart, own_process=True)
+    stage = functools.partial(build_stage, restart=given.restart)
+    train(stage, given.config, given.restart, own_process=True)
 
 
 def main() -> None:

@@ -34,7 +34,7 @@ TERMS = {
     "psnr": "PSNR (dB)",
     "loss": "generator's whole loss",
     "adversarial": "generator's adversarial loss",
-    "adaptive_weight": "adversarial weight",
+    "adaptive_weight": "adaptive weight",
     "discriminator": "discriminator loss",
     "lecam": "LeCAM",
     "logits_real": "logits of real images",

@@ -6,17 +6,15 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from taming_jax.checks import check_sampling
 from taming_jax.config import Config
 from taming_jax.errors import UserError
 from taming_jax.models.gpt import GPT
 from taming_jax.models.vqgan import VQGAN, decode_indices, images_at_once, pixels_a_code
-from taming_jax.sampling import sample, sample_windows
+from taming_jax.progress import Progress
+from taming_jax.sampling import micro_batch, sample, sample_keys, sample_windows
 from taming_jax.train.devices import Compiled, Devices
-
-MICRO = 32  # images a device draws at once: another size would round otherwise, and turn a code
 
 
 class Settings(NamedTuple):
@@ -136,8 +134,9 @@ class Sampler:
         held = 0 if known is None else known.shape[1]
         choice = (top_k, top_p is not None, guidance_scale is not None, grid, held)
         used, draw, params = self._compile(devices, choice)
-        whole = grid == self.prior.grid
-        micro = MICRO if whole else images_at_once(length * self.factor**2, MICRO)
+        whole, micro = grid == self.prior.grid, micro_batch(used.list[0])
+        if not whole:
+            micro = images_at_once(length * self.factor**2, micro)
         batch = micro * len(used)
         ends = np.ravel(0.0 if guidance_scale is None else guidance_scale)
         common = used.replicate({
@@ -148,19 +147,20 @@ class Sampler:
         given = np.zeros((len(labels), 0), np.int32) if known is None else known.astype(np.int32)
         most, left = -(-(batch_size or 1) // batch), len(labels)
         flying: list[jax.Array] = []
-        for start in tqdm(
-            range(0, len(labels), batch), desc="sampling", disable=None if progress else True
-        ):
-            filled = np.minimum(np.arange(start, start + batch), len(labels) - 1)[used.own(batch)]
-            shards = used.shard({
-                "labels": labels[filled], "numbers": numbers[filled], "known": given[filled]
-            })  # fmt: skip
-            flying.append(draw(params, shards | common))
-            if len(flying) == most or start + batch >= len(labels):
-                for part in map(used.gather, flying):
-                    yield self._finished(part[:left], whole)
-                    left -= len(part)
-                flying = []
+        with Progress("sampling", len(labels), "images", enabled=progress) as shown:
+            for start in range(0, len(labels), batch):
+                places = np.minimum(np.arange(start, start + batch), len(labels) - 1)
+                own = places[used.own(batch)]
+                shards = used.shard({
+                    "labels": labels[own], "numbers": numbers[own], "known": given[own]
+                })  # fmt: skip
+                flying.append(draw(params, shards | common))
+                if len(flying) == most or start + batch >= len(labels):
+                    for part in map(used.gather, flying):
+                        yield self._finished(part[:left], whole)
+                        shown.update(min(len(part), left))
+                        left -= len(part)
+                    flying = []
 
     def _finished(self, part: np.ndarray, whole: bool) -> np.ndarray:
         """Images of what was drawn: itself, but for grids that are larger than the training
@@ -179,10 +179,8 @@ class Sampler:
 
         def draw(params: Any, arrays: dict[str, jax.Array]) -> jax.Array:
             temperature, top_p = arrays["settings"]
-            key, labels, known = jax.random.key(arrays["seed"]), arrays["labels"], arrays["known"]
-            keys = jax.vmap(
-                lambda c, i: jax.random.fold_in(jax.random.fold_in(key, c), i)
-            )(labels, arrays["numbers"])  # fmt: skip
+            labels, known = arrays["labels"], arrays["known"]
+            keys = sample_keys(arrays["seed"], labels, arrays["numbers"])
             settings = {
                 "temperature": temperature, "top_k": choice.top_k,
                 "top_p": top_p if choice.use_top_p else None,

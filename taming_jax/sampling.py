@@ -8,10 +8,27 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from taming_jax.losses import next_token
 from taming_jax.models.gpt import GPT, Cache, teacher_forced
+
+
+def micro_batch(device: Any) -> int:
+    """How many images a device draws at once. The number is fixed for a kind of device, because
+    another one rounds otherwise, and a rounding can turn a code. A CPU draws few, so that a single
+    image does not take the time of many."""
+    return 8 if device.platform == "cpu" else 32
+
+
+def sample_keys(
+    seed: jax.Array | np.uint32, labels: jax.Array | np.ndarray, numbers: jax.Array | np.ndarray
+) -> jax.Array:
+    """The random keys [b] of images of classes int [b]: a seed, a class and the image's number
+    within it determine the image."""
+    key = jax.random.key(seed)
+    return jax.vmap(lambda c, i: jax.random.fold_in(jax.random.fold_in(key, c), i))(labels, numbers)
 
 
 def keep_top_k(logits: jax.Array, k: int) -> jax.Array:

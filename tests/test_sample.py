@@ -1,20 +1,26 @@
 """`scripts/sample.py`, and what a run of both stages can do."""
 
+import dataclasses
 import runpy
 import shutil
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
 import taming_jax
-from taming_jax import errors
+from taming_jax import errors, figures
 from taming_jax.data import sources
 from taming_jax.errors import UserError
 from taming_jax.figures import to_uint8
 from taming_jax.models.gpt import teacher_forced
 from taming_jax.run import Run
+from taming_jax.sampler import Sampler
+from taming_jax.train.devices import Devices
+from taming_jax.train.prior import PriorStage
+from taming_jax.train.state import Net, TrainState
 from tests import commands
 
 
@@ -86,6 +92,39 @@ def test_image_n_of_a_class_depends_on_nothing_else(run):
     np.testing.assert_array_equal(run.sample([2], 40, seed=1, devices=2), expected)
     np.testing.assert_array_equal(run.sample([2], 40, seed=1, devices=1, batch_size=9), expected)
     assert (run.sample([2], 3, seed=2, devices=1) != expected[:3]).any()
+
+
+def test_one_image_costs_a_small_batch_on_a_cpu(run, monkeypatch):
+    drawn = []
+
+    def compiled(self, *arguments):
+        devices, draw, params = compile(self, *arguments)
+
+        def counted(params, arrays):
+            drawn.append(len(arrays["labels"]))
+            return draw(params, arrays)
+
+        return devices, counted, params
+
+    compile = Sampler._compile
+    monkeypatch.setattr(Sampler, "_compile", compiled)
+    run.sample([0], devices=1)
+    run.sample([0], 9, devices=1)
+    assert drawn == [8, 8, 8]
+
+
+def test_training_draws_the_images_that_sampling_draws(run, both, tmp_path, monkeypatch):
+    """Of the same seed, classes and numbers."""
+    config = dataclasses.replace(run.config, workdir=str(both))
+    stage = PriorStage(config, Devices(1))
+    params = {"transformer": run.transformer, "generator": run.params}
+    state = TrainState(jnp.int32(2), {name: Net(x, ()) for name, x in params.items()})
+    shown = []
+    monkeypatch.setattr(figures, "loss_curves", lambda *_, **__: None)
+    monkeypatch.setattr(figures, "class_samples", lambda images, *_: shown.append(images))
+    stage.draw(state, tmp_path, {}, [])
+    expected = run.sample(range(4), 8, seed=config.seed, devices=1)
+    np.testing.assert_allclose(shown[0], expected, atol=1e-6)
 
 
 def test_what_was_compiled_is_used_again(run):

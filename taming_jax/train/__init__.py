@@ -25,10 +25,10 @@ class _CallablePackage(types.ModuleType):
         from taming_jax.train.devices import Devices
         from taming_jax.train.loop import Stage, train
         from taming_jax.train.prior import PriorStage
-        from taming_jax.train.vqgan import VQGANStage
+        from taming_jax.train.vqgan import build_stage
 
         stages: dict[str, Callable[[Config, Devices], Stage]] = {
-            "vqgan": VQGANStage,
+            "vqgan": functools.partial(build_stage, restart=restart),
             "prior": functools.partial(PriorStage, restart=restart),
         }
         if stage not in stages:

@@ -4,24 +4,31 @@ What it asks of a stage is `Stage`; nothing here knows which one it is.
 """
 
 import contextlib
-import functools
+import dataclasses
 import math
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import jax
 import numpy as np
 
-from taming_jax.config import Config, StageConfig, validated, write_config
+from taming_jax.config import (
+    Config,
+    StageConfig,
+    read_config,
+    validated,
+    write_config,
+)
 from taming_jax.data.feeds import Batch, Feed
-from taming_jax.errors import Interrupted, RunFailed, say
+from taming_jax.errors import Interrupted, RunFailed, UserError, say
 from taming_jax.files import hold, usable
+from taming_jax.progress import Progress
 from taming_jax.train import hosts
 from taming_jax.train.devices import Devices
 from taming_jax.train.log import Log, Silent
-from taming_jax.train.meter import Meter, Tracer
+from taming_jax.train.meter import Estimate, Meter, Tracer, advice_for_a_cpu
 from taming_jax.train.runtime import prepare
 from taming_jax.train.signals import Signals
 from taming_jax.train.state import TrainState, copied
@@ -32,17 +39,18 @@ from taming_jax.train.weights import begun_from, other_meanings, said
 class Stage(Protocol):
     """A stage of the pipeline, as the loop needs it.
 
-    `dataset` is the identity of its data (data/sources.py), `learned` names the networks that it
-    trains.
+    `config` is what it was built from, with what is decided when a run is created. `dataset` is
+    the identity of its data (data/sources.py), `learned` names the networks that it trains.
     `monitor` names the metric of a validation that chooses the best checkpoint, lower being better.
     Where feeds take their time (tokens are encoded), they call `check` now and then, which raises
     Interrupted after a signal. `eval_step` answers sums over a batch and `summarise` the metrics of
     their sum over the split: perplexity, say, cannot be averaged over batches. `distance` is asked
-    for where the settings have `fd_every`. `compile` is called
-    before the first step, with the batches of it and of a validation; `flops` answers the
-    operations that a step, counted from 0, then does on one device.
+    for where the settings have `fd_every`. `compile` is called before the first step, with the
+    batches of it and of a validation; `flops` answers the operations that a step, counted from 0,
+    then does on one device. Among the metrics of a step is `skipped`, how many steps have been.
     """
 
+    config: Config
     name: str
     monitor: str
     learned: tuple[str, ...]
@@ -85,6 +93,7 @@ def train(
         hosts.from_first(lambda: hold(folder, stack))
         with signals.at_once():  # pictures may be decoded, for long
             stage = build(config, devices)
+        config = stage.config
         store = Store(folder, stage.name, stage.monitor, dataset=stage.dataset)
 
         def begin(template: TrainState) -> Any:
@@ -106,7 +115,7 @@ def train(
             state = hosts.from_first(lambda: begin(state) or state)
             state = copied(devices.replicate(state))
             signals.check()
-            return Loop(stage, config, devices, store, folder, signals).run(state)
+            return Loop(stage, config, devices, store, folder, signals, restart).run(state)
         except OSError as error:
             raise RunFailed(f"{error.filename or folder}: {error.strerror or error}.") from error
         except jax.errors.JaxRuntimeError as error:
@@ -130,6 +139,19 @@ def weights_of(source: Path, stage: Stage, config: Config, template: TrainState)
     for sentence in meanings:
         say(f"Warning: {sentence}")
     return cast(TrainState, begun.state)
+
+
+def with_other_stage(config: Config, stage: str, restart: bool) -> Config:
+    """The config as it is written into the run's folder: the section of the stage that is not
+    trained now stays as it stands there, unless the run begins anew with stage 1."""
+    if restart and stage == "vqgan":
+        return config
+    try:
+        written = read_config(config.folder / "config.json")
+    except UserError:  # there is none yet, or it is damaged
+        return config
+    other = "prior" if stage == "vqgan" else "vqgan"
+    return dataclasses.replace(config, **{other: getattr(written, other)})
 
 
 def derived(term: str) -> tuple[bool, bool]:
@@ -157,6 +179,7 @@ class Loop:
         store: Store,
         folder: Path,
         signals: Signals,
+        restart: bool = False,
     ):
         self.stage, self.config, self.devices = stage, config, devices
         self.store, self.folder, self.signals = store, folder, signals
@@ -168,13 +191,14 @@ class Loop:
         self.checkpoint_every = self.settings.checkpoint_every or epoch
         self.log_every = self.settings.log_every or max(self.steps // 1000, 1)
         self.draw_every = self.settings.draw_every or max(self.steps // 20, 1)
-        self.configured = False
+        self.restart, self.configured = restart, False
         self.unsettled: list[tuple[int, dict[str, Any]]] = []
         self.votes: list[jax.Array] = []
         self.skipped = self.skipped_in_a_row = 0
+        self.unloggable: set[str] = set()
 
     def run(self, state: TrainState) -> Path:
-        start = int(self.devices.fetch(state.step))
+        start, self.skipped = (int(self.devices.fetch(x)) for x in (state.step, state.skipped))
         if start >= self.steps:
             self.store.close()
             say(f"{self.folder} is trained already, to step {start}; see {self.folder}/figures.")
@@ -189,6 +213,8 @@ class Loop:
         of = f" of {hosts.count()} processes" if hosts.count() > 1 else ""
         size = self.settings.batch_size
         parts = shares(size, count, self.settings.micro_batches)
+        if sentence := advice_for_a_cpu(self.config, kind):
+            self.log.say(sentence)
         self.log.say(
             f"Training stage {self.stage.name} of {self.config.config} into {self.folder}: "
             f"{self.training.size} images, {size} a step{parts}, "
@@ -208,7 +234,7 @@ class Loop:
             with contextlib.closing(self.validation.once()) as validation:
                 batch = next(validation)
             self.signals.check()
-            with self.signals.ending():
+            with self.signals.ending(), Progress("compiling", write=self.log.say):
                 self.stage.compile(state, first, batch)
             self.signals.check()  # which waits for the slowest process's compilation, too
             self.log.begin()
@@ -216,7 +242,7 @@ class Loop:
         return self.folder
 
     def _steps(self, state: TrainState, start: int, first: Batch) -> None:
-        drawn = start
+        drawn, estimate = start, Estimate(start, self.steps)
         for step in range(start, self.steps):
             try:
                 with self.log.waiting():
@@ -235,6 +261,8 @@ class Loop:
                 jax.block_until_ready(self.unsettled[-3][1])
             done = step + 1
             self.log.advance(done)
+            if sentence := estimate.after(done, metrics):
+                self.log.say(sentence)
             last = done == self.steps
             take_fd = bool(self.fd_every) and (last or done % self.fd_every == 0)
             evaluate = last or take_fd or done % self.eval_every == 0
@@ -298,18 +326,23 @@ class Loop:
         """Writes the config, unless the disk took it before."""
         if hosts.first() and not self.configured:
             with self.log.tolerating(str(self.folder / "config.json")):
-                write_config(self.config, self.folder / "config.json")
+                config = with_other_stage(self.config, self.stage.name, self.restart)
+                write_config(config, self.folder / "config.json")
                 self.configured = True
 
     def _draw(self, state: TrainState, sums: dict[str, np.ndarray]) -> None:
         if not hosts.first():
             return
-        with self.log.tolerating(f"The figures in {self.folder / 'figures'}"):
+        with (
+            Progress("drawing the figures", write=self.log.say),
+            self.log.tolerating(f"The figures in {self.folder / 'figures'}"),
+        ):
             self.stage.draw(state, self.folder / "figures", sums, self.log.rows)
 
     def _settle(self) -> None:
         """Reads the metrics of the steps since the last line of the log, says which of them were
-        skipped, stops the run where too many were in a row, and logs the means of the others."""
+        skipped, stops the run where too many were in a row, and logs the means of the others.
+        Metrics that are not finite in a step that was not skipped are left out of the means."""
         window = [(step, self.devices.fetch(metrics)) for step, metrics in self.unsettled]
         self.unsettled = []
         if not window:
@@ -318,12 +351,13 @@ class Loop:
         broken: list[tuple[int, str]] = []
         for step, metrics in window:
             terms = [term for term, value in metrics.items() if not np.isfinite(value)]
-            # A stage that counts them itself is believed.
-            self.skipped = int(metrics.get("skipped", self.skipped + bool(terms)))
-            self.skipped_in_a_row = self.skipped_in_a_row + 1 if terms else 0
-            if not terms:
-                whole.append(metrics)
+            before, self.skipped = self.skipped, int(metrics["skipped"])
+            if self.skipped == before:
+                self.skipped_in_a_row = 0
+                self._name_unloggable(step, terms)
+                whole.append({term: x for term, x in metrics.items() if term not in terms})
                 continue
+            self.skipped_in_a_row += 1
             broken.append((step, ", ".join(sorted(terms, key=derived))))
             if self.skipped_in_a_row > self.settings.skipped_in_a_row:
                 self._stop(*broken[-1])
@@ -331,14 +365,23 @@ class Loop:
             (first, terms_of_first), more = broken[0], len(broken) - 1
             also = f", and {more} more up to step {broken[-1][0]}" if more else ""
             self.log.say(f"Step {first} was skipped{also}: not finite in {terms_of_first}.")
-        # The discriminator's terms are absent before it starts.
         means: dict[str, float] = {
             term: float(np.mean([m[term] for m in whole if term in m], dtype=np.float64))
-            for term in (whole[-1] if whole else ())
+            for term in dict.fromkeys(term for m in whole for term in m)
         }
         last = window[-1][0]
         means["skipped"] = self.skipped
         self.log.row(last, self._epoch(last), "train", means, self.stage.flops(last - 1))
+
+    def _name_unloggable(self, step: int, terms: Sequence[str]) -> None:
+        """Says, once for each metric, that it was not finite and is not logged then."""
+        new = [term for term in terms if term not in self.unloggable]
+        self.unloggable.update(new)
+        if new:
+            self.log.say(
+                f"Not finite at step {step}: {', '.join(new)}. The log leaves such values out; "
+                "training goes on, since losses and gradients are finite."
+            )
 
     def _stop(self, step: int, terms: str) -> None:
         self.store.wait()
@@ -356,10 +399,13 @@ class Loop:
     def _evaluate(
         self, state: TrainState, done: int, take_fd: bool
     ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-        parts = (self.stage.eval_step(state, batch) for batch in self.validation.once())
-        sums = functools.reduce(
-            lambda total, part: jax.tree.map(np.add, total, part), map(self.devices.fetch, parts)
-        )
+        size, sums = self.validation.size, None
+        with Progress("validation", size, "images", write=self.log.say) as progress:
+            for batch in self.validation.once():
+                part = self.devices.fetch(self.stage.eval_step(state, batch))
+                sums = part if sums is None else jax.tree.map(np.add, sums, part)
+                progress.update(self.settings.batch_size)
+        assert sums is not None  # a split has an image at least
         metrics = self.stage.summarise(sums)
         if take_fd:
             metrics[FD] = self.stage.distance(state)

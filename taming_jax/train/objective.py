@@ -20,7 +20,8 @@ from jax import lax
 from taming_jax import losses
 from taming_jax.config import Config, VQGANConfig
 from taming_jax.data.augment import diff_augmented
-from taming_jax.data.feeds import take, to_float
+from taming_jax.data.feeds import rounded, take, to_float
+from taming_jax.evaluation.similarity import psnr
 from taming_jax.models.discriminator import Discriminator
 from taming_jax.models.lpips import lpips
 from taming_jax.models.quantizers import Noise
@@ -200,7 +201,8 @@ class Networks:
         if not adversarial:
             return Gradients(gradient, None, None, metrics)
         metrics["loss"] += weight * metrics["adversarial"]
-        metrics["adaptive_weight"] = weight
+        if settings.adaptive_weight:
+            metrics["adaptive_weight"] = weight
         metrics["discriminator_gradient"] = optax.tree.norm(learned)
         return Gradients(gradient, learned, extra, metrics)
 
@@ -348,8 +350,8 @@ class Networks:
         output = reconstruct(self.generator, generator.chosen, images)
         found = self.image_losses(images, output.images, lpips_params)
         found["codebook"] = losses.per_example(output.quantized.loss)
-        squares = losses.per_example(jnp.square(jnp.clip(output.images, -1, 1) - images)) / 4
-        found["psnr"] = -10 * jnp.log10(jnp.maximum(squares, 1e-10))
+        originals, made = take(arrays)[0] / 255, rounded(output.images) / 255
+        found["psnr"] = psnr(originals, made)
         variables = {
             "params": discriminator.params,
             "batch_stats": discriminator.extra["batch_stats"],

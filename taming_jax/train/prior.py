@@ -25,7 +25,7 @@ from taming_jax.errors import UserError
 from taming_jax.evaluation.monitor import Monitor
 from taming_jax.models.gpt import GPT, apply_train, build_gpt, teacher_forced
 from taming_jax.models.vqgan import build_vqgan, decode_indices
-from taming_jax.sampling import sample
+from taming_jax.sampling import micro_batch, sample, sample_keys
 from taming_jax.train import hosts
 from taming_jax.train.accumulate import accumulated, repeated
 from taming_jax.train.devices import Devices, averaged, summed
@@ -113,7 +113,7 @@ def training_step(
     metrics = {"nll": nll, "transformer_gradient": optax.tree.norm(gradient)}
     rate = learning_rate(config, steps)(state.step)
     nets = state.nets | {"transformer": net.updated(adamw(config), gradient, rate)}
-    return stepped(state, nets, metrics)
+    return stepped(state, nets, metrics, ("nll", "transformer_gradient"))
 
 
 class Generator(NamedTuple):
@@ -258,11 +258,11 @@ class PriorStage:
 
     def _making(self, state: TrainState, arrays: dict[str, jax.Array]) -> jax.Array:
         transformer, generator = (state.nets[name].params for name in ("transformer", "generator"))
+        codes = draw_codes(
+            self.model, self.config.prior, transformer, arrays["labels"], arrays["numbers"],
+            np.uint32(self.config.seed),
+        )  # fmt: skip
         with jax.default_matmul_precision("highest"):
-            codes = draw_codes(
-                self.model, self.config.prior, transformer, arrays["labels"], arrays["numbers"],
-                np.uint32(self.config.seed),
-            )  # fmt: skip
             return rounded(decode_indices(self.vqgan, generator, codes))
 
     def distance(self, state: TrainState) -> float:
@@ -282,10 +282,13 @@ class PriorStage:
             self.devices.fetch(state.nets[name].params) for name in ("transformer", "generator")
         )
         labels = np.repeat(classes, columns)
-        numbers = np.arange(len(labels), dtype=np.int32)
-        codes = self._sample(transformer, labels, numbers, np.uint32(self.config.seed))
+        numbers = np.tile(np.arange(columns, dtype=np.int32), len(classes))
+        codes, size, seed = [], micro_batch(self.devices.list[0]), np.uint32(self.config.seed)
+        for start in range(0, len(labels), size):
+            places = np.minimum(np.arange(start, start + size), len(labels) - 1)
+            codes.append(self._sample(transformer, labels[places], numbers[places], seed))
         # A row at a time: all of them at 256 px are more than many a device's memory holds.
-        rows_of_codes = np.split(np.asarray(codes), len(classes))
+        rows_of_codes = np.split(np.concatenate(codes)[: len(labels)], len(classes))
         images = np.concatenate([self._decode(generator, row) for row in rows_of_codes])
         step = int(self.devices.fetch(state.step))
         figures.loss_curves(
@@ -311,11 +314,11 @@ def draw_codes(
     numbers: jax.Array,
     seed: jax.Array | np.uint32,
 ) -> jax.Array:
-    """Grids of codes int32 [b,h',w'] of classes int [b], each by the key of its number, drawn as
-    the preset says."""
-    keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(numbers)
-    codes = sample(
-        model, transformer, labels, keys, prior.temperature, prior.top_k, prior.top_p,
-        prior.guidance_scale,
-    )  # fmt: skip
+    """Grids of codes int32 [b,h',w'] of classes int [b], drawn as the preset says: those of
+    `Run.sample` with the same seed, classes and numbers."""
+    with jax.default_matmul_precision("highest"):
+        codes = sample(
+            model, transformer, labels, sample_keys(seed, labels, numbers), prior.temperature,
+            prior.top_k, prior.top_p, prior.guidance_scale,
+        )  # fmt: skip
     return codes.reshape(len(labels), *model.grid)

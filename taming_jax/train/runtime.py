@@ -2,13 +2,13 @@
 
 import contextlib
 import hashlib
+import importlib
 import os
 import platform
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax._src import compilation_cache, xla_bridge
 
 from taming_jax.config import Config
 from taming_jax.errors import UserError
@@ -18,6 +18,14 @@ from taming_jax.files import user_cache, write_whole
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 LARGEST = 2**30  # bytes of compiled programs that are kept
 WORTH = 0.5  # seconds of compilation that are worth a file
+
+
+def internals(module: str) -> Any:
+    """A module of JAX that is not public; None in a version that does not have it."""
+    try:
+        return importlib.import_module(f"jax._src.{module}")
+    except ImportError:
+        return None
 
 
 def prepare(config: Config) -> None:
@@ -33,7 +41,8 @@ def be_deterministic() -> None:
     flags = os.environ.get("XLA_FLAGS", "")
     if DETERMINISTIC in flags.split():
         return
-    if xla_bridge.backends_are_initialized():
+    # A JAX that does not tell is taken at its word: the flag has no effect where it has started.
+    if getattr(internals("xla_bridge"), "backends_are_initialized", lambda: False)():
         raise UserError(
             "--deterministic is decided before JAX starts, and JAX has run in this process; begin "
             "a new one (in a notebook, restart the kernel)."
@@ -44,13 +53,13 @@ def be_deterministic() -> None:
 def keep_programs() -> None:
     """Keeps compiled programs in the user's own cache folder, unless JAX has one already: theirs,
     or that of an earlier call. A version of JAX that has no place for our way of it keeps none."""
-    private: Any = compilation_cache
-    if jax.config.values["jax_compilation_cache_dir"] or not hasattr(private, "get_file_cache"):
+    cache = internals("compilation_cache")
+    if jax.config.values["jax_compilation_cache_dir"] or not hasattr(cache, "get_file_cache"):
         return
     jax.config.update("jax_compilation_cache_dir", str(user_cache() / f"xla-{machine()}"))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", WORTH)
-    private.get_file_cache = lambda path: (WholeEntries(Path(path)), path)
+    cache.get_file_cache = lambda path: (WholeEntries(Path(path)), path)
 
 
 def machine() -> str:

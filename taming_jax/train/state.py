@@ -1,6 +1,7 @@
 """What a training step changes: a step number and, by name, its networks."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -57,12 +58,15 @@ class TrainState(struct.PyTreeNode):
 
 
 def stepped(
-    state: TrainState, nets: dict[str, Net], metrics: dict[str, jax.Array]
+    state: TrainState, nets: dict[str, Net], metrics: dict[str, jax.Array], deciding: Sequence[str]
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """The state after a step that found `metrics` and would make `nets` of the networks. Where a
-    metric (a loss, or the norm of a gradient) is not finite, the step is skipped: all of the
-    networks stays as it was, and the step is counted. The metrics then tell that count too."""
-    finite = jnp.isfinite(jnp.stack(jax.tree.leaves(metrics))).all()
+    """The state after a step that computed `metrics` and the updated networks `nets`, and the
+    metrics with the number of steps skipped so far.
+
+    A step is skipped, leaving all networks as they were, where one of the metrics named by
+    `deciding` is not finite: losses and norms of gradients. Other metrics only describe the step.
+    """
+    finite = jnp.isfinite(jnp.stack([metrics[name] for name in deciding])).all()
     nets = jax.tree.map(lambda new, old: jnp.where(finite, new, old), nets, state.nets)
     skipped = state.skipped + jnp.where(finite, 0, 1)
     after = TrainState(state.step + 1, nets, skipped)

@@ -124,6 +124,18 @@ class Store:
     def _ended(self, step: int) -> bool:
         return (self.path / str(step) / "_CHECKPOINT_METADATA").exists()
 
+    def last_config(self) -> Config | None:
+        """The config of the newest checkpoint that is not damaged; None where there is none, or
+        imported weights only, which no run was trained to."""
+        for step in reversed(self.steps()):
+            try:
+                about = self._about(step)
+            except ValueError:
+                continue
+            if not about.get("weights_only"):
+                return settings(about["config"], format_of(about, self.path))
+        return None
+
     def best(self) -> tuple[int | None, float]:
         """The step of the best checkpoint and its monitored value; None and infinity where no
         checkpoint was validated."""
@@ -364,11 +376,12 @@ class Store:
     def _check_same(
         self, checkpoint: Checkpoint, config: Config, sections: tuple[str, ...]
     ) -> None:
-        different = differences(config, checkpoint.config, sections)
+        run, different = config.folder, differences(config, checkpoint.config, sections)
         if different:
             raise UserError(
-                f"{self.path} holds a run with other settings: {'; '.join(different)}. Use the "
-                "same settings, another --workdir, or --restart to begin anew."
+                f"{self.path} holds a run with other settings: {'; '.join(different)}. To go on "
+                f"with the run's own settings, use --config {run / 'config.json'} --workdir {run}; "
+                "else choose another --workdir, or begin anew with --restart."
             )
         others = unlike(self._dataset, checkpoint.dataset)
         if others:

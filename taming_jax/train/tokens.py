@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from taming_jax.config import Config
 from taming_jax.data.augment import augmented, centred
@@ -25,6 +24,7 @@ from taming_jax.data.sources import Split
 from taming_jax.errors import say
 from taming_jax.files import write_whole
 from taming_jax.models.vqgan import VQGAN, encode, images_at_once
+from taming_jax.progress import Progress
 from taming_jax.train import hosts
 from taming_jax.train.arrays import digest, named_arrays
 from taming_jax.train.devices import Devices
@@ -103,10 +103,10 @@ class Tokenizer:
             parts = {at: Split(*(x[at : at + FILE] for x in split)) for at in missing}
             count = sum(len(part.images) for part in parts.values())
             self._say(f"Encoding {label}: {count} images.")
-            with tqdm(total=count, desc=label, unit="image", disable=None) as bar:
+            with Progress(f"encoding {label}", count, "images") as progress:
                 for start, part in parts.items():
                     batches = self._encode(
-                        part, start, size, functools.partial(compiled, state), bar
+                        part, start, size, functools.partial(compiled, state), progress
                     )
                     whole = np.concatenate(list(batches))[: len(part.images)]
                     if hosts.first():
@@ -115,7 +115,12 @@ class Tokenizer:
         return Split(np.concatenate([kept[start] for start in starts]), split.labels)
 
     def _encode(
-        self, part: Split, start: int, size: int, codes: Callable[..., jax.Array], bar: "tqdm[Any]"
+        self,
+        part: Split,
+        start: int,
+        size: int,
+        codes: Callable[..., jax.Array],
+        progress: Progress,
     ) -> Iterator[np.ndarray]:
         """The codes of one file's images, `start` being the first's place in its split, in batches
         of one size."""
@@ -125,7 +130,7 @@ class Tokenizer:
             places = np.arange(first, first + size, dtype=np.int32)[self.devices.own(size)]
             arrays = batch.arrays | {"place": self.devices.shard(places)}
             yield self.devices.gather(codes(arrays)).astype(self._dtype)
-            bar.update(min(size, len(part.images) - batch.step * size))
+            progress.update(min(size, len(part.images) - batch.step * size))
 
 
 class TokenFeed(ResidentFeed):

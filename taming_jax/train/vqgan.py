@@ -11,10 +11,12 @@ import numpy as np
 import optax
 
 from taming_jax import losses
-from taming_jax.config import Config
+from taming_jax.checks import warnings_of
+from taming_jax.config import Config, replaced
 from taming_jax.data import sources
 from taming_jax.data.augment import augmented
 from taming_jax.data.feeds import Batch, Feed, feed, rounded, take, to_float
+from taming_jax.errors import UserError, say
 from taming_jax.evaluation.monitor import Monitor
 from taming_jax.models.lpips import load_lpips
 from taming_jax.models.vqgan import VQGAN, decode_indices, grid_size, reconstruct
@@ -35,25 +37,60 @@ from taming_jax.train.state import (
     schedule,
     stepped,
 )
+from taming_jax.train.store import Store
+
+
+def build_stage(config: Config, devices: Devices, restart: bool = False) -> "VQGANStage":
+    """Stage 1 of a new run, or of the one that its folder holds, unless that begins anew."""
+    store = Store(config.folder, VQGANStage.name, VQGANStage.monitor, read_only=True)
+    return VQGANStage(
+        config, devices, None if restart else hosts.from_first(lambda: store.last_config())
+    )
+
+
+def with_fixed_start(config: Config, examples: int, created: Config | None) -> Config:
+    """The config with the step at which the discriminator starts. It is computed when a run is
+    created, and kept when the run is resumed, `created` being the config it has so far: were it
+    computed again for a longer run, a discriminator that has started could be switched off.
+
+    Raises UserError where the config names another step than the run's.
+    """
+    given = config.vqgan.discriminator_start_step
+    start = (config if created is None else created).vqgan.start_step(examples)
+    if given not in (None, start):
+        raise UserError(
+            f"--vqgan.discriminator-start-step is {given}, but the run in {config.folder} was "
+            f"created with {start}; leave the setting out, or begin anew with --restart."
+        )
+    share = config.vqgan.start_step(examples)
+    if start is not None and share is not None and start != share:
+        say(f"The discriminator starts after step {start}, as when the run was created.")
+    return replaced(config, "vqgan", discriminator_start_step=start)
 
 
 class VQGANStage:
-    """Stage 1, as train/loop.py wants a stage."""
+    """Stage 1, as train/loop.py wants a stage. `created` is the config of the run that is resumed,
+    None for a new one."""
 
     name = "vqgan"
     monitor = "nll"
     learned: tuple[str, ...] = ("generator", "discriminator")
 
-    def __init__(self, config: Config, devices: Devices):
+    def __init__(self, config: Config, devices: Devices, created: Config | None = None):
         settings = config.vqgan
         devices.check_batch(self.name, settings.batch_size, settings.micro_batches)
         frozen = devices.replicate(load_lpips() if settings.perceptual_weight else {})
-        self.config, self.devices = config, devices
+        self.devices = devices
         self.splits = hosts.agreed(lambda: sources.load(config.data))
         self.dataset = sources.identity(self.splits)
         hosts.check_same_data(self.dataset)
-        self.steps = settings.total_steps(len(self.splits.train.images))
-        self.start = round(settings.discriminator_start * self.steps)
+        examples = len(self.splits.train.images)
+        self.steps = settings.total_steps(examples)
+        self.config = config = with_fixed_start(config, examples, created)
+        start = config.vqgan.discriminator_start_step
+        self.start = self.steps if start is None else start
+        for sentence in warnings_of(config):
+            say(f"Warning: {sentence}")
         self.networks = Networks.build(config, devices.axis_name)
         adam = optax.scale_by_adam(*settings.betas, settings.epsilon)
         self._optimiser = clipped(adam, settings.clip)
@@ -147,7 +184,10 @@ class VQGANStage:
                     )
                 discriminator = learned.replace(extra=found.extra)
             nets = {"generator": generator, "discriminator": discriminator}
-            return stepped(state, nets, found.metrics)
+            deciding = ["loss", "generator_gradient"]
+            if adversarial:
+                deciding += ["discriminator", "discriminator_gradient"]
+            return stepped(state, nets, found.metrics, deciding)
 
         return step
 

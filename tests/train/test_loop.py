@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from taming_jax.config import load_config
+from taming_jax.config import load_config, override, read_config, write_config
 from taming_jax.data.feeds import ResidentFeed
 from taming_jax.data.sources import Split
 from taming_jax.errors import Interrupted, RunFailed, UserError
@@ -49,9 +49,12 @@ class Parabola:
         assert int(state.step) == batch.step
         self.on_step(batch.step)
         step = state.step + 1
-        nll = jnp.where(int(step) in self.broken, jnp.nan, step.astype(jnp.float32))
+        broken = int(step) in self.broken
+        nll = jnp.where(broken, jnp.nan, step.astype(jnp.float32))
+        skipped = state.skipped + broken
         metrics = {"loss": nll, "l1": nll, "generator_gradient": nll}
-        return state.replace(step=step), metrics
+        metrics["skipped"] = skipped.astype(jnp.float32)
+        return state.replace(step=step, skipped=skipped), metrics
 
     def eval_step(self, state, batch):
         return {
@@ -169,20 +172,32 @@ def test_too_many_skipped_in_a_row_stop_the_run(tmp_path):
 
 
 def test_the_count_of_skipped_steps_goes_on_where_a_run_is_resumed(tmp_path, capsys):
-    class Counting(Parabola):
-        def train_step(self, state, batch):
-            state, metrics = super().train_step(state, batch)
-            skipped = state.skipped + jnp.isnan(metrics["l1"])
-            return state.replace(skipped=skipped), metrics | {"skipped": jnp.float32(skipped)}
-
     def build(config, devices):
-        return Counting(config, devices, broken=(2, 8))
+        return Parabola(config, devices, broken=(2, 8))
 
     for steps in (5, 10):
         overrides = {"workdir": str(tmp_path), "devices": 1, "vqgan.batch_size": 4}
         loop.train(build, load_config("mnist_tiny", overrides | {"vqgan.steps": steps}))
     assert "Done: 10 steps, 2 of them skipped." in capsys.readouterr().out
     assert read_rows(tmp_path / "metrics" / "vqgan.jsonl")[-2]["skipped"] == 2
+
+
+def test_a_metric_that_only_describes_a_step_is_left_out_of_the_log(tmp_path, capsys):
+    class Describing(Parabola):
+        def train_step(self, state, batch):
+            state, metrics = super().train_step(state, batch)
+            step = int(state.step)
+            return state, metrics | {"perplexity": jnp.float32(np.nan if step in (3, 5) else step)}
+
+    overrides = {f"vqgan.{name}": value for name, value in CADENCES.items()}
+    overrides |= {"vqgan.skipped_in_a_row": 0, "vqgan.steps": 10, "vqgan.batch_size": 4}
+    overrides |= {"workdir": str(tmp_path), "devices": 1}
+    loop.train(Describing, load_config("mnist_tiny", overrides))
+    assert capsys.readouterr().out.count("Not finite at step 3: perplexity.") == 1
+    rows = [r for r in read_rows(tmp_path / "metrics" / "vqgan.jsonl") if r["split"] == "train"]
+    # The windows are 1-2, 3, 4, 5-6, 7-8, 9 and 10.
+    assert [row.get("perplexity") for row in rows] == [1.5, None, 4, 6, 7.5, 9, 10]
+    assert [row["l1"] for row in rows] == [1.5, 3, 4, 5.5, 7.5, 9, 10] and rows[-1]["skipped"] == 0
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path):
@@ -351,6 +366,19 @@ def test_tensorboard_gets_the_rows(tmp_path):
     (events,) = (tmp_path / "tensorboard" / "vqgan").iterdir()
     content = events.read_bytes()
     assert b"train/l1" in content and b"validation/nll" in content
+
+
+def test_the_config_keeps_the_section_of_the_other_stage(tmp_path):
+    """As where stage 1 is trained on after a prior with settings of its own."""
+    file = tmp_path / "config.json"
+    train(tmp_path, steps=2)
+    assert read_config(file).prior == load_config("mnist_tiny").prior
+    write_config(override(read_config(file), {"prior.layers": 2, "prior.steps": 7}), file)
+    train(tmp_path, steps=4)
+    written = read_config(file)
+    assert (written.prior.layers, written.prior.steps, written.vqgan.steps) == (2, 7, 4)
+    train(tmp_path, restart=True, steps=4)
+    assert read_config(file).prior == load_config("mnist_tiny").prior
 
 
 def test_a_disk_that_takes_no_more_is_a_sentence(tmp_path, monkeypatch, capsys):

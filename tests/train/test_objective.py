@@ -10,7 +10,7 @@ from taming_jax.convert.compvis import discriminator_layout, vqgan_layout
 from taming_jax.data.augment import diff_augmented
 from taming_jax.models.lpips import load_lpips
 from taming_jax.train.objective import Keys, Networks
-from taming_jax.train.state import Net
+from taming_jax.train.state import Net, TrainState
 from tests import golden
 from tests.plain_step import ONES, plain_gradients
 
@@ -112,7 +112,10 @@ def test_equals_the_plain_step(overrides):
     golden.assert_trees_close(
         found.discriminator, discriminator_gradient, "discriminator ", 1e-5, 1e-7
     )
-    names = {"l1", "nll", "codebook", "loss", "adversarial", "adaptive_weight", "discriminator"}
+    names = {"l1", "nll", "codebook", "loss", "adversarial", "discriminator"}
+    assert ("adaptive_weight" in found.metrics) == networks.settings.adaptive_weight
+    if networks.settings.adaptive_weight:
+        names.add("adaptive_weight")
     if networks.settings.perceptual_weight:
         names.add("perceptual")
     for name in names:
@@ -140,6 +143,19 @@ def test_does_at_most_four_fifths_of_the_plain_arithmetic():
 
 def load_lpips_arrays():
     return jax.tree.map(jnp.asarray, load_lpips())
+
+
+def test_psnr_is_that_of_images_with_eight_bits():
+    """As evaluations have it, and as a saved picture would."""
+    networks, generator, discriminator, images = networks_and_state({})
+    pixels = np.rint((np.asarray(images) + 1) * 127.5).astype(np.uint8)
+    state = TrainState(jnp.int32(0), {"generator": generator, "discriminator": discriminator})
+    arrays = {"images": pixels, "labels": np.zeros(4, np.int32), "weight": np.array([1, 1, 1, 0.0])}
+    sums = jax.jit(networks.evaluate)(state, arrays, {}, jnp.float32(0))
+    made = networks.generator.apply({"params": generator.params}, pixels / np.float32(127.5) - 1)
+    made = np.rint((np.clip(made.images, -1, 1).astype(np.float64) + 1) * 127.5)
+    errors = np.square((made - pixels) / 255).mean((1, 2, 3))
+    assert sums["psnr"] == pytest.approx(-10 * np.log10(errors)[:3].sum(), rel=1e-5)
 
 
 def test_lecam_holds_logits_near_the_other_kinds_average():

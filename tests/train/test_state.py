@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -73,12 +74,26 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counts():
         ({"loss": jnp.nan, "norm": 2.0}, 1),
     ):
         found = {key: jnp.float32(value) for key, value in metrics.items()}
-        after, told = jax.jit(stepped)(before, {"generator": net(5.0)}, found)
+        step = jax.jit(functools.partial(stepped, deciding=tuple(found)))
+        after, told = step(before, {"generator": net(5.0)}, found)
         assert (after.step, after.skipped, told["skipped"]) == (8, 2 + skips, 2 + skips)
         assert after.skipped.dtype == jnp.int32 and told["skipped"].dtype == jnp.float32
         assert told.keys() == {"loss", "norm", "skipped"}
         for leaf in jax.tree.leaves(after.nets):
             assert (leaf == (1 if skips else 5)).all()
+
+
+def test_a_metric_that_only_describes_a_step_does_not_skip_it():
+    before = TrainState(jnp.int32(7), {"generator": Net({"w": jnp.ones(3)}, ())}, jnp.int32(2))
+    after = {"generator": Net({"w": jnp.zeros(3)}, ())}
+    metrics = {
+        "loss": jnp.float32(1),
+        "gradient": jnp.float32(2),
+        "perplexity": jnp.float32(jnp.nan),
+    }
+    state, found = stepped(before, after, metrics, ("loss", "gradient"))
+    assert (state.skipped, found["skipped"]) == (2, 2)
+    assert (state.nets["generator"].params["w"] == 0).all() and jnp.isnan(found["perplexity"])
 
 
 def test_a_copy_shares_no_buffer():

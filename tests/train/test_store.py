@@ -209,8 +209,10 @@ def test_when_every_checkpoint_is_damaged_the_user_is_asked(tmp_path):
 def test_another_architecture_is_refused_by_name(tmp_path):
     store = saved(tmp_path, {1: None})
     other = dataclasses.replace(CONFIG, vqgan=dataclasses.replace(CONFIG.vqgan, code_dim=8))
-    with pytest.raises(UserError, match="--vqgan.code-dim is 8, not 4"):
-        restored(store, config=other)
+    with pytest.raises(UserError, match="--vqgan.code-dim is 8, not 4") as error:
+        restored(store, config=dataclasses.replace(other, workdir=str(tmp_path)))
+    # As where a preset has changed since.
+    assert f"use --config {tmp_path / 'config.json'} --workdir {tmp_path};" in str(error.value)
     longer = dataclasses.replace(CONFIG, vqgan=dataclasses.replace(CONFIG.vqgan, steps=99))
     assert_equal(restored(store, config=longer), state(1))
 

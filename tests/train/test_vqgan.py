@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from taming_jax.config import load_config
-from taming_jax.errors import RunFailed
+from taming_jax.config import load_config, read_config
+from taming_jax.errors import RunFailed, UserError
 from taming_jax.train import loop
 from taming_jax.train.devices import Devices
 from taming_jax.train.log import read_rows
 from taming_jax.train.objective import Networks
-from taming_jax.train.vqgan import VQGANStage
+from taming_jax.train.vqgan import VQGANStage, build_stage, with_fixed_start
 
 SMALL = {
     "data.name": "synthetic", "data.image_size": 12, "vqgan.channels": 4,
@@ -68,6 +68,59 @@ def test_an_infinity_is_skipped_counted_and_survived_and_too_many_in_a_row_are_n
     assert [row["skipped"] for row in rows] == 49 * [0] + [1, 1, 1, 2, 3]
     assert all(np.isfinite(value) for r in rows for key, value in r.items() if key != "split")
     assert rows[49].keys() < rows[50].keys(), "the skipped step has no losses"
+
+
+def adversarial_steps(workdir):
+    """The steps at which a discriminator was trained, by the log."""
+    rows = read_rows(workdir / "metrics" / "vqgan.jsonl")
+    return [r["step"] for r in rows if r["split"] == "train" and "discriminator" in r]
+
+
+def test_a_longer_run_keeps_the_discriminators_start(tmp_path, capsys, monkeypatch):
+    """After step 2 of 4 steps, though half of 10 are 5; another step is refused."""
+    monkeypatch.setattr(VQGANStage, "draw", lambda *_: None)
+
+    def train(steps, **overrides):
+        settings = {"vqgan.discriminator_start": 0.5, "vqgan.steps": steps, "vqgan.log_every": 1}
+        settings |= {"devices": 1, "workdir": str(tmp_path)}
+        config = load_config("mnist_tiny", SMALL | settings | overrides)
+        loop.train(build_stage, config)
+
+    train(4)
+    assert read_config(tmp_path / "config.json").vqgan.discriminator_start_step == 2
+    train(10)
+    assert adversarial_steps(tmp_path) == list(range(3, 11))
+    assert "The discriminator starts after step 2, as when" in capsys.readouterr().out
+    assert read_config(tmp_path / "config.json").vqgan.discriminator_start_step == 2
+    with pytest.raises(UserError, match="start-step is 7, but the run in .* was created with 2"):
+        train(12, **{"vqgan.discriminator_start_step": 7})
+
+
+NEVER, QUARTER = {"discriminator_start": 1.0}, {"discriminator_start": 0.25}
+
+
+@pytest.mark.parametrize(
+    ("created", "given", "start"),
+    [
+        (None, QUARTER, 25),
+        (None, NEVER, None),
+        (None, NEVER | {"discriminator_start_step": 3}, 3),
+        ({"steps": 20, "discriminator_start_step": 8}, {}, 8),
+        ({"steps": 20} | QUARTER, QUARTER, 5),
+        ({"epochs": 4, "steps": None} | QUARTER, QUARTER, 2),
+        ({"steps": 20} | NEVER, NEVER, None),
+    ],
+)
+def test_the_discriminators_start_is_decided_once(created, given, start):
+    """Also for runs of older versions, whose config has the share only; "never" stays never."""
+
+    def config(settings):
+        settings = {"batch_size": 10, "steps": 100} | settings
+        return load_config("mnist_tiny", {f"vqgan.{key}": x for key, x in settings.items()})
+
+    before = None if created is None else config(created)
+    found = with_fixed_start(config(given), 20, before)
+    assert found.vqgan.discriminator_start_step == start
 
 
 def test_a_discriminator_that_is_held_back_learns_in_every_second_step_only():
