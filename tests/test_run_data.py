@@ -118,3 +118,15 @@ def test_an_import_is_evaluated_on_data_of_ones_own(place, both, tmp_path, evalu
     assert status == 0, err
     assert "reconstruction (8 images of the test split)" in out and "no prior yet" not in out
     assert "Warning: Whether the run was trained on this data is not known." in out
+    status, out, err = evaluate(
+        *given, *data, "--samples", 0, "--images", 2, "--data.test-share", 0
+    )
+    assert status == 2 and "--data.test-share is 0.0" in err
+    # One picture can be measured, but has no distribution.
+    few = {"train": pictures.split(12, 500)}
+    pictures.write_folder(tmp_path / "few", few)
+    data[3] = tmp_path / "few" / "train"
+    status, out, err = evaluate(*given, *data, "--samples", 0)
+    assert status == 0, err
+    assert "psnr" in out and "FD-VGG16  " not in out
+    assert "Warning: No Fréchet distance: it needs two images." in out

@@ -40,7 +40,7 @@ def reconstructions(evaluation: Evaluation) -> dict[str, Any]:
     counts, bits = np.zeros(config.vqgan.codes, np.int64), 0.0
     made = Collector(len(chosen), 0)
     real = None
-    if shared and evaluation.kept(chosen) is None:
+    if shared and len(chosen) > 1 and evaluation.kept(chosen) is None:
         real = Collector(len(chosen), evaluation.protocol.kept)
     for here, images in evaluation.parts(chosen, "reconstructions"):
         decoded, indices, found, features = devices.in_batches(
@@ -60,11 +60,12 @@ def reconstructions(evaluation: Evaluation) -> dict[str, Any]:
     n, shares = len(chosen), counts[counts > 0] / counts.sum()
     length, pixels = counts.sum() / n, config.data.image_size**2
     entropy = float(-(shares * np.log2(shares)).sum())
-    moments = made.collected().moments
-    with evaluation.phase("Fréchet distance of reconstructions"):
-        fd = distances.frechet_distance(moments, evaluation.reference_moments)
-    report = {name: total / n for name, total in sums.items()} | {
-        "fd": fd,
+    report: dict[str, Any] = {name: total / n for name, total in sums.items()}
+    if n > 1:
+        with evaluation.phase("Fréchet distance of reconstructions"):
+            moments = made.collected().moments
+            report["fd"] = distances.frechet_distance(moments, evaluation.reference_moments)
+    report |= {
         "usage": float((counts > 0).mean()),
         "perplexity": 2**entropy,
         "bits_per_pixel": float(length * np.log2(len(counts)) / pixels),

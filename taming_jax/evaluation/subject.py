@@ -90,12 +90,14 @@ class Evaluation:
                 "them out by --samples 0."
             )
         self.chosen = self.choice(protocol.split, protocol.images)
-        if len(self.chosen) < 2:
-            raise UserError(
-                f"the split '{protocol.split}' has {len(self.chosen)} images; an evaluation needs "
-                "2."
-            )
         self.warnings: list[str] = []
+        if len(self.chosen) < 2:
+            if self.draws:
+                raise UserError(
+                    f"the split '{protocol.split}' has {len(self.chosen)} image, and distances of "
+                    "samples need two; name a larger split, or leave samples out by --samples 0."
+                )
+            self.warnings.append("No Fréchet distance: it needs two images.")
         if run.data_named and (sentence := run.other_data(self.splits)):
             self.warnings.append(sentence)
 
