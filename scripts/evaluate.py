@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from taming_jax.command_line import add_data_flags, add_flags, data_settings, processes
+from taming_jax.config import OF_A_MACHINE
 from taming_jax.errors import RunFailed, UserError, report
 
 # What may differ from process to process.
-OWN = {
-    "process_id", "workdir", "weights", "reference", "data.path", "data.cache", "data.workers",
-}  # fmt: skip
+OWN = {"process_id", "workdir", "weights", "reference", *(f"data.{name}" for name in OF_A_MACHINE)}
 
 
 def parse() -> argparse.Namespace:
@@ -160,6 +159,8 @@ def work(given: argparse.Namespace) -> None:
     try:
         if given.out is not None:
             hosts.from_first(lambda: write(given.out, found))
+        if given.save_reference is not None and len(evaluation.chosen) < 2:
+            raise UserError("--save-reference needs two images at least; take more --images.")
         if given.save_reference is not None:
             moments = evaluation.reference.moments
             hosts.from_first(lambda: save_moments(given.save_reference, moments))

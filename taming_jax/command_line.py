@@ -85,24 +85,33 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--initialization-timeout", type=int, default=300)
 
 
-# What of a dataset is fixed by the networks, or matters in training only.
-NOT_READ = ("image_size", "channels", "random_crop", "mirror")
+# Settings of a dataset that a run's networks fix, or that matter in training only.
+FIXED_OR_TRAINING_ONLY = ("image_size", "channels", "random_crop", "mirror")
+HELP = {
+    "name": "folder, OWNER/NAME of the Hugging Face hub, …; says that this data is meant",
+    "path": "the folder that the data is in now",
+    "cache": "the folder of decoded images",
+}
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags `--data.…` of a script that reads the dataset of a run: for data that has moved,
-    or other data."""
+    """The flags `--data.…` of a script that reads the dataset of a run."""
     group = parser.add_argument_group(
-        "data", "the dataset, where it is not found as in training; train_vqgan.py --help has more"
+        "data", "only needed if the data has moved, or to measure on other data"
     )
     hints = typing.get_type_hints(DataConfig)
-    for name in (name for name in hints if name not in NOT_READ):
-        kinds = typing.get_args(hints[name]) or (hints[name],)
-        options: dict[str, Any] = {"dest": f"data.{name}", "default": argparse.SUPPRESS}
+    for name in (name for name in hints if name not in FIXED_OR_TRAINING_ONLY):
+        kinds, text = (
+            typing.get_args(hints[name]) or (hints[name],),
+            HELP.get(name, "as in training"),
+        )
+        options: dict[str, Any] = {"dest": f"data.{name}", "help": text}
         if bool in kinds:
-            group.add_argument(flag("data", name), action="store_true", **options)
-            group.add_argument(flag("data", f"no_{name}"), action="store_false", **options)
+            group.add_argument(flag("data", name), action="store_true", default=None, **options)
+            options["dest"], negative = f"data.{name}", flag("data", f"no_{name}")
+            group.add_argument(negative, action="store_false", default=None, **options)
         else:
+            options["metavar"] = name.upper()
             group.add_argument(flag("data", name), type=kinds[0], **options)
 
 
@@ -111,7 +120,7 @@ def data_settings(given: argparse.Namespace) -> dict[str, Any]:
     return {
         name.removeprefix("data."): value
         for name, value in vars(given).items()
-        if name.startswith("data.")
+        if name.startswith("data.") and value is not None
     }
 
 
@@ -153,12 +162,17 @@ def parse_arguments(arguments: Sequence[str], stage: str = "vqgan") -> Command:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--config")
     first.add_argument("--workdir")
+    wants_help = bool({"-h", "--help"} & set(arguments))
+    known, rest = argparse.Namespace(config=None, workdir=None), list[str]()
     try:
-        known, rest = first.parse_known_args(list(arguments))
+        others = [word for word in arguments if word not in ("-h", "--help")]
+        known, rest = first.parse_known_args(others)
     except argparse.ArgumentError as error:
-        raise UserError(f"{error}; --config NAME and --workdir DIR need a value.") from error
-    wants_help = bool({"-h", "--help"} & set(rest))
-    if known.config is None and not wants_help:
+        if not wants_help:
+            raise UserError(f"{error}; --config NAME and --workdir DIR need a value.") from error
+    if wants_help:
+        rest.append("--help")
+    elif known.config is None:
         raise UserError(f"say which --config to train; the presets are {', '.join(presets())}.")
     try:
         base = load_config(known.config or "mnist")
@@ -168,9 +182,9 @@ def parse_arguments(arguments: Sequence[str], stage: str = "vqgan") -> Command:
         base = load_config("mnist")
     if known.workdir is not None:
         base = dataclasses.replace(base, workdir=known.workdir)
-    run = base
-    if stage == "prior" and not wants_help:
-        if not (base.folder / "config.json").exists():
+    run, has_run = base, (base.folder / "config.json").exists()
+    if stage == "prior" and (has_run or not wants_help):
+        if not has_run:
             into = "" if known.workdir is None else f" --workdir {shlex.quote(str(known.workdir))}"
             raise UserError(
                 f"{base.folder} holds no stage 1 to learn the codes of; train it first, with "

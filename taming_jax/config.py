@@ -24,6 +24,7 @@ from taming_jax.formats import FORMAT, SETTINGS, format_of, migrated
 from taming_jax.plain import from_dict, to_dict
 
 UNKNOWN = "unknown"  # the dataset of an imported run
+OF_A_MACHINE = ("path", "cache", "workers")  # settings of data that may differ between machines
 
 
 def free(default: Any) -> Any:
@@ -170,8 +171,8 @@ class VQGANConfig(StageConfig):
     discriminator_start: float = 0.25
     """The share of the run after which the adversarial part begins, 0 to 1 (1: never)."""
     discriminator_start_step: int | None = free(None)
-    """The step at which it begins. Default: computed from the share when the run is created. It
-    then stays as it is, also when the run is made longer."""
+    """The step at which it begins. Default: computed from the share when the run is created, and
+    kept when it is resumed, also where it is made longer (train/vqgan.py refuses another)."""
     discriminator_loss: Literal["hinge", "vanilla"] = "hinge"
     discriminator_weight: float = 0.8
     """The weight of the generator's adversarial loss."""
@@ -317,6 +318,9 @@ def load_config(name: str | Path, overrides: Mapping[str, Any] | None = None) ->
         config = importlib.import_module(f"taming_jax.configs.{name}").CONFIG
     elif name.endswith(".json") or os.sep in name:
         config = read_config(Path(name))
+        # That of the run it was written for, which knows it from its checkpoints; a new run that is
+        # made with these settings computes its own.
+        config = replaced(config, "vqgan", discriminator_start_step=None)
     else:
         near = difflib.get_close_matches(name, presets(), n=1)
         hint = f"did you mean '{near[0]}'? " if near else ""
@@ -369,6 +373,7 @@ def differences(
     a setting: "--seed is 1, not 2"."""
 
     unknown = UNKNOWN in (left.data.name, right.data.name)
+    left, right = (with_matching_attention(config) for config in (left, right))
 
     def walk(a: Any, b: Any, names: tuple[str, ...]) -> list[str]:
         found = []
@@ -387,6 +392,12 @@ def differences(
         return found
 
     return walk(left, right, ())
+
+
+def with_matching_attention(config: Config) -> Config:
+    """The config without resolutions of attention that no level has, which have no effect."""
+    kept = (x for x in config.vqgan.attention_resolutions if x in config.level_resolutions)
+    return replaced(config, "vqgan", attention_resolutions=tuple(kept))
 
 
 def show(value: Any) -> str:

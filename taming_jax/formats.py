@@ -20,20 +20,8 @@ def with_skipped(arrays: Arrays) -> Arrays:
     return {("skipped",): np.zeros((), np.int32)} | arrays
 
 
-def matching_attention(values: dict[str, Any]) -> dict[str, Any]:
-    """Format 3 keeps only those `attention_resolutions` at which a network has a level; the others
-    never had an effect, and are no longer in the presets."""
-    vqgan, size = values.get("vqgan", {}), values.get("data", {}).get("image_size")
-    resolutions, multipliers = vqgan.get("attention_resolutions"), vqgan.get("multipliers")
-    if not (isinstance(size, int) and isinstance(resolutions, list | tuple) and multipliers):
-        return values
-    levels = [size // 2**level for level in range(len(multipliers))]
-    vqgan = vqgan | {"attention_resolutions": [x for x in resolutions if x in levels]}
-    return values | {"vqgan": vqgan}
-
-
 # What became of a config's settings, and of a checkpoint's arrays by their names, after format n.
-SETTINGS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: dict, 2: matching_attention}
+SETTINGS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: dict, 2: dict}
 ARRAYS: dict[int, Callable[[Arrays], Arrays]] = {1: with_skipped, 2: dict}
 
 

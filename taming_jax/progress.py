@@ -1,9 +1,8 @@
-"""How far long work has come: a bar on a terminal, elsewhere a line every ten seconds.
+"""Progress of long-running work: a bar on a terminal, elsewhere a line every ten seconds.
 
-Work that is over within ten seconds writes nothing to a file.
+Work that takes less than ten seconds writes nothing to a file.
 """
 
-import math
 import sys
 import threading
 import time
@@ -20,7 +19,7 @@ _silenced = False
 
 
 def silence() -> None:
-    """Shows no progress from here on, in a process that leaves this to another."""
+    """Shows no progress from here on, as in all processes but the first."""
     global _silenced
     _silenced = True
 
@@ -34,7 +33,7 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """A context in which work is done: `total` items of it, or in one piece where that is None.
+    """A context for work on `total` items, or in one piece where that is None.
 
     On a terminal the items are a bar on stderr. Elsewhere, and for work in one piece, a thread
     writes a line every `INTERVAL` seconds, by `write` (default: to stderr), so that there is one
@@ -61,11 +60,12 @@ class Progress:
         self._bar: tqdm[Any] | None = None
         if self._enabled and self._as_bar:
             self._bar = tqdm(
-                total=self._total, desc=self._name, unit=self._unit or "it",
+                total=self._total, desc=self._name, unit=f" {self._unit}".rstrip(),
                 unit_scale=self._unit == "B", dynamic_ncols=True, file=sys.stderr,
             )  # fmt: skip
-        elif self._enabled:
-            threading.Thread(target=self._write_lines, daemon=True).start()
+        self._thread = threading.Thread(target=self._write_lines, daemon=True)
+        if self._enabled and self._bar is None:
+            self._thread.start()
         return self
 
     def update(self, count: int = 1) -> None:
@@ -78,6 +78,8 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
+        if self._thread.ident is not None:
+            self._thread.join()  # so that its line does not come after the next one
         if self._bar is not None:
             self._bar.close()
 
@@ -94,5 +96,4 @@ class Progress:
         line = f"{self._name}: {self._done // size} of {self._total // size}{unit}"
         if not self._done:
             return line
-        left = math.ceil(spent / self._done * (self._total - self._done))
-        return f"{line}, {left // 60}:{left % 60:02d} left"
+        return f"{line}, {duration(spent / self._done * (self._total - self._done))} left"

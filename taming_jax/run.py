@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 import operator
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +17,7 @@ from flax import traverse_util
 
 from taming_jax import tiles
 from taming_jax.checks import flag
-from taming_jax.config import Config, differences, override, read_config
+from taming_jax.config import Config, differences, override, read_config, replaced
 from taming_jax.data import sources
 from taming_jax.data.sources import Split, Splits
 from taming_jax.errors import UserError, say
@@ -101,7 +102,7 @@ class Run:
         transformer: Any = None,
     ):
         self.workdir, self.config, self.step, self.dataset = workdir, config, step, dataset
-        self.data_named = False  # whether data was named anew, by `with_data`
+        self.data_named = False  # whether `with_data` named the dataset
         if config.compile_cache:
             keep_programs()
         self.params = jax.device_put(generator)
@@ -130,33 +131,42 @@ class Run:
         return tuple(self.dataset["class_names"])
 
     def with_data(self, settings: Mapping[str, Any]) -> "Run":
-        """This run with other settings of its dataset: `path`, `name` and the others of
-        `DataConfig`. UserError for settings that do not exist, or do not fit its networks."""
+        """This run with other settings of its dataset, those of `DataConfig`: `path` says where
+        the data is now, `name` that this data is meant, whatever the run was trained on.
+
+        Raises UserError for settings that do not exist, or do not fit the run's networks.
+        """
+        given = {k: os.fspath(x) if isinstance(x, os.PathLike) else x for k, x in settings.items()}
+        config = self.config
+        if given.get("name", config.data.name) != config.data.name:
+            # Where the old data is, and what its columns are called, is not the new one's matter.
+            config = replaced(config, "data", path=None, image_column=None, label_column=None)
         other = copy.copy(self)
-        other.config = override(self.config, {f"data.{name}": x for name, x in settings.items()})
+        other.config = override(config, {f"data.{name}": value for name, value in given.items()})
         for name in ("image_size", "channels"):
             own, new = getattr(self.config.data, name), getattr(other.config.data, name)
             if own != new:
                 raise UserError(
                     f"{flag('data', name)} is {new}, but this run's networks take {own}."
                 )
-        other.data_named = True
+        other.data_named = "name" in given
         other.__dict__.pop("class_names", None)
         return other
 
     def load_data(self) -> Splits:
-        """The run's dataset. Where it was named anew, says whether it is the one that the run was
-        trained on, as far as can be told by counts, classes and means of some images.
+        """The run's dataset. Where `with_data` named it, says whether it is what the run was
+        trained on, as far as counts, classes and means of some images tell.
 
-        Raises UserError where the dataset cannot be read, and where it is another than the run's
-        and was not named.
+        Raises UserError where the dataset cannot be read, and where it is not what the run was
+        trained on and was not named.
         """
         splits = sources.load(self.config.data)
         others = sources.unlike(sources.identity(splits), self.dataset)
         if others and not self.data_named:
             raise UserError(
-                f"the run in {self.workdir} was trained on other data: {'; '.join(others)}. Name "
-                "that data by --data.path, or this by --data.name as well if you mean it."
+                f"the run in {self.workdir} was trained on other data: {'; '.join(others)}. Give "
+                "the folder of the original data by --data.path; to use this data instead, add "
+                f"--data.name {self.config.data.name}."
             )
         if self.data_named:
             say(self.other_data(splits) or "The data is what the run was trained on.")
@@ -166,7 +176,7 @@ class Run:
         """A sentence where a dataset is not known to be what the run was trained on; else
         nothing."""
         if self.dataset is None or "images" not in self.dataset:
-            return "Whether the run was trained on this data is not known."
+            return "It is not known whether the run was trained on this data."
         others = sources.unlike(sources.identity(splits), self.dataset)
         return f"The run was trained on other data: {'; '.join(others)}." if others else ""
 
@@ -208,8 +218,9 @@ class Run:
         the first, then of the second, and so on.
 
         Image i of a class depends on the seed, the class and i alone: images are drawn in
-        micro-batches of one size on every device. `prefix` int [p] holds the first codes, in raster
-        order. `settings`, all with defaults, are
+        micro-batches whose size is fixed for a kind of device (8 on a CPU, 32 on others; another
+        kind rounds otherwise, and may draw other codes). `prefix` int [p] holds the first codes, in
+        raster order. `settings`, all with defaults, are
 
         - `temperature`: 0 takes the most likely codes; `top_k` and `top_p` leave unlikely ones out;
           a `guidance_scale` above 1 exaggerates what is particular to the class, and two of them

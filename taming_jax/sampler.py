@@ -158,7 +158,7 @@ class Sampler:
                 if len(flying) == most or start + batch >= len(labels):
                     for part in map(used.gather, flying):
                         yield self._finished(part[:left], whole)
-                        shown.update(min(len(part), left))
+                        shown.update(len(part))
                         left -= len(part)
                     flying = []
 

@@ -1,10 +1,16 @@
+import argparse
 import dataclasses
 from pathlib import Path
 
 import pytest
 
-from taming_jax.command_line import Processes, parse_arguments
-from taming_jax.config import load_config, write_config
+from taming_jax.command_line import (
+    Processes,
+    add_data_flags,
+    data_settings,
+    parse_arguments,
+)
+from taming_jax.config import DataConfig, load_config, write_config
 from taming_jax.errors import UserError
 
 
@@ -33,12 +39,39 @@ def test_the_command_line_overrides_the_preset():
     assert given.config == expected
 
 
-def test_help_of_stage_2_needs_no_stage_1(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    "arguments",
+    ["--config mnist --help", "--help", "--config mnst -h", "--config --help", "-h --workdir"],
+)
+def test_help_of_stage_2_needs_no_stage_1(tmp_path, capsys, monkeypatch, arguments):
     monkeypatch.chdir(tmp_path)
-    for arguments in (["--config", "mnist", "--help"], ["--help"], ["--config", "mnst", "-h"]):
-        with pytest.raises(SystemExit) as exit:
-            parse_arguments(arguments, "prior")
-        assert exit.value.code == 0 and "--prior.layers" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as exit:
+        parse_arguments(arguments.split(), "prior")
+    assert exit.value.code == 0 and "--prior.layers" in capsys.readouterr().out
+
+
+def test_help_of_stage_2_shows_the_settings_of_its_run(tmp_path, capsys):
+    config = load_config("mnist_tiny", {"vqgan.codebook_size": 77})
+    write_config(config, tmp_path / "config.json")
+    with pytest.raises(SystemExit):
+        parse_arguments(["--config", "mnist_tiny", "--workdir", str(tmp_path), "-h"], "prior")
+    assert "77" in capsys.readouterr().out
+
+
+def test_settings_of_a_runs_dataset_are_flags():
+    """Those that are not given are None, so that processes can compare all of them."""
+    parser = argparse.ArgumentParser()
+    add_data_flags(parser)
+    given = parser.parse_args(
+        ["--data.path", "x", "--data.workers", "2", "--data.no-squeeze", "--data.test-share", "0.5"]
+    )
+    assert data_settings(given) == {
+        "path": "x", "workers": 2, "squeeze": False, "test_share": 0.5,
+    }  # fmt: skip
+    fixed = {"image_size", "channels", "random_crop", "mirror"}
+    names = {field.name for field in dataclasses.fields(DataConfig)} - fixed
+    assert vars(given).keys() == {f"data.{name}" for name in names}
+    assert data_settings(parser.parse_args([])) == {}
 
 
 def test_processes_are_no_part_of_the_config():

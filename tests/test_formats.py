@@ -35,14 +35,3 @@ def test_the_first_format_knew_of_no_skipped_steps():
     assert arrays["skipped",] == 0 and arrays["skipped",].dtype == np.int32
     kept = migrated({("skipped",): np.int32(5)}, 1, formats.ARRAYS)
     assert kept["skipped",] == 5
-
-
-def test_attention_that_no_level_has_is_gone_since_the_third_format():
-    """So that runs of older presets equal those of today's."""
-    values = {
-        "data": {"image_size": 28},
-        "vqgan": {"attention_resolutions": [16, 7], "multipliers": [1, 2, 2], "blocks": 1},
-    }
-    found = migrated(values, 2, formats.SETTINGS)
-    assert found["vqgan"] == values["vqgan"] | {"attention_resolutions": [7]}
-    assert migrated({"vqgan": {}}, 1, formats.SETTINGS) == {"vqgan": {}}

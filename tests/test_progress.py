@@ -34,7 +34,7 @@ def run_for(lines, work):
 def test_long_work_writes_lines_where_there_is_no_terminal(monkeypatch):
     monkeypatch.setattr(progress, "INTERVAL", 0.02)
     first, *_ = run_for(2, lambda write: Progress("encoding", 12, "images", write=write))
-    assert first == "encoding: 3 of 12 images, 0:01 left"
+    assert first == "encoding: 3 of 12 images, 0 seconds left"
     first, *_ = run_for(1, lambda write: Progress("compiling", write=write))
     assert first == "compiling: 0 seconds so far"
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import taming_jax
-from taming_jax import errors
+from taming_jax import errors, progress
 from taming_jax.config import write_config
 from taming_jax.data import sources
 from taming_jax.errors import UserError
@@ -59,13 +59,14 @@ def test_data_that_has_moved_is_named_and_recognised(place, capsys):
     run = taming_jax.load_run(place / "run")
     with pytest.raises(UserError, match=f"--data.path {place / 'old'} is no folder"):
         run.tokens("test")
-    moved = taming_jax.load_run(place / "run", data={"path": str(place / "new")})
+    new = {"name": "folder", "path": place / "new"}
+    moved = taming_jax.load_run(place / "run", data=new)
     images = sources.load(moved.config.data).test.images
     expected = run.encode(images).reshape(len(images), -1)
     capsys.readouterr()
     np.testing.assert_array_equal(moved.tokens("test").images, expected)
     assert "The data is what the run was trained on." in capsys.readouterr().out
-    given = run.tokens("test", data={"path": str(place / "new")})
+    given = run.tokens("test", data={"path": place / "new"})
     np.testing.assert_array_equal(given.images, expected)
 
 
@@ -81,13 +82,23 @@ def test_the_path_may_be_changed_in_config_json(place, tmp_path):
 
 def test_other_data_needs_to_be_named_and_is_told_apart(place, tmp_path, capsys):
     workdir = shutil.copytree(place / "run", tmp_path / "run")
-    data = {"path": str(place / "other")}
-    assert len(taming_jax.load_run(workdir).tokens("test", data=data).images) == 8
+    data = {"path": place / "other"}
+    says = r"trained on other data: there are .* to use this data instead, add --data.name folder"
+    with pytest.raises(UserError, match=says):
+        taming_jax.load_run(workdir).tokens("test", data=data)
+    named = data | {"name": "folder"}
+    assert len(taming_jax.load_run(workdir).tokens("test", data=named).images) == 8
     assert "The run was trained on other data: there are" in capsys.readouterr().out
-    config = taming_jax.load_config(workdir / "config.json", {"data.path": data["path"]})
+    config = taming_jax.load_config(workdir / "config.json", {"data.path": str(data["path"])})
     write_config(config, workdir / "config.json")
-    with pytest.raises(UserError, match=r"trained on other data: there are .* Name that data by"):
+    with pytest.raises(UserError, match=says):
         taming_jax.load_run(workdir).tokens("test")
+
+
+def test_another_dataset_is_not_looked_for_where_the_old_one_was(place):
+    run = taming_jax.load_run(place / "run", data={"name": "synthetic"})
+    assert run.config.data.path is None and run.config.data.name == "synthetic"
+    assert len(run.tokens("test").images) == 64
 
 
 def test_data_that_the_networks_cannot_take_is_refused(place):
@@ -100,7 +111,7 @@ def test_data_that_the_networks_cannot_take_is_refused(place):
             taming_jax.load_run(place / "run", data=settings)
 
 
-def test_an_import_is_evaluated_on_data_of_ones_own(place, both, tmp_path, evaluate):
+def test_an_import_is_evaluated_on_data_of_ones_own(place, both, tmp_path, evaluate, monkeypatch):
     """By one command, without training; samples need a prior of as many classes."""
     trained = taming_jax.load_run(both)
     config = taming_jax.load_config(both / "config.json", {"data.name": "unknown"})
@@ -110,23 +121,24 @@ def test_an_import_is_evaluated_on_data_of_ones_own(place, both, tmp_path, evalu
     write_run(tmp_path / "run", config, networks, names, Record("x", "", []), {})
     given = ["--workdir", tmp_path / "run", "--features", "vgg"]
     status, _, err = evaluate(*given)
-    assert status == 2 and "this run was imported, and its dataset is not known" in err
+    assert status == 2 and "the dataset of this imported run is not known" in err
     data = ["--data.name", "folder", "--data.path", place / "other", "--data.workers", 1]
     status, _, err = evaluate(*given, *data, "--samples", 10)
     assert status == 2 and "the data has 3 classes and the prior" in err and "--samples 0" in err
     status, out, err = evaluate(*given, *data, "--samples", 0)
     assert status == 0, err
     assert "reconstruction (8 images of the test split)" in out and "no prior yet" not in out
-    assert "Warning: Whether the run was trained on this data is not known." in out
-    status, out, err = evaluate(
-        *given, *data, "--samples", 0, "--images", 2, "--data.test-share", 0
-    )
+    assert "Warning: It is not known whether the run was trained on this data." in out
+    status, _, err = evaluate(*given, *data, "--samples", 0, "--data.test-share", 0)
     assert status == 2 and "--data.test-share is 0.0" in err
+    status, _, err = evaluate(*given, *data, "--samples", 0, "--sweep", "guidance-scale", 1)
+    assert status == 2 and "--sweep measures samples, and --samples 0 leaves them out" in err
     # One picture can be measured, but has no distribution.
     few = {"train": pictures.split(12, 500)}
     pictures.write_folder(tmp_path / "few", few)
     data[3] = tmp_path / "few" / "train"
+    monkeypatch.setattr(progress, "INTERVAL", 0.05)
     status, out, err = evaluate(*given, *data, "--samples", 0)
-    assert status == 0, err
+    assert status == 0 and "\nreconstructions: 0 of 1 images\n" in f"\n{err}", err
     assert "psnr" in out and "FD-VGG16  " not in out
     assert "Warning: No Fréchet distance: it needs two images." in out

@@ -12,7 +12,7 @@ CONFIG = Config(
         multipliers=(1, 2, 2),
         blocks=2,
         decoder_blocks=2,
-        # Theirs is 16, which none of 28, 14 and 7 is: only the middle has attention.
+        # The reference sets 16, which matches no level (28, 14, 7): only the middle has attention.
         attention_resolutions=(),
         latent_channels=64,
         codebook_size=64,

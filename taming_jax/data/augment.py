@@ -72,13 +72,14 @@ def translation(image: jax.Array, key: jax.Array) -> jax.Array:
 def cutout(image: jax.Array, key: jax.Array) -> jax.Array:
     """An image [h,w,c] with a window of half its height and width, rounded up, at 0. Its centre is
     anywhere in the image, so that a part of it may lie outside."""
-    sizes = (image.shape[0] + 1) // 2, (image.shape[1] + 1) // 2
+    height, width, _ = image.shape
+    sizes = (height + 1) // 2, (width + 1) // 2
     # A window of even size has its centre between two pixels, or at either edge.
-    ends = [n + 1 - size % 2 for n, size in zip(image.shape, sizes, strict=False)]
-    centres = jax.random.randint(key, (2,), 0, jnp.array(ends))
+    ends = [n + 1 - size % 2 for n, size in zip((height, width), sizes, strict=True)]
+    starts = jax.random.randint(key, (2,), 0, jnp.array(ends)) - jnp.array(sizes) // 2
     rows, columns = (
-        (jnp.arange(n) >= centre - size // 2) & (jnp.arange(n) < centre - size // 2 + size)
-        for n, size, centre in zip(image.shape, sizes, centres, strict=False)
+        (jnp.arange(n) >= start) & (jnp.arange(n) < start + size)
+        for n, size, start in zip((height, width), sizes, starts, strict=True)
     )
     return jnp.where((rows[:, None] & columns)[..., None], 0.0, image)
 

@@ -47,8 +47,8 @@ def load(config: DataConfig) -> Splits:
     """
     if config.name == UNKNOWN:
         raise UserError(
-            "this run was imported, and its dataset is not known; name one by --data.name (folder, "
-            "with --data.path, or another) where it is trained, which its config.json keeps."
+            "the dataset of this imported run is not known; name one with --data.name and "
+            "--data.path (in a notebook with data={'name': …, 'path': …})."
         )
     if config.name in SOURCES:
         return SOURCES[config.name](config)

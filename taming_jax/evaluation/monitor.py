@@ -17,6 +17,15 @@ from taming_jax.train.devices import Devices
 MOST = 2000  # images
 
 
+def ranks(labels: np.ndarray) -> np.ndarray:
+    """The number of each image within its class, int32 [n], from classes int [n]."""
+    order = np.argsort(labels, kind="stable")
+    ordered = labels[order]
+    numbers = np.empty(len(labels), np.int32)
+    numbers[order] = np.arange(len(labels)) - np.searchsorted(ordered, ordered)
+    return numbers
+
+
 class Monitor:
     """The Fréchet distance, in VGG16's features, of what a stage makes for a split's images (at
     most 2,000 of them, evenly) to these. Raises UserError for a split of fewer than two, and where
@@ -30,6 +39,7 @@ class Monitor:
             )
         self._split, self._devices = split, devices
         self._rows = spread(len(split.images), MOST)
+        self._numbers = ranks(split.labels[self._rows])
         self._size = images_at_once(config.data.image_size**2, MICRO) * len(devices)
         self.features = Features(vgg(), devices)
         self._known: Moments | None = None
@@ -41,10 +51,11 @@ class Monitor:
             self._known = self._moments(lambda rows: self._split.images[rows])
 
         def made(rows: np.ndarray) -> np.ndarray:
+            labels = self._split.labels[rows].astype(np.int32)
             batch = {
                 "images": self._split.images[rows],
-                "labels": self._split.labels[rows].astype(np.int32),
-                "numbers": rows.astype(np.int32),
+                "labels": labels,
+                "numbers": self._numbers[np.searchsorted(self._rows, rows)],
             }
             devices = self._devices
             return devices.in_batches(lambda own: make(devices.shard(own)), batch, self._size)

@@ -38,7 +38,7 @@ class Protocol:
 
 def checked(protocol: Protocol) -> Protocol:
     """A protocol with its files as paths. UserError for numbers and splits that cannot be."""
-    for name, least in (("samples", 2), ("images", 2), ("kept", 2), ("neighbours", 1)):
+    for name, least in (("samples", 2), ("images", 1), ("kept", 2), ("neighbours", 1)):
         value = getattr(protocol, name)
         if (name, value) == ("samples", 0):
             continue

@@ -62,9 +62,9 @@ def reconstructions(evaluation: Evaluation) -> dict[str, Any]:
     entropy = float(-(shares * np.log2(shares)).sum())
     report: dict[str, Any] = {name: total / n for name, total in sums.items()}
     if n > 1:
+        moments, reference = made.collected().moments, evaluation.reference_moments
         with evaluation.phase("Fréchet distance of reconstructions"):
-            moments = made.collected().moments
-            report["fd"] = distances.frechet_distance(moments, evaluation.reference_moments)
+            report["fd"] = distances.frechet_distance(moments, reference)
     report |= {
         "usage": float((counts > 0).mean()),
         "perplexity": 2**entropy,

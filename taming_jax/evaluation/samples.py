@@ -35,8 +35,9 @@ def samples(evaluation: Evaluation, **changed: Any) -> dict[str, Any]:
             right[done : done + len(part)] = own.argmax(1) == labels[done : done + len(part)]
         done += len(part)
     found = collector.collected()
+    moments = evaluation.reference_moments
     with evaluation.phase("Fréchet distance of samples"):
-        fd = distances.frechet_distance(found.moments, evaluation.reference_moments)
+        fd = distances.frechet_distance(found.moments, moments)
     with evaluation.phase("kernel distance, precision and recall of samples"):
         apart = compared(protocol, reference.features, found.features)
     report: dict[str, Any] = {"fd": fd} | apart

@@ -56,9 +56,9 @@ class Evaluation:
 
     `sweep` holds the guidance scales that samples are measured at beside the protocol's own.
 
-    Raises UserError for a protocol that cannot be, a split that has fewer than two images, other
-    data than the run was trained on, and where the features, or the moments of a reference, cannot
-    be had.
+    Raises UserError for a protocol that cannot be, for fewer than two images where samples are
+    compared with them, for data that the run was not trained on and that was not named, and where
+    the features, or the moments of a reference, cannot be had.
     """
 
     def __init__(
@@ -73,6 +73,8 @@ class Evaluation:
         self.run, self.protocol, self.devices = run, protocol, Devices(devices)
         self.sweep: list[dict[str, Any]] = [{"guidance_scale": scale} for scale in sweep]
         self._count, self.progress = devices, progress
+        if sweep and not protocol.samples:
+            raise UserError("--sweep measures samples, and --samples 0 leaves them out; drop one.")
         if run.transformer is not None and protocol.samples:
             for changed in [{}, *self.sweep]:
                 self.sampling(dataclasses.replace(protocol, **changed))
@@ -86,16 +88,16 @@ class Evaluation:
         if self.draws and not self.prior_fits:
             raise UserError(
                 f"the data has {classes} classes and the prior of {run.workdir} has "
-                f"{run.prior.classes}, so that samples cannot be drawn as the data has them; leave "
-                "them out by --samples 0."
+                f"{run.prior.classes}, so samples cannot follow the data's classes; skip them with "
+                "--samples 0."
             )
         self.chosen = self.choice(protocol.split, protocol.images)
         self.warnings: list[str] = []
         if len(self.chosen) < 2:
             if self.draws:
                 raise UserError(
-                    f"the split '{protocol.split}' has {len(self.chosen)} image, and distances of "
-                    "samples need two; name a larger split, or leave samples out by --samples 0."
+                    f"{len(self.chosen)} image of the split '{protocol.split}' was chosen, and "
+                    "distances of samples need two; take more, or skip samples with --samples 0."
                 )
             self.warnings.append("No Fréchet distance: it needs two images.")
         if run.data_named and (sentence := run.other_data(self.splits)):
@@ -138,7 +140,7 @@ class Evaluation:
                 progress.update(here.stop - here.start)
 
     def phase(self, name: str) -> Progress:
-        """Around work in one piece that may take long."""
+        """Progress of work that is done in one piece."""
         return Progress(name, enabled=self.progress)
 
     def collected(self, chosen: Chosen, name: str) -> Collected:

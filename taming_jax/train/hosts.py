@@ -27,7 +27,7 @@ import numpy as np
 from taming_jax import progress
 from taming_jax.checks import flag
 from taming_jax.command_line import Processes
-from taming_jax.config import Config, differences, show
+from taming_jax.config import OF_A_MACHINE, Config, differences, show
 from taming_jax.data.images import end_with_parent
 from taming_jax.data.sources import unlike
 from taming_jax.errors import Interrupted, RunFailed, UserError, report
@@ -269,7 +269,7 @@ def broadcast(content: bytes, left: int) -> bytes:
 
 
 # Where a run's files lie may differ from machine to machine.
-PLACES = {"--workdir", "--data.path", "--data.cache", "--data.workers"}
+PLACES = {"--workdir", *(flag("data", name) for name in OF_A_MACHINE)}
 PACKAGES = ("taming_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 

@@ -90,6 +90,8 @@ def train(
         hosts.one_speaks()
         hosts.check_alike(config)
         devices = Devices(config.devices)
+        if sentence := advice_for_a_cpu(config, devices.list[0].platform):
+            say(sentence)
         hosts.from_first(lambda: hold(folder, stack))
         with signals.at_once():  # pictures may be decoded, for long
             stage = build(config, devices)
@@ -107,7 +109,7 @@ def train(
             return begun or store.restore(template, config, sections, stage.learned, say)
 
         try:
-            with signals.ending():
+            with signals.ending(), Progress("initialising the networks", write=say):
                 state = stage.init(jax.random.key(config.seed))
             # A fresh state, too, is the first process's: another kind of device may round
             # otherwise. A copy, since the first step gives its state up: what is restored is
@@ -143,8 +145,10 @@ def weights_of(source: Path, stage: Stage, config: Config, template: TrainState)
 
 def with_other_stage(config: Config, stage: str, restart: bool) -> Config:
     """The config as it is written into the run's folder: the section of the stage that is not
-    trained now stays as it stands there, unless the run begins anew with stage 1."""
-    if restart and stage == "vqgan":
+    trained now stays as it is there. Only where a run begins anew with stage 1, and has no prior
+    yet, it is the given one."""
+    prior = Store(config.folder, "prior", "nll", read_only=True)
+    if restart and stage == "vqgan" and not prior.steps():
         return config
     try:
         written = read_config(config.folder / "config.json")
@@ -213,8 +217,6 @@ class Loop:
         of = f" of {hosts.count()} processes" if hosts.count() > 1 else ""
         size = self.settings.batch_size
         parts = shares(size, count, self.settings.micro_batches)
-        if sentence := advice_for_a_cpu(self.config, kind):
-            self.log.say(sentence)
         self.log.say(
             f"Training stage {self.stage.name} of {self.config.config} into {self.folder}: "
             f"{self.training.size} images, {size} a step{parts}, "
@@ -320,7 +322,8 @@ class Loop:
 
     def _require(self, step: int) -> None:
         """Waits, in every process, for the checkpoint of a step. RunFailed where there is none."""
-        hosts.from_first(lambda: self.store.require(step))
+        with Progress(f"writing the checkpoint of step {step}", write=self.log.say):
+            hosts.from_first(lambda: self.store.require(step))
 
     def _configure(self) -> None:
         """Writes the config, unless the disk took it before."""
@@ -408,7 +411,8 @@ class Loop:
         assert sums is not None  # a split has an image at least
         metrics = self.stage.summarise(sums)
         if take_fd:
-            metrics[FD] = self.stage.distance(state)
+            with Progress("Fréchet distance", write=self.log.say):
+                metrics[FD] = self.stage.distance(state)
         self.log.row(done, self._epoch(done), "validation", metrics)
         return sums, metrics
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from taming_jax.config import Config, load_config
+from taming_jax.config import Config
 from taming_jax.configs import CPU_PRESETS
 from taming_jax.progress import duration
 
@@ -96,12 +96,9 @@ def advice_for_a_cpu(config: Config, platform: str) -> str:
     small = CPU_PRESETS.get(config.config)
     if platform != "cpu" or small is None:
         return ""
-    taken = f"--config {small}"
-    if config.data.name != load_config(small).data.name:
-        taken += f" --data.name {config.data.name}"
     return (
-        f"Warning: the preset {config.config} is meant for a GPU, and this run is on a CPU. "
-        f"A preset that a CPU can train is {taken}."
+        f"Warning: the preset {config.config} is meant for a GPU, and this run uses a CPU. For a "
+        f"CPU, take --config {small} with the same --data settings."
     )
 
 

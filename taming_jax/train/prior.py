@@ -41,7 +41,7 @@ from taming_jax.train.state import (
     schedule,
     stepped,
 )
-from taming_jax.train.store import Store
+from taming_jax.train.store import Store, keep_settings
 from taming_jax.train.tokens import TokenFeed, Tokenizer
 
 
@@ -165,8 +165,8 @@ class PriorStage:
         if different:
             raise UserError(
                 f"the generator of the prior in {config.folder} was trained otherwise: "
-                f"{'; '.join(different)}. Leave these settings out; where stage 1 was trained "
-                "anew, --restart begins a prior on it."
+                f"{'; '.join(different)}. {keep_settings(config.folder)} If stage 1 was trained "
+                "anew, begin a prior on it with --restart."
             )
         self.splits = hosts.agreed(lambda: sources.load(config.data))
         self.dataset = sources.identity(self.splits)
@@ -314,8 +314,8 @@ def draw_codes(
     numbers: jax.Array,
     seed: jax.Array | np.uint32,
 ) -> jax.Array:
-    """Grids of codes int32 [b,h',w'] of classes int [b], drawn as the preset says: those of
-    `Run.sample` with the same seed, classes and numbers."""
+    """Grids of codes int32 [b,h',w'] of classes int [b], drawn as the preset says, by the keys
+    that `Run.sample` has for the same seed, classes and numbers."""
     with jax.default_matmul_precision("highest"):
         codes = sample(
             model, transformer, labels, sample_keys(seed, labels, numbers), prior.temperature,

@@ -41,7 +41,7 @@ def be_deterministic() -> None:
     flags = os.environ.get("XLA_FLAGS", "")
     if DETERMINISTIC in flags.split():
         return
-    # A JAX that does not tell is taken at its word: the flag has no effect where it has started.
+    # Without this private function it is not known whether JAX has started; assume it has not.
     if getattr(internals("xla_bridge"), "backends_are_initialized", lambda: False)():
         raise UserError(
             "--deterministic is decided before JAX starts, and JAX has run in this process; begin "

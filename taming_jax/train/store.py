@@ -9,6 +9,7 @@ word: hence the hashes.
 import contextlib
 import json
 import math
+import shlex
 import shutil
 import time
 from collections.abc import Callable
@@ -39,6 +40,15 @@ from taming_jax.train.trouble import reason
 from taming_jax.train.weights import begun_whole, said
 
 FD = "fd_vgg16"  # a Fréchet distance: where a validation took it, checkpoints are judged by it
+
+
+def keep_settings(run: Path) -> str:
+    """A sentence that tells how to go on with the settings that a run has."""
+    folder = shlex.quote(str(run))
+    return (
+        "Leave these settings out; where a preset has changed since the run was created, take "
+        f"--config {shlex.quote(str(run / 'config.json'))} --workdir {folder} in its place."
+    )
 
 
 class Checkpoint(NamedTuple):
@@ -125,16 +135,27 @@ class Store:
         return (self.path / str(step) / "_CHECKPOINT_METADATA").exists()
 
     def last_config(self) -> Config | None:
-        """The config of the newest checkpoint that is not damaged; None where there is none, or
-        imported weights only, which no run was trained to."""
+        """The config of the newest checkpoint that is not damaged and not of an import; None where
+        there is none."""
         for step in reversed(self.steps()):
             try:
                 about = self._about(step)
             except ValueError:
                 continue
             if not about.get("weights_only"):
-                return settings(about["config"], format_of(about, self.path))
+                return self._config(about, step)
         return None
+
+    def _config(self, about: dict[str, Any], step: int) -> Config:
+        """The config that a checkpoint was trained with. UserError where it has settings that this
+        version does not know."""
+        folder = self.path / str(step)
+        try:
+            return settings(about["config"], format_of(about, folder))
+        except UserError as error:
+            raise UserError(
+                f"{folder} was written by another version of this program: {error}"
+            ) from error
 
     def best(self) -> tuple[int | None, float]:
         """The step of the best checkpoint and its monitored value; None and infinity where no
@@ -292,16 +313,10 @@ class Store:
         for path, array in arrays.items():
             if digest(array) != hashes["/".join(path)]:
                 raise ValueError(f"the array {'.'.join(path)} is not what was saved")
-        number = format_of(about, folder)
-        try:
-            config = settings(about["config"], number)
-            arrays = migrated(arrays, number, ARRAYS)
-            weights_only = about.get("weights_only", False)
-            return Checkpoint(arrays, config, about.get("dataset"), weights_only)
-        except UserError as error:
-            raise UserError(
-                f"{folder} was written by another version of this program: {error}"
-            ) from error
+        config = self._config(about, step)
+        arrays = migrated(arrays, format_of(about, folder), ARRAYS)
+        weights_only = about.get("weights_only", False)
+        return Checkpoint(arrays, config, about.get("dataset"), weights_only)
 
     def chosen(self) -> tuple[Checkpoint, int]:
         """The best checkpoint (the newest where none was validated), or where it is damaged, which
@@ -376,12 +391,12 @@ class Store:
     def _check_same(
         self, checkpoint: Checkpoint, config: Config, sections: tuple[str, ...]
     ) -> None:
-        run, different = config.folder, differences(config, checkpoint.config, sections)
+        different = differences(config, checkpoint.config, sections)
         if different:
             raise UserError(
-                f"{self.path} holds a run with other settings: {'; '.join(different)}. To go on "
-                f"with the run's own settings, use --config {run / 'config.json'} --workdir {run}; "
-                "else choose another --workdir, or begin anew with --restart."
+                f"{self.path} holds a run with other settings: {'; '.join(different)}. "
+                f"{keep_settings(self.path.parent.parent)} Otherwise choose another --workdir, or "
+                "begin anew with --restart."
             )
         others = unlike(self._dataset, checkpoint.dataset)
         if others:

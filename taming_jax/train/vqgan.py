@@ -43,9 +43,7 @@ from taming_jax.train.store import Store
 def build_stage(config: Config, devices: Devices, restart: bool = False) -> "VQGANStage":
     """Stage 1 of a new run, or of the one that its folder holds, unless that begins anew."""
     store = Store(config.folder, VQGANStage.name, VQGANStage.monitor, read_only=True)
-    return VQGANStage(
-        config, devices, None if restart else hosts.from_first(lambda: store.last_config())
-    )
+    return VQGANStage(config, devices, None if restart else hosts.from_first(store.last_config))
 
 
 def with_fixed_start(config: Config, examples: int, created: Config | None) -> Config:
@@ -55,16 +53,16 @@ def with_fixed_start(config: Config, examples: int, created: Config | None) -> C
 
     Raises UserError where the config names another step than the run's.
     """
-    given = config.vqgan.discriminator_start_step
-    start = (config if created is None else created).vqgan.start_step(examples)
+    given, own = config.vqgan.discriminator_start_step, config.vqgan.start_step(examples)
+    start = own if created is None else created.vqgan.start_step(examples)
     if given not in (None, start):
+        fixed = "no start of the discriminator" if start is None else str(start)
         raise UserError(
             f"--vqgan.discriminator-start-step is {given}, but the run in {config.folder} was "
-            f"created with {start}; leave the setting out, or begin anew with --restart."
+            f"created with {fixed}; leave the setting out, or begin anew with --restart."
         )
-    share = config.vqgan.start_step(examples)
-    if start is not None and share is not None and start != share:
-        say(f"The discriminator starts after step {start}, as when the run was created.")
+    if start != own:
+        say(f"The discriminator starts after step {start}, which was fixed when this run began.")
     return replaced(config, "vqgan", discriminator_start_step=start)
 
 
@@ -187,6 +185,7 @@ class VQGANStage:
             deciding = ["loss", "generator_gradient"]
             if adversarial:
                 deciding += ["discriminator", "discriminator_gradient"]
+                deciding += ["lecam"] if settings.lecam_weight else []
             return stepped(state, nets, found.metrics, deciding)
 
         return step

@@ -381,6 +381,48 @@ def test_the_config_keeps_the_section_of_the_other_stage(tmp_path):
     assert read_config(file).prior == load_config("mnist_tiny").prior
 
 
+def test_which_section_of_the_config_is_written(tmp_path):
+    """Of the stage that is trained the given one, of the other the one in the folder; a run that
+    begins anew with stage 1 takes the given ones, unless there is a prior already."""
+    held = load_config("mnist_tiny", {"vqgan.steps": 3, "prior.steps": 4})
+    write_config(held, tmp_path / "config.json")
+    overrides = {"vqgan.steps": 5, "prior.steps": 6, "workdir": str(tmp_path)}
+    given = load_config("mnist_tiny", overrides)
+
+    def steps(stage, restart):
+        config = loop.with_other_stage(given, stage, restart)
+        return config.vqgan.steps, config.prior.steps
+
+    assert steps("vqgan", False) == (5, 4) and steps("vqgan", True) == (5, 6)
+    assert steps("prior", False) == steps("prior", True) == (3, 6)
+    store = Store(tmp_path, "prior", "nll")
+    store.save(1, {"step": np.int32(1)}, held, None)
+    store.require(1)
+    assert steps("vqgan", True) == (5, 4)
+
+
+def test_a_run_whose_preset_has_changed_goes_on_by_its_own_config(tmp_path):
+    train(tmp_path, steps=2, learning_rate=1e-3)
+    with pytest.raises(
+        UserError, match=f"--config {tmp_path / 'config.json'} --workdir {tmp_path}"
+    ):
+        train(tmp_path, steps=4)
+    overrides = {"vqgan.steps": 4, "workdir": str(tmp_path)}
+    loop.train(Parabola, load_config(tmp_path / "config.json", overrides))
+    assert Store(tmp_path, "vqgan", "nll", read_only=True).steps()[-1] == 4
+
+
+def test_a_preset_for_a_gpu_says_so_before_anything_else(tmp_path, capsys):
+    def build(config, devices):
+        print("built")
+        return Parabola(config, devices)
+
+    overrides = {"workdir": str(tmp_path), "devices": 1, "vqgan.batch_size": 4, "vqgan.steps": 1}
+    loop.train(build, load_config("mnist", overrides))
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert "mnist is meant for a GPU" in first and second == "built"
+
+
 def test_a_disk_that_takes_no_more_is_a_sentence(tmp_path, monkeypatch, capsys):
     def full(*_, **__):
         raise ValueError("RESOURCE_EXHAUSTED: no space left")

@@ -177,6 +177,24 @@ def test_a_checkpoint_of_a_newer_format_is_refused_and_left_where_it_is(tmp_path
     assert store.steps() == [1, 2]
 
 
+def test_the_last_config_is_that_of_the_newest_undamaged_checkpoint_of_training(tmp_path):
+    assert Store(tmp_path, "vqgan", "nll").last_config() is None
+    store = saved(tmp_path, {1: None})
+    longer = dataclasses.replace(CONFIG, vqgan=dataclasses.replace(CONFIG.vqgan, steps=99))
+    store.save(2, state(2), longer, None)
+    store.wait()
+    assert store.last_config() == longer
+    (store.path / "2" / "about" / "metadata").write_text("{")
+    assert store.last_config() == CONFIG
+    rewritten(store.path / "1", lambda about: about["config"].update(new=1))
+    with pytest.raises(UserError, match="written by another version of this program: .* 'new'"):
+        store.last_config()
+    imported = Store(tmp_path / "imported", "vqgan", "nll", imported=True)
+    imported.save(0, {"step": np.zeros((), np.int32)}, CONFIG, None)
+    imported.require(0)
+    assert imported.last_config() is None
+
+
 def test_older_damage_does_not_stop_a_run(tmp_path):
     saved(tmp_path, {1: 0.25, 2: 0.5}).close()
     (tmp_path / "checkpoints" / "vqgan" / "1" / "metrics" / "metrics").write_text("{")
@@ -210,9 +228,9 @@ def test_another_architecture_is_refused_by_name(tmp_path):
     store = saved(tmp_path, {1: None})
     other = dataclasses.replace(CONFIG, vqgan=dataclasses.replace(CONFIG.vqgan, code_dim=8))
     with pytest.raises(UserError, match="--vqgan.code-dim is 8, not 4") as error:
-        restored(store, config=dataclasses.replace(other, workdir=str(tmp_path)))
+        restored(store, config=other)
     # As where a preset has changed since.
-    assert f"use --config {tmp_path / 'config.json'} --workdir {tmp_path};" in str(error.value)
+    assert f"take --config {tmp_path / 'config.json'} --workdir {tmp_path} in" in str(error.value)
     longer = dataclasses.replace(CONFIG, vqgan=dataclasses.replace(CONFIG.vqgan, steps=99))
     assert_equal(restored(store, config=longer), state(1))
 

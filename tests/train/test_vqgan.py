@@ -90,7 +90,7 @@ def test_a_longer_run_keeps_the_discriminators_start(tmp_path, capsys, monkeypat
     assert read_config(tmp_path / "config.json").vqgan.discriminator_start_step == 2
     train(10)
     assert adversarial_steps(tmp_path) == list(range(3, 11))
-    assert "The discriminator starts after step 2, as when" in capsys.readouterr().out
+    assert "The discriminator starts after step 2, which was fixed" in capsys.readouterr().out
     assert read_config(tmp_path / "config.json").vqgan.discriminator_start_step == 2
     with pytest.raises(UserError, match="start-step is 7, but the run in .* was created with 2"):
         train(12, **{"vqgan.discriminator_start_step": 7})
