@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Makes .venv beside this checkout and installs the package into it, with CUDA where a GPU is.
+# Makes .venv beside this checkout and installs the package into it, with CUDA where a GPU is. The
+# environment is made by python3, or by the Python that the variable PYTHON names.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source scripts/python.sh
 
 extra=""
 if [[ "$(nvidia-smi -L 2>/dev/null || true)" == *GPU* ]]; then
@@ -12,5 +14,5 @@ if [[ "$(nvidia-smi -L 2>/dev/null || true)" == *GPU* ]]; then
         extra="[cuda12]"
     fi
 fi
-[ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
+make_environment .venv
 .venv/bin/python -m pip install --quiet --editable ".$extra"

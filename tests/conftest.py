@@ -9,10 +9,10 @@ import tempfile
 
 import pytest
 
-from tests.commands import QUICK
+from tests import commands
 
 os.environ["XLA_FLAGS"] = " ".join(  # the last one counts
-    ["--xla_force_host_platform_device_count=4", QUICK, os.environ.get("XLA_FLAGS", "")]
+    ["--xla_force_host_platform_device_count=4", commands.QUICK, os.environ.get("XLA_FLAGS", "")]
 )
 
 # Before numpy is imported: threads of its BLAS that wait for cores which the other tests hold made
@@ -38,13 +38,21 @@ TINY = [
 ]  # fmt: skip
 
 
+# A few hundred parameters, for tests of what happens around a step: compiled in a second or two.
+TINIEST = {
+    "data.name": "synthetic", "data.image_size": 8, "vqgan.channels": 4, "vqgan.multipliers": (1,),
+    "vqgan.latent_channels": 4, "vqgan.codebook_size": 16, "vqgan.discriminator_layers": 1,
+    "vqgan.discriminator_filters": 4, "vqgan.discriminator_start": 0.0, "vqgan.batch_size": 8,
+    "prior.layers": 1, "prior.heads": 2, "prior.width": 16, "prior.batch_size": 8,
+}  # fmt: skip
+
+
 @pytest.fixture(scope="session")
 def stage1(tmp_path_factory):
     """The folder of a small run that has stage 1 only. Copy it to write in it."""
-    from tests import commands
-
     workdir = tmp_path_factory.mktemp("stage1")
-    status, _, err = commands.run("train_vqgan.py", *TINY, 3, "--workdir", workdir)
+    line = ("train_vqgan.py", *TINY, 3, "--workdir", workdir, "--devices", 1)
+    status, _, err = commands.run_here(*line)
     assert status == 0, err
     return workdir
 
@@ -52,12 +60,10 @@ def stage1(tmp_path_factory):
 @pytest.fixture(scope="session")
 def both(stage1, tmp_path_factory):
     """The folder of a small run of both stages. Copy it to write in it."""
-    from tests import commands
-
     workdir = tmp_path_factory.mktemp("both") / "run"
     shutil.copytree(stage1, workdir)
-    status, _, err = commands.run(
-        "train_prior.py", "--config", "mnist_tiny", "--workdir", workdir,
+    status, _, err = commands.run_here(
+        "train_prior.py", "--config", "mnist_tiny", "--workdir", workdir, "--devices", 1,
         "--prior.batch-size", 8, "--prior.steps", 2, "--prior.layers", 1,
     )  # fmt: skip
     assert status == 0, err
