@@ -10,9 +10,10 @@ import pytest
 
 from taming_jax.data import sources
 from taming_jax.train.store import Store
-from tests import commands
+from tests import commands, small_runs
 from tests.data import pictures
 from tests.data.test_images import harmed, visible
+from tests.small_runs import Killed, assert_rows_close, assert_same_run, kill_at, read_rows
 
 STEPS = 12  # of 8 of 42 images: more than two epochs
 STAGE1 = [
@@ -48,6 +49,14 @@ def trained(place, workdir, *settings, devices=1):
     return out
 
 
+def trained_here(place, workdir, *settings):
+    status, out, err = commands.run_here(
+        *STAGE1, *given(place, workdir), "--devices", 1, *settings
+    )
+    assert status == 0, err
+    return out
+
+
 def arrays(workdir):
     return Store(workdir, "vqgan", "nll", read_only=True).read(STEPS)[0]
 
@@ -59,10 +68,11 @@ def rows(workdir):
 
 @pytest.fixture(scope="module")
 def resident(place):
-    trained(place, place / "resident")
+    trained_here(place, place / "resident")
     return place / "resident"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 2, 4])
 def test_a_streaming_run_that_is_killed_goes_on_bit_for_bit(place, resident, tmp_path, devices):
     streaming = ("--data.resident-share", 0)
@@ -88,12 +98,48 @@ def test_a_streaming_run_that_is_killed_goes_on_bit_for_bit(place, resident, tmp
     assert all(0 <= json.loads(line)["waiting"] <= 1 for line in speed) and len(speed) >= STEPS
 
 
+# The feeds are what differs, so that the discriminator is left out, and sooner compiled.
+SMALL = {
+    "data__name": "folder", "data__channels": 3, "data__random_crop": True, "data__mirror": True,
+    "vqgan__discriminator_start": 1.0, "vqgan__steps": STEPS, "vqgan__checkpoint_every": 4,
+}  # fmt: skip
+
+
+def train_small(place, workdir, **settings):
+    folders = {"data__path": str(place / "my pictures ü"), "data__cache": str(place / "cache")}
+    small_runs.train(workdir, **SMALL | folders | settings)
+
+
+@pytest.fixture(scope="module")
+def small_resident(place):
+    """A small run that keeps its pictures in the device's memory."""
+    train_small(place, place / "small")
+    return place / "small"
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4])
+def test_a_streaming_run_that_is_broken_goes_on_bit_for_bit(
+    place, small_resident, tmp_path, devices
+):
+    streaming = {"data__resident_share": 0.0, "devices": devices}
+    train_small(place, tmp_path / "whole", **streaming)
+    with pytest.raises(Killed):
+        train_small(place, tmp_path / "broken", on_step=kill_at(10), **streaming)
+    step = small_runs.saved_steps(tmp_path / "broken")[-1]
+    assert step == 8 and step * 8 % 42, "in the middle of an epoch"
+    train_small(place, tmp_path / "broken", **streaming)
+    assert_same_run(tmp_path / "broken", tmp_path / "whole", STEPS)
+    assert_rows_close(read_rows(tmp_path / "whole"), read_rows(small_resident), 1e-3)
+    speed = (tmp_path / "whole" / "metrics" / "vqgan_speed.jsonl").read_text().splitlines()
+    assert all(0 <= json.loads(line)["waiting"] <= 1 for line in speed) and len(speed) >= STEPS
+
+
 def test_from_a_folder_to_samples(place, resident, tmp_path):
     """Stage 2 needs the data; sampling by name does not."""
     workdir = shutil.copytree(resident, tmp_path / "run")
-    status, _, err = commands.run(*STAGE2, *given(place, workdir))
+    status, _, err = commands.run_here(*STAGE2, *given(place, workdir))
     assert status == 0, err
-    status, _, err = commands.run(
+    status, _, err = commands.run_here(
         "scripts/sample.py", "--workdir", workdir, "--classes", "zèbre", "--per-class", 2, "--out",
         tmp_path / "s.npz",
     )  # fmt: skip
@@ -107,7 +153,7 @@ def test_a_run_refuses_to_go_on_with_other_pictures(place, resident, tmp_path):
     next((other / "train").rglob("*.jpg")).unlink()
     before = {p: p.read_bytes() for p in resident.rglob("*") if p.is_file()}
     for script in (STAGE1, STAGE2):
-        status, _, err = commands.run(*script, *given(tmp_path, resident))
+        status, _, err = commands.run_here(*script, *given(tmp_path, resident))
         assert status == 2 and err.count("\n") == 1, err
         assert "other data: there are 41 training images, not 42" in err
     assert {p: p.read_bytes() for p in resident.rglob("*") if p.is_file()} == before
@@ -116,13 +162,13 @@ def test_a_run_refuses_to_go_on_with_other_pictures(place, resident, tmp_path):
 def test_harmed_pictures_are_left_out_or_too_many(place, tmp_path):
     shutil.copytree(place / "my pictures ü", tmp_path / "my pictures ü")
     harmed(tmp_path / "my pictures ü", 1 / 8)
-    out = trained(tmp_path, tmp_path / "run", "--vqgan.steps", 1)
+    out = trained_here(tmp_path, tmp_path / "run", "--vqgan.steps", 1)
     assert "6 of 42 pictures cannot be read" in out
     (listed,) = (tmp_path / "cache").glob("*-skipped.txt")
     assert len(listed.read_text().splitlines()) == 6
     shutil.copytree(place / "my pictures ü", tmp_path / "most" / "my pictures ü")
     harmed(tmp_path / "most" / "my pictures ü", 1)
-    status, _, err = commands.run(*STAGE1, *given(tmp_path / "most", tmp_path / "none"))
+    status, _, err = commands.run_here(*STAGE1, *given(tmp_path / "most", tmp_path / "none"))
     assert status == 2 and "42 of 42 pictures cannot be read" in err
     assert not (tmp_path / "none").exists()
 
@@ -138,7 +184,7 @@ def test_decoding_that_is_killed_is_begun_again_and_leaves_nothing(place, tmp_pa
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)  # which its workers, that share its pipes, do not prolong
     assert list((tmp_path / "cache").glob("*-partial-*"))
-    trained(tmp_path, tmp_path / "run", *settings)
+    trained_here(tmp_path, tmp_path / "run", *settings)
     assert len(visible(tmp_path / "cache")) == 3
     data = Store(tmp_path / "run", "vqgan", "nll", read_only=True).read(1)[1].data
     kept = sources.load(data).train.images

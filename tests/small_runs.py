@@ -1,0 +1,130 @@
+"""Runs of a few hundred parameters, trained in this process, and what they leave.
+
+Compiling the stages is nearly all of their time. Those of stage 1 are therefore kept, and used again
+by the runs that differ in their folder only.
+"""
+
+import dataclasses
+import functools
+import json
+import signal
+
+import numpy as np
+import pytest
+
+from taming_jax.config import load_config
+from taming_jax.train import loop
+from taming_jax.train.prior import PriorStage
+from taming_jax.train.store import Store
+from taming_jax.train.vqgan import VQGANStage
+
+SETTINGS = {
+    "data.name": "synthetic", "data.image_size": 8, "devices": 1, "vqgan.channels": 4,
+    "vqgan.multipliers": (1,), "vqgan.latent_channels": 4, "vqgan.codebook_size": 16,
+    "vqgan.discriminator_layers": 1, "vqgan.discriminator_filters": 4,
+    "vqgan.discriminator_start": 0.0, "vqgan.batch_size": 8, "prior.layers": 1, "prior.heads": 2,
+    "prior.width": 16, "prior.batch_size": 8,
+}  # fmt: skip
+
+
+class Killed(BaseException):
+    """Ends a run at once, as SIGKILL does; nothing in the package handles it."""
+
+
+def kill_at(step):
+    """For `on_step`: ends the run when `step` steps are done and the next one is to begin."""
+
+    def on_step(done):
+        if done == step:
+            raise Killed
+
+    return on_step
+
+
+def stop_at(step, signum=signal.SIGTERM):
+    """For `on_step`: sends this process a signal when `step` steps are done."""
+
+    def on_step(done):
+        if done == step:
+            signal.raise_signal(signum)
+
+    return on_step
+
+
+@functools.cache
+def vqgan_stage(config):
+    """Stage 1 of a config without a folder, on its devices."""
+    return VQGANStage(config, loop.Devices(config.devices))
+
+
+def small_config(workdir, **settings):
+    """A config whose settings are named `data__path` for `data.path`."""
+    overrides = {name.replace("__", "."): value for name, value in settings.items()}
+    return load_config("mnist_tiny", SETTINGS | overrides | {"workdir": str(workdir)})
+
+
+def train(workdir, stage="vqgan", on_step=lambda done: None, draw=False, restart=False, **settings):
+    """Trains a stage of `small_config`. `on_step` is called before each step with the number of
+    those done; figures are drawn where `draw` is set."""
+    config = small_config(workdir, **settings)
+
+    def build(config, devices):
+        if stage == "prior":
+            built = PriorStage(config, devices, restart)
+        else:
+            built = vqgan_stage(dataclasses.replace(config, workdir=None))
+        return Observed(built, on_step, draw)
+
+    loop.train(build, config, restart)
+
+
+class Observed:
+    """A stage that calls a function before each step, and draws figures only if asked to."""
+
+    def __init__(self, stage, on_step, draw):
+        self._stage, self._on_step, self._draw = stage, on_step, draw
+
+    def __getattr__(self, name):
+        return getattr(self._stage, name)
+
+    def train_step(self, state, batch):
+        self._on_step(batch.step)
+        return self._stage.train_step(state, batch)
+
+    def draw(self, *arguments):
+        if self._draw:
+            self._stage.draw(*arguments)
+
+
+def saved_steps(workdir, stage="vqgan"):
+    return Store(workdir, stage, "nll", read_only=True).steps()
+
+
+def arrays_at(workdir, step, stage="vqgan"):
+    return Store(workdir, stage, "nll", read_only=True).read(step).arrays
+
+
+def read_rows(workdir, stage="vqgan"):
+    lines = (workdir / "metrics" / f"{stage}.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def assert_same_arrays(arrays, expected):
+    """Bit for bit."""
+    assert set(arrays) == set(expected) and len(arrays) > 50
+    for path, array in expected.items():
+        np.testing.assert_array_equal(arrays[path], array, err_msg=".".join(path))
+
+
+def assert_same_run(workdir, expected, step, stage="vqgan"):
+    """The arrays of a checkpoint and the log of two runs, bit for bit."""
+    assert_same_arrays(arrays_at(workdir, step, stage), arrays_at(expected, step, stage))
+    assert read_rows(workdir, stage) == read_rows(expected, stage)
+
+
+def assert_rows_close(rows, expected, tolerance):
+    """Rows of logs with the same terms and nearly the same numbers."""
+    for row, other in zip(rows, expected, strict=True):
+        assert row.keys() == other.keys() and row["split"] == other["split"]
+        for key in row.keys() - {"split"}:
+            assert row[key] == pytest.approx(other[key], rel=tolerance), key
