@@ -1,7 +1,7 @@
 """Runs of a few hundred parameters, trained in this process, and what they leave.
 
-Compiling the stages is nearly all of their time. Those of stage 1 are therefore kept, and used again
-by the runs that differ in their folder only.
+Compiling the stages is nearly all of their time. Those of stage 1 are therefore kept, for runs that
+differ in their folder only.
 """
 
 import dataclasses
@@ -60,7 +60,7 @@ def vqgan_stage(config):
 def small_config(workdir, **settings):
     """A config whose settings are named `data__path` for `data.path`."""
     overrides = {name.replace("__", "."): value for name, value in settings.items()}
-    return load_config("mnist_tiny", SETTINGS | overrides | {"workdir": str(workdir)})
+    return load_config("mnist_tiny", SETTINGS | overrides | {"workdir": workdir and str(workdir)})
 
 
 def train(workdir, stage="vqgan", on_step=lambda done: None, draw=False, restart=False, **settings):

@@ -17,11 +17,13 @@ from tests.small_runs import Killed, assert_rows_close, assert_same_run, kill_at
 
 STEPS = 12  # of 8 of 42 images: more than two epochs
 STAGE1 = [
-    "train_vqgan.py", "--config", "birds_tiny", "--data.name", "folder", "--data.image-size", "16",
-    "--vqgan.channels", "4", "--vqgan.multipliers", "1", "2", "--vqgan.batch-size", "8",
-    "--vqgan.latent-channels", "8", "--vqgan.discriminator-layers", "2",
-    "--vqgan.discriminator-start", "0.5", "--vqgan.steps", STEPS, "--vqgan.checkpoint-every", "4",
+    "train_vqgan.py", "--config", "birds_tiny", "--data.name", "folder", "--data.image-size", "8",
+    "--vqgan.channels", "4", "--vqgan.multipliers", "1", "--vqgan.batch-size", "8",
+    "--vqgan.latent-channels", "8", "--vqgan.discriminator-layers", "1",
+    "--vqgan.discriminator-filters", "4", "--vqgan.discriminator-start", "0.5", "--vqgan.steps",
+    STEPS, "--vqgan.checkpoint-every", "4",
 ]  # fmt: skip
+ONE_STEP = ("--vqgan.steps", 1, "--vqgan.discriminator-start", 1)
 STAGE2 = [
     "train_prior.py", "--config", "birds_tiny", "--prior.steps", "4", "--prior.batch-size", "8",
     "--prior.layers", "1", "--prior.width", "16", "--prior.augmented-versions", "2",
@@ -50,9 +52,7 @@ def trained(place, workdir, *settings, devices=1):
 
 
 def trained_here(place, workdir, *settings):
-    status, out, err = commands.run_here(
-        *STAGE1, *given(place, workdir), "--devices", 1, *settings
-    )
+    status, out, err = commands.run_here(*STAGE1, *given(place, workdir), "--devices", 1, *settings)
     assert status == 0, err
     return out
 
@@ -145,7 +145,7 @@ def test_from_a_folder_to_samples(place, resident, tmp_path):
     )  # fmt: skip
     assert status == 0, err
     images = np.load(tmp_path / "s.npz")["images"]
-    assert images.shape == (2, 16, 16, 3) and images.dtype == np.uint8
+    assert images.shape == (2, 8, 8, 3) and images.dtype == np.uint8
 
 
 def test_a_run_refuses_to_go_on_with_other_pictures(place, resident, tmp_path):
@@ -162,7 +162,7 @@ def test_a_run_refuses_to_go_on_with_other_pictures(place, resident, tmp_path):
 def test_harmed_pictures_are_left_out_or_too_many(place, tmp_path):
     shutil.copytree(place / "my pictures ü", tmp_path / "my pictures ü")
     harmed(tmp_path / "my pictures ü", 1 / 8)
-    out = trained_here(tmp_path, tmp_path / "run", "--vqgan.steps", 1)
+    out = trained_here(tmp_path, tmp_path / "run", *ONE_STEP)
     assert "6 of 42 pictures cannot be read" in out
     (listed,) = (tmp_path / "cache").glob("*-skipped.txt")
     assert len(listed.read_text().splitlines()) == 6
@@ -176,7 +176,7 @@ def test_harmed_pictures_are_left_out_or_too_many(place, tmp_path):
 def test_decoding_that_is_killed_is_begun_again_and_leaves_nothing(place, tmp_path):
     many = {"train": pictures.split(400), "test": pictures.split(3)}
     pictures.write_folder(tmp_path / "my pictures ü", many)
-    settings = ("--data.workers", 2, "--vqgan.steps", 1)
+    settings = ("--data.workers", 2, *ONE_STEP)
     process = commands.start(*STAGE1, *given(tmp_path, tmp_path / "run"), *settings)
     while not list((tmp_path / "cache").glob("*-partial-*")):
         assert process.poll() is None, process.communicate()[1]

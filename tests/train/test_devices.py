@@ -5,6 +5,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from taming_jax.config import DataConfig, load_config
@@ -14,9 +15,10 @@ from taming_jax.data.feeds import ResidentFeed, take, to_float
 from taming_jax.errors import UserError
 from taming_jax.train.devices import Devices
 from taming_jax.train.objective import Networks
-from taming_jax.train.state import AUGMENTATION, example_keys
+from taming_jax.train.state import AUGMENTATION, copied, example_keys
+from taming_jax.train.store import Store
 from taming_jax.train.vqgan import VQGANStage
-from tests import commands, golden
+from tests import commands, golden, small_runs
 
 OVERRIDES = {
     "vqgan.batch_size": 16, "vqgan.discriminator_start": 0.0, "vqgan.steps": 200,
@@ -68,6 +70,7 @@ def trained():
     return devices.fetch(state), np.asarray(images)
 
 
+@pytest.mark.slow
 def test_one_two_and_four_devices_take_the_same_step(trained):
     state, images = trained
     # With LeCAM, so that every kind of state is compared.
@@ -110,6 +113,7 @@ def test_augmentation_does_not_depend_on_the_devices():
     np.testing.assert_array_equal(seen[4], seen[1])
 
 
+@pytest.mark.slow
 def test_the_command_line_gives_the_same_rows_on_any_number_of_devices(tmp_path):
     rows = {}
     for count in (1, 2, 4):
@@ -129,3 +133,48 @@ def test_the_command_line_gives_the_same_rows_on_any_number_of_devices(tmp_path)
             assert row.pop("split") == expected["split"]
             for key in row:
                 assert row[key] == pytest.approx(expected[key], rel=2e-3), key
+
+
+# With everything on that a step can have, so that every kind of state is compared.
+SMALL = {
+    "vqgan__batch_size": 16, "vqgan__steps": 4, "vqgan__lecam_weight": 0.1, "data__mirror": True,
+    "vqgan__adaptive_weight": True, "vqgan__diff_augment": ("color", "translation"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Folders of small runs by their number of devices."""
+    folders = {count: tmp_path_factory.mktemp(str(count)) for count in (1, 2, 4)}
+    for count, folder in folders.items():
+        small_runs.train(folder, devices=count, **SMALL)
+    return folders
+
+
+def test_small_runs_on_any_number_of_devices_log_the_same_rows(small):
+    rows = {count: small_runs.read_rows(folder) for count, folder in small.items()}
+    assert len(rows[1]) == 5 and rows[1][0]["adaptive_weight"] > 0
+    for count in (2, 4):
+        small_runs.assert_rows_close(rows[count], rows[1], 2e-3)
+
+
+def test_small_runs_take_the_same_step_on_any_number_of_devices(small):
+    """From one checkpoint. Adam's first moments differ from those before by the gradients."""
+    found = {}
+    for count in small:
+        stage = small_runs.vqgan_stage(small_runs.small_config(None, devices=count, **SMALL))
+        store = Store(small[1], "vqgan", "nll", read_only=True)
+        template = stage.init(jax.random.key(0))
+        state = store.restore(template, stage.config, (), (), print)
+        feed, _ = stage.feeds()
+        state = copied(stage.devices.replicate(state))
+        state, metrics = stage.train_step(state, feed.batch(4))
+        feed.close()
+        moments = {
+            name: optax.tree_utils.tree_get(net.opt_state, "mu") for name, net in state.nets.items()
+        }
+        extra = {name: net.extra for name, net in state.nets.items()}
+        found[count] = stage.devices.fetch((metrics, moments, extra, state.step))
+    assert found[1][0]["adaptive_weight"] > 0 and found[1][3] == 5
+    for count in (2, 4):
+        golden.assert_trees_close(found[count], found[1], f"{count} devices ", 1e-5, 1e-6)
