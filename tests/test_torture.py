@@ -4,9 +4,12 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 from tests import commands
 
 
+@pytest.mark.slow
 def test_twelve_faults_lose_nothing(tmp_path):
     done = subprocess.run(
         [

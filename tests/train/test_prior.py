@@ -23,7 +23,7 @@ from taming_jax.train.prior import (
 )
 from taming_jax.train.state import CODES, LABELS, example_keys
 from taming_jax.train.store import Store
-from tests import commands, golden
+from tests import commands, golden, small_runs
 from tests.conftest import TINY
 from tests.train.test_resume import stopped_after
 
@@ -37,10 +37,11 @@ def stage_of(workdir, count=1, **prior):
     return PriorStage(load_config(str(workdir / "config.json"), overrides), Devices(count))
 
 
-def test_one_two_and_four_devices_take_the_same_step(stage1):
+@pytest.mark.parametrize("counts", [(1, 4), pytest.param((1, 2), marks=pytest.mark.slow)])
+def test_one_two_and_four_devices_take_the_same_step(stage1, counts):
     settings = {"dropout": 0.3, "label_dropout": 0.5, "keep_codes": 0.8}
     found = {}
-    for count in (1, 2, 4):
+    for count in counts:
         stage = stage_of(stage1, count, **settings)
         feed, _ = stage.feeds()
         state = stage.devices.replicate(stage.init(jax.random.key(0)))
@@ -50,7 +51,7 @@ def test_one_two_and_four_devices_take_the_same_step(stage1):
             state, metrics = stage.train_step(state, feed.batch(step))
             losses.append(stage.devices.fetch(metrics))
         found[count] = losses, stage.devices.fetch(state.nets["transformer"].opt_state)
-    for count in (2, 4):
+    for count in counts[1:]:
         golden.assert_trees_close(found[count][0], found[1][0], f"{count} devices ", 1e-5, 1e-6)
         # Adam's first moment is the averaged gradient.
         golden.assert_trees_close(found[count][1], found[1][1], f"{count} devices ", 1e-4, 1e-6)
@@ -165,6 +166,7 @@ COMMAND = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_killed_prior_goes_on_bit_for_bit_and_keeps_its_own_generator(stage1, tmp_path):
     whole, broken = (shutil.copytree(stage1, tmp_path / name) for name in ("whole", "broken"))
     settings = [
@@ -198,6 +200,30 @@ def test_a_killed_prior_goes_on_bit_for_bit_and_keeps_its_own_generator(stage1, 
     assert validation["bits_per_dim"] == pytest.approx(bits)
 
 
+def test_a_broken_prior_goes_on_bit_for_bit_and_keeps_its_own_generator(tmp_path):
+    small_runs.train(tmp_path / "whole", vqgan__steps=3)
+    shutil.copytree(tmp_path / "whole", tmp_path / "broken")
+    settings = {"vqgan__steps": 3, "prior__steps": 14, "prior__checkpoint_every": 4}
+    settings |= {"prior__eval_every": 7, "prior__dropout": 0.2, "seed": 2**32 - 1}
+    small_runs.train(tmp_path / "whole", "prior", draw=True, **settings)
+    figures = {file.name for file in (tmp_path / "whole" / "figures").iterdir()}
+    assert figures >= {"prior_loss.png", "samples.png"}
+    with pytest.raises(small_runs.Killed):
+        small_runs.train(tmp_path / "broken", "prior", on_step=small_runs.kill_at(10), **settings)
+    assert small_runs.saved_steps(tmp_path / "broken", "prior") == [7, 8]
+    small_runs.train(tmp_path / "broken", vqgan__steps=5)  # in between
+    small_runs.train(tmp_path / "broken", "prior", **settings)
+    small_runs.assert_same_run(tmp_path / "broken", tmp_path / "whole", 14, "prior")
+    kept = small_runs.arrays_at(tmp_path / "whole", 14, "prior")
+    assert any("generator" in path for path in kept)
+    last = small_runs.arrays_at(tmp_path / "broken", 5)
+    moved = [p for p in last if "ema" in p and (last[p] != kept[(*p[:2], "params", *p[3:])]).any()]
+    assert moved, "stage 1 has moved on"
+    validation = small_runs.read_rows(tmp_path / "whole", "prior")[-1]
+    bits = validation["nll"] / np.log(2)  # of a code a pixel
+    assert validation["bits_per_dim"] == pytest.approx(bits)
+
+
 def test_bad_input_is_a_sentence(stage1, tmp_path):
     for arguments, says in (
         (
@@ -210,6 +236,6 @@ def test_bad_input_is_a_sentence(stage1, tmp_path):
         ([*COMMAND, stage1, "--prior.heads", 3], "--prior.width 32 cannot be divided"),
         ([*COMMAND, stage1, "--prior.batch-size", 0], "--prior.batch-size is 0"),
     ):
-        status, _, err = commands.run(*arguments)
+        status, _, err = commands.run_here(*arguments)
         assert status == 2 and says in err and err.count("\n") == 1, err
     assert list(tmp_path.iterdir()) == []
