@@ -9,12 +9,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax._src import compilation_cache
 
 from taming_jax.config import load_config
 from taming_jax.train import runtime
 from taming_jax.train.runtime import WholeEntries, prepare
 from taming_jax.train.store import Store
-from tests import commands
+from tests import commands, small_runs
 from tests.conftest import TINY
 
 
@@ -169,6 +170,7 @@ def test_programs_are_kept_in_the_user_s_folder_and_damage_costs_a_compilation(t
     assert folder.stat().st_mode & 0o077 == 0, "programs of others would be run"
 
 
+@pytest.mark.slow
 def test_a_run_of_kept_programs_is_the_same_bit_for_bit(stage1, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "environ", without_a_cache(tmp_path / "cache"))
     expected = Store(stage1, "vqgan", "nll", read_only=True).read(3).arrays
@@ -182,6 +184,40 @@ def test_a_run_of_kept_programs_is_the_same_bit_for_bit(stage1, tmp_path, monkey
             np.testing.assert_array_equal(arrays[path], array, err_msg=".".join(path))
         kept.append(sorted((tmp_path / "cache").rglob("*step*")))
     assert kept[0] == kept[1] and kept[0], "the second run compiled no step"
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """A user's cache of compiled programs, empty, in place of the tests' one."""
+    before = jax.config.jax_compilation_cache_dir
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    # Restored at the end; `keep_programs` puts another one in its place.
+    monkeypatch.setattr(compilation_cache, "get_file_cache", compilation_cache.get_file_cache)
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+    yield tmp_path / "cache"
+    jax.config.update("jax_compilation_cache_dir", before)
+    compilation_cache.reset_cache()
+    small_runs.vqgan_stage.cache_clear()
+
+
+def test_a_small_run_of_kept_programs_is_the_same_bit_for_bit(own_cache, tmp_path, monkeypatch):
+    read, get = {}, WholeEntries.get
+
+    def reading(cache, key):
+        value = get(cache, key)
+        if "step" in key:
+            read[key] = value is not None
+        return value
+
+    monkeypatch.setattr(WholeEntries, "get", reading)
+    for name, kept in (("cold", False), ("warm", True)):
+        read.clear()
+        small_runs.vqgan_stage.cache_clear()
+        small_runs.train(tmp_path / name, vqgan__steps=3, vqgan__lecam_weight=0.3)
+        assert read and set(read.values()) == {kept}
+    assert read.keys() == {path.name for path in own_cache.rglob("*step*")}
+    small_runs.assert_same_run(tmp_path / "warm", tmp_path / "cold", 3)
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="cores cannot be counted")
