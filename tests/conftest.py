@@ -3,11 +3,13 @@ compiled quickly, and kept in one place: most of a small run's time is compilati
 compiled again. `XLA_FLAGS=--xla_backend_optimization_level=3` has them compiled as users have them.
 """
 
+import gc
 import os
 import shutil
 import tempfile
 
 import pytest
+from filelock import FileLock
 
 from tests import commands
 
@@ -23,12 +25,20 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the processes that run test
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="taming_jax-test-cache-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
-LONGEST = ("test_torture", "test_devices", "test_resume", "test_hosts", "test_pictures")
+# Tracing makes so many objects that looking for garbage among them takes a tenth of the time.
+gc.set_threshold(100_000, 50, 100)
+
+LONGEST = [
+    "test_torture", "test_pictures", "test_sampling", "test_compvis", "test_prior", "test_resume",
+    "test_objective", "test_hosts", "test_sample", "test_weights", "test_report", "test_features",
+    "test_precision", "test_devices", "test_run", "test_bad_input",
+]  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):
     """The longest files first, so that no core is left alone with one of them at the end."""
-    items.sort(key=lambda item: item.path.stem not in LONGEST)
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
 
 
 TINY = [
@@ -38,33 +48,41 @@ TINY = [
 ]  # fmt: skip
 
 
-# A few hundred parameters, for tests of what happens around a step: compiled in a second or two.
-TINIEST = {
-    "data.name": "synthetic", "data.image_size": 8, "vqgan.channels": 4, "vqgan.multipliers": (1,),
-    "vqgan.latent_channels": 4, "vqgan.codebook_size": 16, "vqgan.discriminator_layers": 1,
-    "vqgan.discriminator_filters": 4, "vqgan.discriminator_start": 0.0, "vqgan.batch_size": 8,
-    "prior.layers": 1, "prior.heads": 2, "prior.width": 16, "prior.batch_size": 8,
-}  # fmt: skip
+def make_once(tmp_path_factory, name, make):
+    """A folder that the first process of the test run to need it makes, for all of them."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+    folder, done = base / f"shared-{name}", base / f"shared-{name}.done"
+    with FileLock(base / f"shared-{name}.lock"):
+        if not done.exists():
+            make(folder)
+            done.touch()
+    return folder
 
 
 @pytest.fixture(scope="session")
 def stage1(tmp_path_factory):
     """The folder of a small run that has stage 1 only. Copy it to write in it."""
-    workdir = tmp_path_factory.mktemp("stage1")
-    line = ("train_vqgan.py", *TINY, 3, "--workdir", workdir, "--devices", 1)
-    status, _, err = commands.run_here(*line)
-    assert status == 0, err
-    return workdir
+
+    def make(workdir):
+        line = ("train_vqgan.py", *TINY, 3, "--workdir", workdir, "--devices", 1)
+        status, _, err = commands.run_here(*line)
+        assert status == 0, err
+
+    return make_once(tmp_path_factory, "stage1", make)
 
 
 @pytest.fixture(scope="session")
 def both(stage1, tmp_path_factory):
     """The folder of a small run of both stages. Copy it to write in it."""
-    workdir = tmp_path_factory.mktemp("both") / "run"
-    shutil.copytree(stage1, workdir)
-    status, _, err = commands.run_here(
-        "train_prior.py", "--config", "mnist_tiny", "--workdir", workdir, "--devices", 1,
-        "--prior.batch-size", 8, "--prior.steps", 2, "--prior.layers", 1,
-    )  # fmt: skip
-    assert status == 0, err
-    return workdir
+
+    def make(workdir):
+        shutil.copytree(stage1, workdir, dirs_exist_ok=True)
+        status, _, err = commands.run_here(
+            "train_prior.py", "--config", "mnist_tiny", "--workdir", workdir, "--devices", 1,
+            "--prior.batch-size", 8, "--prior.steps", 2, "--prior.layers", 1,
+        )  # fmt: skip
+        assert status == 0, err
+
+    return make_once(tmp_path_factory, "both", make)

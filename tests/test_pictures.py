@@ -20,10 +20,10 @@ STAGE1 = [
     "train_vqgan.py", "--config", "birds_tiny", "--data.name", "folder", "--data.image-size", "8",
     "--vqgan.channels", "4", "--vqgan.multipliers", "1", "--vqgan.batch-size", "8",
     "--vqgan.latent-channels", "8", "--vqgan.discriminator-layers", "1",
-    "--vqgan.discriminator-filters", "4", "--vqgan.discriminator-start", "0.5", "--vqgan.steps",
+    "--vqgan.discriminator-filters", "4", "--vqgan.discriminator-start", "1", "--vqgan.steps",
     STEPS, "--vqgan.checkpoint-every", "4",
 ]  # fmt: skip
-ONE_STEP = ("--vqgan.steps", 1, "--vqgan.discriminator-start", 1)
+ADVERSARIAL = ("--vqgan.discriminator-start", 0.5)
 STAGE2 = [
     "train_prior.py", "--config", "birds_tiny", "--prior.steps", "4", "--prior.batch-size", "8",
     "--prior.layers", "1", "--prior.width", "16", "--prior.augmented-versions", "2",
@@ -72,10 +72,16 @@ def resident(place):
     return place / "resident"
 
 
+@pytest.fixture(scope="module")
+def adversarial(place):
+    trained_here(place, place / "adversarial", *ADVERSARIAL)
+    return place / "adversarial"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 2, 4])
-def test_a_streaming_run_that_is_killed_goes_on_bit_for_bit(place, resident, tmp_path, devices):
-    streaming = ("--data.resident-share", 0)
+def test_a_streaming_run_that_is_killed_goes_on_bit_for_bit(place, adversarial, tmp_path, devices):
+    streaming = ("--data.resident-share", 0, *ADVERSARIAL)
     trained(place, tmp_path / "whole", *streaming, devices=devices)
     process = commands.start(
         *STAGE1, *given(place, tmp_path / "killed"), *streaming, devices=devices
@@ -92,7 +98,7 @@ def test_a_streaming_run_that_is_killed_goes_on_bit_for_bit(place, resident, tmp
     for path, array in arrays(tmp_path / "killed").items():
         np.testing.assert_array_equal(array, expected[path], err_msg=".".join(path))
     assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
-    for row, other in zip(rows(tmp_path / "whole"), rows(resident), strict=True):
+    for row, other in zip(rows(tmp_path / "whole"), rows(adversarial), strict=True):
         assert row["l1"] == pytest.approx(other["l1"], rel=1e-3), "the batches are those"
     speed = (tmp_path / "whole" / "metrics" / "vqgan_speed.jsonl").read_text().splitlines()
     assert all(0 <= json.loads(line)["waiting"] <= 1 for line in speed) and len(speed) >= STEPS
@@ -117,7 +123,7 @@ def small_resident(place):
     return place / "small"
 
 
-@pytest.mark.parametrize("devices", [1, 2, 4])
+@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow), 4])
 def test_a_streaming_run_that_is_broken_goes_on_bit_for_bit(
     place, small_resident, tmp_path, devices
 ):
@@ -162,7 +168,7 @@ def test_a_run_refuses_to_go_on_with_other_pictures(place, resident, tmp_path):
 def test_harmed_pictures_are_left_out_or_too_many(place, tmp_path):
     shutil.copytree(place / "my pictures ü", tmp_path / "my pictures ü")
     harmed(tmp_path / "my pictures ü", 1 / 8)
-    out = trained_here(tmp_path, tmp_path / "run", *ONE_STEP)
+    out = trained_here(tmp_path, tmp_path / "run", "--vqgan.steps", 1)
     assert "6 of 42 pictures cannot be read" in out
     (listed,) = (tmp_path / "cache").glob("*-skipped.txt")
     assert len(listed.read_text().splitlines()) == 6
@@ -176,7 +182,7 @@ def test_harmed_pictures_are_left_out_or_too_many(place, tmp_path):
 def test_decoding_that_is_killed_is_begun_again_and_leaves_nothing(place, tmp_path):
     many = {"train": pictures.split(400), "test": pictures.split(3)}
     pictures.write_folder(tmp_path / "my pictures ü", many)
-    settings = ("--data.workers", 2, *ONE_STEP)
+    settings = ("--data.workers", 2, "--vqgan.steps", 1)
     process = commands.start(*STAGE1, *given(tmp_path, tmp_path / "run"), *settings)
     while not list((tmp_path / "cache").glob("*-partial-*")):
         assert process.poll() is None, process.communicate()[1]

@@ -35,7 +35,7 @@ def run(tmp_path_factory):
         {
             "data.name": "synthetic", "data.image_size": 16, "data.channels": 3, "devices": 2,
             "vqgan.multipliers": (1, 2), "vqgan.channels": 8, "vqgan.batch_size": 32,
-            "vqgan.steps": 60, "vqgan.discriminator_start": 0.9, "vqgan.eval_every": 60,
+            "vqgan.steps": 60, "vqgan.discriminator_start": 1.0, "vqgan.eval_every": 60,
             "workdir": str(tmp_path_factory.mktemp("run")),
         },
     )  # fmt: skip

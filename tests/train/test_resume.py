@@ -23,6 +23,7 @@ COMMAND = [
     "--devices", "1", "--workdir",
 ]  # fmt: skip
 STEPS = 60
+HOST_DEVICES = 4  # as in the tests' process: XLA rounds by how many there are
 
 
 def last_arrays(workdir):
@@ -51,9 +52,9 @@ def unbroken(tmp_path_factory):
     return workdir
 
 
-def stopped_after(command, checkpoint, signum):
+def stopped_after(command, checkpoint, signum, devices=1):
     """A run that a signal ends once a checkpoint is whole."""
-    process = commands.start(*command)
+    process = commands.start(*command, devices=devices)
     while not checkpoint.exists():
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.005)
@@ -66,7 +67,7 @@ def stopped_after(command, checkpoint, signum):
 def killed(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("killed")
     status, _ = stopped_after(
-        [*COMMAND, workdir], workdir / "checkpoints" / "vqgan" / "20", signal.SIGKILL
+        [*COMMAND, workdir], workdir / "checkpoints" / "vqgan" / "20", signal.SIGKILL, HOST_DEVICES
     )
     steps = Store(workdir, "vqgan", "nll", read_only=True).steps()
     assert status == -signal.SIGKILL and 20 in steps and STEPS not in steps
@@ -75,7 +76,7 @@ def killed(tmp_path_factory):
 
 def test_a_killed_run_goes_on_bit_for_bit(killed, unbroken, tmp_path):
     workdir = shutil.copytree(killed, tmp_path / "run")
-    status, _, err = commands.run(*COMMAND, workdir)
+    status, _, err = commands.run(*COMMAND, workdir, devices=HOST_DEVICES)
     assert status == 0, err
     assert_same_arrays(workdir, unbroken)
     assert rows(workdir) == rows(unbroken)
@@ -89,7 +90,7 @@ def test_a_flipped_byte_is_named_and_the_checkpoint_before_it_used(killed, unbro
     steps = Store(workdir, "vqgan", "nll", read_only=True).steps()
     newest = workdir / "checkpoints" / "vqgan" / str(steps[-1])
     flip_byte(largest_file(newest))
-    status, out, err = commands.run(*COMMAND, workdir)
+    status, out, err = commands.run(*COMMAND, workdir, devices=HOST_DEVICES)
     assert status == 0, err
     assert f"{newest} is damaged" in out and f"of step {steps[-2]}, is used" in out
     assert_same_arrays(workdir, unbroken)
@@ -98,13 +99,16 @@ def test_a_flipped_byte_is_named_and_the_checkpoint_before_it_used(killed, unbro
 @pytest.mark.slow
 def test_a_stopped_run_saves_and_goes_on_bit_for_bit(unbroken, tmp_path):
     returned, err = stopped_after(
-        [*COMMAND, tmp_path], tmp_path / "checkpoints" / "vqgan" / "10", signal.SIGTERM
+        [*COMMAND, tmp_path],
+        tmp_path / "checkpoints" / "vqgan" / "10",
+        signal.SIGTERM,
+        HOST_DEVICES,
     )
     assert returned == 143, err
     assert "Stopped by SIGTERM after step" in err and "Traceback" not in err
     step = Store(tmp_path, "vqgan", "nll", read_only=True).steps()[-1]
     assert 10 < step < STEPS and f"after step {step}," in err
-    assert commands.run(*COMMAND, tmp_path)[0] == 0
+    assert commands.run(*COMMAND, tmp_path, devices=HOST_DEVICES)[0] == 0
     assert_same_arrays(tmp_path, unbroken)
 
 
