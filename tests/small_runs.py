@@ -73,7 +73,7 @@ def train(workdir, stage="vqgan", on_step=lambda done: None, draw=False, restart
             built = PriorStage(config, devices, restart)
         else:
             built = vqgan_stage(dataclasses.replace(config, workdir=None))
-        return Observed(built, on_step, draw)
+        return Observed(built, config.workdir, on_step, draw)
 
     loop.train(build, config, restart)
 
@@ -81,8 +81,9 @@ def train(workdir, stage="vqgan", on_step=lambda done: None, draw=False, restart
 class Observed:
     """A stage that calls a function before each step, and draws figures only if asked to."""
 
-    def __init__(self, stage, on_step, draw):
+    def __init__(self, stage, workdir, on_step, draw):
         self._stage, self._on_step, self._draw = stage, on_step, draw
+        self.config = dataclasses.replace(stage.config, workdir=workdir)
 
     def __getattr__(self, name):
         return getattr(self._stage, name)

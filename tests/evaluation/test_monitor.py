@@ -41,7 +41,8 @@ def test_of_samples(both):
     stage = PriorStage(config, devices)
     state = stage.init(jax.random.key(0))
     split, params = stage.splits.validation, state.nets["transformer"].params
-    numbers = np.arange(len(split.images), dtype=np.int32)
+    # Numbered within their classes, as `Run.sample` numbers them.
+    numbers = np.array([(split.labels[:i] == c).sum() for i, c in enumerate(split.labels)])
     codes = draw_codes(
         stage.model, config.prior, params, split.labels, numbers, np.uint32(config.seed)
     )
@@ -69,9 +70,15 @@ def test_in_parts_of_a_large_split(monkeypatch):
         assert found == pytest.approx(
             expected(watch.features, images[rows], images[rows] // 2), rel=1e-4
         )
-    np.testing.assert_array_equal(np.unique(np.concatenate(seen)), rows)
+    np.testing.assert_array_equal(np.unique(np.concatenate(seen)), np.arange(40))
 
 
 def test_one_image_has_no_distance():
     with pytest.raises(UserError, match="the validation split has 1 images"):
         monitor.Monitor(Split(np.zeros((1, 8, 8, 1), np.uint8), np.zeros(1)), SETTINGS, Devices(1))
+
+
+def test_samples_are_numbered_within_their_class():
+    labels = np.array([2, 0, 2, 2, 0, 1])
+    assert monitor.ranks(labels).tolist() == [0, 0, 1, 2, 1, 0]
+    assert monitor.ranks(labels[:0]).tolist() == []

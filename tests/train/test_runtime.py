@@ -1,5 +1,6 @@
 """What is decided before JAX starts: determinism, and the cache of compiled programs."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -229,3 +230,14 @@ def test_another_number_of_cores_is_another_machine(monkeypatch):
     assert here == runtime.machine() and jax.__version__ in here
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(99)))
     assert runtime.machine() != here
+
+
+def test_a_jax_without_its_private_modules_trains_all_the_same(monkeypatch):
+    """It keeps no programs in our way, and cannot say whether it has started."""
+    for name in ("compilation_cache", "xla_bridge"):
+        monkeypatch.setitem(sys.modules, f"jax._src.{name}", None)
+    assert runtime.internals("xla_bridge") is None
+    monkeypatch.setattr(os, "environ", os.environ | {"XLA_FLAGS": "--one"})
+    importlib.reload(runtime)  # as where it is imported first
+    runtime.prepare(load_config("mnist_tiny", {"deterministic": True}))
+    assert os.environ["XLA_FLAGS"] == "--one --xla_gpu_deterministic_ops=true"

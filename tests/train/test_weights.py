@@ -129,7 +129,7 @@ def test_an_imported_run_goes_on(both, tmp_path):
     np.testing.assert_array_equal(run.sample([0, 1], seed=4, devices=1), images)
     line = ["--config", workdir / "config.json", "--workdir", workdir]
     status, _, err = commands.run_here("train_vqgan.py", *line)
-    assert status == 2 and "this run was imported, and its dataset is not known" in err, err
+    assert status == 2 and "the dataset of this imported run is not known" in err, err
     line += ["--data.name", config.data.name]
     status, out, err = commands.run_here("train_vqgan.py", *line, "--vqgan.steps", 1)
     assert status == 0 and "Begins from" in out and "new: discriminator.conv_0" in out, err
