@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 from taming_jax import errors
 
@@ -44,16 +45,22 @@ def run(*arguments: object, devices: int = 1, cwd: Path | None = None) -> tuple[
     return process.returncode, out, err
 
 
-def run_here(*arguments: object) -> tuple[int, str, str]:
+def run_here(*arguments: object, draw: bool = True) -> tuple[int, str, str]:
     """A command run to its end in this process, which spares it the start of another: exit status,
-    stdout, stderr. It sees the four devices of tests/conftest.py unless it names fewer."""
+    stdout, stderr. It sees the four devices of tests/conftest.py unless it names fewer. Without
+    `draw` it trains without figures, which take seconds."""
     script, *rest = map(str, arguments)
     main = runpy.run_path(str(ROOT / script))["main"]
     out, err = io.StringIO(), io.StringIO()
     own_arguments, own_handler = sys.argv, signal.getsignal(signal.SIGINT)
     sys.argv = [script, *rest]
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(contextlib.redirect_stdout(out))
+            stack.enter_context(contextlib.redirect_stderr(err))
+            if not draw:
+                stack.enter_context(mock.patch("taming_jax.train.vqgan.VQGANStage.draw"))
+                stack.enter_context(mock.patch("taming_jax.train.prior.PriorStage.draw"))
             status = errors.report(main)
     except SystemExit as exit:  # tyro's and argparse's, for flags
         status = exit.code

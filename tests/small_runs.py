@@ -9,6 +9,8 @@ import functools
 import json
 import signal
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -57,6 +59,12 @@ def vqgan_stage(config):
     return VQGANStage(config, loop.Devices(config.devices))
 
 
+@functools.cache
+def first_state(stage):
+    """The fresh state of one of these."""
+    return jax.tree.map(np.asarray, stage.init(jax.random.key(stage.config.seed)))
+
+
 def small_config(workdir, **settings):
     """A config whose settings are named `data__path` for `data.path`."""
     overrides = {name.replace("__", "."): value for name, value in settings.items()}
@@ -87,6 +95,14 @@ class Observed:
 
     def __getattr__(self, name):
         return getattr(self._stage, name)
+
+    def init(self, key):
+        if not isinstance(self._stage, VQGANStage):
+            return self._stage.init(key)
+        return jax.tree.map(jnp.array, first_state(self._stage))
+
+    def compile(self, *_):
+        """Nothing: the first step compiles what later runs find compiled."""
 
     def train_step(self, state, batch):
         self._on_step(batch.step)

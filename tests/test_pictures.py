@@ -141,11 +141,11 @@ def test_a_streaming_run_that_is_broken_goes_on_bit_for_bit(
 
 
 def test_from_a_folder_to_samples(place, resident, tmp_path):
-    """Stage 2 needs the data; sampling by name does not."""
+    """Stage 2 needs the data; sampling by name does not. Each command in a process of its own."""
     workdir = shutil.copytree(resident, tmp_path / "run")
-    status, _, err = commands.run_here(*STAGE2, *given(place, workdir))
+    status, _, err = commands.run(*STAGE2, *given(place, workdir))
     assert status == 0, err
-    status, _, err = commands.run_here(
+    status, _, err = commands.run(
         "scripts/sample.py", "--workdir", workdir, "--classes", "zèbre", "--per-class", 2, "--out",
         tmp_path / "s.npz",
     )  # fmt: skip

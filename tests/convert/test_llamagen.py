@@ -47,8 +47,8 @@ def files(tmp_path_factory):
     return folder
 
 
-def imported(folder, workdir, *flags):
-    return commands.run(
+def imported(folder, workdir, *flags, run=commands.run_here):
+    return run(
         "scripts/import_llamagen.py", "--tokenizer", folder / "vq.pt", "--workdir", workdir,
         "--image-size", 16, *flags,
     )  # fmt: skip
@@ -58,7 +58,7 @@ def test_a_tokenizer_and_its_transformer_are_the_references(files, tmp_path):
     tokenizer, transformer = shapes()
     assert {*tokenizer, *transformer} == set(RECORDED["names"].tolist())
     status, said, err = imported(
-        files, tmp_path / "run", "--gpt", files / "gpt.pt", "--heads", 2
+        files, tmp_path / "run", "--gpt", files / "gpt.pt", "--heads", 2, run=commands.run
     )  # fmt: skip
     assert status == 0, err
     assert "holds generator and transformer of LlamaGen's: images of 16 px, 24 codes, 3" in said

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,10 +33,11 @@ def test_reproduces_the_official_gpt():
 @pytest.mark.parametrize("settings", [{}, MODERN], ids=["gpt2", "modern"])
 def test_no_position_sees_a_later_one(settings):
     model, params, tokens = small(**settings)
-    logits = model.apply({"params": params}, tokens)
+    apply = jax.jit(model.apply)
+    logits = apply({"params": params}, tokens)
     for position in (1, 6, 11):
         changed = tokens.at[:, position].set((tokens[:, position] + 1) % 11)
-        other = model.apply({"params": params}, changed)
+        other = apply({"params": params}, changed)
         np.testing.assert_allclose(other[:, :position], logits[:, :position], atol=1e-6)
         assert (np.abs(other[:, position:] - logits[:, position:]).max((1, 2)) > 1e-3).all()
 
@@ -42,11 +45,12 @@ def test_no_position_sees_a_later_one(settings):
 @pytest.mark.parametrize("settings", [{}, MODERN, {"remat": True}], ids=["gpt2", "modern", "remat"])
 def test_decoding_with_a_cache_equals_the_whole_sequence(settings):
     model, params, tokens = small(**settings)
-    whole = model.apply({"params": params}, tokens)
+    whole = jax.jit(model.apply)({"params": params}, tokens)
+    decode = jax.jit(functools.partial(model.apply, method=GPT.decode))
     cache, position = model.empty_cache(4, 12), 0
     for size in (5, 1, 1, 5):
         part = tokens[:, position : position + size]
-        logits, cache = model.apply({"params": params}, part, cache, position, method=GPT.decode)
+        logits, cache = decode({"params": params}, part, cache, position)
         golden.assert_close(logits, whole[:, position : position + size], f"{position}", 1e-4)
         position += size
 
@@ -75,11 +79,11 @@ def test_teacher_forcing_puts_the_class_first():
 def test_an_examples_dropout_does_not_depend_on_its_batch():
     model, params, tokens = small(dropout=0.5)
     keys = jax.random.split(jax.random.key(5), 4)
-    together = apply_train(model, params, tokens, keys)
-    np.testing.assert_allclose(
-        apply_train(model, params, tokens[2:3], keys[2:3]), together[2:3], atol=1e-5
-    )
-    alike = apply_train(model, params, tokens[:1].repeat(2, 0), keys[:2])
+    apply = jax.jit(functools.partial(apply_train, model))
+    together = apply(params, tokens, keys)
+    alone = apply(params, tokens[2:3], keys[2:3])
+    np.testing.assert_allclose(alone, together[2:3], atol=1e-5)
+    alike = apply(params, tokens[:1].repeat(2, 0), keys[:2])
     assert np.abs(alike[0] - alike[1]).max() > 1e-2, "every example has a mask of its own"
 
 
@@ -97,7 +101,7 @@ def test_recomputing_activations_changes_no_gradient():
 
 def test_bfloat16_computes_logits_in_float32():
     model, params, tokens = small(dtype=jnp.bfloat16)
-    logits = model.apply({"params": params}, tokens)
+    logits = jax.jit(model.apply)({"params": params}, tokens)
     assert logits.dtype == jnp.float32
-    exact = small()[0].apply({"params": params}, tokens)
+    exact = jax.jit(small()[0].apply)({"params": params}, tokens)
     assert 0 < np.abs(logits - exact).max() < 0.05 * np.abs(exact).max()

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,11 @@ OFFICIAL = {
     "vqgan.latent_channels": 32, "vqgan.code_dim": 16, "vqgan.codebook_size": 64,
     "vqgan.commitment": 0.25, "vqgan.legacy_commitment": True,
 }  # fmt: skip
+
+
+def decode(model, params, indices):
+    apply = jax.jit(functools.partial(model.apply, method=VQGAN.decode_indices))
+    return apply({"params": params}, indices)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +49,7 @@ def test_reproduces_the_official_model(official):
     golden.assert_close(quantized.loss.mean(), recorded["loss"], "quantizer's loss")
     golden.assert_close(reconstruction, golden.nhwc(recorded["reconstruction"]), "reconstruction")
     np.testing.assert_array_equal(quantized.indices, recorded["indices"])
-    decoded = model.apply({"params": params}, quantized.indices, method=VQGAN.decode_indices)
+    decoded = decode(model, params, quantized.indices)
     golden.assert_close(decoded, reconstruction, "decoded indices", 1e-5)
 
 
@@ -57,7 +64,7 @@ def test_bfloat16_keeps_parameters_and_answers_in_float32():
     # Of the same codes, so that no code that turned is seen. bfloat16 has 8 bits: the answer is
     # not float32's, and not far from it.
     decoded, exact = (
-        m.apply({"params": params}, low.quantized.indices, method=VQGAN.decode_indices)
+        decode(m, params, low.quantized.indices)
         for m in (model, build_vqgan(load_config("mnist_tiny")))
     )
     assert 0 < np.abs(decoded - exact).mean() < 0.03 * np.abs(exact).mean()

@@ -138,6 +138,9 @@ def called(devices, function, state, arrays):
     return devices.fetch(devices.compile(function)(devices.replicate(state), arrays))
 
 
+on_devices = pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow)])
+
+
 def stage_1(dtype, axis_name=None):
     """Stage 1's networks in this type, a state, and images."""
     networks = Networks.build(load_config("mnist_tiny", SMALL | {"dtype": dtype}), axis_name)
@@ -155,10 +158,10 @@ def stage_1(dtype, axis_name=None):
     return networks, *create()
 
 
-def test_stage_1_in_bfloat16_learns_almost_the_same():
+@on_devices
+def test_stage_1_in_bfloat16_learns_almost_the_same(count):
     exact = None
-    for dtype, count in (("float32", 1), ("bfloat16", 1), ("bfloat16", 2)):
-        devices = Devices(count)
+    for dtype, devices in (("float32", Devices(1)), ("bfloat16", Devices(count))):
         networks, nets, images = stage_1(dtype, devices.axis_name)
 
         def step(nets, x, networks=networks):
@@ -172,11 +175,11 @@ def test_stage_1_in_bfloat16_learns_almost_the_same():
             assert found.metrics[name] == pytest.approx(exact.metrics[name], rel=0.03), name
 
 
-def test_the_discriminator_in_bfloat16_learns_almost_the_same():
+@on_devices
+def test_the_discriminator_in_bfloat16_learns_almost_the_same(count):
     """Of images that differ, as those of one code do not."""
     exact = None
-    for dtype, count in (("float32", 1), ("bfloat16", 1), ("bfloat16", 2)):
-        devices = Devices(count)
+    for dtype, devices in (("float32", Devices(1)), ("bfloat16", Devices(count))):
         networks, (_, net), images = stage_1(dtype, devices.axis_name)
 
         def step(net, x, networks=networks):
@@ -203,10 +206,11 @@ def stage_2(dtype, count=1):
     return devices, step, fresh_transformer(config, model, jax.random.key(0)), feed.batch(0).arrays
 
 
-def test_stage_2_in_bfloat16_learns_almost_the_same():
+@on_devices
+def test_stage_2_in_bfloat16_learns_almost_the_same(count):
     exact = None
-    for dtype, count in (("float32", 1), ("bfloat16", 1), ("bfloat16", 2)):
-        state, metrics = called(*stage_2(dtype, count))
+    for case in (("float32", 1), ("bfloat16", count)):
+        state, metrics = called(*stage_2(*case))
         # Adam's first moment, which began at zero, is the gradient.
         gradient = optax.tree.get(state.nets["transformer"].opt_state, "mu")
         exact = exact or (gradient, metrics)

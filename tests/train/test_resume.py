@@ -19,10 +19,10 @@ COMMAND = [
     "--data.image-size", "8", "--vqgan.channels", "4", "--vqgan.multipliers", "1",
     "--vqgan.latent-channels", "4", "--vqgan.discriminator-layers", "1",
     "--vqgan.discriminator-filters", "4", "--vqgan.discriminator-start", "0",
-    "--vqgan.batch-size", "8", "--vqgan.steps", "60", "--vqgan.checkpoint-every", "10",
+    "--vqgan.batch-size", "8", "--vqgan.steps", "40", "--vqgan.checkpoint-every", "10",
     "--devices", "1", "--workdir",
 ]  # fmt: skip
-STEPS = 60
+STEPS = 40
 HOST_DEVICES = 4  # as in the tests' process: XLA rounds by how many there are
 
 

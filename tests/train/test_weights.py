@@ -81,7 +81,7 @@ def test_a_run_begins_from_anothers_weights(script, both, stage1, tmp_path):
         line = [*TINY[:-1], "--vqgan.discriminator-filters", 8]
     line += [f"--{stage}.steps", 1, f"--{stage}.learning-rate", 1e-12]
     line += ["--devices", 1, f"--{stage}.init-from", both, "--workdir", workdir]
-    status, out, err = commands.run_here(script, *line)
+    status, out, err = commands.run_here(script, *line, draw=False)
     assert status == 0, err
     assert f"Begins from {both}: of its weights are kept" in out
     assert ("new: discriminator.conv_0" in out) == (stage == "vqgan")
@@ -99,12 +99,12 @@ def test_a_run_begins_from_anothers_weights(script, both, stage1, tmp_path):
             kept += 1
     assert kept > 5
     # The same command again resumes, though the source is gone.
-    status, out, err = commands.run_here(script, *line, "--no-compile-cache")
+    status, out, err = commands.run_here(script, *line, "--no-compile-cache", draw=False)
     assert status == 0 and "is trained already" in out, err
     elsewhere = [x if x != both else tmp_path / "none" for x in line]
     elsewhere[-1] = tmp_path / "other"
     if stage == "vqgan":
-        status, _, err = commands.run_here(script, *elsewhere)
+        status, _, err = commands.run_here(script, *elsewhere, draw=False)
         assert status == 2 and "none holds no vqgan checkpoint" in err, err
 
 
@@ -128,23 +128,23 @@ def test_an_imported_run_goes_on(both, tmp_path):
     images = trained.sample([0, 1], seed=4, devices=1)
     np.testing.assert_array_equal(run.sample([0, 1], seed=4, devices=1), images)
     line = ["--config", workdir / "config.json", "--workdir", workdir]
-    status, _, err = commands.run_here("train_vqgan.py", *line)
+    status, _, err = commands.run_here("train_vqgan.py", *line, draw=False)
     assert status == 2 and "the dataset of this imported run is not known" in err, err
     line += ["--data.name", config.data.name]
-    status, out, err = commands.run_here("train_vqgan.py", *line, "--vqgan.steps", 1)
+    status, out, err = commands.run_here("train_vqgan.py", *line, "--vqgan.steps", 1, draw=False)
     assert status == 0 and "Begins from" in out and "new: discriminator.conv_0" in out, err
-    status, out, err = commands.run_here("train_prior.py", *line, "--prior.steps", 1)
+    status, out, err = commands.run_here("train_prior.py", *line, "--prior.steps", 1, draw=False)
     assert status == 0 and "; nothing is new." in out, err
     assert taming_jax.load_config(workdir / "config.json").data.name == config.data.name
     # Anew is from the imported weights, which no setting can delete.
     first = workdir / "checkpoints" / "prior" / "0"
     again = ("train_prior.py", *line, "--prior.steps", 1, "--restart")
-    status, out, err = commands.run_here(*again)
+    status, out, err = commands.run_here(*again, draw=False)
     assert status == 0 and "Begins from" in out and first.is_dir(), err
-    status, out, err = commands.run_here(*again, "--prior.dropout", 0.3)
+    status, out, err = commands.run_here(*again, "--prior.dropout", 0.3, draw=False)
     assert status == 0 and "Begins from" not in out and not first.is_dir(), err
     assert (workdir / "checkpoints" / "prior-imported" / "0").is_dir()
-    status, _, err = commands.run_here(*again, "--prior.init-from", tmp_path / "none")
+    status, _, err = commands.run_here(*again, "--prior.init-from", tmp_path / "none", draw=False)
     assert status == 2 and "none holds no prior checkpoint" in err, err
     assert taming_jax.load_run(workdir).step == 1
 
