@@ -1,6 +1,7 @@
 """Running the project's commands as a user does."""
 
 import contextlib
+import importlib.metadata
 import io
 import os
 import runpy
@@ -16,10 +17,9 @@ from taming_jax import errors
 ROOT = Path(__file__).parents[1]
 
 # Has XLA compile quickly, which is most of what a small run takes.
-QUICK = (
-    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
-    "--xla_cpu_parallel_codegen_split_count=1"
-)
+QUICK = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+if importlib.metadata.version("jax").startswith("0.10."):
+    QUICK += " --xla_cpu_use_fusion_emitters=false"  # later versions do not start with it
 
 
 def start(

@@ -71,19 +71,19 @@ def small_config(workdir, **settings):
     return load_config("mnist_tiny", SETTINGS | overrides | {"workdir": workdir and str(workdir)})
 
 
-def train(workdir, stage="vqgan", on_step=lambda done: None, draw=False, restart=False, **settings):
+def train(workdir, stage="vqgan", on_step=lambda done: None, draw=False, **settings):
     """Trains a stage of `small_config`. `on_step` is called before each step with the number of
     those done; figures are drawn where `draw` is set."""
     config = small_config(workdir, **settings)
 
     def build(config, devices):
         if stage == "prior":
-            built = PriorStage(config, devices, restart)
+            built = PriorStage(config, devices)
         else:
             built = vqgan_stage(dataclasses.replace(config, workdir=None))
         return Observed(built, config.workdir, on_step, draw)
 
-    loop.train(build, config, restart)
+    loop.train(build, config)
 
 
 class Observed:

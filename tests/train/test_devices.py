@@ -165,7 +165,7 @@ def test_a_small_run_on_several_devices_logs_the_same_rows(small, tmp_path, seve
 @several
 def test_a_small_run_takes_the_same_step_on_several_devices(small, several):
     """From one checkpoint. Adam's first moments differ from those before by the gradients."""
-    found = {}
+    results = {}
     for count in (1, several):
         stage = small_runs.vqgan_stage(small_runs.small_config(None, devices=count, **SMALL))
         store = Store(small, "vqgan", "nll", read_only=True)
@@ -179,9 +179,9 @@ def test_a_small_run_takes_the_same_step_on_several_devices(small, several):
             name: optax.tree_utils.tree_get(net.opt_state, "mu") for name, net in state.nets.items()
         }
         extra = {name: net.extra for name, net in state.nets.items()}
-        found[count] = stage.devices.fetch((metrics, moments, extra, state.step))
-    assert found[1][0]["adaptive_weight"] > 0 and found[1][3] == 5
-    golden.assert_trees_close(found[several], found[1], f"{several} devices ", 1e-5, 1e-6)
+        results[count] = stage.devices.fetch((metrics, moments, extra, state.step))
+    assert results[1][0]["adaptive_weight"] > 0 and results[1][3] == 5
+    golden.assert_trees_close(results[several], results[1], f"{several} devices ", 1e-5, 1e-6)
 
 
 GIB = 2**30

@@ -350,8 +350,8 @@ def test_the_first_process_alone_runs_what_all_get(in_two_threads, monkeypatch):
 
         return hosts.from_first(function)
 
-    for found in in_two_threads(of_first):
-        np.testing.assert_array_equal(found, array)
+    for result in in_two_threads(of_first):
+        np.testing.assert_array_equal(result, array)
     assert ran == [0]
 
     def failing(process):
@@ -435,9 +435,9 @@ def test_two_processes_compute_what_one_would_of_their_rows(in_two_threads):
 
         return devices.in_batches(own_rows, arrays, 8)
 
-    for found in in_two_threads(compute):
-        np.testing.assert_array_equal(found["rows"], arrays["a"])
-        np.testing.assert_allclose(found["sum"], arrays["a"].sum(1) + 1, rtol=1e-6)
+    for result in in_two_threads(compute):
+        np.testing.assert_array_equal(result["rows"], arrays["a"])
+        np.testing.assert_allclose(result["sum"], arrays["a"].sum(1) + 1, rtol=1e-6)
     assert sizes == [4] * 6
 
 

@@ -201,9 +201,12 @@ def test_a_killed_prior_goes_on_bit_for_bit_and_keeps_its_own_generator(stage1, 
 
 
 def test_a_broken_prior_goes_on_bit_for_bit_and_keeps_its_own_generator(tmp_path):
-    small_runs.train(tmp_path / "whole", vqgan__steps=3)
+    stage1 = {"vqgan__steps": 5, "vqgan__checkpoint_every": 3}
+    with pytest.raises(small_runs.Killed):
+        small_runs.train(tmp_path / "whole", on_step=small_runs.kill_at(4), **stage1)
+    assert small_runs.saved_steps(tmp_path / "whole") == [3]
     shutil.copytree(tmp_path / "whole", tmp_path / "broken")
-    settings = {"vqgan__steps": 3, "prior__steps": 14, "prior__checkpoint_every": 4}
+    settings = stage1 | {"prior__steps": 14, "prior__checkpoint_every": 4}
     settings |= {"prior__eval_every": 7, "prior__dropout": 0.2, "seed": 2**32 - 1}
     small_runs.train(tmp_path / "whole", "prior", draw=True, **settings)
     figures = {file.name for file in (tmp_path / "whole" / "figures").iterdir()}
@@ -211,7 +214,7 @@ def test_a_broken_prior_goes_on_bit_for_bit_and_keeps_its_own_generator(tmp_path
     with pytest.raises(small_runs.Killed):
         small_runs.train(tmp_path / "broken", "prior", on_step=small_runs.kill_at(10), **settings)
     assert small_runs.saved_steps(tmp_path / "broken", "prior") == [7, 8]
-    small_runs.train(tmp_path / "broken", vqgan__steps=5)  # in between
+    small_runs.train(tmp_path / "broken", **stage1)  # goes on in between
     small_runs.train(tmp_path / "broken", "prior", **settings)
     small_runs.assert_same_run(tmp_path / "broken", tmp_path / "whole", 14, "prior")
     kept = small_runs.arrays_at(tmp_path / "whole", 14, "prior")
