@@ -123,6 +123,7 @@ def test_without_the_lpips_package(capsys, monkeypatch, workdir):
     assert not workdir.exists()
 
 
+@pytest.mark.slow
 def test_a_workdir_of_another_architecture(tmp_path):
     tiny = "train_vqgan.py --config mnist_tiny --data.name synthetic --data.image-size 16"
     tiny += " --vqgan.channels 4 --vqgan.multipliers 1 --vqgan.batch-size 8 --vqgan.steps 2"

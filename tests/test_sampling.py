@@ -122,6 +122,7 @@ def test_guidance_of_one_is_conditional_and_of_zero_is_not():
     np.testing.assert_array_equal(mixed[:, :6], without[:, :6])
 
 
+@pytest.mark.slow
 def test_guidance_raises_a_classifiers_agreement():
     """Codes of three classes that overlap, a prior that learned them with label dropout, and the
     classifier that is best by Bayes's rule."""

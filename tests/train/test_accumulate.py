@@ -4,27 +4,20 @@ against that of the whole batch and against its parts' losses written out."""
 import dataclasses
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
 
-from taming_jax.config import load_config
-from taming_jax.models.discriminator import Discriminator
-from taming_jax.models.layers import conv
-from taming_jax.models.quantizers import GumbelQuantizer, VectorQuantizer
-from taming_jax.models.vqgan import VQGAN
 from taming_jax.train import accumulate
 from taming_jax.train.accumulate import accumulated, divided
 from taming_jax.train.devices import Devices
-from taming_jax.train.objective import Keys, Networks
+from taming_jax.train.objective import Keys
 from taming_jax.train.state import Net, moved
 from tests import golden
+from tests.small_networks import QUICKLY, small_networks, small_state
 from tests.train.test_objective import networks_and_state
-
-QUICKLY = {"xla_backend_optimization_level": 0}  # compiled, for what runs once
 
 
 @pytest.mark.parametrize("devices", [1, 2, 4])
@@ -80,6 +73,7 @@ def test_parts_take_less_memory_and_on_a_cpu_no_loop():
     assert sizes[1] < 0.4 * sizes[0], sizes
 
 
+@pytest.mark.slow
 def test_an_autoencoders_gradients_in_four_parts_are_those_of_the_batch():
     networks, generator, discriminator, images = networks_and_state(
         {"vqgan.multipliers": (1,), "vqgan.decoder_blocks": 1}, 8
@@ -94,56 +88,16 @@ def test_an_autoencoders_gradients_in_four_parts_are_those_of_the_batch():
     golden.assert_trees_close(found[4], found[1], "", 1e-5, 1e-6)
 
 
-class SmallEncoder(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        return nn.tanh(nn.Conv(6, (3, 3), strides=2, padding=1, name="conv_in")(x))
-
-
-class SmallDecoder(nn.Module):
-    @nn.compact
-    def __call__(self, z):
-        h = nn.tanh(conv(8, 3, jnp.float32, "conv_in")(z.repeat(2, 1).repeat(2, 2)))
-        self.sow("intermediates", "last", h)
-        return conv(1, 3, jnp.float32, "conv_out")(h)
-
-
-def small(overrides, parts, axis_name=None):
-    """Stage 1 with networks that are compiled in no time."""
-    settings = {
-        "lecam_weight": 0.5,
-        "discriminator_weight": 0.7,
-        "micro_batches": parts,
-        "adaptive_weight": True,
-    }
-    config = load_config("mnist_tiny", {f"vqgan.{k}": v for k, v in (settings | overrides).items()})
-    kind = GumbelQuantizer if config.vqgan.quantizer == "gumbel" else VectorQuantizer
-    generator = VQGAN(SmallEncoder(), kind(16, 4), SmallDecoder(), 6)
-    discriminator = Discriminator(4, 1, axis_name)
-    return Networks(config.vqgan, generator, discriminator, jnp.float32, axis_name)
-
-
 @pytest.fixture(scope="module")
 def state_and_images():
-    @functools.partial(jax.jit, compiler_options=QUICKLY)
-    def create():
-        networks = small({}, 1)
-        keys = jax.random.split(jax.random.key(0), 3)
-        images = jnp.tanh(2 * jax.random.normal(keys[0], (16, 12, 12, 1)))
-        params = networks.generator.init(keys[1], images)["params"]
-        disc = networks.discriminator.init(keys[2], images, train=False)
-        averages = {"real": jnp.float32(0.2), "fake": jnp.float32(-0.2)}
-        extra = {"batch_stats": disc["batch_stats"], "lecam": averages}
-        return Net(params, ()), Net(disc["params"], (), extra), images
-
-    return create()
+    return small_state()
 
 
 def learned(overrides, parts, count, adversarial, arguments):
     """What a step learns from (generator, discriminator, images, keys), in so many parts, on so
     many devices."""
     devices = Devices(count)
-    networks = small(overrides, parts, devices.axis_name)
+    networks = small_networks(overrides, parts, devices.axis_name)
     *nets, images, keys = arguments
 
     def gradients(nets, arrays):
@@ -166,7 +120,7 @@ def test_on_two_devices_four_parts_are_the_whole_batch_too(state_and_images):
 def test_codes_that_are_drawn_depend_on_the_image_alone(state_and_images):
     """Not on the parts or the devices; and on its key."""
     _, discriminator, images = state_and_images
-    networks = small({"quantizer": "gumbel"}, 1)
+    networks = small_networks({"quantizer": "gumbel"}, 1)
     params = jax.jit(networks.generator.init)(jax.random.key(3), images)["params"]
     keys = Keys(codes=jax.random.split(jax.random.key(4), len(images)))
     arguments = (Net(params, ()), discriminator, images, keys)
@@ -229,7 +183,10 @@ def by_parts(networks, generator, discriminator, images, keys, steps, count):
         ]
         weight *= norms[0] / (norms[1] + 1e-4)
     loss, gradient = jax.tree.map(lambda x, y: x + weight * y, of_images, of_adversary)
-    return gradient, of_discriminator[1], extra, {"adaptive_weight": weight, "loss": loss}
+    metrics = {"loss": loss}
+    if networks.settings.adaptive_weight:
+        metrics["adaptive_weight"] = weight
+    return gradient, of_discriminator[1], extra, metrics
 
 
 @pytest.mark.parametrize(
@@ -245,7 +202,7 @@ def test_the_adversarial_part_in_two_parts_is_that_of_their_losses_written_out(
     overrides, count, unrolled, monkeypatch, state_and_images
 ):
     monkeypatch.setattr(accumulate, "unrolled", lambda: unrolled)
-    networks = small(overrides, 2)
+    networks = small_networks(overrides, 2)
     *state, images = state_and_images
     keys = Keys()
     if networks.settings.diff_augment:

@@ -381,6 +381,19 @@ def test_the_config_keeps_the_section_of_the_other_stage(tmp_path):
     assert read_config(file).prior == load_config("mnist_tiny").prior
 
 
+def test_a_run_with_other_settings_is_refused_and_begun_anew_beside_the_users_files(tmp_path):
+    train(tmp_path, steps=2)
+    (tmp_path / "figures" / "notes.txt").write_text("mine")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    other = {"steps": 2, "codebook_size": 64}
+    with pytest.raises(UserError, match="--vqgan.codebook-size is 64, not 128"):
+        train(tmp_path, **other)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    train(tmp_path, restart=True, **other)
+    assert (tmp_path / "figures" / "notes.txt").read_text() == "mine"
+    assert read_config(tmp_path / "config.json").vqgan.codebook_size == 64
+
+
 def test_which_section_of_the_config_is_written(tmp_path):
     """Of the stage that is trained the given one, of the other the one in the folder; a run that
     begins anew with stage 1 takes the given ones, unless there is a prior already."""
