@@ -32,12 +32,12 @@ BF16 = jnp.dtype("bfloat16")
 
 def operations(value) -> Iterator:
     """All operations of a jaxpr and of those within it."""
-    if hasattr(value, "jaxpr"):
-        yield from operations(value.jaxpr)
-    elif hasattr(value, "eqns"):
+    if hasattr(value, "eqns"):
         for operation in value.eqns:
             yield operation
             yield from operations(list(operation.params.values()))
+    elif hasattr(value, "jaxpr"):
+        yield from operations(value.jaxpr)
     elif isinstance(value, list | tuple):
         for part in value:
             yield from operations(part)
