@@ -123,7 +123,9 @@ def small_resident(place):
     return place / "small"
 
 
-@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize(
+    "devices", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 4]
+)
 def test_a_streaming_run_that_is_broken_goes_on_bit_for_bit(
     place, small_resident, tmp_path, devices
 ):
@@ -140,6 +142,7 @@ def test_a_streaming_run_that_is_broken_goes_on_bit_for_bit(
     assert all(0 <= json.loads(line)["waiting"] <= 1 for line in speed) and len(speed) >= STEPS
 
 
+@pytest.mark.slow
 def test_from_a_folder_to_samples(place, resident, tmp_path):
     """Stage 2 needs the data; sampling by name does not. Each command in a process of its own."""
     workdir = shutil.copytree(resident, tmp_path / "run")

@@ -204,6 +204,7 @@ def own_cache(tmp_path, monkeypatch):
     small_runs.vqgan_stage.cache_clear()
 
 
+@pytest.mark.slow
 def test_a_small_run_of_kept_programs_is_the_same_bit_for_bit(own_cache, tmp_path, monkeypatch):
     read, get = {}, WholeEntries.get
 

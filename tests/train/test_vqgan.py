@@ -43,6 +43,7 @@ class Watched(VQGANStage):
         return state, metrics
 
 
+@pytest.mark.slow
 def test_an_infinity_is_skipped_counted_and_survived_and_too_many_in_a_row_are_not(
     tmp_path, monkeypatch, capsys
 ):
@@ -80,20 +81,20 @@ def test_a_longer_run_keeps_the_discriminators_start(tmp_path, capsys, monkeypat
     """After step 2 of 4 steps, though half of 10 are 5; another step is refused."""
     monkeypatch.setattr(VQGANStage, "draw", lambda *_: None)
 
-    def train(steps, **overrides):
+    def config(steps, **overrides):
         settings = {"vqgan.discriminator_start": 0.5, "vqgan.steps": steps, "vqgan.log_every": 1}
         settings |= {"devices": 1, "workdir": str(tmp_path)}
-        config = load_config("mnist_tiny", SMALL | settings | overrides)
-        loop.train(build_stage, config)
+        return load_config("mnist_tiny", SMALL | settings | overrides)
 
-    train(4)
+    loop.train(build_stage, config(4))
+    assert adversarial_steps(tmp_path) == [3, 4]
     assert read_config(tmp_path / "config.json").vqgan.discriminator_start_step == 2
-    train(10)
-    assert adversarial_steps(tmp_path) == list(range(3, 11))
+    longer = build_stage(config(10), Devices(1))
+    assert (longer.start, longer.config.vqgan.discriminator_start_step) == (2, 2)
     assert "The discriminator starts after step 2, which was fixed" in capsys.readouterr().out
-    assert read_config(tmp_path / "config.json").vqgan.discriminator_start_step == 2
+    assert build_stage(config(10), Devices(1), restart=True).start == 5
     with pytest.raises(UserError, match="start-step is 7, but the run in .* was created with 2"):
-        train(12, **{"vqgan.discriminator_start_step": 7})
+        build_stage(config(12, **{"vqgan.discriminator_start_step": 7}), Devices(1))
 
 
 NEVER, QUARTER = {"discriminator_start": 1.0}, {"discriminator_start": 0.25}

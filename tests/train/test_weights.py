@@ -70,7 +70,9 @@ def test_other_shapes_are_new_and_nothing_kept_is_refused():
         said(begun, "runs/it")
 
 
-@pytest.mark.parametrize("script", ["train_vqgan.py", "train_prior.py"])
+@pytest.mark.parametrize(
+    "script", [pytest.param("train_vqgan.py", marks=pytest.mark.slow), "train_prior.py"]
+)
 def test_a_run_begins_from_anothers_weights(script, both, stage1, tmp_path):
     workdir = tmp_path / "run"
     stage = script.removeprefix("train_").removesuffix(".py")
