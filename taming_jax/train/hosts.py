@@ -273,11 +273,19 @@ PLACES = {"--workdir", *(flag("data", name) for name in OF_A_MACHINE)}
 PACKAGES = ("taming_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
+def installed_version(package: str) -> str:
+    """A package's version; that of a checkout on the path is not known."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
 def check_alike(config: Config) -> None:
     """UserError where another process has other settings or other packages than process 0."""
     if count() == 1:
         return
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    versions = {name: installed_version(name) for name in PACKAGES}
     versions["Python"] = platform.python_version()
     sections = [field.name for field in dataclasses.fields(Config)]
     every = exchanged((config, versions))

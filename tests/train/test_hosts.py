@@ -397,6 +397,8 @@ def test_other_settings_packages_flags_data_and_devices_are_refused(
         in_two_threads(with_other_jax),
         f"process 1 differs from process 0: jax is 0.0.1, not {jax.__version__}. Start all",
     )
+    monkeypatch.setattr(hosts, "PACKAGES", ("a package of a checkout", "numpy"))
+    assert in_two_threads(lambda process: hosts.check_alike(configs[0])) == [None, None]
     assert_both_refuse(
         in_two_threads(lambda process: hosts.check_same_flags({"per_class": 10 + process})),
         "process 1 differs from process 0: --per-class is 11, not 10. Start all",
