@@ -25,6 +25,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the processes that run test
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="taming_jax-test-cache-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
+# What JAX and Flax note of where an operation comes from, for messages and profiles, costs time.
+os.environ.setdefault("FLAX_PROFILE", "false")
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
+
 # Tracing makes so many objects that looking for garbage among them takes a tenth of the time.
 gc.set_threshold(100_000, 50, 100)
 

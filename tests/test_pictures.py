@@ -157,6 +157,7 @@ def test_from_a_folder_to_samples(place, resident, tmp_path):
     assert images.shape == (2, 8, 8, 3) and images.dtype == np.uint8
 
 
+@pytest.mark.slow
 def test_a_run_refuses_to_go_on_with_other_pictures(place, resident, tmp_path):
     other = shutil.copytree(place / "my pictures ü", tmp_path / "my pictures ü")
     next((other / "train").rglob("*.jpg")).unlink()
@@ -168,6 +169,7 @@ def test_a_run_refuses_to_go_on_with_other_pictures(place, resident, tmp_path):
     assert {p: p.read_bytes() for p in resident.rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.slow
 def test_harmed_pictures_are_left_out_or_too_many(place, tmp_path):
     shutil.copytree(place / "my pictures ü", tmp_path / "my pictures ü")
     harmed(tmp_path / "my pictures ü", 1 / 8)
@@ -182,6 +184,7 @@ def test_harmed_pictures_are_left_out_or_too_many(place, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.slow
 def test_decoding_that_is_killed_is_begun_again_and_leaves_nothing(place, tmp_path):
     many = {"train": pictures.split(400), "test": pictures.split(3)}
     pictures.write_folder(tmp_path / "my pictures ü", many)

@@ -238,6 +238,7 @@ def test_remapped_codes_count_anew(command, tmp_path):
     np.testing.assert_array_equal(open_state_dict(tmp_path / "b.ckpt")[0]["quantize.used"], used)
 
 
+@pytest.mark.slow
 def test_a_token_before_the_codes_is_the_class(command, tmp_path):
     """A class is the token of its number, among the codes; of an unconditional one all images are
     of the start token."""

@@ -394,6 +394,23 @@ def test_a_run_with_other_settings_is_refused_and_begun_anew_beside_the_users_fi
     assert read_config(tmp_path / "config.json").vqgan.codebook_size == 64
 
 
+def test_a_run_refuses_to_go_on_with_other_data(tmp_path):
+    def identity(images):
+        return {"images": {"training": images}, "means": {}, "class_names": ["a"]}
+
+    def train_on(images, steps):
+        overrides = {"workdir": str(tmp_path), "devices": 1, "vqgan.batch_size": 4}
+        stage = type("Stage", (Parabola,), {"dataset": identity(images)})
+        loop.train(stage, load_config("mnist_tiny", overrides | {"vqgan.steps": steps}))
+
+    train_on(42, 2)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with pytest.raises(UserError, match="other data: there are 41 training images, not 42"):
+        train_on(41, 4)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    train_on(42, 4)
+
+
 def test_which_section_of_the_config_is_written(tmp_path):
     """Of the stage that is trained the given one, of the other the one in the folder; a run that
     begins anew with stage 1 takes the given ones, unless there is a prior already."""

@@ -247,6 +247,22 @@ def test_clear_deletes_checkpoints_and_nothing_else(tmp_path):
     assert aside.read_text() == "mine"
 
 
+def test_clear_keeps_imported_weights_or_moves_them_aside(tmp_path):
+    """Anew is from them, which no setting can delete."""
+    imported = Store(tmp_path, "vqgan", "nll", imported=True)
+    imported.save(0, {"step": np.zeros((), np.int32)}, CONFIG, None)
+    imported.require(0)
+    imported.close()
+    store = saved(tmp_path, {1: None})
+    assert store.steps() == [0, 1]
+    store.clear(CONFIG, SECTIONS)
+    assert store.steps() == [0]
+    other = dataclasses.replace(CONFIG, vqgan=dataclasses.replace(CONFIG.vqgan, code_dim=8))
+    store.clear(other, SECTIONS)
+    assert store.steps() == []
+    assert (tmp_path / "checkpoints" / "vqgan-imported" / "0").is_dir()
+
+
 def test_a_reader_leaves_a_save_under_way_alone(tmp_path):
     saved(tmp_path, {1: 0.1}).close()
     under_way = tmp_path / "checkpoints" / "vqgan" / "2.orbax-checkpoint-tmp"

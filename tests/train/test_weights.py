@@ -110,6 +110,7 @@ def test_a_run_begins_from_anothers_weights(script, both, stage1, tmp_path):
         assert status == 2 and "none holds no vqgan checkpoint" in err, err
 
 
+@pytest.mark.slow
 def test_an_imported_run_goes_on(both, tmp_path):
     """Weights alone, as an import leaves them: each stage trains on, and begins as they are."""
     from taming_jax.convert.layout import paths
