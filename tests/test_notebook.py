@@ -1,20 +1,43 @@
-"""The notebook, from start to end, on a small run of both stages."""
+"""The notebook: its imports, and from start to end on a small run of both stages."""
 
+import ast
 import shutil
 
 import nbformat
 import numpy as np
+import pytest
 from nbclient import NotebookClient
 
 from tests import commands
 
+NOTEBOOK = commands.ROOT / "notebooks" / "walkthrough.ipynb"
 
+
+def test_the_walkthrough_imports_what_there_is():
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    sources = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    parsed = ast.parse("\n".join(sources).replace("%matplotlib", "# %matplotlib"))
+    imports = [node for node in parsed.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert len(imports) > 5
+    names: dict = {}
+    exec("\n".join(map(ast.unparse, imports)), names)
+    # And what is used of the modules of the package.
+    used = {
+        (node.value.id, node.attr)
+        for node in ast.walk(parsed)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+    }
+    known = [(name, attribute) for name, attribute in used if name in names]
+    assert len(known) > 5 and all(hasattr(names[name], attribute) for name, attribute in known)
+
+
+@pytest.mark.slow
 def test_the_walkthrough_runs(both, tmp_path, monkeypatch):
     workdir = shutil.copytree(both, tmp_path / "run")
     monkeypatch.setenv("TAMING_JAX_RUN", str(workdir))
     monkeypatch.setenv("PYTHONPATH", str(commands.ROOT))
     monkeypatch.setenv("XLA_FLAGS", commands.QUICK)
-    notebook = nbformat.read(commands.ROOT / "notebooks" / "walkthrough.ipynb", as_version=4)
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
     done = NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
     cells = [cell for cell in done.cells if cell.cell_type == "code"]
     kinds = [out.output_type for cell in cells for out in cell.outputs]

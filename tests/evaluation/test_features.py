@@ -44,6 +44,7 @@ def test_resizing_is_pillows_of_each_channel_in_floats():
     assert resized_clean(images[:, :32, :32], 32, Image.Resampling.BICUBIC).dtype == np.uint8
 
 
+@pytest.mark.slow
 def test_distances_rise_with_blur_and_noise():
     images = MNIST.train.images[sources.spread(len(MNIST.train.images), 120)]
     found = list(measured(images, Features(vgg(), Devices(1))).values())

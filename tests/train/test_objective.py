@@ -91,7 +91,7 @@ def networks_and_state(overrides, batch=4):
 @pytest.mark.parametrize(
     "overrides",
     [
-        {"vqgan.perceptual_weight": 1.0},
+        pytest.param({"vqgan.perceptual_weight": 1.0}, marks=pytest.mark.slow),
         {
             "vqgan.multipliers": (1,),
             "vqgan.discriminator_loss": "vanilla",

@@ -158,6 +158,7 @@ def stage_1(dtype, axis_name=None):
     return networks, *create()
 
 
+@pytest.mark.slow
 @on_devices
 def test_stage_1_in_bfloat16_learns_almost_the_same(count):
     exact = None

@@ -11,6 +11,7 @@ from taming_jax.train import loop
 from taming_jax.train.devices import Devices
 from taming_jax.train.log import read_rows
 from taming_jax.train.objective import Networks
+from taming_jax.train.store import Store
 from taming_jax.train.vqgan import VQGANStage, build_stage, with_fixed_start
 
 SMALL = {
@@ -77,24 +78,45 @@ def adversarial_steps(workdir):
     return [r["step"] for r in rows if r["split"] == "train" and "discriminator" in r]
 
 
-def test_a_longer_run_keeps_the_discriminators_start(tmp_path, capsys, monkeypatch):
-    """After step 2 of 4 steps, though half of 10 are 5; another step is refused."""
-    monkeypatch.setattr(VQGANStage, "draw", lambda *_: None)
+@pytest.fixture
+def config_of(tmp_path):
+    """Settings of a run of so many steps, of which the discriminator takes part in half."""
 
     def config(steps, **overrides):
         settings = {"vqgan.discriminator_start": 0.5, "vqgan.steps": steps, "vqgan.log_every": 1}
         settings |= {"devices": 1, "workdir": str(tmp_path)}
         return load_config("mnist_tiny", SMALL | settings | overrides)
 
-    loop.train(build_stage, config(4))
-    assert adversarial_steps(tmp_path) == [3, 4]
-    assert read_config(tmp_path / "config.json").vqgan.discriminator_start_step == 2
-    longer = build_stage(config(10), Devices(1))
+    return config
+
+
+def check_longer_runs(config_of, capsys):
+    """After step 2 of 4 steps, though half of 10 are 5; another step is refused."""
+    longer = build_stage(config_of(10), Devices(1))
     assert (longer.start, longer.config.vqgan.discriminator_start_step) == (2, 2)
     assert "The discriminator starts after step 2, which was fixed" in capsys.readouterr().out
-    assert build_stage(config(10), Devices(1), restart=True).start == 5
+    assert build_stage(config_of(10), Devices(1), restart=True).start == 5
     with pytest.raises(UserError, match="start-step is 7, but the run in .* was created with 2"):
-        build_stage(config(12, **{"vqgan.discriminator_start_step": 7}), Devices(1))
+        build_stage(config_of(12, **{"vqgan.discriminator_start_step": 7}), Devices(1))
+
+
+def test_a_resumed_stage_takes_the_discriminators_start_from_its_checkpoints(
+    config_of, tmp_path, capsys
+):
+    """Also from those of older versions, which have the share only."""
+    store = Store(tmp_path, "vqgan", "nll")
+    store.save(4, {"step": np.int32(4)}, config_of(4), None)
+    store.require(4)
+    check_longer_runs(config_of, capsys)
+
+
+@pytest.mark.slow
+def test_a_longer_run_keeps_the_discriminators_start(config_of, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(VQGANStage, "draw", lambda *_: None)
+    loop.train(build_stage, config_of(4))
+    assert adversarial_steps(tmp_path) == [3, 4]
+    assert read_config(tmp_path / "config.json").vqgan.discriminator_start_step == 2
+    check_longer_runs(config_of, capsys)
 
 
 NEVER, QUARTER = {"discriminator_start": 1.0}, {"discriminator_start": 0.25}
