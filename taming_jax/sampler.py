@@ -181,7 +181,7 @@ class Sampler:
             temperature, top_p = arrays["settings"]
             labels, known = arrays["labels"], arrays["known"]
             keys = sample_keys(arrays["seed"], labels, arrays["numbers"])
-            settings = {
+            settings: dict[str, Any] = {
                 "temperature": temperature, "top_k": choice.top_k,
                 "top_p": top_p if choice.use_top_p else None,
                 "guidance_scale": arrays["scales"] if choice.use_guidance else None,
