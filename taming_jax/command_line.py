@@ -88,7 +88,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 # Settings of a dataset that a run's networks fix, or that matter in training only.
 FIXED_OR_TRAINING_ONLY = ("image_size", "channels", "random_crop", "mirror")
 HELP = {
-    "name": "folder, OWNER/NAME of the Hugging Face hub, …; says that this data is meant",
+    "name": "folder, OWNER/NAME of the Hugging Face hub, …; needed to use other data",
     "path": "the folder that the data is in now",
     "cache": "the folder of decoded images",
 }
@@ -101,18 +101,14 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     )
     hints = typing.get_type_hints(DataConfig)
     for name in (name for name in hints if name not in FIXED_OR_TRAINING_ONLY):
-        kinds, text = (
-            typing.get_args(hints[name]) or (hints[name],),
-            HELP.get(name, "as in training"),
-        )
-        options: dict[str, Any] = {"dest": f"data.{name}", "help": text}
+        kinds = typing.get_args(hints[name]) or (hints[name],)
+        options: dict[str, Any] = {"dest": f"data.{name}", "default": None}
+        options["help"] = HELP.get(name, "as in training")
         if bool in kinds:
-            group.add_argument(flag("data", name), action="store_true", default=None, **options)
-            options["dest"], negative = f"data.{name}", flag("data", f"no_{name}")
-            group.add_argument(negative, action="store_false", default=None, **options)
+            group.add_argument(flag("data", name), action="store_true", **options)
+            group.add_argument(flag("data", f"no_{name}"), action="store_false", **options)
         else:
-            options["metavar"] = name.upper()
-            group.add_argument(flag("data", name), type=kinds[0], **options)
+            group.add_argument(flag("data", name), type=kinds[0], metavar=name.upper(), **options)
 
 
 def data_settings(given: argparse.Namespace) -> dict[str, Any]:

@@ -318,8 +318,8 @@ def load_config(name: str | Path, overrides: Mapping[str, Any] | None = None) ->
         config = importlib.import_module(f"taming_jax.configs.{name}").CONFIG
     elif name.endswith(".json") or os.sep in name:
         config = read_config(Path(name))
-        # That of the run it was written for, which knows it from its checkpoints; a new run that is
-        # made with these settings computes its own.
+        # It belongs to the run that the file was written for, which takes it from its checkpoints.
+        # A new run with these settings computes its own.
         config = replaced(config, "vqgan", discriminator_start_step=None)
     else:
         near = difflib.get_close_matches(name, presets(), n=1)

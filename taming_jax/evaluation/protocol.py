@@ -17,7 +17,7 @@ class Protocol:
     images: int | None = None
     """How many of its images, evenly spread; all where None."""
     samples: int = 5000
-    """How many are drawn, of the classes as often as the split has them; 0 leaves them out."""
+    """How many are drawn, with classes as frequent as in the split; 0 skips samples."""
     features: str = "auto"
     """inception, vgg, classifier; auto takes InceptionV3 where its weights are, else VGG16."""
     weights: Path | None = None

@@ -103,7 +103,7 @@ def advice_for_a_cpu(config: Config, platform: str) -> str:
 
 
 class Estimate:
-    """How long a run takes, from its first steps: said once, where it is more than an hour."""
+    """Estimates from its first steps how long a run takes, once, if that is more than an hour."""
 
     STEPS = 4
 
