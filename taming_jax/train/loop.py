@@ -43,11 +43,12 @@ class Stage(Protocol):
     the identity of its data (data/sources.py), `learned` names the networks that it trains.
     `monitor` names the metric of a validation that chooses the best checkpoint, lower being better.
     Where feeds take their time (tokens are encoded), they call `check` now and then, which raises
-    Interrupted after a signal. `eval_step` answers sums over a batch and `summarise` the metrics of
-    their sum over the split: perplexity, say, cannot be averaged over batches. `distance` is asked
-    for where the settings have `fd_every`. `compile` is called before the first step, with the
-    batches of it and of a validation; `flops` answers the operations that a step, counted from 0,
-    then does on one device. Among the metrics of a step is `skipped`, how many steps have been.
+    Interrupted after a signal. `eval_step` returns sums over a batch, and `summarise` turns their
+    sum over the split into metrics: perplexity, say, cannot be averaged over batches. `distance` is
+    called only when the settings have `fd_every`. `compile` is called before the first step, with a
+    training batch and a validation batch; after that, `flops(step)` returns the operations that
+    this step, counted from 0, does on one device. The metrics of a step include `skipped`, the
+    number of steps skipped so far.
     """
 
     config: Config

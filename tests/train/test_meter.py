@@ -51,7 +51,7 @@ def test_a_device_that_is_not_known_is_said_so_once():
 
 
 def test_a_long_run_says_how_long_from_its_first_steps(monkeypatch):
-    """Of the time from the end of the first step to that of the fourth; said once."""
+    """It rests on the time between the ends of steps 1 and 4, and is said once."""
     clock = [100.0]
     monkeypatch.setattr("taming_jax.train.meter.time.monotonic", lambda: clock[0])
 
