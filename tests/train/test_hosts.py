@@ -105,7 +105,7 @@ def until(checkpoint, started):
 def test_two_processes_take_the_steps_of_one_until_a_signal_to_one_of_them_saves(tmp_path):
     """The log of the first steps is that of one process, and both end with the same step, from
     which they go on."""
-    settings = {"vqgan__steps": 3000, "vqgan__checkpoint_every": 50, "vqgan__eval_every": 3000}
+    settings = {"vqgan__steps": 3000, "vqgan__checkpoint_every": 10, "vqgan__eval_every": 3000}
     settings |= {"vqgan__log_every": 1, "vqgan__lecam_weight": 0.1, "data__mirror": True}
     with pytest.raises(small_runs.Killed):
         small_runs.train(tmp_path / "one", on_step=small_runs.kill_at(6), **settings)
@@ -113,11 +113,11 @@ def test_two_processes_take_the_steps_of_one_until_a_signal_to_one_of_them_saves
     (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
     line = ("train_vqgan.py", "--config", tmp_path / "config.json", "--workdir", tmp_path / "two")
     started = start_two(*line, devices=1)
-    until(tmp_path / "two" / "checkpoints" / "vqgan" / "50", started)
+    until(tmp_path / "two" / "checkpoints" / "vqgan" / "10", started)
     started[1].send_signal(signal.SIGTERM)
     ended = [process.communicate(timeout=120) for process in started]
     saved = small_runs.saved_steps(tmp_path / "two")[-1]
-    assert 50 < saved < 3000
+    assert 10 < saved < 3000
     for process, (_, err) in zip(started, ended, strict=True):
         assert process.returncode == 143, err
         assert f"Stopped by SIGTERM after step {saved}, which is saved" in err

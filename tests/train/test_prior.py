@@ -208,9 +208,7 @@ def test_a_broken_prior_goes_on_bit_for_bit_and_keeps_its_own_generator(tmp_path
     shutil.copytree(tmp_path / "whole", tmp_path / "broken")
     settings = stage1 | {"prior__steps": 14, "prior__checkpoint_every": 4}
     settings |= {"prior__eval_every": 7, "prior__dropout": 0.2, "seed": 2**32 - 1}
-    small_runs.train(tmp_path / "whole", "prior", draw=True, **settings)
-    figures = {file.name for file in (tmp_path / "whole" / "figures").iterdir()}
-    assert figures >= {"prior_loss.png", "samples.png"}
+    small_runs.train(tmp_path / "whole", "prior", **settings)
     with pytest.raises(small_runs.Killed):
         small_runs.train(tmp_path / "broken", "prior", on_step=small_runs.kill_at(10), **settings)
     assert small_runs.saved_steps(tmp_path / "broken", "prior") == [7, 8]
@@ -225,6 +223,11 @@ def test_a_broken_prior_goes_on_bit_for_bit_and_keeps_its_own_generator(tmp_path
     validation = small_runs.read_rows(tmp_path / "whole", "prior")[-1]
     bits = validation["nll"] / np.log(2)  # of a code a pixel
     assert validation["bits_per_dim"] == pytest.approx(bits)
+
+
+def test_a_run_leaves_its_figures(both):
+    figures = {file.name for file in (both / "figures").iterdir()}
+    assert figures >= {"prior_loss.png", "samples.png"}
 
 
 def test_bad_input_is_a_sentence(stage1, tmp_path):

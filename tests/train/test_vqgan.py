@@ -13,6 +13,7 @@ from taming_jax.train.log import read_rows
 from taming_jax.train.objective import Networks
 from taming_jax.train.store import Store
 from taming_jax.train.vqgan import VQGANStage, build_stage, with_fixed_start
+from tests import small_runs
 
 SMALL = {
     "data.name": "synthetic", "data.image_size": 12, "vqgan.channels": 4,
@@ -148,13 +149,12 @@ def test_the_discriminators_start_is_decided_once(created, given, start):
 
 def test_a_discriminator_that_is_held_back_learns_in_every_second_step_only():
     settings = {
-        "data.mirror": True, "vqgan.steps": 4, "vqgan.discriminator_every": 2,
-        "vqgan.diff_augment": ("color", "translation", "cutout"),
+        "data__mirror": True, "vqgan__steps": 4, "vqgan__discriminator_every": 2,
+        "vqgan__adaptive_weight": True, "vqgan__diff_augment": ("color", "translation", "cutout"),
     }  # fmt: skip
-    config = load_config("mnist_tiny", SMALL | settings)
-    stage = VQGANStage(config, Devices(1))
+    stage = VQGANStage(small_runs.small_config(None, **settings), Devices(1))
     training, _ = stage.feeds()
-    states = [stage.init(jax.random.key(0))]
+    states = [stage.devices.replicate(stage.init(jax.random.key(0)))]
     for step in range(4):
         before = jax.tree.map(np.array, states[-1])
         state, metrics = stage.train_step(states[-1], training.batch(step))
