@@ -8,14 +8,14 @@ Data and stage 1 are those of the run in the workdir. The same command again res
 import functools
 import sys
 
-from taming_jax.command_line import Command, parse_arguments
+from taming_jax.cli.arguments import Command, parse_arguments
 from taming_jax.errors import report
 
 
 def work(given: Command) -> None:
     # Heavy, and not needed to answer a wrong flag.
-    from taming_jax.train.loop import train
-    from taming_jax.train.prior import PriorStage
+    from taming_jax.training.loop import train
+    from taming_jax.training.prior import PriorStage
 
     stage = functools.partial(PriorStage, restart=given.restart)
     train(stage, given.config, given.restart, own_process=True)
@@ -23,7 +23,7 @@ def work(given: Command) -> None:
 
 def main() -> None:
     given = parse_arguments(sys.argv[1:], "prior")
-    from taming_jax.train.hosts import watched
+    from taming_jax.parallel.distributed import watched
 
     watched(functools.partial(work, given), given.processes)
 

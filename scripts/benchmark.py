@@ -30,19 +30,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from taming_jax.config import Config, load_config
-from taming_jax.data import sources
-from taming_jax.data.feeds import Feed, ResidentFeed, StreamingFeed, take, to_float
-from taming_jax.data.sources import Split
+from taming_jax.config.load import load_config
+from taming_jax.config.schema import Config
+from taming_jax.data import datasets
+from taming_jax.data.batches import Feed, ResidentFeed, StreamingFeed, take, to_float
+from taming_jax.data.datasets import Split
 from taming_jax.errors import UserError, report
-from taming_jax.models.gpt import GPT, build_gpt, teacher_forced
 from taming_jax.models.lpips import load_lpips
-from taming_jax.sampling import sample
-from taming_jax.train.devices import Compiled, Devices
-from taming_jax.train.meter import Meter
-from taming_jax.train.prior import fresh_transformer, training_step
-from taming_jax.train.state import copied
-from taming_jax.train.vqgan import VQGANStage
+from taming_jax.parallel.devices import Compiled, Devices
+from taming_jax.priors.autoregressive import GPT, build_gpt, teacher_forced
+from taming_jax.priors.decoding import sample
+from taming_jax.training.meter import Meter
+from taming_jax.training.prior import fresh_transformer, training_step
+from taming_jax.training.state import copied
+from taming_jax.training.vqgan import VQGANStage
 
 
 def timed(function: Callable, *arguments: Any) -> float:
@@ -222,7 +223,7 @@ def measure_data(config: Config, devices: Devices, steps: int) -> None:
     with tempfile.TemporaryDirectory() as cache:
         data = dataclasses.replace(config.data, cache=cache, workers=1)
         begin = time.perf_counter()
-        splits = sources.load(data)
+        splits = datasets.load(data)
         seconds = time.perf_counter() - begin
         count = sum(len(split.images) for split in splits[:3])
         print(f"decoding: {count / seconds:.0f} pictures a second, one core")

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from taming_jax.command_line import parse_arguments
-from taming_jax.data import sources
-from taming_jax.data.sources import Split, Splits
+from taming_jax.cli.arguments import parse_arguments
+from taming_jax.data import datasets
+from taming_jax.data.datasets import Split, Splits
 from taming_jax.errors import UserError, report
 
 
@@ -54,7 +54,7 @@ def main() -> None:
         raise UserError(f"--out {out} is a folder; name a .png.")
     config = parse_arguments(rest).config
     # All splits at one size, so that the same picture is the same array in each.
-    splits: Splits = sources.load(dataclasses.replace(config.data, random_crop=False))
+    splits: Splits = datasets.load(dataclasses.replace(config.data, random_crop=False))
     named = {name: getattr(splits, name) for name in ("train", "validation", "test")}
     for name, split in named.items():
         print(describe(name, split, splits.class_names))
@@ -74,7 +74,7 @@ def main() -> None:
 
         images = splits.train.images
         title = f"{config.data.path or config.data.name}: {len(images)} training images"
-        sheet(images[sources.spread(len(images), 64)], out, 8, title)
+        sheet(images[datasets.spread(len(images), 64)], out, 8, title)
         print(f"A sheet of them is in {out}.")
 
 

@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from taming_jax.command_line import add_data_flags, add_flags, data_settings, processes
-from taming_jax.config import OF_A_MACHINE
+from taming_jax.cli.arguments import add_data_flags, add_flags, data_settings, processes
+from taming_jax.config.schema import OF_A_MACHINE
 from taming_jax.errors import RunFailed, UserError, report
 
 # What may differ from process to process.
@@ -62,7 +62,7 @@ def main() -> None:
         return
     if given.workdir is None:
         raise UserError("name the run by --workdir, or two reports by --compare.")
-    from taming_jax.train.hosts import watched
+    from taming_jax.parallel.distributed import watched
 
     watched(functools.partial(work, given), processes(given))
 
@@ -131,19 +131,19 @@ def check_outputs(given: argparse.Namespace) -> None:
 
 
 def work(given: argparse.Namespace) -> None:
-    from taming_jax.train import hosts
+    from taming_jax.parallel import distributed
 
-    hosts.one_speaks()
-    hosts.check_same_flags({name: x for name, x in vars(given).items() if name not in OWN})
+    distributed.one_speaks()
+    distributed.check_same_flags({name: x for name, x in vars(given).items() if name not in OWN})
     sweep, scale = scales_of(given.sweep), scale_of(given.guidance_scale)
-    hosts.from_first(lambda: check_outputs(given))
-    from taming_jax.evaluation.distances import save_moments
+    distributed.from_first(lambda: check_outputs(given))
     from taming_jax.evaluation.protocol import Protocol
     from taming_jax.evaluation.report import draw, finished
     from taming_jax.evaluation.subject import Evaluation
     from taming_jax.evaluation.table import table
+    from taming_jax.metrics.distances import save_moments
     from taming_jax.run import load_run
-    from taming_jax.train.meter import peak_memory
+    from taming_jax.training.meter import peak_memory
 
     begun = time.monotonic()
     names = (
@@ -158,12 +158,12 @@ def work(given: argparse.Namespace) -> None:
     folder = given.figures or (given.out.absolute().parent if given.out else None)
     try:
         if given.out is not None:
-            hosts.from_first(lambda: write(given.out, found))
+            distributed.from_first(lambda: write(given.out, found))
         if given.save_reference is not None and len(evaluation.chosen) < 2:
             raise UserError("--save-reference needs two images at least; take more --images.")
         if given.save_reference is not None:
             moments = evaluation.reference.moments
-            hosts.from_first(lambda: save_moments(given.save_reference, moments))
+            distributed.from_first(lambda: save_moments(given.save_reference, moments))
         if folder is not None:
             draw(evaluation, folder, found)
     except OSError as error:

@@ -19,10 +19,10 @@ from taming_jax.errors import RunFailed, UserError, report, say
 from taming_jax.files import check_writable, write_whole
 
 if TYPE_CHECKING:
-    from taming_jax.config import Config
-    from taming_jax.convert.compvis_config import Official
-    from taming_jax.convert.state_dict import StateDict
-    from taming_jax.train.store import Checkpoint
+    from taming_jax.config.schema import Config
+    from taming_jax.interop.compvis_config import Official
+    from taming_jax.training.store import Checkpoint
+    from taming_jax.weights.state_dict import StateDict
 
 LOW = -50.0  # the logit of what is never to be drawn
 
@@ -49,8 +49,8 @@ def main() -> None:
 def work(given: argparse.Namespace) -> None:
     from flax import traverse_util
 
-    from taming_jax.convert.state_dict import write_state_dict
-    from taming_jax.train.store import Store
+    from taming_jax.training.store import Store
+    from taming_jax.weights.state_dict import write_state_dict
 
     if not given.workdir.is_dir():
         raise UserError(f"there is no folder {given.workdir}; name a run's.")
@@ -116,10 +116,10 @@ def counterpart(
     UserError where there is none."""
     import yaml
 
-    from taming_jax.convert.compvis import PROGRAM
-    from taming_jax.convert.compvis_config import official
-    from taming_jax.convert.compvis_yaml import yaml_of
-    from taming_jax.train.imported import recorded
+    from taming_jax.interop.compvis import PROGRAM
+    from taming_jax.interop.compvis_config import official
+    from taming_jax.interop.compvis_yaml import yaml_of
+    from taming_jax.interop.imports import recorded
 
     held = recorded(workdir)
     if held is not None and held[0].program == PROGRAM:
@@ -135,8 +135,8 @@ def counterpart(
 def networks(model: "Official", nets: dict[str, Any], normalised: bool) -> dict[str, np.ndarray]:
     """The networks' arrays under the official names, with codes of length one where they are
     `normalised`."""
-    from taming_jax.convert.compvis import discriminator_layout, gpt_layout, vqgan_layout
-    from taming_jax.convert.layout import paths, theirs
+    from taming_jax.interop.compvis import discriminator_layout, gpt_layout, vqgan_layout
+    from taming_jax.weights.layout import paths, theirs
 
     generator = dict(nets["generator"].get("ema", nets["generator"]["params"]))
     if normalised:
@@ -189,7 +189,7 @@ def beside(
 ) -> dict[str, np.ndarray]:
     """What the official modules hold besides, so that they load strictly: attention's masks, how
     long BatchNorm ran, the perceptual loss."""
-    from taming_jax.convert.compvis import lpips_state_dict
+    from taming_jax.interop.compvis import lpips_state_dict
     from taming_jax.models.lpips import load_lpips
 
     found: dict[str, np.ndarray] = {}

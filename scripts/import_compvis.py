@@ -33,19 +33,19 @@ def main() -> None:
 
 
 def work(given: argparse.Namespace) -> None:
-    from taming_jax.convert.compvis import (
+    from taming_jax.interop import imports
+    from taming_jax.interop.compvis import (
         PROGRAM,
         discriminator_layout,
         gpt_layout,
         vqgan_layout,
     )
-    from taming_jax.convert.compvis_config import codes_in, official, read_text
-    from taming_jax.convert.state_dict import open_state_dict
-    from taming_jax.train import imported
+    from taming_jax.interop.compvis_config import codes_in, official, read_text
+    from taming_jax.weights.state_dict import open_state_dict
 
     if given.classes is not None and given.classes < 1:
         raise UserError(f"--classes is {given.classes}; it must be 1 or more.")
-    imported.check_new(given.workdir)
+    imports.check_new(given.workdir)
     settings = read_text(given.config)
     state_dict, said = open_state_dict(given.checkpoint)
     used = [np.asarray(x) for name, x in state_dict.items() if name.endswith("quantize.used")]
@@ -58,18 +58,18 @@ def work(given: argparse.Namespace) -> None:
     model = official(settings, given.config, given.classes, codes, step)
     below, names = model.discriminator, model.class_names
     judged = below is not None and any(name.startswith(below) for name in state_dict)
-    config = imported.fitted(model.config, judged)
-    shapes = imported.shapes_of(config, len(names), judged)
+    config = imports.fitted(model.config, judged)
+    shapes = imports.shapes_of(config, len(names), judged)
     tables = {"generator": (vqgan_layout, model.generator)}
     if judged and below is not None:
         tables["discriminator"] = (discriminator_layout, below)
     if model.transformer:
         tables["transformer"] = (gpt_layout, model.transformer)
     networks = {
-        name: imported.network(table, shapes[name], prefix)
+        name: imports.network(table, shapes[name], prefix)
         for name, (table, prefix) in tables.items()
     }
-    read = imported.read_networks(
+    read = imports.read_networks(
         given.checkpoint, state_dict, networks, lambda name: bool(BESIDE.search(name)),
         str(given.config),
     )  # fmt: skip
@@ -77,9 +77,9 @@ def work(given: argparse.Namespace) -> None:
     back = [networks[name] for name in networks if name != "discriminator" or not model.transformer]
     known = {name for each in back for name in each.expected}
     rest = {name: np.asarray(x) for name, x in state_dict.items() if name not in known}
-    record = imported.Record(PROGRAM, settings, list(state_dict))
-    imported.write_run(given.workdir, config, read, names, record, rest)
-    print(imported.summary(given.workdir, config, networks, len(names), given.checkpoint))
+    record = imports.Record(PROGRAM, settings, list(state_dict))
+    imports.write_run(given.workdir, config, read, names, record, rest)
+    print(imports.summary(given.workdir, config, networks, len(names), given.checkpoint))
 
 
 if __name__ == "__main__":

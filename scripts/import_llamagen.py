@@ -34,14 +34,13 @@ def main() -> None:
 
 
 def work(given: argparse.Namespace) -> None:
-    from taming_jax.convert import llamagen
-    from taming_jax.convert.state_dict import open_state_dict
-    from taming_jax.train import imported
+    from taming_jax.interop import imports, llamagen
+    from taming_jax.weights.state_dict import open_state_dict
 
     for name in ("image_size", "heads"):
         if getattr(given, name) is not None and getattr(given, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be 1 or more.")
-    imported.check_new(given.workdir)
+    imports.check_new(given.workdir)
     of_tokenizer, _ = open_state_dict(given.tokenizer)
     vqgan, channels = llamagen.tokenizer_of(given.tokenizer, of_tokenizer)
     codes, prior, classes, of_gpt = vqgan.codebook_size, None, 0, None
@@ -49,25 +48,25 @@ def work(given: argparse.Namespace) -> None:
         of_gpt, _ = open_state_dict(given.gpt)
         prior, classes = llamagen.transformer_of(given.gpt, of_gpt, codes, given.heads)
     config = llamagen.config_of(given.tokenizer.stem, vqgan, prior, given.image_size, channels)
-    config = imported.fitted(config, judged=False)
-    shapes = imported.shapes_of(config, classes, discriminator=False)
-    generator = imported.network(llamagen.tokenizer_layout, shapes["generator"], "")
-    networks = imported.read_networks(
+    config = imports.fitted(config, judged=False)
+    shapes = imports.shapes_of(config, classes, discriminator=False)
+    generator = imports.network(llamagen.tokenizer_layout, shapes["generator"], "")
+    networks = imports.read_networks(
         given.tokenizer, of_tokenizer, {"generator": generator}, BESIDE.__contains__,
         "its own codebook and levels",
     )  # fmt: skip
     if of_gpt is not None and prior is not None:
         of_heads = functools.partial(llamagen.transformer_layout, heads=prior.heads, codes=codes)
-        transformer = imported.network(of_heads, shapes["transformer"], "")
-        networks |= imported.read_networks(
+        transformer = imports.network(of_heads, shapes["transformer"], "")
+        networks |= imports.read_networks(
             given.gpt, of_gpt, {"transformer": transformer}, BESIDE.__contains__,
             "its own width and layers",
         )  # fmt: skip
-    record = imported.Record("FoundationVision/LlamaGen", "", [*of_tokenizer, *(of_gpt or {})])
+    record = imports.Record("FoundationVision/LlamaGen", "", [*of_tokenizer, *(of_gpt or {})])
     rest = {name: np.asarray(x) for name, x in of_tokenizer.items() if name in BESIDE}
     names = tuple(map(str, range(classes)))
-    imported.write_run(given.workdir, config, networks, names, record, rest)
-    print(imported.summary(given.workdir, config, networks, classes, "LlamaGen's"))
+    imports.write_run(given.workdir, config, networks, names, record, rest)
+    print(imports.summary(given.workdir, config, networks, classes, "LlamaGen's"))
 
 
 if __name__ == "__main__":

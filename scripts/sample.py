@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from taming_jax.command_line import add_flags, processes
+from taming_jax.cli.arguments import add_flags, processes
 from taming_jax.errors import RunFailed, UserError, report
 from taming_jax.files import check_writable
 
@@ -120,7 +120,7 @@ def write_folder(out: Path, drawn: Drawn) -> None:
 
 def main() -> None:
     given = parse()
-    from taming_jax.train.hosts import watched
+    from taming_jax.parallel.distributed import watched
 
     watched(functools.partial(work, given), processes(given))
 
@@ -130,12 +130,12 @@ OWN = {"process_id", "workdir", "out"}
 
 
 def work(given: argparse.Namespace) -> None:
-    from taming_jax.train import hosts
+    from taming_jax.parallel import distributed
 
-    hosts.one_speaks()
-    hosts.check_same_flags({name: x for name, x in vars(given).items() if name not in OWN})
-    out, kind = hosts.from_first(lambda: place_of(given))
-    from taming_jax.data.sources import spread
+    distributed.one_speaks()
+    distributed.check_same_flags({name: x for name, x in vars(given).items() if name not in OWN})
+    out, kind = distributed.from_first(lambda: place_of(given))
+    from taming_jax.data.datasets import spread
     from taming_jax.figures import to_uint8
     from taming_jax.run import load_run
 
@@ -161,7 +161,7 @@ def work(given: argparse.Namespace) -> None:
         if given.classes is None and len(classes) < known:
             said += f"\nThere are {known} classes; --classes names others."
     # The others wait: one that was long alone would be taken for lost.
-    hosts.from_first(lambda: write(out, kind, drawn))
+    distributed.from_first(lambda: write(out, kind, drawn))
     print(said)
 
 
@@ -169,7 +169,7 @@ def completed(run: "Run", given: argparse.Namespace, settings: dict[str, Any]) -
     """The completions of the given pictures, which the first of several processes reads. UserError
     for those that cannot be read."""
     from taming_jax.figures import to_uint8
-    from taming_jax.train import hosts
+    from taming_jax.parallel import distributed
 
     config = run.config.data
     size = given.size or (config.image_size, config.image_size)
@@ -180,7 +180,7 @@ def completed(run: "Run", given: argparse.Namespace, settings: dict[str, Any]) -
         mask = given.mask and picture(Path(given.mask), size, 1)[..., 0] > 127
         return pictures, mask
 
-    pictures, mask = hosts.from_first(read)
+    pictures, mask = distributed.from_first(read)
     classes = given.classes
     images = run.complete(
         pictures, classes, given.per_class, keep=0.5 if given.keep is None else given.keep,

@@ -14,32 +14,32 @@ from typing import Any
 __version__ = "0.1.0"
 
 _WHERE = {
-    "Config": "config",
-    "load_config": "config",
+    "Config": "config.schema",
+    "load_config": "config.load",
+    "train": "training",
     "UserError": "errors",
     "RunFailed": "errors",
     "Run": "run",
     "load_run": "run",
+    "evaluate": "evaluation.report",
     "VQGAN": "models.vqgan",
     "build_vqgan": "models.vqgan",
     "Encoder": "models.autoencoder",
     "Decoder": "models.autoencoder",
     "VectorQuantizer": "models.quantizers",
-    "GPT": "models.gpt",
-    "build_gpt": "models.gpt",
-    "sample": "sampling",
+    "GPT": "priors.autoregressive",
+    "build_gpt": "priors.autoregressive",
+    "sample": "priors.decoding",
     "Discriminator": "models.discriminator",
     "lpips": "models.lpips",
     "load_lpips": "models.lpips",
 }
-__all__ = [*sorted(_WHERE), "train"]
+__all__ = sorted(_WHERE)
 
 
 def __getattr__(name: str) -> Any:
     if name in _WHERE:
         return getattr(importlib.import_module(f"taming_jax.{_WHERE[name]}"), name)
-    if name == "train":  # the package train/, which can be called
-        return importlib.import_module("taming_jax.train")
     raise AttributeError(f"module 'taming_jax' has no attribute '{name}'")
 
 

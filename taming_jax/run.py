@@ -16,13 +16,13 @@ import numpy as np
 from flax import traverse_util
 
 from taming_jax import tiles
-from taming_jax.checks import flag
-from taming_jax.config import Config, differences, override, read_config, replaced
-from taming_jax.data import sources
-from taming_jax.data.sources import Split, Splits
+from taming_jax.config.load import differences, override, read_config, replaced
+from taming_jax.config.schema import Config
+from taming_jax.config.validation import flag
+from taming_jax.data import datasets
+from taming_jax.data.datasets import Split, Splits
 from taming_jax.errors import UserError, say
 from taming_jax.losses import next_token
-from taming_jax.models.gpt import build_gpt, teacher_forced
 from taming_jax.models.vqgan import (
     PIXELS,
     build_vqgan,
@@ -31,13 +31,14 @@ from taming_jax.models.vqgan import (
     images_at_once,
     pixels_a_code,
 )
+from taming_jax.parallel import distributed
+from taming_jax.parallel.devices import Devices
+from taming_jax.parallel.runtime import keep_programs
+from taming_jax.priors.autoregressive import build_gpt, teacher_forced
+from taming_jax.priors.decoding import window_likelihood
 from taming_jax.sampler import Sampler, Settings, kept_codes
-from taming_jax.sampling import window_likelihood
-from taming_jax.train import hosts
-from taming_jax.train.devices import Devices
-from taming_jax.train.runtime import keep_programs
-from taming_jax.train.store import Store
-from taming_jax.train.tokens import Tokenizer
+from taming_jax.training.store import Store
+from taming_jax.training.tokens import Tokenizer
 
 # Images a call of the compiled functions, which are compiled for these two sizes; the last batch is
 # filled up.
@@ -54,7 +55,7 @@ def load_run(workdir: str | Path, data: Mapping[str, Any] | None = None) -> "Run
     Raises UserError where the folder holds no run, or none of its checkpoints can be read.
     """
     folder = Path(workdir)
-    run = Run(folder, *hosts.from_first(lambda: _read(folder)))
+    run = Run(folder, *distributed.from_first(lambda: _read(folder)))
     return run.with_data(data) if data else run
 
 
@@ -127,7 +128,7 @@ class Run:
     def class_names(self) -> tuple[str, ...]:
         """The names of the classes, in the order of their numbers."""
         if self.dataset is None:
-            return sources.load(self.config.data).class_names
+            return datasets.load(self.config.data).class_names
         return tuple(self.dataset["class_names"])
 
     def with_data(self, settings: Mapping[str, Any]) -> "Run":
@@ -160,8 +161,8 @@ class Run:
         Raises UserError where the dataset cannot be read, and where it is not what the run was
         trained on and was not named.
         """
-        splits = sources.load(self.config.data)
-        others = sources.unlike(sources.identity(splits), self.dataset)
+        splits = datasets.load(self.config.data)
+        others = datasets.unlike(datasets.identity(splits), self.dataset)
         if others and not self.data_named:
             raise UserError(
                 f"the run in {self.workdir} was trained on other data: {'; '.join(others)}. Give "
@@ -177,7 +178,7 @@ class Run:
         nothing."""
         if self.dataset is None or "images" not in self.dataset:
             return "It is not known whether the run was trained on this data."
-        others = sources.unlike(sources.identity(splits), self.dataset)
+        others = datasets.unlike(datasets.identity(splits), self.dataset)
         return f"The run was trained on other data: {'; '.join(others)}." if others else ""
 
     def labels(self, classes: int | str | Iterable[int | str]) -> np.ndarray:
@@ -334,25 +335,6 @@ class Run:
         tokens = teacher_forced(self.prior, labels, codes)
         logits = cast(jax.Array, self.prior.apply({"params": params}, tokens))
         return -next_token(logits, codes) * self.prior.length
-
-    def evaluate(
-        self,
-        *,
-        devices: int | None = None,
-        progress: bool = False,
-        sweep: Any = (),
-        data: Mapping[str, Any] | None = None,
-        **protocol: Any,
-    ) -> dict[str, Any]:
-        """The report of docs/evaluation.md: reconstructions of a split's images, and new images
-        where there is a prior, under a protocol (see `evaluation.protocol.Protocol`, whose settings
-        these are: `split="test", samples=5000`, …). `data` is as in `load_run`."""
-        from taming_jax.evaluation.protocol import Protocol
-        from taming_jax.evaluation.report import finished
-        from taming_jax.evaluation.subject import Evaluation
-
-        run = self.with_data(data) if data else self
-        return finished(Evaluation(run, Protocol(**protocol), devices, progress, sweep))
 
     def tokens(self, split: str = "train", data: Mapping[str, Any] | None = None) -> Split:
         """A split of the run's dataset as codes, unsigned [n, h' * w'], not augmented, with its

@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from taming_jax.checks import check_sampling
-from taming_jax.config import Config
+from taming_jax.config.schema import Config
+from taming_jax.config.validation import check_sampling
 from taming_jax.errors import UserError
-from taming_jax.models.gpt import GPT
 from taming_jax.models.vqgan import VQGAN, decode_indices, images_at_once, pixels_a_code
+from taming_jax.parallel.devices import Compiled, Devices
+from taming_jax.priors.autoregressive import GPT
+from taming_jax.priors.decoding import micro_batch, sample, sample_keys, sample_windows
 from taming_jax.progress import Progress
-from taming_jax.sampling import micro_batch, sample, sample_keys, sample_windows
-from taming_jax.train.devices import Compiled, Devices
 
 
 class Settings(NamedTuple):

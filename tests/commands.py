@@ -59,8 +59,8 @@ def run_here(*arguments: object, draw: bool = True) -> tuple[int, str, str]:
             stack.enter_context(contextlib.redirect_stdout(out))
             stack.enter_context(contextlib.redirect_stderr(err))
             if not draw:
-                stack.enter_context(mock.patch("taming_jax.train.vqgan.VQGANStage.draw"))
-                stack.enter_context(mock.patch("taming_jax.train.prior.PriorStage.draw"))
+                stack.enter_context(mock.patch("taming_jax.training.vqgan.VQGANStage.draw"))
+                stack.enter_context(mock.patch("taming_jax.training.prior.PriorStage.draw"))
             status = errors.report(main)
     except SystemExit as exit:  # tyro's and argparse's, for flags
         status = exit.code

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from taming_jax.convert.layout import expected, ours, paths
+from taming_jax.weights.layout import expected, ours, paths
 
 FOLDER = Path(__file__).parents[2] / "shared" / "golden"
 

@@ -19,12 +19,12 @@ from scipy import ndimage
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from taming_jax.config import load_config  # noqa: E402
-from taming_jax.data import sources  # noqa: E402
-from taming_jax.evaluation import distances  # noqa: E402
-from taming_jax.evaluation.features import Features, vgg  # noqa: E402
+from taming_jax.config.load import load_config  # noqa: E402
+from taming_jax.data import datasets  # noqa: E402
 from taming_jax.figures import ACCENT, INK, save  # noqa: E402
-from taming_jax.train.devices import Devices  # noqa: E402
+from taming_jax.metrics import distances  # noqa: E402
+from taming_jax.metrics.features import Features, vgg  # noqa: E402
+from taming_jax.parallel.devices import Devices  # noqa: E402
 
 BLURS = (0.5, 0.75, 1.0, 1.5, 2.0)  # deviations of the Gaussian, in pixels of 28 a side
 
@@ -86,8 +86,8 @@ def main() -> None:
         }  # fmt: skip
     found = {}
     for name, settings in chosen.items():
-        images = sources.load(load_config("mnist_tiny", settings).data).train.images
-        images = images[sources.spread(len(images), given.images)]
+        images = datasets.load(load_config("mnist_tiny", settings).data).train.images
+        images = images[datasets.spread(len(images), given.images)]
         found[name] = measured(images, features)
         for what, terms in found[name].items():
             said = "  ".join(f"{term} {value:.4g}" for term, value in terms.items())

@@ -17,16 +17,16 @@ import jax
 import numpy as np
 import optax
 
-from taming_jax.command_line import add_flags, processes
-from taming_jax.config import load_config
-from taming_jax.data.feeds import take
+from taming_jax.cli.arguments import add_flags, processes
+from taming_jax.config.load import load_config
+from taming_jax.data.batches import take
 from taming_jax.errors import report
-from taming_jax.train import hosts
-from taming_jax.train.devices import Devices
-from taming_jax.train.prior import PriorStage
-from taming_jax.train.state import copied
-from taming_jax.train.store import Store
-from taming_jax.train.vqgan import VQGANStage
+from taming_jax.parallel import distributed
+from taming_jax.parallel.devices import Devices
+from taming_jax.training.prior import PriorStage
+from taming_jax.training.state import copied
+from taming_jax.training.store import Store
+from taming_jax.training.vqgan import VQGANStage
 
 STAGES = {"vqgan": VQGANStage, "prior": PriorStage}
 
@@ -47,7 +47,7 @@ def work(given):
     stage = STAGES[given.stage](config, devices)
     store = Store(Path(given.workdir), stage.name, stage.monitor, True, stage.dataset)
     template = stage.init(jax.random.key(config.seed))
-    restored = hosts.from_first(lambda: store.restore(template, config, (), (), print))
+    restored = distributed.from_first(lambda: store.restore(template, config, (), (), print))
     before = jax.tree.map(np.array, moments(restored))
     step, feed = int(restored.step), stage.feeds()[0]
     batch = feed.batch(step)
@@ -66,7 +66,7 @@ def work(given):
         "extra": {name: net.extra for name, net in after.nets.items()},
         "seen": seen,
     }
-    if hosts.first():
+    if distributed.first():
         Path(given.out).write_bytes(pickle.dumps(jax.tree.map(np.asarray, found)))
 
 
@@ -77,7 +77,7 @@ def main():
     parser.add_argument("--devices", type=int)
     add_flags(parser)
     given = parser.parse_args()
-    hosts.watched(functools.partial(work, given), processes(given))
+    distributed.watched(functools.partial(work, given), processes(given))
 
 
 if __name__ == "__main__":

@@ -6,13 +6,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from taming_jax.config import load_config
+from taming_jax.config.load import load_config
 from taming_jax.models.discriminator import Discriminator
 from taming_jax.models.layers import conv
 from taming_jax.models.quantizers import GumbelQuantizer, VectorQuantizer
 from taming_jax.models.vqgan import VQGAN
-from taming_jax.train.objective import Networks
-from taming_jax.train.state import Net
+from taming_jax.training.state import Net
+from taming_jax.training.vqgan_step import Networks
 
 QUICKLY = {"xla_backend_optimization_level": 0}  # compiled, for what runs once
 

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from taming_jax.config import load_config
-from taming_jax.train import loop
-from taming_jax.train.prior import PriorStage
-from taming_jax.train.store import Store
-from taming_jax.train.vqgan import VQGANStage
+from taming_jax.config.load import load_config
+from taming_jax.training import loop
+from taming_jax.training.prior import PriorStage
+from taming_jax.training.store import Store
+from taming_jax.training.vqgan import VQGANStage
 
 SETTINGS = {
     "data.name": "synthetic", "data.image_size": 8, "devices": 1, "vqgan.channels": 4,

@@ -10,7 +10,7 @@ import pytest
 import train_prior
 import train_vqgan
 from taming_jax import errors
-from taming_jax.config import load_config, write_config
+from taming_jax.config.load import load_config, write_config
 from taming_jax.files import alone_in
 from tests import commands
 

@@ -8,8 +8,8 @@ import time
 import numpy as np
 import pytest
 
-from taming_jax.data import sources
-from taming_jax.train.store import Store
+from taming_jax.data import datasets
+from taming_jax.training.store import Store
 from tests import commands, small_runs
 from tests.data import pictures
 from tests.data.test_images import harmed, visible
@@ -199,6 +199,6 @@ def test_decoding_that_is_killed_is_begun_again_and_leaves_nothing(place, tmp_pa
     trained_here(tmp_path, tmp_path / "run", *settings)
     assert len(visible(tmp_path / "cache")) == 3
     data = Store(tmp_path / "run", "vqgan", "nll", read_only=True).read(1)[1].data
-    kept = sources.load(data).train.images
+    kept = datasets.load(data).train.images
     shutil.rmtree(tmp_path / "cache")
-    np.testing.assert_array_equal(sources.load(data).train.images, kept)
+    np.testing.assert_array_equal(datasets.load(data).train.images, kept)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import taming_jax
-from taming_jax.data import sources
+from taming_jax.data import datasets
 from taming_jax.errors import UserError
 
 
@@ -51,7 +51,7 @@ def trained(tmp_path_factory):
 @pytest.mark.slow
 def test_a_run_reconstructs_what_it_has_not_seen(trained):
     run = trained
-    images = sources.load(run.config.data).test.images
+    images = datasets.load(run.config.data).test.images
     indices = run.encode(images)
     assert indices.shape == (64, 8, 8) and indices.dtype == np.int32
     reconstruction = run.reconstruct(images)
@@ -62,7 +62,7 @@ def test_a_run_reconstructs_what_it_has_not_seen(trained):
 
 
 def test_images_are_answered_in_kind(run):
-    images = sources.load(run.config.data).test.images[:5]
+    images = datasets.load(run.config.data).test.images[:5]
     floats = images / np.float32(127.5) - 1
     np.testing.assert_array_equal(run.encode(floats), run.encode(images))
     answered = run.reconstruct(floats)
@@ -74,7 +74,7 @@ def test_images_are_answered_in_kind(run):
 
 
 def test_more_images_than_a_batch_are_the_same_as_one_by_one(run):
-    images = sources.load(run.config.data).train.images[:70]
+    images = datasets.load(run.config.data).train.images[:70]
     together = run.encode(images)
     assert (together[65:] == run.encode(images[65:])).mean() > 0.99
 

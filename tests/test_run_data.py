@@ -10,10 +10,10 @@ import pytest
 
 import taming_jax
 from taming_jax import errors, progress
-from taming_jax.config import write_config
-from taming_jax.data import sources
+from taming_jax.config.load import write_config
+from taming_jax.data import datasets
 from taming_jax.errors import UserError
-from taming_jax.train.imported import Record, write_run
+from taming_jax.interop.imports import Record, write_run
 from tests import commands
 from tests.data import pictures
 
@@ -38,7 +38,7 @@ def place(tmp_path_factory):
         "birds_tiny", SETTINGS | overrides | {"workdir": str(place / "run")}
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("taming_jax.train.vqgan.VQGANStage.draw", lambda *_: None)
+        patch.setattr("taming_jax.training.vqgan.VQGANStage.draw", lambda *_: None)
         taming_jax.train(config, "vqgan")
     (place / "old").rename(place / "new")
     return place
@@ -63,7 +63,7 @@ def test_data_that_has_moved_is_named_and_recognised(place, capsys):
         run.tokens("test")
     new = {"name": "folder", "path": place / "new"}
     moved = taming_jax.load_run(place / "run", data=new)
-    images = sources.load(moved.config.data).test.images
+    images = datasets.load(moved.config.data).test.images
     expected = run.encode(images).reshape(len(images), -1)
     capsys.readouterr()
     np.testing.assert_array_equal(moved.tokens("test").images, expected)

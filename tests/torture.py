@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 
-from taming_jax.train.store import Store  # noqa: E402
+from taming_jax.training.store import Store  # noqa: E402
 from tests import commands, disks, golden  # noqa: E402
 from tests.data import pictures  # noqa: E402
 

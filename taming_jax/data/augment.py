@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from taming_jax.config import DataConfig
+from taming_jax.config.schema import DataConfig
 
 Images = TypeVar("Images", np.ndarray, jax.Array)
 

@@ -32,9 +32,10 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from taming_jax.config import DataConfig
+from taming_jax.config.schema import DataConfig
 from taming_jax.errors import UserError
 from taming_jax.files import text_hash, user_cache
+from taming_jax.parallel.distributed import end_with_parent
 from taming_jax.progress import Progress
 
 VERSION = 3  # of the cache's format; another version is another key
@@ -144,14 +145,6 @@ _decoder: list[Decoder] = []  # a worker process's own
 def begin_worker(decoder: Decoder) -> None:
     _decoder[:] = [decoder]
     threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def end_with_parent() -> None:
-    """Ends a worker whose parent was killed, and which would wait for its next job for ever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
 
 
 def work(numbers: np.ndarray, first: int) -> dict[int, str]:

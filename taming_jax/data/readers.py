@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from taming_jax.checks import flag
-from taming_jax.config import DataConfig
+from taming_jax.config.schema import DataConfig
+from taming_jax.config.validation import flag
 from taming_jax.data.images import Reader
 from taming_jax.errors import UserError
 

@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from taming_jax.data.sources import spread
-from taming_jax.evaluation.distances import Moments
+from taming_jax.data.datasets import spread
+from taming_jax.metrics.distances import Moments
 
 
 class Collected(NamedTuple):

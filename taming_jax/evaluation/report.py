@@ -2,26 +2,42 @@
 
 import contextlib
 import functools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
 from flax import traverse_util
 
 from taming_jax.errors import UserError
-from taming_jax.evaluation.features import hash_of
 from taming_jax.evaluation.reconstructions import reconstructions
 from taming_jax.evaluation.samples import nearest, samples
 from taming_jax.evaluation.subject import Evaluation
+from taming_jax.evaluation.protocol import Protocol
 from taming_jax.files import text_hash
-from taming_jax.train import hosts
-from taming_jax.train.store import Store
-
-if TYPE_CHECKING:
-    from taming_jax.run import Run
+from taming_jax.run import Run
+from taming_jax.metrics.features import hash_of
+from taming_jax.parallel import distributed
+from taming_jax.training.store import Store
 
 SCHEMA = 1  # of the report
+
+
+def evaluate(
+    run: Run,
+    *,
+    devices: int | None = None,
+    progress: bool = False,
+    sweep: Sequence[float | tuple[float, float]] = (),
+    data: Mapping[str, Any] | None = None,
+    **protocol: Any,
+) -> dict[str, Any]:
+    """The report of docs/evaluation.md: reconstructions of a split's images, and new images where
+    the run has a prior. `protocol` are the settings of `Protocol` (`split="test", samples=5000`,
+    …); `data` is as in `load_run`; `sweep` holds guidance scales to measure samples at as well."""
+    run = run.with_data(data) if data else run
+    return finished(Evaluation(run, Protocol(**protocol), devices, progress, sweep))
 
 
 def finished(evaluation: Evaluation) -> dict[str, Any]:
@@ -68,7 +84,7 @@ def draw(evaluation: Evaluation, folder: Path, report: dict[str, Any]) -> None:
         file = folder / "evaluation_sweep.png"
         drawing.append(functools.partial(figures.sweep, report["sweep"], report["features"], file))
     for each in drawing:
-        hosts.from_first(each)
+        distributed.from_first(each)
 
 
 def described(evaluation: Evaluation) -> dict[str, Any]:
@@ -119,7 +135,7 @@ def warned(evaluation: Evaluation) -> list[str]:
     return found
 
 
-def stage1_step(run: "Run") -> int | None:
+def stage1_step(run: Run) -> int | None:
     """The step of stage 1's best checkpoint, where that is the generator of this run."""
     if run.transformer is None:
         return run.step

@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from taming_jax.data.sources import spread
-from taming_jax.evaluation import distances
+from taming_jax.data.datasets import spread
 from taming_jax.evaluation.collected import Collected, Collector
 from taming_jax.evaluation.protocol import Protocol
 from taming_jax.evaluation.subject import Evaluation
 from taming_jax.figures import to_uint8
+from taming_jax.metrics import distances
 
 
 def samples(evaluation: Evaluation, **changed: Any) -> dict[str, Any]:

@@ -5,26 +5,24 @@ import functools
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from taming_jax.data import sources
+from taming_jax.data import datasets
 from taming_jax.data.augment import centred
-from taming_jax.data.sources import Split, spread
+from taming_jax.data.datasets import Split, spread
 from taming_jax.errors import UserError
-from taming_jax.evaluation import distances
 from taming_jax.evaluation.collected import Collected, Collector, unpacked
-from taming_jax.evaluation.distances import Moments
-from taming_jax.evaluation.features import Extractor, Features, digits, extractor_of, hash_of
 from taming_jax.evaluation.protocol import SAMPLING, Protocol, checked
 from taming_jax.files import read_arrays, text_hash, user_cache, write_arrays
+from taming_jax.metrics import distances
+from taming_jax.metrics.distances import Moments
+from taming_jax.metrics.features import Extractor, Features, digits, extractor_of, hash_of
+from taming_jax.parallel import distributed
+from taming_jax.parallel.devices import Devices
 from taming_jax.progress import Progress
-from taming_jax.train import hosts
-from taming_jax.train.devices import Devices
-
-if TYPE_CHECKING:
-    from taming_jax.run import Run
+from taming_jax.run import Run
 
 PART = 64  # images read at once, or as many more as the devices see at once
 
@@ -63,7 +61,7 @@ class Evaluation:
 
     def __init__(
         self,
-        run: "Run",
+        run: Run,
         protocol: Protocol,
         devices: int | None = None,
         progress: bool = False,
@@ -79,9 +77,9 @@ class Evaluation:
             for changed in [{}, *self.sweep]:
                 self.sampling(dataclasses.replace(protocol, **changed))
         data = run.config.data
-        self.splits = hosts.agreed(run.load_data)
-        self.identity = sources.identity(self.splits)
-        hosts.check_same_data(self.identity)
+        self.splits = distributed.agreed(run.load_data)
+        self.identity = datasets.identity(self.splits)
+        distributed.check_same_data(self.identity, datasets.unlike)
         classes = len(self.splits.class_names)
         self.prior_fits = run.transformer is not None and run.prior.classes == classes
         self.draws = run.transformer is not None and protocol.samples > 0
@@ -113,8 +111,8 @@ class Evaluation:
         self._reference: Moments | None = None
         if protocol.reference is not None:
             file, dimensions = protocol.reference, self.extractor.dimensions
-            self._reference = hosts.agreed(lambda: distances.load_moments(file, dimensions))
-        hosts.check_same_flags({
+            self._reference = distributed.agreed(lambda: distances.load_moments(file, dimensions))
+        distributed.check_same_flags({
             "weights": self.extractor.weights, "reference": self.reference_hash
         })  # fmt: skip
         self.features = Features(self.extractor, self.devices)
@@ -155,13 +153,13 @@ class Evaluation:
 
     def kept(self, chosen: Chosen) -> Collected | None:
         """The features of images from the user's cache, for all processes from the first one's."""
-        arrays = hosts.from_first(lambda: read_arrays(self._file_of(chosen)))
+        arrays = distributed.from_first(lambda: read_arrays(self._file_of(chosen)))
         return None if arrays is None else unpacked(arrays)
 
     def keep(self, chosen: Chosen, collector: Collector) -> Collected:
         """What was collected of images, kept in the user's cache as well."""
         found = collector.collected()
-        hosts.from_first(lambda: write_arrays(self._file_of(chosen), found.packed()))
+        distributed.from_first(lambda: write_arrays(self._file_of(chosen), found.packed()))
         return found
 
     def _file_of(self, chosen: Chosen) -> Path:

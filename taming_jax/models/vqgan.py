@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from taming_jax.config import Config, VQGANConfig
+from taming_jax.config.schema import Config, VQGANConfig
 from taming_jax.models.autoencoder import Decoder, Encoder
 from taming_jax.models.layers import Dtype, conv
 from taming_jax.models.quantizers import GumbelQuantizer, Noise, Quantized, VectorQuantizer

@@ -2,8 +2,8 @@ import jax
 import numpy as np
 import pytest
 
-from taming_jax.config import DataConfig
-from taming_jax.data import sources
+from taming_jax.config.schema import DataConfig
+from taming_jax.data import datasets
 from taming_jax.data.augment import augmented, centred, diff_augmented
 from taming_jax.errors import UserError
 
@@ -42,11 +42,11 @@ def test_without_augmentation_nothing_changes():
 
 
 def test_only_training_images_are_larger():
-    splits = sources.load(BOTH)
+    splits = datasets.load(BOTH)
     assert splits.train.images.shape[1:] == (18, 18, 3)
     assert splits.validation.images.shape[1:] == splits.test.images.shape[1:] == (16, 16, 3)
     with pytest.raises(UserError, match="leave --data.random-crop out"):
-        sources.load(DataConfig(random_crop=True))
+        datasets.load(DataConfig(random_crop=True))
 
 
 def test_what_the_discriminator_sees_is_changed_as_it_says():

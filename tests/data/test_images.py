@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from taming_jax.config import DataConfig
-from taming_jax.data import images, sources
+from taming_jax.config.schema import DataConfig
+from taming_jax.data import datasets, images
 from taming_jax.data.images import decode
 from taming_jax.errors import UserError
 from tests import commands
@@ -100,7 +100,7 @@ def test_what_is_decoded_is_read_and_other_pictures_or_sizes_are_decoded(tmp_pat
 
     def load(config):
         said.clear()
-        return sources.pictured(sources.readers.folder(config), config, said.append)
+        return datasets.pictured(datasets.readers.folder(config), config, said.append)
 
     first = load(config)
     assert [line.split(" to ")[0] for line in said] == [
@@ -121,7 +121,7 @@ def test_many_processes_decode_what_one_does(tmp_path):
     big = {"train": pictures.split(150), "test": pictures.split(3)}
     pictures.write_folder(tmp_path / "data", big)
     loaded = [
-        sources.load(config_of(tmp_path, workers=n, cache=str(tmp_path / str(n)))) for n in (1, 3)
+        datasets.load(config_of(tmp_path, workers=n, cache=str(tmp_path / str(n)))) for n in (1, 3)
     ]
     for one, other in zip(*(part[:3] for part in loaded), strict=True):
         np.testing.assert_array_equal(one.images, other.images)
@@ -143,10 +143,10 @@ def harmed(root, share):
 
 def test_unreadable_pictures_are_named_and_left_out(tmp_path):
     root = pictures.write_folder(tmp_path / "data")
-    whole = sources.load(config_of(tmp_path))
+    whole = datasets.load(config_of(tmp_path))
     files, bad = harmed(root, 1 / 9)
     said, config = [], config_of(tmp_path, bad_share=0.2)
-    splits = sources.pictured(sources.readers.folder(config), config, said.append)
+    splits = datasets.pictured(datasets.readers.folder(config), config, said.append)
     kept = [i for i, file in enumerate(files) if file not in bad]
     np.testing.assert_array_equal(splits.train.images, whole.train.images[kept])
     np.testing.assert_array_equal(splits.train.labels, whole.train.labels[kept])
@@ -155,19 +155,19 @@ def test_unreadable_pictures_are_named_and_left_out(tmp_path):
     assert [line.split("\t")[0] for line in listed] == [str(f.relative_to(root)) for f in bad]
     # The share is asked for each time, of all splits together, and what is left out is said.
     again = []
-    sources.pictured(sources.readers.folder(config), config, again.append)
+    datasets.pictured(datasets.readers.folder(config), config, again.append)
     assert again == said[-1:]
     with pytest.raises(UserError, match="named in .*skipped.txt. Mend or remove them"):
-        sources.load(replace(config, bad_share=0.05))
+        datasets.load(replace(config, bad_share=0.05))
 
 
 def test_unreadable_pictures_of_all_splits_are_summed(tmp_path):
     root = pictures.write_folder(tmp_path / "data")
     for split in pictures.SPLITS:
         next((root / split).rglob("*.jpg")).write_bytes(b"no picture")
-    assert len(sources.load(config_of(tmp_path, bad_share=0.05)).test.images) == 8  # 3 of 60
+    assert len(datasets.load(config_of(tmp_path, bad_share=0.05)).test.images) == 8  # 3 of 60
     with pytest.raises(UserError, match="train: 1 of 42 .*; validation: 1 of 9 .*; test: 1 of 9"):
-        sources.load(config_of(tmp_path, bad_share=0.04))
+        datasets.load(config_of(tmp_path, bad_share=0.04))
 
 
 def test_a_split_of_which_nothing_can_be_read(tmp_path):
@@ -175,7 +175,7 @@ def test_a_split_of_which_nothing_can_be_read(tmp_path):
     next((root / "test").rglob("*.jpg")).write_bytes(b"no picture")
     for _ in range(2):
         with pytest.raises(UserError, match="no picture of the test split can be read"):
-            sources.load(config_of(tmp_path))
+            datasets.load(config_of(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_a_split_of_which_nothing_can_be_read(tmp_path):
 )
 def test_a_damaged_entry_is_decoded_again(tmp_path, name, harm):
     pictures.write_folder(tmp_path / "data")
-    expected = sources.load(config_of(tmp_path)).train
+    expected = datasets.load(config_of(tmp_path)).train
     expected = expected._replace(images=expected.images.copy())
     for file in (tmp_path / "cache").glob(f"*/{name}"):
         content = bytearray(file.read_bytes())
@@ -196,7 +196,7 @@ def test_a_damaged_entry_is_decoded_again(tmp_path, name, harm):
             assert b'"kept": [0, 1, 2, 3, 4, 5,' in content
             content = content.replace(b'"kept": [0, 1, 2, 3, 4, 5,', b'"kept": [5, 1, 2, 3, 4, 0,')
         file.write_bytes(content)
-    found = sources.load(config_of(tmp_path)).train
+    found = datasets.load(config_of(tmp_path)).train
     np.testing.assert_array_equal(found.images, expected.images)
     np.testing.assert_array_equal(found.labels, expected.labels)
 
@@ -209,19 +209,19 @@ def test_the_disks_trouble_is_not_the_pictures(tmp_path, monkeypatch):
 
     monkeypatch.setattr("taming_jax.data.readers.Files.__getitem__", broken)
     with pytest.raises(UserError, match=r"a\.jpg cannot be read \(Input/output error\)"):
-        sources.load(config_of(tmp_path))
+        datasets.load(config_of(tmp_path))
     assert visible(tmp_path / "cache") == []
 
 
 SCRIPT = """
 import sys
-from taming_jax.config import DataConfig
-from taming_jax.data import sources
+from taming_jax.config.schema import DataConfig
+from taming_jax.data import datasets
 from taming_jax.errors import report
 
 config = DataConfig(name="folder", image_size=16, channels=3, path={path!r}, cache={cache!r},
                     workers=2)
-{guard}sys.exit(report(lambda: sources.load(config)))
+{guard}sys.exit(report(lambda: datasets.load(config)))
 """
 
 
@@ -288,7 +288,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_no_half_cache(tmp_path, monkeypatc
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(UserError, match="the disk is full, .* another --data.cache"):
-        sources.load(config_of(tmp_path))
+        datasets.load(config_of(tmp_path))
     assert visible(tmp_path / "cache") == []
 
 
@@ -297,24 +297,24 @@ def test_a_cache_that_cannot_be_made_is_named_as_such(tmp_path):
     (tmp_path / "file").write_text("mine")
     for place in (tmp_path / "file", tmp_path / "file" / "cache"):
         with pytest.raises(UserError, match="the image cache .* another --data.cache"):
-            sources.load(config_of(tmp_path, cache=str(place)))
+            datasets.load(config_of(tmp_path, cache=str(place)))
 
 
 def test_a_writing_that_was_killed_is_never_used(tmp_path):
     pictures.write_folder(tmp_path / "data")
-    expected = sources.load(config_of(tmp_path)).train.images.copy()
+    expected = datasets.load(config_of(tmp_path)).train.images.copy()
     for place in visible(tmp_path / "cache"):
         place.rename(place.with_name(f"{place.name}-partial-x"))
-    np.testing.assert_array_equal(sources.load(config_of(tmp_path)).train.images, expected)
+    np.testing.assert_array_equal(datasets.load(config_of(tmp_path)).train.images, expected)
     assert len(visible(tmp_path / "cache")) == 3, "and is removed"
 
 
 def test_the_cache_knows_its_version(tmp_path, monkeypatch):
     pictures.write_folder(tmp_path / "data")
-    sources.load(config_of(tmp_path))
+    datasets.load(config_of(tmp_path))
     places = set(visible(tmp_path / "cache"))
     monkeypatch.setattr(images, "VERSION", images.VERSION + 1)
-    sources.load(config_of(tmp_path))
+    datasets.load(config_of(tmp_path))
     assert len(set(visible(tmp_path / "cache")) - places) == 3
     assert (
         json.loads((next(iter(places)) / "about.json").read_text())["version"] == images.VERSION - 1

@@ -6,8 +6,8 @@ import shutil
 import numpy as np
 import pytest
 
-from taming_jax.config import DataConfig
-from taming_jax.data import sources
+from taming_jax.config.schema import DataConfig
+from taming_jax.data import datasets
 from taming_jax.errors import UserError
 from tests.data import pictures
 
@@ -30,12 +30,12 @@ def test_four_kinds_of_source_give_the_same_splits(tmp_path):
         "tfds": config_of(tmp_path, "tfds:toy", tmp_path / "tfds"),
         "tfds directory": config_of(tmp_path, "tfds:toy", tfds),
     }
-    expected = sources.load(configs["folder"])
+    expected = datasets.load(configs["folder"])
     assert expected.class_names == pictures.NAMES
     assert [len(part.images) for part in expected[:3]] == [42, 9, 9]
     assert expected.train.labels.tolist() == pictures.SPLITS["train"][1]
     for kind, config in configs.items():
-        splits = sources.load(config)
+        splits = datasets.load(config)
         assert splits.class_names == expected.class_names, kind
         for part, other in zip(splits[:3], expected[:3], strict=True):
             np.testing.assert_array_equal(part.images, other.images, err_msg=kind)
@@ -51,7 +51,7 @@ def test_another_column_of_images_is_another_cache(tmp_path):
     table = pyarrow.table({"image": contents, "mask": contents[::-1]})
     pq.write_table(table, tmp_path / "two" / "train.parquet")
     first, second = (
-        sources.load(config_of(tmp_path, "a/b", tmp_path / "two", image_column=column))
+        datasets.load(config_of(tmp_path, "a/b", tmp_path / "two", image_column=column))
         for column in ("image", "mask")
     )
     assert (first.train.images != second.train.images).any()
@@ -63,7 +63,7 @@ def test_hidden_folders_are_no_classes(tmp_path):
     for i, content in enumerate(contents):
         (tmp_path / "flat" / f"{i}.jpg").write_bytes(content)
         (tmp_path / "flat" / ".thumbs" / f"{i}.jpg").write_bytes(content)
-    splits = sources.load(config_of(tmp_path, "folder", tmp_path / "flat"))
+    splits = datasets.load(config_of(tmp_path, "folder", tmp_path / "flat"))
     assert splits.class_names == ("all",) and sum(len(p.images) for p in splits[:3]) == 10
 
 
@@ -74,17 +74,17 @@ def test_folders_of_other_shapes(tmp_path):
     for i, content in enumerate(contents):
         (flat / f"{i}.JPEG").write_bytes(content)
     (flat / "notes.txt").write_text("not a picture")
-    splits = sources.load(config_of(tmp_path, "folder", flat))
+    splits = datasets.load(config_of(tmp_path, "folder", flat))
     assert splits.class_names == ("all",) and sum(len(p.images) for p in splits[:3]) == 20
-    again = sources.load(config_of(tmp_path, "folder", flat))
+    again = datasets.load(config_of(tmp_path, "folder", flat))
     np.testing.assert_array_equal(splits.test.images, again.test.images)
-    other = sources.load(config_of(tmp_path, "folder", flat, split_seed=1))
+    other = datasets.load(config_of(tmp_path, "folder", flat, split_seed=1))
     assert (splits.test.images != other.test.images).any()
 
     train_only = pictures.write_folder(tmp_path / "a", {"train": pictures.split(30)})
     classes = shutil.copytree(train_only / "train", tmp_path / "b")
     first, second = (
-        sources.load(config_of(tmp_path, "folder", root)) for root in (train_only, classes)
+        datasets.load(config_of(tmp_path, "folder", root)) for root in (train_only, classes)
     )
     assert first.class_names == second.class_names == pictures.NAMES
     np.testing.assert_array_equal(first.train.images, second.train.images)
@@ -92,13 +92,13 @@ def test_folders_of_other_shapes(tmp_path):
 
 def test_what_belongs_to_no_class_or_split_is_said(tmp_path, capsys):
     root = pictures.write_folder(tmp_path / "a")
-    sources.load(config_of(tmp_path, "folder", root))
+    datasets.load(config_of(tmp_path, "folder", root))
     assert "Left out" not in capsys.readouterr().out
     shutil.copytree(root / "train", root / "more")
-    sources.load(config_of(tmp_path, "folder", root))
+    datasets.load(config_of(tmp_path, "folder", root))
     assert f"in no folder of a split: 1, {root / 'more'} first." in capsys.readouterr().out
     shutil.copy(next((root / "more").rglob("*.jpg")), root / "more" / "loose.jpg")
-    sources.load(config_of(tmp_path, "folder", root / "more"))
+    datasets.load(config_of(tmp_path, "folder", root / "more"))
     said = capsys.readouterr().out
     assert f"in no folder of a class: 1, {root / 'more' / 'loose.jpg'} first." in said
 
@@ -107,7 +107,7 @@ def test_classes_of_the_test_split_alone_are_a_warning(tmp_path, capsys):
     parts = {"train": pictures.split(9), "test": pictures.split(9)}
     root = pictures.write_folder(tmp_path / "x", parts)
     shutil.rmtree(root / "train" / pictures.NAMES[0])
-    splits = sources.load(config_of(tmp_path, "folder", tmp_path / "x"))
+    splits = datasets.load(config_of(tmp_path, "folder", tmp_path / "x"))
     assert splits.class_names == (*pictures.NAMES[1:], pictures.NAMES[0])
     assert "Warning: 1 classes are in the test split only" in capsys.readouterr().out
 
@@ -116,12 +116,12 @@ def test_parquet_without_the_hubs_metadata(tmp_path):
     contents, labels = pictures.split(12)
     parts = {"train": (contents, labels)}
     root = pictures.write_parquet(tmp_path / "numbers", parts, metadata=False)
-    assert sources.load(config_of(tmp_path, "a/b", root)).class_names == ("0", "1", "2")
+    assert datasets.load(config_of(tmp_path, "a/b", root)).class_names == ("0", "1", "2")
     named = (contents, [pictures.NAMES[label] for label in labels])
     root = pictures.write_parquet(tmp_path / "n", {"train": named}, "kind", metadata=False)
-    splits = sources.load(config_of(tmp_path, "a/b", root, label_column="kind"))
+    splits = datasets.load(config_of(tmp_path, "a/b", root, label_column="kind"))
     assert splits.class_names == pictures.NAMES
-    assert sources.load(config_of(tmp_path, "a/b", root)).class_names == ("all",)
+    assert datasets.load(config_of(tmp_path, "a/b", root)).class_names == ("all",)
 
 
 def bad_labels(values):
@@ -141,7 +141,7 @@ def bad_labels(values):
 def test_classes_that_are_none(tmp_path, values, says):
     root = pictures.write_parquet(tmp_path / "data", bad_labels(values))
     with pytest.raises(UserError, match=says):
-        sources.load(config_of(tmp_path, "a/b", root))
+        datasets.load(config_of(tmp_path, "a/b", root))
 
 
 def test_what_a_source_cannot_read_is_a_sentence(tmp_path):
@@ -171,7 +171,7 @@ def test_what_a_source_cannot_read_is_a_sentence(tmp_path):
         (config_of(tmp_path, "cifar", None), "--data.name cifar is unknown"),
     ):
         with pytest.raises(UserError, match=says):
-            sources.load(config)
+            datasets.load(config)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
@@ -179,7 +179,7 @@ def test_files_one_may_not_read_are_a_sentence(tmp_path):
     root = pictures.write_folder(tmp_path / "data")
     next(root.rglob("*.jpg")).chmod(0)
     with pytest.raises(UserError, match="give yourself the right"):
-        sources.load(config_of(tmp_path, "folder", root))
+        datasets.load(config_of(tmp_path, "folder", root))
 
 
 def test_the_hub_without_a_network_is_a_sentence(tmp_path, monkeypatch):
@@ -190,4 +190,4 @@ def test_the_hub_without_a_network_is_a_sentence(tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", refused)
     with pytest.raises(UserError, match="download its parquet files elsewhere .* --data.path"):
-        sources.load(config_of(tmp_path, "someone/pictures", None))
+        datasets.load(config_of(tmp_path, "someone/pictures", None))

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 
 from taming_jax import errors
-from taming_jax.data import sources
-from taming_jax.data.feeds import to_float
+from taming_jax.data import datasets
+from taming_jax.data.batches import to_float
 from taming_jax.errors import UserError
-from taming_jax.evaluation import distances
 from taming_jax.evaluation.protocol import Protocol
 from taming_jax.evaluation.report import draw, finished
 from taming_jax.evaluation.samples import nearest
 from taming_jax.evaluation.subject import Evaluation
 from taming_jax.figures import to_uint8
+from taming_jax.metrics import distances
 from taming_jax.models.lpips import load_lpips, lpips
 from taming_jax.run import load_run
 from tests import commands
@@ -56,7 +56,7 @@ def features_of(evaluation):
 
 
 def test_reconstructions(run, report, features_of):
-    split = sources.load(run.config.data).train
+    split = datasets.load(run.config.data).train
     images = split.images[np.linspace(0, len(split.images) - 1, 70).astype(int)]
     again = run.reconstruct(images)
     found, difference = report["reconstruction"], images.astype(float) - again
@@ -79,7 +79,7 @@ def test_reconstructions(run, report, features_of):
 
 def test_samples(run, report, features_of):
     """They are those of `Run.sample`, of the classes as often as the split has them."""
-    split = sources.load(run.config.data).train
+    split = datasets.load(run.config.data).train
     order = np.sort(split.labels[np.linspace(0, len(split.images) - 1, 70).astype(int)])
     classes, counts = np.unique(order[np.arange(60) * 70 // 60], return_counts=True)
     images = np.concatenate(
@@ -181,7 +181,7 @@ def test_figures(evaluation, report, tmp_path):
     names = {file.name for file in tmp_path.iterdir()}
     assert names == {"evaluation_codes.png", "evaluation_nearest.png", "evaluation_sweep.png"}
     images, closest, far = nearest(evaluation, 8)  # two of each of the four classes
-    train = sources.load(evaluation.run.config.data).train.images
+    train = datasets.load(evaluation.run.config.data).train.images
     assert images.shape == closest.shape == (8, 16, 16, 1) and far.shape == (8,)
     assert len(np.unique(images, axis=0)) == 8
     assert all((train == image).all((1, 2, 3)).any() for image in closest)

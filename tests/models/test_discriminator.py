@@ -1,6 +1,6 @@
 import jax
 
-from taming_jax.convert.compvis import discriminator_layout
+from taming_jax.interop.compvis import discriminator_layout
 from taming_jax.models.discriminator import Discriminator
 from tests import golden
 

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from taming_jax.convert.inception import inception_layout
-from taming_jax.convert.layout import expected, ours, paths
-from taming_jax.data.feeds import to_float
-from taming_jax.evaluation.features import resized_legacy
+from taming_jax.data.batches import to_float
+from taming_jax.metrics.features import resized_legacy
 from taming_jax.models.inception import CLASSES, InceptionV3
+from taming_jax.weights.inception import inception_layout
+from taming_jax.weights.layout import expected, ours, paths
 from tests.golden import assert_close
 
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from taming_jax.config import load_config
-from taming_jax.convert.compvis import vqgan_layout
+from taming_jax.config.load import load_config
+from taming_jax.interop.compvis import vqgan_layout
 from taming_jax.models.vqgan import VQGAN, build_vqgan
 from tests import golden
 

@@ -1,0 +1,285 @@
+"""Every setting of both stages, as frozen dataclasses.
+
+A field made with `free` says how long, how often or where a run is computed, and may change when
+the run is resumed. Every other field says what is trained and may not.
+"""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+UNKNOWN = "unknown"  # the dataset of an imported run
+OF_A_MACHINE = ("path", "cache", "workers")  # settings of data that may differ between machines
+
+
+def free(default: Any) -> Any:
+    """A field that a resumed run may change."""
+    return field(default=default, metadata={"free": True})
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    name: str = "mnist"
+    """The dataset: mnist; synthetic (small pictures made by rule, of any size); folder (pictures in
+    --data.path); OWNER/NAME on the Hugging Face hub; tfds:NAME of TensorFlow Datasets. An imported
+    run's is unknown until it is named."""
+    path: str | None = free(None)
+    """A folder with your own copy of the files, in place of a download."""
+    image_column: str | None = None
+    """The column of a table that holds the images; found unless told."""
+    label_column: str | None = None
+    """The column of a table that holds the classes; found unless told."""
+    image_size: int = 28
+    """Height and width of the images the model sees."""
+    channels: int = 1
+    """1 for grayscale, 3 for colour."""
+    random_crop: bool = False
+    """Train on crops at random places of images kept an eighth larger."""
+    mirror: bool = False
+    """Train on images of which every second one, at random, is mirrored."""
+    squeeze: bool = False
+    """Resize pictures to squares as they are, in place of cutting out their middle square."""
+    cache: str | None = free(None)
+    """The folder of decoded images; the user's own cache folder unless told."""
+    bad_share: float = free(0.1)
+    """The largest share of pictures that may be unreadable and left out."""
+    workers: int | None = free(None)
+    """Processes that decode pictures; one a core unless told."""
+    resident_share: float = free(0.2)
+    """A split that takes no more than this share of a device's memory is kept there; a larger one
+    is read from the disk, batch by batch."""
+    test_share: float = 0.1
+    """The share of the images kept for testing, where a dataset has no test split."""
+    validation_share: float = 0.05
+    """The share of the training images kept for validation, on which models are chosen."""
+    split_seed: int = 0
+    """The seed that cuts the validation images from the training images."""
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """What the training loop needs to know of either stage."""
+
+    epochs: int = free(200)
+    """Passes over the training images."""
+    steps: int | None = free(None)
+    """Training steps, in place of epochs."""
+    batch_size: int = 256
+    """Images a step, over all devices together."""
+    micro_batches: int = free(1)
+    """Parts that a batch is taken in, one after the other, to save memory; their gradients are
+    added up."""
+    eval_every: int | None = free(None)
+    """Steps between validations; an epoch unless told."""
+    fd_every: int | None = None
+    """Steps between validations that also take the Fréchet distance, in VGG16's features, of
+    reconstructions (in stage 2 of samples) to the validation split; the best checkpoint is then the
+    one with the least of it, so that it cannot be changed later."""
+    checkpoint_every: int | None = free(None)
+    """Steps between checkpoints; an epoch unless told."""
+    log_every: int | None = free(None)
+    """Steps to a line of the log; about a thousand lines a run unless told."""
+    draw_every: int | None = free(None)
+    """Least steps between redrawings of the figures; a twentieth of the run unless told."""
+    profile: tuple[int, int] | None = free(None)
+    """Trace the steps from one to another, counted from 1, with jax.profiler."""
+    learning_rate: float = 4.5e-4
+    """The highest learning rate (in stage 1 the generator's)."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises from zero."""
+    final_learning_rate: float = 1.0
+    """Where the cosine decay of the learning rate ends, as a share of it; 1 keeps it constant."""
+    clip: float | None = None
+    """The largest global norm of a network's gradients; larger ones are scaled down to it."""
+    init_from: str | None = None
+    """The folder of a run from whose weights this one begins, in place of random ones, where names
+    and shapes are the same."""
+    skipped_in_a_row: int = free(10)
+    """Steps in a row that may be skipped because something in them is not finite; one more ends the
+    run."""
+
+    def total_steps(self, examples: int) -> int:
+        """How many steps the run has, on that many training images."""
+        return self.steps or math.ceil(self.epochs * examples / self.batch_size)
+
+
+@dataclass(frozen=True)
+class VQGANConfig(StageConfig):
+    """Stage 1: encoder, quantizer, decoder and discriminator."""
+
+    micro_batches: int = 1
+    """Parts that a batch is taken in, one after the other, to save memory; their gradients are
+    added up. The discriminator's BatchNorm normalises within a part."""
+
+    channels: int = 128
+    """Channels at full resolution."""
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    """Channels of each level as multiples of that; between two levels the image is halved."""
+    blocks: int = 2
+    """Residual blocks a level of the encoder."""
+    decoder_blocks: int | None = None
+    """Residual blocks a level of the decoder; one more than the encoder's unless told."""
+    attention_resolutions: tuple[int, ...] = (16,)
+    """Heights of feature maps at which every block is followed by self-attention; the middle of the
+    networks always has it."""
+    latent_channels: int = 256
+    """Channels between the encoder and the 1x1 convolution into code space."""
+
+    codebook_size: int = 1024
+    """How many codes there are."""
+    code_dim: int = 256
+    """The dimension of a code."""
+    commitment: float = 0.25
+    """The weight of the commitment term (beta in the papers)."""
+    legacy_commitment: bool = False
+    """Put that weight on the codebook term instead, as the official code did at first."""
+    l2_normalise: bool = False
+    """Compare directions only: latents and codes are scaled to length one."""
+    quantizer: Literal["nearest", "gumbel"] = "nearest"
+    """The nearest code, or in training one drawn by the Gumbel-softmax trick from what a 1x1
+    convolution makes of a latent, and else the likeliest."""
+    gumbel_temperature: tuple[float, float] = (1.0, 1 / 16)
+    """That trick's, at the first step and at the last, with a cosine between."""
+    kl_weight: float = 5e-4
+    """The weight of the divergence of its distribution from all codes alike."""
+    used_codes: tuple[int, ...] = ()
+    """The codes that are left of the codebook, by which the others count from 0; all unless told
+    (the official code's remap)."""
+
+    l1_weight: float = 1.0
+    perceptual_weight: float = 1.0
+    """LPIPS on VGG16 features; 0 leaves VGG16 out."""
+    codebook_weight: float = 1.0
+
+    discriminator_filters: int = 64
+    discriminator_layers: int = 3
+    discriminator_start: float = 0.25
+    """The share of the run after which the adversarial part begins, 0 to 1 (1: never)."""
+    discriminator_start_step: int | None = free(None)
+    """The step at which it begins. Default: computed from the share when the run is created, and
+    kept when it is resumed, also where it is made longer (training/vqgan.py refuses another)."""
+    discriminator_loss: Literal["hinge", "vanilla"] = "hinge"
+    discriminator_weight: float = 0.8
+    """The weight of the generator's adversarial loss."""
+    adaptive_weight: bool = True
+    """Multiply that by the ratio of the reconstruction's and the adversarial gradient's norms."""
+    adaptive_weight_max: float = 1e4
+    diff_augment: tuple[Literal["color", "translation", "cutout"], ...] = ()
+    """How real and fake images are changed alike before the discriminator sees them, for small
+    datasets."""
+    discriminator_every: int = 1
+    """The discriminator learns in every so many steps, to hold it back."""
+    lecam_weight: float = 0.0
+    """LeCAM regularisation of the discriminator, for small datasets; 0 is off."""
+    lecam_decay: float = 0.999
+
+    discriminator_learning_rate: float = 4.5e-4
+    betas: tuple[float, float] = (0.5, 0.9)
+    """Adam's, for both networks."""
+    epsilon: float = 1e-8
+    """Adam's: gradients far below it move a parameter by little, so that rounding errors in place
+    of a zero are not made full steps of."""
+    remat: bool = False
+    """Recompute the residual blocks' activations in the backward pass, to save memory."""
+    ema_decay: float | None = None
+    """Keep a moving average of the generator, and evaluate and draw with it."""
+
+    def start_step(self, examples: int) -> int | None:
+        """The step, counted from 0, at which the adversarial part begins in a run on that many
+        training images; None where it never does."""
+        if self.discriminator_start_step is not None or self.discriminator_start == 1:
+            return self.discriminator_start_step
+        return round(self.discriminator_start * self.total_steps(examples))
+
+    @property
+    def codes(self) -> int:
+        """How many codes images are written in."""
+        return len(self.used_codes) or self.codebook_size
+
+
+@dataclass(frozen=True)
+class PriorConfig(StageConfig):
+    """Stage 2: the transformer over code grids."""
+
+    layers: int = 6
+    heads: int = 8
+    width: int = 256
+    dropout: float = 0.1
+    norm: Literal["layer", "rms"] = "layer"
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    mlp_width: int | None = None
+    """Channels within a block's two-layer network; four times the width unless told, and two thirds
+    of that with swiglu."""
+    bias: bool = True
+    """Whether dense layers add one."""
+    positions: Literal["learned", "rotary", "llamagen"] = "learned"
+    """Of codes in the sequence; or in the grid, by rotary embeddings, without any for the class, or
+    as LlamaGen has them, where a class's queries and keys vanish."""
+    block_size: int | None = None
+    """The longest sequence there are learned positions for; the grid's unless told."""
+    vocabulary: int | None = None
+    """Tokens that embeddings and head have, where classes are tokens among the codes, as in the
+    official transformer; unless told classes have their own, and the head speaks codes only."""
+    first_class: int = 0
+    """The token of the first class, then."""
+    qk_norm: bool = False
+    remat: bool = False
+    """Recompute activations in the backward pass, to save memory."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.01
+    """AdamW's, on matrices only."""
+    schedule: Literal["one-cycle", "cosine"] = "one-cycle"
+    """One cycle up and down, or warm-up steps and cosine decay."""
+    final_learning_rate: float = 0.0
+    """Where the cosine decay of the learning rate ends, as a share of it."""
+    label_dropout: float = 0.1
+    """The share of examples that learn without their class, which guidance needs."""
+    augmented_versions: int = 8
+    """Where training images are augmented, how many versions of each are encoded: the image as it
+    is in the first epoch, others in the next ones, then again from the first."""
+    keep_codes: float = 1.0
+    """The share of input codes left as they are; the others become random ones."""
+
+    temperature: float = free(1.0)
+    """Of samples, unless told; 0 is greedy."""
+    top_k: int | None = free(None)
+    """Of samples, unless told: the most likely codes, this many, are drawn from."""
+    top_p: float | None = free(None)
+    """Of samples, unless told: the fewest codes that hold this share of probability are drawn
+    from."""
+    guidance_scale: float | None = free(None)
+    """Of samples, unless told: how much is made of the class; 1, or None, is as learned."""
+
+
+@dataclass(frozen=True)
+class Config:
+    config: str = "mnist"
+    """A preset's name, or the path of a run's config.json."""
+    workdir: str | None = free(None)
+    """The run's folder; runs/NAME unless told."""
+    seed: int = 0
+    """What all of a run's randomness derives from."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the networks compute in; parameters, losses and statistics stay float32."""
+    devices: int | None = free(None)
+    """How many devices to use; all unless told."""
+    deterministic: bool = free(False)
+    """On a GPU, the same numbers in every run, at a price: kernels are not chosen by their speed,
+    and what adds up by index (the gradients of LPIPS's max pooling, of DiffAugment's translation
+    and of the prior's loss) does so in order. A CPU's numbers are the same anyway."""
+    compile_cache: bool = free(True)
+    """Keep compiled programs in the user's own cache folder, so that the next run begins sooner."""
+    data: DataConfig = DataConfig()
+    vqgan: VQGANConfig = VQGANConfig()
+    prior: PriorConfig = PriorConfig()
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.workdir or f"runs/{self.config}")
+
+    @property
+    def level_resolutions(self) -> list[int]:
+        """Heights of the feature maps of encoder and decoder, from full resolution down."""
+        return [self.data.image_size // 2**level for level in range(len(self.vqgan.multipliers))]

@@ -1,0 +1,187 @@
+"""Which settings can work, and which can work together; a sentence where they cannot."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from taming_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from taming_jax.config.schema import Config
+
+COUNTS = {
+    "vqgan": (
+        "channels", "blocks", "decoder_blocks", "latent_channels", "codebook_size", "code_dim",
+        "discriminator_filters", "discriminator_layers", "discriminator_every",
+    ),
+    "prior": (
+        "layers", "heads", "width", "mlp_width", "block_size", "vocabulary", "augmented_versions",
+    ),
+    "both": (
+        "batch_size", "micro_batches", "epochs", "steps", "eval_every", "fd_every",
+        "checkpoint_every", "log_every", "draw_every",
+    ),
+}  # fmt: skip
+NOT_NEGATIVE = {
+    "vqgan": (
+        "l1_weight", "perceptual_weight", "codebook_weight", "discriminator_weight",
+        "adaptive_weight_max", "lecam_weight", "commitment", "kl_weight",
+        "discriminator_start_step",
+    ),
+    "prior": ("weight_decay", "first_class"),
+    "both": ("warmup_steps", "skipped_in_a_row"),
+}  # fmt: skip
+POSITIVE = {
+    "vqgan": ("epsilon", "discriminator_learning_rate"),
+    "prior": (),
+    "both": ("learning_rate", "clip"),
+}
+SHARES = {
+    "vqgan": ("lecam_decay", "discriminator_start", "ema_decay"),
+    "prior": ("dropout", "label_dropout", "keep_codes"),
+    "both": ("final_learning_rate",),
+}
+
+
+def check(config: "Config") -> None:
+    """UserError where the settings of a config cannot work, or not together."""
+    require(config, COUNTS, lambda value: value >= 1, "must be 1 or more")
+    require(config, NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "must be 0 or more")
+    require(config, POSITIVE, lambda value: 0 < value < math.inf, "must be above 0")
+    require(config, SHARES, lambda value: 0 <= value <= 1, "is a share, from 0 to 1")
+    data, vqgan, prior = config.data, config.vqgan, config.prior
+    for name, stage in (("vqgan", vqgan), ("prior", prior)):
+        if not all(0 <= beta < 1 for beta in stage.betas):
+            raise UserError(f"--{name}.betas must be from 0 to below 1.")
+        if stage.profile is not None and not 1 <= stage.profile[0] <= stage.profile[1]:
+            raise UserError(
+                f"--{name}.profile is {stage.profile[0]} {stage.profile[1]}; name the first step "
+                "to trace, 1 or more, and the last."
+            )
+    for name, seed in (("--seed", config.seed), ("--data.split-seed", data.split_seed)):
+        if not 0 <= seed < 2**32:
+            raise UserError(f"{name} is {seed}; it must be from 0 to {2**32 - 1}.")
+    if config.devices is not None and config.devices < 1:
+        raise UserError(f"--devices is {config.devices}; it must be 1 or more.")
+    for key in ("validation_share", "test_share"):
+        if not 0 < getattr(data, key) < 1:
+            value = getattr(data, key)
+            raise UserError(f"{flag('data', key)} is {value}; it is a share between 0 and 1.")
+    for key in ("bad_share", "resident_share"):
+        value = getattr(data, key)
+        if not 0 <= value <= 1:
+            raise UserError(f"{flag('data', key)} is {value}; it is a share, from 0 to 1.")
+    if data.workers is not None and data.workers < 1:
+        raise UserError(f"--data.workers is {data.workers}; it must be 1 or more.")
+    if data.channels not in (1, 3):
+        raise UserError(f"--data.channels is {data.channels}; it must be 1 (gray) or 3 (colour).")
+    if not vqgan.multipliers or min(vqgan.multipliers) < 1:
+        raise UserError("--vqgan.multipliers needs at least one number, each 1 or more.")
+    halvings = 2 ** (len(vqgan.multipliers) - 1)
+    if data.image_size < 1 or data.image_size % halvings:
+        raise UserError(
+            f"--data.image-size {data.image_size} cannot be halved {len(vqgan.multipliers) - 1} "
+            f"times, as the {len(vqgan.multipliers)} --vqgan.multipliers ask; "
+            f"take a multiple of {halvings}."
+        )
+    # The discriminator halves the image `layers` times; two more convolutions take a pixel each.
+    layers = vqgan.discriminator_layers
+    if vqgan.discriminator_start < 1 and data.image_size // 2**layers < 3:
+        raise UserError(
+            f"--vqgan.discriminator-layers {layers} leave nothing of an image of "
+            f"{data.image_size} pixels; take fewer."
+        )
+    if vqgan.perceptual_weight and data.image_size < 16:
+        raise UserError(
+            f"--data.image-size {data.image_size} is too small for VGG16, which halves an image "
+            "four times; take 16 or more, or --vqgan.perceptual-weight 0."
+        )
+    if min(vqgan.gumbel_temperature) <= 0:
+        raise UserError("--vqgan.gumbel-temperature is two numbers above 0.")
+    used = vqgan.used_codes
+    if used and not 0 <= min(used) <= max(used) < vqgan.codebook_size:
+        raise UserError(
+            f"--vqgan.used-codes name codes beyond the {vqgan.codebook_size} of the codebook."
+        )
+    if prior.vocabulary is not None and prior.vocabulary < vqgan.codes:
+        raise UserError(
+            f"--prior.vocabulary {prior.vocabulary} does not hold the {vqgan.codes} codes."
+        )
+    # Rotary positions turn pairs of channels, half of them with the row, half with the column.
+    multiple = prior.heads * (1 if prior.positions == "learned" else 4)
+    if prior.width % multiple:
+        raise UserError(
+            f"--prior.width {prior.width} cannot be divided among {prior.heads} --prior.heads; "
+            f"take a multiple of {multiple}."
+        )
+    if prior.schedule == "one-cycle" and prior.warmup_steps:
+        raise UserError(
+            "--prior.warmup-steps belongs to --prior.schedule cosine; one cycle has its own."
+        )
+    check_sampling(
+        vqgan.codes,
+        prior.temperature,
+        prior.top_k,
+        prior.top_p,
+        prior.guidance_scale,
+        prior.label_dropout,
+    )
+
+
+def warnings_of(config: "Config") -> list[str]:
+    """Sentences about settings of stage 1 that are allowed but have no effect."""
+    resolutions, sizes = config.vqgan.attention_resolutions, config.level_resolutions
+    unmatched = [size for size in resolutions if size not in sizes]
+    if not unmatched:
+        return []
+    return [
+        f"{flag('vqgan', 'attention_resolutions')} {' '.join(map(str, unmatched))} has no effect: "
+        f"the feature maps are {', '.join(map(str, sizes))} pixels high."
+    ]
+
+
+def require(
+    config: "Config", keys: dict[str, tuple[str, ...]], holds: Callable[[Any], bool], says: str
+) -> None:
+    """UserError for the first of these settings, none left unset, for which something is not so."""
+    for name in ("vqgan", "prior"):
+        for key in (*keys["both"], *keys[name]):
+            value = getattr(getattr(config, name), key)
+            if value is not None and not holds(value):
+                raise UserError(f"{flag(name, key)} is {value}; it {says}.")
+
+
+def check_sampling(
+    codebook_size: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    guidance_scale: float | Sequence[float] | None,
+    label_dropout: float,
+) -> None:
+    """UserError for settings that no sampling can have, from a prior trained with a share
+    `label_dropout` of examples without their class."""
+    if not 0 <= temperature < math.inf:
+        raise UserError(f"the temperature is {temperature}; it must be 0 (greedy) or more.")
+    if top_k is not None and not 1 <= top_k <= codebook_size:
+        raise UserError(f"top-k is {top_k}; there are 1 to {codebook_size} codes to keep.")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise UserError(f"top-p is {top_p}; it is a share above 0, up to 1.")
+    scales = [1.0] if guidance_scale is None else np.ravel(guidance_scale).tolist()
+    if len(scales) not in (1, 2) or not all(0 <= scale < math.inf for scale in scales):
+        raise UserError(
+            f"the guidance scale is {guidance_scale}; it must be one number of 0 or more, or two "
+            "(the first code's and the last's)."
+        )
+    if not label_dropout and any(scale != 1 for scale in scales):
+        raise UserError(
+            f"a guidance scale of {guidance_scale} needs a prior trained with "
+            "--prior.label-dropout above 0."
+        )
+
+
+def flag(*names: str) -> str:
+    """A setting's name as it is written on the command line."""
+    return "--" + ".".join(names).replace("_", "-")

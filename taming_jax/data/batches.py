@@ -1,0 +1,208 @@
+"""Batches for the devices.
+
+A split is read as one endless stream: example p of it is `permutation(seed, p // n)[p % n]`.
+Batches run across the ends of epochs, so every shape is static, every example comes once an epoch,
+and the number of a step alone says what the step reads.
+"""
+
+import abc
+import functools
+from collections import deque
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, SupportsIndex
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from taming_jax.data.datasets import Split
+
+
+class Batch(NamedTuple):
+    """What one step reads. `step` is the host's number of the step (how a stage chooses among
+    compiled steps); `arrays` is what the compiled step is called with, and what `take` reads:
+    `images` uint8 [n,h,w,c] and `labels` int32 [n], of which the examples are those at `index`
+    int32 [b], or, without an index, the examples themselves; in training `place` int32 [b] is an
+    example's place in the batch of all devices, for its random keys; in evaluation `weight`
+    float32 [b] is 0 for the examples that only fill the last batch."""
+
+    step: int
+    arrays: dict[str, Any]
+
+
+class Placement(Protocol):
+    """Puts arrays on the devices; parallel/devices.py has the one that is used. `memory` is that of
+    one device, in bytes; `own` are the rows of a batch that this process reads."""
+
+    @property
+    def memory(self) -> int: ...
+    def own(self, batch_size: int) -> slice: ...
+    def replicate(self, tree: Any) -> Any: ...
+    def shard(self, tree: Any) -> Any: ...
+
+
+@functools.lru_cache(maxsize=4)
+def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
+    """The order of an epoch. NumPy's, so that it is the same on every kind of device."""
+    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(n)
+
+
+def stream(seed: int, n: int, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The epochs and the examples of positions start .. start + count - 1 of the stream, int32
+    [count] each."""
+    positions = np.arange(start, start + count)
+    epochs, places = np.divmod(positions, n)
+    index = np.empty(count, np.int32)
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        index[here] = permutation(seed, int(epoch), n)[places[here]]
+    return epochs.astype(np.int32), index
+
+
+class Feed(abc.ABC):
+    """A split in batches of `batch_size`, by the order of `seed`: which examples each one holds.
+    How they reach the devices is its subclasses' matter."""
+
+    def __init__(self, size: int, batch_size: int, seed: int, placement: Placement):
+        self.size, self.batch_size = size, batch_size
+        self._seed, self._placement = seed, placement
+        self._own = placement.own(batch_size)
+
+    def _index(self, epochs: np.ndarray, index: np.ndarray) -> np.ndarray:
+        """Where the examples of the stream lie."""
+        return index
+
+    def _training(self, step: int) -> dict[str, np.ndarray]:
+        first = step * self.batch_size
+        index = self._index(*stream(self._seed, self.size, first, self.batch_size))
+        place = np.arange(self.batch_size, dtype=np.int32)
+        return {"index": index[self._own], "place": place[self._own]}
+
+    def _evaluation(self, number: int) -> dict[str, np.ndarray]:
+        first = number * self.batch_size
+        index = np.arange(first, first + self.batch_size, dtype=np.int32)[self._own]
+        weight = (index < self.size).astype(np.float32)
+        return {"index": np.minimum(index, self.size - 1), "weight": weight}
+
+    @abc.abstractmethod
+    def batch(self, step: int) -> Batch:
+        """The batch of step `step` (the first is 0) of training."""
+
+    @abc.abstractmethod
+    def once(self) -> Generator[Batch, None, None]:
+        """Every example once, in order, in batches of one size."""
+
+    def close(self) -> None:  # noqa: B027 - most read nothing ahead
+        """Ends what reads ahead."""
+
+
+class ResidentFeed(Feed):
+    """A whole split on the devices as uint8; a batch is then only the indices of its examples."""
+
+    def __init__(self, split: Split, batch_size: int, seed: int, placement: Placement):
+        super().__init__(len(split.images), batch_size, seed, placement)
+        self._resident: dict[str, Any] = placement.replicate(split._asdict())
+
+    def batch(self, step: int) -> Batch:
+        return Batch(step, self._resident | self._placement.shard(self._training(step)))
+
+    def once(self) -> Generator[Batch, None, None]:
+        for number in range(-(-self.size // self.batch_size)):
+            shards = self._placement.shard(self._evaluation(number))
+            yield Batch(number, self._resident | shards)
+
+
+@dataclass(frozen=True)
+class Reads:
+    """Batch after batch as numpy arrays, which is a source to grain: `which` answers a batch's
+    index, and what else goes with it."""
+
+    split: Split
+    which: Callable[[int], dict[str, np.ndarray]]
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, number: SupportsIndex) -> dict[str, np.ndarray]:
+        arrays = self.which(int(number))
+        index = arrays.pop("index")
+        # Copied, since they are picked by index: a mapped file is read here, not in the step.
+        return arrays | {name: np.asarray(x)[index] for name, x in self.split._asdict().items()}
+
+
+class StreamingFeed(Feed):
+    """A split that stays where it is, on the disk as a rule: grain's threads read its batches ahead
+    of the step, and AHEAD of them are on their way to the devices. The batches, and their order,
+    are ResidentFeed's.
+
+    Threads, since reading decoded images is copying, which holds no lock of Python's: worker
+    processes were four times slower here."""
+
+    AHEAD = 2
+    THREADS = 4
+
+    def __init__(self, split: Split, batch_size: int, seed: int, placement: Placement):
+        super().__init__(len(split.images), batch_size, seed, placement)
+        self._split = split
+        self._reading: Any = None
+        self._ahead: deque[Batch] = deque()
+        self._next = 0  # the step after those ahead
+
+    def _read(self, which: Callable, start: int, count: int) -> Any:
+        import grain
+
+        options = grain.ReadOptions(num_threads=self.THREADS, prefetch_buffer_size=2 * self.THREADS)
+        reads = grain.MapDataset.source(Reads(self._split, which, count))
+        return iter(reads[start:].to_iter_dataset(options))
+
+    def batch(self, step: int) -> Batch:
+        if self._reading is None or step != self._next - len(self._ahead):
+            self.close()
+            self._reading = self._read(self._training, step, 2**31)
+            self._next = step
+        while len(self._ahead) <= self.AHEAD:
+            arrays = self._placement.shard(next(self._reading))
+            self._ahead.append(Batch(self._next, arrays))
+            self._next += 1
+        return self._ahead.popleft()
+
+    def once(self) -> Generator[Batch, None, None]:
+        reading = self._read(self._evaluation, 0, -(-self.size // self.batch_size))
+        try:
+            for number, arrays in enumerate(reading):
+                yield Batch(number, self._placement.shard(arrays))
+        finally:
+            reading.close()
+
+    def close(self) -> None:
+        if self._reading is not None:
+            self._reading.close()
+        self._reading = None
+        self._ahead.clear()
+
+
+def feed(
+    split: Split, batch_size: int, seed: int, placement: Placement, resident_share: float
+) -> Feed:
+    """A split's feed: resident where it takes no more than a share of a device's memory."""
+    fits = split.images.nbytes <= resident_share * placement.memory
+    return (ResidentFeed if fits else StreamingFeed)(split, batch_size, seed, placement)
+
+
+def take(arrays: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Inside a step: a batch's images uint8 [b,h,w,c] (or its grids of codes) and labels [b]."""
+    if "index" not in arrays:
+        return arrays["images"], arrays["labels"]
+    return arrays["images"][arrays["index"]], arrays["labels"][arrays["index"]]
+
+
+def to_float(images: jax.Array) -> jax.Array:
+    """uint8 in 0..255 to float32 in [-1, 1]."""
+    return images.astype(np.float32) / 127.5 - 1.0
+
+
+def rounded(images: jax.Array) -> jax.Array:
+    """Floats in [-1, 1], clipped to that, to uint8: what a saved picture keeps of them."""
+    return jnp.rint((jnp.clip(images, -1, 1) + 1) * 127.5).astype(jnp.uint8)

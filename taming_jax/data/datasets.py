@@ -1,0 +1,324 @@
+"""From a dataset's name to its images.
+
+A source is a function of the data settings that answers `Splits`. A new dataset is one such
+function, its line in `SOURCES`, and a preset.
+"""
+
+import functools
+import gzip
+import zlib
+from collections.abc import Callable
+from importlib import resources
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from taming_jax.config.schema import UNKNOWN, DataConfig
+from taming_jax.data import readers
+from taming_jax.data.augment import centred, stored_size
+from taming_jax.data.images import Pictures, decoded
+from taming_jax.errors import UserError
+
+
+class Split(NamedTuple):
+    """Images uint8 [n,h,w,c] with their classes int32 [n]. Training images are of augment.py's
+    `stored_size`, the others of the size that the model sees."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+
+class Splits(NamedTuple):
+    """A dataset. Models are fitted on `train`, chosen on `validation`, and told by `test`."""
+
+    train: Split
+    validation: Split
+    test: Split
+    class_names: tuple[str, ...]
+
+
+def load(config: DataConfig) -> Splits:
+    """The dataset that the settings name.
+
+    Raises UserError for an unknown name, files that are missing or damaged, and image sizes that
+    the source cannot give.
+    """
+    if config.name == UNKNOWN:
+        raise UserError(
+            "the dataset of this imported run is not known; name one with --data.name and "
+            "--data.path (in a notebook with data={'name': …, 'path': …})."
+        )
+    if config.name in SOURCES:
+        return SOURCES[config.name](config)
+    if config.name.startswith("tfds:"):
+        return pictured(readers.tfds(config), config)
+    if "/" in config.name:
+        return hub(config)
+    raise UserError(
+        f"--data.name {config.name} is unknown; the datasets are {', '.join(sorted(SOURCES))}, "
+        "OWNER/NAME of the Hugging Face hub, and tfds:NAME of TensorFlow Datasets."
+    )
+
+
+def spread(n: int, most: int) -> np.ndarray:
+    """The places of n things, or of `most` of them, evenly from the first to the last."""
+    return np.linspace(0, n - 1, min(n, most)).astype(int)
+
+
+def identity(splits: Splits) -> dict[str, Any]:
+    """What a dataset is known by when a run goes on: plain values that JSON can hold. `means` are
+    of some training and validation images: of other pictures they are others, while another
+    version of a decoder, which rounds otherwise, changes them by less than 1."""
+
+    def means(images: np.ndarray) -> list[float]:
+        return [round(float(images[i].mean()), 2) for i in spread(len(images), 64)]
+
+    chosen = {"training": splits.train, "validation": splits.validation}
+    return {
+        "images": {name: len(split.images) for name, split in chosen.items()},
+        "means": {name: means(split.images) for name, split in chosen.items()},
+        "class_names": list(splits.class_names),
+    }
+
+
+def unlike(now: dict[str, Any] | None, then: dict[str, Any] | None) -> list[str]:
+    """How a dataset is another than it was, by their identities, a phrase a difference; nothing
+    where one of them is not known, or of an imported run, which knows names of classes alone."""
+    found: list[str] = []
+    if now is None or then is None or "images" not in then:
+        return found
+    for name, count in then["images"].items():
+        if now["images"][name] != count:
+            found.append(f"there are {now['images'][name]} {name} images, not {count}")
+    names, before = now["class_names"], then["class_names"]
+    if len(names) != len(before):
+        found.append(f"there are {len(names)} classes, not {len(before)}")
+    elif names != before:
+        one, other = next(pair for pair in zip(names, before, strict=True) if pair[0] != pair[1])
+        found.append(f"a class is called '{one}', not '{other}'")
+    if not found:
+        for name, means in then["means"].items():
+            if max(np.abs(np.subtract(now["means"][name], means))) > 1:
+                found.append(f"the {name} images are others")
+    return found
+
+
+def cut_validation(train: Split, config: DataConfig) -> tuple[Split, Split]:
+    """Cuts the validation split from the training split: the same images for the same seed, both
+    in the order they had. At least one image is left on either side."""
+    parts = cut_by_seed(len(train.images), config.validation_share, config.split_seed)
+    first, second = (Split(train.images[part], train.labels[part]) for part in parts)
+    return first, Split(centred(second.images, config.image_size), second.labels)
+
+
+def cut_by_seed(n: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """n examples in two parts, the second of about a share of them, each in order: the same for the
+    same seed. At least one is on either side."""
+    kept = min(max(round(n * share), 1), n - 1)
+    order = np.random.Generator(np.random.Philox(seed)).permutation(n)
+    return np.sort(order[kept:]), np.sort(order[:kept])
+
+
+def mnist(config: DataConfig) -> Splits:
+    """MNIST (LeCun, Cortes, Burges) from its four IDX files, the package's own or one's own copy
+    in `config.path`, with or without `.gz`."""
+    if config.image_size != 28 or config.channels != 1:
+        raise UserError(
+            f"MNIST images are 28x28 and gray; --data.image-size {config.image_size} with "
+            f"--data.channels {config.channels} cannot be had (take 28 and 1)."
+        )
+    if config.random_crop:
+        raise UserError("MNIST images are no larger than 28x28; leave --data.random-crop out.")
+    folder: Traversable
+    if config.path is None:
+        folder = resources.files("taming_jax.data") / "mnist"
+    else:
+        folder = Path(config.path)
+        if not folder.is_dir():
+            raise UserError(f"--data.path {config.path} is no folder; name one with MNIST's files.")
+
+    def split(prefix: str) -> Split:
+        images = read_idx(folder, f"{prefix}-images-idx3-ubyte", dimensions=3)
+        labels = read_idx(folder, f"{prefix}-labels-idx1-ubyte", dimensions=1)
+        if len(images) != len(labels) or images.shape[1:] != (28, 28) or len(images) < 2:
+            raise UserError(
+                f"the MNIST files '{prefix}-…' in {folder} hold {len(images)} images of "
+                f"{images.shape[1]}x{images.shape[2]} and {len(labels)} labels; "
+                "replace them with the original ones."
+            )
+        if labels.max() > 9:
+            raise UserError(f"the MNIST labels '{prefix}-…' in {folder} go beyond 9; replace them.")
+        return Split(images[..., None], labels.astype(np.int32))
+
+    train, validation = cut_validation(split("train"), config)
+    return Splits(train, validation, split("t10k"), tuple("0123456789"))
+
+
+def read_idx(folder: Traversable, name: str, dimensions: int) -> np.ndarray:
+    """An IDX file of unsigned bytes: two zero bytes, the type (8), the number of dimensions, each
+    dimension as a big-endian 32-bit integer, then the values."""
+    for file in (folder / f"{name}.gz", folder / name):
+        if file.is_file():
+            break
+    else:
+        raise UserError(f"{folder} has no {name}.gz; put MNIST's four IDX files there.")
+    try:
+        content = file.read_bytes()
+        if file.name.endswith(".gz"):
+            content = gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{file} is truncated or damaged ({error}); replace it.") from error
+    header = 4 + 4 * dimensions
+    shape = tuple(
+        int(n) for n in np.frombuffer(content[4:header], ">u4", len(content[4:header]) // 4)
+    )
+    if content[:4] != bytes([0, 0, 8, dimensions]) or len(shape) != dimensions:
+        raise UserError(f"{file} is no IDX file of {dimensions} dimensions; replace it.")
+    if len(content) != header + int(np.prod(shape)):
+        raise UserError(
+            f"{file} is truncated: it promises {int(np.prod(shape))} values and holds "
+            f"{len(content) - header}; replace it."
+        )
+    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+
+
+def synthetic(config: DataConfig) -> Splits:
+    """Small pictures made by rule, for tests and first tries of any size: class n is a disc (even
+    n) or a square (odd n) at a random place, its brightness and size by n. 512 to train, 64 to
+    test, four classes."""
+    rng = np.random.Generator(np.random.Philox(0))
+    n, size = 576, stored_size(config)
+    labels = rng.integers(0, 4, n).astype(np.int32)
+    rows, columns = np.mgrid[:size, :size]
+    centre = rng.uniform(0.3, 0.7, (2, n, 1, 1)) * size
+    away = np.abs(rows - centre[0]), np.abs(columns - centre[1])
+    radius = (0.15 + 0.05 * labels[:, None, None]) * size
+    inside = np.where(labels[:, None, None] % 2, np.maximum(*away), np.hypot(*away)) <= radius
+    brightness = (255 - 40 * labels)[:, None, None, None]
+    tint = np.linspace(1.0, 0.6, config.channels)
+    images = (inside[..., None] * brightness * tint).astype(np.uint8)
+    train, validation = cut_validation(Split(images[:512], labels[:512]), config)
+    test = Split(centred(images[512:], config.image_size), labels[512:])
+    return Splits(train, validation, test, ("disc", "square", "large disc", "large square"))
+
+
+def folder(config: DataConfig) -> Splits:
+    """One's own pictures in `config.path`: a folder a class, or one folder."""
+    return pictured(readers.folder(config), config)
+
+
+def hub(config: DataConfig) -> Splits:
+    """A dataset of the Hugging Face hub, or its parquet files in `config.path`."""
+    tables = readers.hub(config) if config.path is None else readers.parquet(config)
+    return pictured(tables, config)
+
+
+def pictured(
+    tables: dict[str, readers.Table], config: DataConfig, say: Callable[[str], None] = print
+) -> Splits:
+    """Encoded pictures as Splits. What the data does not have as a split of its own is cut from
+    its training split, by seed."""
+    tables = {split: table for split, table in tables.items() if len(table.names)}
+    if "train" not in tables:
+        raise UserError(f"the training split of {config.path or config.name} is empty.")
+    labels, class_names = numbered(tables, config)
+    pictures = {
+        split: Pictures(
+            table.reader, np.arange(len(table.names)), table.names, labels[split], table.content
+        )
+        for split, table in tables.items()
+    }
+    for split, share in (("test", config.test_share), ("validation", config.validation_share)):
+        if split not in pictures:
+            n = len(pictures["train"])
+            if n < 2:
+                raise UserError(
+                    f"{config.path or config.name} holds too few pictures: a {split} split cannot "
+                    "be cut from one; three are the least."
+                )
+            rest, cut = cut_by_seed(n, share, config.split_seed)
+            pictures[split] = pictures["train"].part(cut)
+            pictures["train"] = pictures["train"].part(rest)
+    parts, bad, of_all = {}, [], sum(map(len, pictures.values()))
+    for split in ("train", "validation", "test"):
+        size = stored_size(config) if split == "train" else config.image_size
+        of_split = functools.partial(_say_of, split, say)
+        found = decoded(pictures[split], size, config, of_split)
+        parts[split] = Split(found.images, found.labels)
+        if found.bad:
+            bad.append((found.bad, f"{split}: {found.says}"))
+    if sum(count for count, _ in bad) > config.bad_share * of_all:
+        raise UserError(
+            f"{'; '.join(says for _, says in bad)}. Mend or remove them, or allow a larger share "
+            "by --data.bad-share."
+        )
+    for _, says in bad:
+        say(f"{says}, and left out.")
+    for split, part in parts.items():
+        if not len(part.images):
+            raise UserError(f"no picture of the {split} split can be read.")
+    unlearned = set(parts["test"].labels.tolist()) - set(parts["train"].labels.tolist())
+    if unlearned:
+        say(
+            f"Warning: {len(unlearned)} classes are in the test split only; likelihoods of their "
+            "images, given their class, mean little."
+        )
+    return Splits(**parts, class_names=class_names)
+
+
+def _say_of(split: str, say: Callable[[str], None], sentence: str) -> None:
+    say(f"{split}: {sentence}")
+
+
+def numbered(
+    tables: dict[str, readers.Table], config: DataConfig
+) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+    """Classes as numbers int32 [n] by split, and their names. UserError where they are missing,
+    negative, or no classes."""
+    where = config.path or config.name
+    of_each = {split: table.classes for split, table in tables.items()}
+    if all(values is None for values in of_each.values()):
+        zeros = {split: np.zeros(len(tables[split].names), np.int32) for split in tables}
+        return zeros, ("all",)
+    values = [value for each in of_each.values() for value in each or [None]]
+    if any(value is None for value in values):
+        raise UserError(f"some pictures of {where} have no class; give every one a class.")
+    if all(isinstance(value, str) for value in values):
+        learned = set(of_each["train"] or ())
+        names = (*sorted(learned), *sorted(set(values) - learned))
+        numbers = {name: i for i, name in enumerate(names)}
+    elif all(isinstance(value, int | np.integer) for value in values):
+        known = next((table.class_names for table in tables.values() if table.class_names), None)
+        if min(values) < 0:
+            raise UserError(f"some classes of {where} are negative; count them from 0.")
+        if known is None and max(values) > 1000 + 10 * len(values):
+            raise UserError(
+                f"the classes of {where} go up to {max(values)}, for {len(values)} pictures; count "
+                "them from 0."
+            )
+        names = known or tuple(map(str, range(max(values) + 1)))
+        if max(values) >= len(names):
+            raise UserError(
+                f"{where} has a class {max(values)}, but names for {len(names)} only; mend it."
+            )
+        numbers = {i: i for i in range(len(names))}
+    else:
+        kinds = ", ".join(sorted({type(value).__name__ for value in values}))
+        raise UserError(
+            f"the classes of {where} are of type {kinds}; numbers from 0, or names, are taken "
+            "(--data.label-column)."
+        )
+    labels = {
+        split: np.array([numbers[value] for value in each or ()], np.int32)
+        for split, each in of_each.items()
+    }
+    return labels, names
+
+
+SOURCES: dict[str, Callable[[DataConfig], Splits]] = {
+    "mnist": mnist,
+    "synthetic": synthetic,
+    "folder": folder,
+}

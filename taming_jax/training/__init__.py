@@ -1,0 +1,33 @@
+"""Training of both stages."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from taming_jax.config.schema import Config
+
+
+def train(config: "Config | str", stage: str = "vqgan", *, restart: bool = False) -> Path:
+    """Trains a stage ("vqgan" or "prior") of a config, or of a preset by its name, to its last step,
+    and returns the run's folder. A run that the folder holds is resumed, unless `restart`.
+
+    Raises UserError and RunFailed as the commands do; after an interruption, and saving,
+    Interrupted, which is a KeyboardInterrupt.
+    """
+    from taming_jax.config.load import load_config
+    from taming_jax.errors import UserError
+    from taming_jax.parallel.devices import Devices
+    from taming_jax.training import loop
+    from taming_jax.training.prior import PriorStage
+    from taming_jax.training.vqgan import build_stage
+
+    stages: dict[str, Callable[[Config, Devices], loop.Stage]] = {
+        "vqgan": functools.partial(build_stage, restart=restart),
+        "prior": functools.partial(PriorStage, restart=restart),
+    }
+    if stage not in stages:
+        raise UserError(f"there is no stage '{stage}'; the stages are {', '.join(stages)}.")
+    config = load_config(config) if isinstance(config, str) else config
+    return loop.train(stages[stage], config, restart)

@@ -1,0 +1,416 @@
+"""The one loop that trains either stage: data, steps, validation, checkpoints, figures, log.
+
+What it asks of a stage is `Stage`; nothing here knows which one it is.
+"""
+
+import contextlib
+import dataclasses
+import math
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import jax
+import numpy as np
+
+from taming_jax.config.load import read_config, validated, write_config
+from taming_jax.config.schema import Config, StageConfig
+from taming_jax.data.batches import Batch, Feed
+from taming_jax.errors import Interrupted, RunFailed, UserError, say
+from taming_jax.files import hold, usable
+from taming_jax.parallel import distributed
+from taming_jax.parallel.devices import Devices
+from taming_jax.parallel.runtime import prepare
+from taming_jax.progress import Progress
+from taming_jax.training.log import Log, Silent
+from taming_jax.training.meter import Estimate, Meter, Tracer, advice_for_a_cpu
+from taming_jax.training.signals import Signals
+from taming_jax.training.state import TrainState, copied
+from taming_jax.training.store import FD, Store
+from taming_jax.training.weights import begun_from, other_meanings, said
+
+
+class Stage(Protocol):
+    """A stage of the pipeline, as the loop needs it.
+
+    `config` is what it was built from, with what is decided when a run is created. `dataset` is
+    the identity of its data (data/datasets.py), `learned` names the networks that it trains.
+    `monitor` names the metric of a validation that chooses the best checkpoint, lower being better.
+    Where feeds take their time (tokens are encoded), they call `check` now and then, which raises
+    Interrupted after a signal. `eval_step` returns sums over a batch, and `summarise` turns their
+    sum over the split into metrics: perplexity, say, cannot be averaged over batches. `distance` is
+    called only when the settings have `fd_every`. `compile` is called before the first step, with a
+    training batch and a validation batch; after that, `flops(step)` returns the operations that
+    this step, counted from 0, does on one device. The metrics of a step include `skipped`, the
+    number of steps skipped so far.
+    """
+
+    config: Config
+    name: str
+    monitor: str
+    learned: tuple[str, ...]
+    dataset: dict[str, Any]
+
+    def feeds(self, check: Callable[[], None]) -> tuple[Feed, Feed]: ...
+    def init(self, key: jax.Array) -> TrainState: ...
+    def compile(self, state: TrainState, training: Batch, validation: Batch) -> None: ...
+    def flops(self, step: int) -> float | None: ...
+    def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]: ...
+    def eval_step(self, state: TrainState, batch: Batch) -> dict[str, Any]: ...
+    def summarise(self, sums: dict[str, np.ndarray]) -> dict[str, float]: ...
+    def distance(self, state: TrainState) -> float: ...
+    def draw(
+        self, state: TrainState, folder: Path, sums: dict[str, np.ndarray], rows: list[dict]
+    ) -> None: ...
+
+
+def train(
+    build: Callable[[Config, Devices], Stage],
+    config: Config,
+    restart: bool = False,
+    own_process: bool = False,
+) -> Path:
+    """Trains a stage to its last step, going on from what the run's folder holds, and answers that
+    folder. In the `own_process` of a command a signal, too, ends it where nothing is to be saved.
+
+    Raises UserError for what the user can mend, before anything of theirs is touched; RunFailed
+    where a loss is not finite or the last step could not be saved; Interrupted after SIGINT or
+    SIGTERM, saved.
+    """
+    validated(config)
+    folder = config.folder
+    with contextlib.ExitStack() as stack:
+        signals = stack.enter_context(Signals(own_process))
+        prepare(config)
+        distributed.one_speaks()
+        distributed.check_alike(config)
+        devices = Devices(config.devices)
+        if sentence := advice_for_a_cpu(config, devices.list[0].platform):
+            say(sentence)
+        distributed.from_first(lambda: hold(folder, stack))
+        with signals.at_once():  # pictures may be decoded, for long
+            stage = build(config, devices)
+        config = stage.config
+        store = Store(folder, stage.name, stage.monitor, dataset=stage.dataset)
+
+        def begin(template: TrainState) -> Any:
+            usable(folder)
+            sections, begun = ("seed", "dtype", "data", stage.name), None
+            source = getattr(config, stage.name).init_from
+            if source is not None and (restart or not store.steps()):
+                begun = weights_of(Path(source), stage, config, template)
+            if restart:
+                store.clear(config, sections)
+            return begun or store.restore(template, config, sections, stage.learned, say)
+
+        try:
+            with signals.ending(), Progress("initialising the networks", write=say):
+                state = stage.init(jax.random.key(config.seed))
+            # A fresh state, too, is the first process's: another kind of device may round
+            # otherwise. A copy, since the first step gives its state up: what is restored is
+            # numpy's memory, and a fresh state is the stage's.
+            state = distributed.from_first(lambda: begin(state) or state)
+            state = copied(devices.replicate(state))
+            signals.check()
+            return Loop(stage, config, devices, store, folder, signals, restart).run(state)
+        except OSError as error:
+            raise RunFailed(f"{error.filename or folder}: {error.strerror or error}.") from error
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            batch = getattr(config, stage.name).batch_size
+            raise RunFailed(
+                f"the device's memory does not hold a step of {batch} images; lower "
+                f"--{stage.name}.batch-size, raise --{stage.name}.micro-batches, or use more "
+                "devices."
+            ) from error
+
+
+def weights_of(source: Path, stage: Stage, config: Config, template: TrainState) -> TrainState:
+    """A fresh state with another run's weights; what there is to know of them is said. UserError
+    where none of them fit."""
+    chosen, _ = Store(source, stage.name, stage.monitor, read_only=True).chosen()
+    begun = begun_from(stage.learned, template, chosen.arrays)
+    say(said(begun, source))
+    meanings = other_meanings(stage.learned, config, template, chosen.config, chosen.arrays)
+    for sentence in meanings:
+        say(f"Warning: {sentence}")
+    return cast(TrainState, begun.state)
+
+
+def with_other_stage(config: Config, stage: str, restart: bool) -> Config:
+    """The config as it is written into the run's folder: the section of the stage that is not
+    trained now stays as it is there. Only where a run begins anew with stage 1, and has no prior
+    yet, it is the given one."""
+    prior = Store(config.folder, "prior", "nll", read_only=True)
+    if restart and stage == "vqgan" and not prior.steps():
+        return config
+    try:
+        written = read_config(config.folder / "config.json")
+    except UserError:  # there is none yet, or it is damaged
+        return config
+    other = "prior" if stage == "vqgan" else "vqgan"
+    return dataclasses.replace(config, **{other: getattr(written, other)})
+
+
+def derived(term: str) -> tuple[bool, bool]:
+    """Sorts a step's metrics: terms first, then sums of them, then gradients of the sums."""
+    return term.endswith("_gradient"), term in ("nll", "loss")
+
+
+def shares(batch_size: int, devices: int, parts: int) -> str:
+    """How a batch is divided: " (16 a device, in 4 parts of 4)"; empty where it is not."""
+    each = batch_size // devices
+    words = [f"{each} a device"] if devices > 1 else []
+    if parts > 1:
+        words.append(f"in {parts} parts of {each // parts}")
+    return f" ({', '.join(words)})" if words else ""
+
+
+class Loop:
+    """The state of one call of `train`."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        config: Config,
+        devices: Devices,
+        store: Store,
+        folder: Path,
+        signals: Signals,
+        restart: bool = False,
+    ):
+        self.stage, self.config, self.devices = stage, config, devices
+        self.store, self.folder, self.signals = store, folder, signals
+        self.settings: StageConfig = getattr(config, stage.name)
+        self.training, self.validation = stage.feeds(signals.check)
+        self.steps = self.settings.total_steps(self.training.size)
+        epoch = math.ceil(self.training.size / self.settings.batch_size)
+        self.eval_every, self.fd_every = self.settings.eval_every or epoch, self.settings.fd_every
+        self.checkpoint_every = self.settings.checkpoint_every or epoch
+        self.log_every = self.settings.log_every or max(self.steps // 1000, 1)
+        self.draw_every = self.settings.draw_every or max(self.steps // 20, 1)
+        self.restart, self.configured = restart, False
+        self.unsettled: list[tuple[int, dict[str, Any]]] = []
+        self.votes: list[jax.Array] = []
+        self.skipped = self.skipped_in_a_row = 0
+        self.unloggable: set[str] = set()
+
+    def run(self, state: TrainState) -> Path:
+        start, self.skipped = (int(self.devices.fetch(x)) for x in (state.step, state.skipped))
+        if start >= self.steps:
+            self.store.close()
+            say(f"{self.folder} is trained already, to step {start}; see {self.folder}/figures.")
+            return self.folder
+        self.log: Log | Silent = Silent()
+        if distributed.first():
+            meter = Meter(self.devices.list[0], self.config, say)
+            self.log = Log(self.folder, self.stage.name, start, self.steps, meter)
+        self.store.say = self.log.say
+        self._configure()
+        count, kind = len(self.devices), self.devices.list[0].platform
+        of = f" of {distributed.count()} processes" if distributed.count() > 1 else ""
+        size = self.settings.batch_size
+        parts = shares(size, count, self.settings.micro_batches)
+        self.log.say(
+            f"Training stage {self.stage.name} of {self.config.config} into {self.folder}: "
+            f"{self.training.size} images, {size} a step{parts}, "
+            f"step {start + 1} to {self.steps}, on {count} {kind} device{'s' * (count > 1)}{of}. "
+            "Compiling takes a while."
+        )
+        traced = self.settings.profile if distributed.first() else None
+        self.tracer = Tracer(traced, self.folder / "profile", self.log.say)
+        with contextlib.ExitStack() as stack:
+            for feed in (self.training, self.validation):
+                stack.callback(feed.close)
+            stack.callback(self.log.close)
+            stack.callback(self.store.close)
+            stack.callback(self.store.wait)
+            stack.callback(self.tracer.close)
+            first = self.training.batch(start)
+            with contextlib.closing(self.validation.once()) as validation:
+                batch = next(validation)
+            self.signals.check()
+            with self.signals.ending(), Progress("compiling", write=self.log.say):
+                self.stage.compile(state, first, batch)
+            self.signals.check()  # which waits for the slowest process's compilation, too
+            self.log.begin()
+            self._steps(state, start, first)
+        return self.folder
+
+    def _steps(self, state: TrainState, start: int, first: Batch) -> None:
+        drawn, estimate = start, Estimate(start, self.steps)
+        for step in range(start, self.steps):
+            try:
+                with self.log.waiting():
+                    batch = self.training.batch(step) if step > start else first
+            except Interrupted:  # what is trained is saved; the step was not begun
+                self._settle()
+                self._save(state, step, None)
+                self._require(step)
+                raise
+            with self.tracer.step(step + 1):
+                state, metrics = self.stage.train_step(state, batch)
+            self.tracer.after(step + 1, metrics)
+            self.unsettled.append((step + 1, metrics))
+            if len(self.unsettled) > 2:
+                # A device two steps behind is busy; further behind, only signals would wait.
+                jax.block_until_ready(self.unsettled[-3][1])
+            done = step + 1
+            self.log.advance(done)
+            if sentence := estimate.after(done, metrics):
+                self.log.say(sentence)
+            last = done == self.steps
+            take_fd = bool(self.fd_every) and (last or done % self.fd_every == 0)
+            evaluate = last or take_fd or done % self.eval_every == 0
+            save = last or done % self.checkpoint_every == 0
+            if evaluate or save or done % self.log_every == 0:
+                self._settle()
+            chosen = None
+            if evaluate:
+                sums, found = self._evaluate(state, done, take_fd)
+                if take_fd or not self.fd_every:
+                    chosen = found
+                    self.store.wait()  # for what it took: a best that was lost is not to be beaten
+                    best = distributed.from_first(lambda: self.store.lowest)
+                    save = save or self.store.judged(chosen) < best
+                # Drawn before it is saved: a run that ends in between is resumed, and draws again.
+                # After a signal there is no time for it.
+                due = done - drawn >= self.draw_every and self.signals.received is None
+                if last or due:
+                    drawn = done
+                    if self.signals.received is not None:  # at the last step only
+                        self._save(state, done, chosen)
+                    self._draw(state, sums)
+            # A signal may have come at any moment up to here.
+            stop = self._stop_signal()
+            if save or stop is not None:
+                self._settle()
+                self._save(state, done, chosen)
+            if stop is not None and not last:
+                self._require(done)
+                raise Interrupted(
+                    stop,
+                    f"Stopped by {signal.Signals(stop).name} after step {done}, which is saved in "
+                    f"{self.store.path}; the same command goes on from there.",
+                )
+        self._require(self.steps)
+        but = f", {self.skipped} of them skipped" if self.skipped else ""
+        self.log.say(f"Done: {self.steps} steps{but}. The figures are in {self.folder}/figures.")
+
+    def _stop_signal(self) -> int | None:
+        """The signal after which the run ends with this step. Several processes must end with the
+        same one: at each they vote, and go by the vote of two steps before, which is known by now,
+        so that no device is waited for."""
+        if distributed.count() == 1:
+            return self.signals.received
+        self.votes.append(self.devices.largest(self.signals.received or 0))
+        if len(self.votes) <= 2:
+            return None
+        return int(self.devices.fetch(self.votes.pop(0))) or None
+
+    def _save(self, state: TrainState, done: int, chosen: dict[str, float] | None) -> None:
+        if not distributed.first():
+            return
+        self.store.save(done, self.devices.fetch(state), self.config, chosen)
+        self._configure()
+
+    def _require(self, step: int) -> None:
+        """Waits, in every process, for the checkpoint of a step. RunFailed where there is none."""
+        with Progress(f"writing the checkpoint of step {step}", write=self.log.say):
+            distributed.from_first(lambda: self.store.require(step))
+
+    def _configure(self) -> None:
+        """Writes the config, unless the disk took it before."""
+        if distributed.first() and not self.configured:
+            with self.log.tolerating(str(self.folder / "config.json")):
+                config = with_other_stage(self.config, self.stage.name, self.restart)
+                write_config(config, self.folder / "config.json")
+                self.configured = True
+
+    def _draw(self, state: TrainState, sums: dict[str, np.ndarray]) -> None:
+        if not distributed.first():
+            return
+        with (
+            Progress("drawing the figures", write=self.log.say),
+            self.log.tolerating(f"The figures in {self.folder / 'figures'}"),
+        ):
+            self.stage.draw(state, self.folder / "figures", sums, self.log.rows)
+
+    def _settle(self) -> None:
+        """Reads the metrics of the steps since the last line of the log, says which of them were
+        skipped, stops the run where too many were in a row, and logs the means of the others.
+        Metrics that are not finite in a step that was not skipped are left out of the means."""
+        window = [(step, self.devices.fetch(metrics)) for step, metrics in self.unsettled]
+        self.unsettled = []
+        if not window:
+            return
+        whole: list[dict[str, Any]] = []
+        broken: list[tuple[int, str]] = []
+        for step, metrics in window:
+            terms = [term for term, value in metrics.items() if not np.isfinite(value)]
+            before, self.skipped = self.skipped, int(metrics["skipped"])
+            if self.skipped == before:
+                self.skipped_in_a_row = 0
+                self._name_unloggable(step, terms)
+                whole.append({term: x for term, x in metrics.items() if term not in terms})
+                continue
+            self.skipped_in_a_row += 1
+            broken.append((step, ", ".join(sorted(terms, key=derived))))
+            if self.skipped_in_a_row > self.settings.skipped_in_a_row:
+                self._stop(*broken[-1])
+        if broken:
+            (first, terms_of_first), more = broken[0], len(broken) - 1
+            also = f", and {more} more up to step {broken[-1][0]}" if more else ""
+            self.log.say(f"Step {first} was skipped{also}: not finite in {terms_of_first}.")
+        means: dict[str, float] = {
+            term: float(np.mean([m[term] for m in whole if term in m], dtype=np.float64))
+            for term in dict.fromkeys(term for m in whole for term in m)
+        }
+        last = window[-1][0]
+        means["skipped"] = self.skipped
+        self.log.row(last, self._epoch(last), "train", means, self.stage.flops(last - 1))
+
+    def _name_unloggable(self, step: int, terms: Sequence[str]) -> None:
+        """Says, once for each metric, that it was not finite and is not logged then."""
+        new = [term for term in terms if term not in self.unloggable]
+        self.unloggable.update(new)
+        if new:
+            self.log.say(
+                f"Not finite at step {step}: {', '.join(new)}. The log leaves such values out; "
+                "training goes on, since losses and gradients are finite."
+            )
+
+    def _stop(self, step: int, terms: str) -> None:
+        self.store.wait()
+        saved = self.store.steps()
+        where = "no checkpoint had been written"
+        if saved:
+            where = f"the last good checkpoint is {self.store.path / str(saved[-1])}"
+        allowed = self.settings.skipped_in_a_row
+        after = f", after {allowed} steps skipped in a row" if allowed else ""
+        raise RunFailed(
+            f"not finite at step {step}{after}: {terms}; {where}. Lower the learning rate or "
+            f"bound the gradients by --{self.stage.name}.clip."
+        )
+
+    def _evaluate(
+        self, state: TrainState, done: int, take_fd: bool
+    ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+        size, sums = self.validation.size, None
+        with Progress("validation", size, "images", write=self.log.say) as progress:
+            for batch in self.validation.once():
+                part = self.devices.fetch(self.stage.eval_step(state, batch))
+                sums = part if sums is None else jax.tree.map(np.add, sums, part)
+                progress.update(self.settings.batch_size)
+        assert sums is not None  # a split has an image at least
+        metrics = self.stage.summarise(sums)
+        if take_fd:
+            with Progress("Fréchet distance", write=self.log.say):
+                metrics[FD] = self.stage.distance(state)
+        self.log.row(done, self._epoch(done), "validation", metrics)
+        return sums, metrics
+
+    def _epoch(self, step: int) -> float:
+        return step * self.settings.batch_size / self.training.size

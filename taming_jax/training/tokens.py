@@ -1,0 +1,202 @@
+"""A dataset as grids of codes, encoded once and kept beside the checkpoints.
+
+`tokens/KEY/SPLIT/` holds an encoded split in files of some thousand images each. KEY is made of the
+generator's arrays, the images themselves and how they are augmented, so a file of another generator
+or of other images is never read; a file's name carries the hash of its content, so a damaged one is
+encoded again, and an encoding that was stopped goes on where it was.
+"""
+
+import functools
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from taming_jax.config.schema import Config
+from taming_jax.data.augment import augmented, centred
+from taming_jax.data.batches import ResidentFeed, StreamingFeed, take, to_float
+from taming_jax.data.datasets import Split
+from taming_jax.errors import say
+from taming_jax.files import write_whole
+from taming_jax.models.vqgan import VQGAN, encode, images_at_once
+from taming_jax.parallel import distributed
+from taming_jax.parallel.devices import Devices
+from taming_jax.progress import Progress
+from taming_jax.training.state import AUGMENTATION, example_keys
+from taming_jax.weights.arrays import digest, named_arrays
+
+FILE = 4096  # images a file
+
+
+def key_of(params: Any, images: str, seen: list[Any]) -> str:
+    """A name for what a generator makes of images, by their digest, and of how they are `seen`."""
+    arrays = named_arrays(params)
+    parts = ["/".join(path) + digest(np.asarray(arrays[path])) for path in sorted(arrays)]
+    whole = "".join([*parts, images, json.dumps(seen)])
+    return hashlib.sha256(whole.encode()).hexdigest()[:16]
+
+
+def smallest_unsigned(codebook_size: int) -> np.dtype:
+    """The narrowest unsigned integers that hold every code."""
+    return np.min_scalar_type(codebook_size - 1)
+
+
+class Tokenizer:
+    """A generator that encodes splits of a dataset into `folder` (a run's tokens/), or reads them
+    from there. `check` is called before each batch is encoded, and may raise to stop."""
+
+    def __init__(
+        self,
+        folder: Path,
+        model: VQGAN,
+        params: Any,
+        config: Config,
+        devices: Devices,
+        say: Callable[[str], None] = say,
+        check: Callable[[], None] = lambda: None,
+    ):
+        self.devices, self.seed = devices, config.seed
+        self._folder, self._params, self._config = folder, params, config
+        self._dtype, self._say = smallest_unsigned(config.vqgan.codes), say
+        self._check = check
+        self._known: tuple[np.ndarray | None, str] = None, ""  # the last images, and their digest
+
+        def codes(params: Any, images: jax.Array) -> jax.Array:
+            with jax.default_matmul_precision("highest"):
+                indices = encode(model, params, to_float(images)).indices
+            return indices.reshape(len(indices), -1)
+
+        def plain(state: Any, arrays: dict[str, jax.Array]) -> jax.Array:
+            return codes(state["params"], centred(take(arrays)[0], config.data.image_size))
+
+        def changed(state: Any, arrays: dict[str, jax.Array]) -> jax.Array:
+            keys = example_keys(config.seed, AUGMENTATION, state["version"], arrays["place"])
+            return codes(state["params"], augmented(take(arrays)[0], keys, config.data))
+
+        self._plain, self._changed = plain, changed
+
+    def __call__(self, name: str, split: Split, version: int = 0) -> Split:
+        """The split with its images as codes, unsigned [n, h' * w'] in raster order. Version 0 is
+        of the images as they are, others of the images augmented, each in another way. Products
+        are computed at the highest precision."""
+        data = self._config.data
+        seen = [data.image_size]
+        if version:
+            seen += [data.random_crop, data.mirror, self._config.seed, version]
+        if self._known[0] is not split.images:  # read through once, not for each version
+            self._known = split.images, digest(split.images)
+        place = self._folder / key_of(self._params, self._known[1], seen) / name
+        starts = range(0, len(split.images), FILE)
+        kept = distributed.from_first(lambda: {at: read(place, at, self._say) for at in starts})
+        missing = [start for start in starts if kept[start] is None]
+        if missing:
+            compiled = self.devices.compile(self._changed if version else self._plain)
+            state = {"params": self._params, "version": np.int32(version)}
+            state = self.devices.replicate(state)
+            label = name + (f", version {version}" if version else "")
+            size = images_at_once(self._config.data.image_size**2, 256) * len(self.devices)
+            parts = {at: Split(*(x[at : at + FILE] for x in split)) for at in missing}
+            count = sum(len(part.images) for part in parts.values())
+            self._say(f"Encoding {label}: {count} images.")
+            with Progress(f"encoding {label}", count, "images") as progress:
+                for start, part in parts.items():
+                    batches = self._encode(
+                        part, start, size, functools.partial(compiled, state), progress
+                    )
+                    whole = np.concatenate(list(batches))[: len(part.images)]
+                    if distributed.first():
+                        write(place, start, whole, self._say)
+                    kept[start] = whole
+        return Split(np.concatenate([kept[start] for start in starts]), split.labels)
+
+    def _encode(
+        self,
+        part: Split,
+        start: int,
+        size: int,
+        codes: Callable[..., jax.Array],
+        progress: Progress,
+    ) -> Iterator[np.ndarray]:
+        """The codes of one file's images, `start` being the first's place in its split, in batches
+        of one size."""
+        for batch in StreamingFeed(part, size, 0, self.devices).once():
+            self._check()
+            first = start + batch.step * size
+            places = np.arange(first, first + size, dtype=np.int32)[self.devices.own(size)]
+            arrays = batch.arrays | {"place": self.devices.shard(places)}
+            yield self.devices.gather(codes(arrays)).astype(self._dtype)
+            progress.update(min(size, len(part.images) - batch.step * size))
+
+
+class TokenFeed(ResidentFeed):
+    """A split on the devices as codes. In epoch e the stream reads version e % `versions` of each
+    example; a version is encoded when it is first needed."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        name: str,
+        split: Split,
+        batch_size: int,
+        versions: int = 1,
+    ):
+        first = tokenizer(name, split)
+        self._encoded = functools.partial(tokenizer, name, split)
+        # Room for all versions, so that the step that reads them is compiled once.
+        self._codes = np.zeros((versions, *first.images.shape), first.images.dtype)
+        self._codes[0] = first.images
+        self._held = {0}
+        self._labels = np.tile(first.labels, versions)
+        super().__init__(
+            Split(self._rows(), self._labels), batch_size, tokenizer.seed, tokenizer.devices
+        )
+        self.size = len(first.images)
+
+    def _rows(self) -> np.ndarray:
+        return self._codes.reshape(-1, self._codes.shape[-1])
+
+    def _index(self, epochs: np.ndarray, index: np.ndarray) -> np.ndarray:
+        versions = epochs % len(self._codes)
+        missing = set(versions.tolist()) - self._held
+        for version in sorted(missing):
+            self._codes[version] = self._encoded(version).images
+            self._held.add(version)
+        if missing:
+            self._resident |= self._placement.replicate({"images": self._rows()})
+        return versions * np.int32(self.size) + index
+
+
+def hashed(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def write(place: Path, start: int, codes: np.ndarray, say: Callable[[str], None]) -> None:
+    """Writes the file that begins at image `start`; where the disk does not take it, says so."""
+    buffer = io.BytesIO()
+    np.save(buffer, codes)
+    content = buffer.getvalue()
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        for old in place.glob(f"{start:08d}-*.npy"):
+            old.unlink()
+        write_whole(place / f"{start:08d}-{hashed(content)}.npy", content)
+    except OSError as error:
+        say(
+            f"The codes cannot be kept in {place} ({error.strerror}); the run goes on, and they "
+            "are encoded again when they are next needed."
+        )
+
+
+def read(place: Path, start: int, say: Callable[[str], None]) -> np.ndarray | None:
+    """The codes of the file that begins at image `start`; None where it is missing or damaged."""
+    for file in place.glob(f"{start:08d}-*.npy"):
+        content = file.read_bytes()
+        if file.stem.endswith(hashed(content)):
+            return np.load(io.BytesIO(content), allow_pickle=False)
+        say(f"The token file {file} is damaged; its images are encoded again.")
+    return None

@@ -1,0 +1,289 @@
+"""Stage 1: generator and discriminator trained against each other, as the loop wants a stage."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from taming_jax import losses
+from taming_jax.config.load import replaced
+from taming_jax.config.schema import Config
+from taming_jax.config.validation import warnings_of
+from taming_jax.data import datasets
+from taming_jax.data.augment import augmented
+from taming_jax.data.batches import Batch, Feed, feed, rounded, take, to_float
+from taming_jax.errors import UserError, say
+from taming_jax.metrics.monitor import Monitor
+from taming_jax.models.lpips import load_lpips
+from taming_jax.models.vqgan import VQGAN, decode_indices, grid_size, reconstruct
+from taming_jax.parallel import distributed
+from taming_jax.parallel.devices import Compiled, Devices
+from taming_jax.training.accumulate import repeated
+from taming_jax.training.state import (
+    AUGMENTATION,
+    CODES,
+    FAKE,
+    REAL,
+    Net,
+    TrainState,
+    clipped,
+    copied,
+    example_keys,
+    schedule,
+    stepped,
+)
+from taming_jax.training.store import Store
+from taming_jax.training.vqgan_step import Keys, Networks
+
+
+def build_stage(config: Config, devices: Devices, restart: bool = False) -> "VQGANStage":
+    """Stage 1 of a new run, or of the one that its folder holds, unless that begins anew."""
+    store = Store(config.folder, VQGANStage.name, VQGANStage.monitor, read_only=True)
+    return VQGANStage(
+        config, devices, None if restart else distributed.from_first(store.last_config)
+    )
+
+
+def with_fixed_start(config: Config, examples: int, created: Config | None) -> Config:
+    """The config with the step at which the discriminator starts. It is computed when a run is
+    created, and kept when the run is resumed, `created` being the config it has so far: were it
+    computed again for a longer run, a discriminator that has started could be switched off.
+
+    Raises UserError where the config names another step than the run's.
+    """
+    given, own = config.vqgan.discriminator_start_step, config.vqgan.start_step(examples)
+    start = own if created is None else created.vqgan.start_step(examples)
+    if given not in (None, start):
+        fixed = "no start of the discriminator" if start is None else str(start)
+        raise UserError(
+            f"--vqgan.discriminator-start-step is {given}, but the run in {config.folder} was "
+            f"created with {fixed}; leave the setting out, or begin anew with --restart."
+        )
+    if start != own:
+        say(f"The discriminator starts after step {start}, which was fixed when this run began.")
+    return replaced(config, "vqgan", discriminator_start_step=start)
+
+
+class VQGANStage:
+    """Stage 1, as training/loop.py wants a stage. `created` is the config of the run that is
+    resumed, None for a new one."""
+
+    name = "vqgan"
+    monitor = "nll"
+    learned: tuple[str, ...] = ("generator", "discriminator")
+
+    def __init__(self, config: Config, devices: Devices, created: Config | None = None):
+        settings = config.vqgan
+        devices.check_batch(self.name, settings.batch_size, settings.micro_batches)
+        frozen = devices.replicate(load_lpips() if settings.perceptual_weight else {})
+        self.devices = devices
+        self.splits = distributed.agreed(lambda: datasets.load(config.data))
+        self.dataset = datasets.identity(self.splits)
+        distributed.check_same_data(self.dataset, datasets.unlike)
+        examples = len(self.splits.train.images)
+        self.steps = settings.total_steps(examples)
+        self.config = config = with_fixed_start(config, examples, created)
+        start = config.vqgan.discriminator_start_step
+        self.start = self.steps if start is None else start
+        for sentence in warnings_of(config):
+            say(f"Warning: {sentence}")
+        self.networks = Networks.build(config, devices.axis_name)
+        adam = optax.scale_by_adam(*settings.betas, settings.epsilon)
+        self._optimiser = clipped(adam, settings.clip)
+        self._rates = {
+            "generator": schedule(settings, self.steps, settings.learning_rate),
+            "discriminator": schedule(settings, self.steps, settings.discriminator_learning_rate),
+        }
+        self._steps = {
+            adversarial: devices.compile(self.step_function(adversarial), frozen, donate=True)
+            for adversarial in (False, True)
+        }
+        self._evaluate = devices.compile(self._evaluation, frozen)
+        self._monitor = (
+            Monitor(self.splits.validation, config, devices) if settings.fd_every else None
+        )
+        self._made = devices.compile(self._making)
+        self._reconstruct, self._decode = _drawing(self.networks.generator)
+
+    def feeds(self, check: Callable[[], None] = lambda: None) -> tuple[Feed, Feed]:
+        size, share = self.config.vqgan.batch_size, self.config.data.resident_share
+        train, validation = (
+            feed(split, size, self.config.seed, self.devices, share)
+            for split in (self.splits.train, self.splits.validation)
+        )
+        return train, validation
+
+    def init(self, key: jax.Array) -> TrainState:
+        """A fresh state, on one device."""
+        settings, data = self.config.vqgan, self.config.data
+        images = jnp.zeros((1, data.image_size, data.image_size, data.channels))
+        for_generator, for_discriminator = jax.random.split(key)
+
+        # Run once: three seconds less to compile when it is not optimised, to the same values.
+        @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+        def create() -> TrainState:
+            generator = self.networks.generator.init(for_generator, images)["params"]
+            # A stem of one image would make BatchNorm divide by zero: initialised in evaluation.
+            variables = self.networks.discriminator.init(for_discriminator, images, train=False)
+            extra = {"batch_stats": variables["batch_stats"]}
+            if settings.lecam_weight:
+                extra["lecam"] = {"real": jnp.zeros(()), "fake": jnp.zeros(())}
+            discriminator = variables["params"]
+            return TrainState(
+                step=jnp.zeros((), jnp.int32),
+                nets={
+                    "generator": Net(
+                        generator, self._optimiser.init(generator),
+                        ema=None if settings.ema_decay is None else copied(generator),
+                    ),
+                    "discriminator": Net(
+                        discriminator, self._optimiser.init(discriminator), extra
+                    ),
+                },
+                skipped=jnp.zeros((), jnp.int32),
+            )  # fmt: skip
+
+        return create()
+
+    def step_function(self, adversarial: bool) -> Callable[..., tuple[TrainState, Any]]:
+        """The pure step(state, arrays, lpips_params) -> (state, metrics), before (False) or after
+        (True) the discriminator's start."""
+        settings = self.config.vqgan
+
+        def step(state: TrainState, arrays: Any, lpips_params: Any) -> tuple[TrainState, Any]:
+            generator, discriminator = state.nets["generator"], state.nets["discriminator"]
+
+            def keys(purpose: int) -> jax.Array:
+                return example_keys(self.config.seed, purpose, state.step, arrays["place"])
+
+            images = to_float(augmented(take(arrays)[0], keys(AUGMENTATION), self.config.data))
+            draws = Keys()
+            if settings.diff_augment:
+                draws = draws._replace(real=keys(REAL), fake=keys(FAKE))
+            if settings.quantizer == "gumbel":
+                draws = draws._replace(codes=keys(CODES))
+            found = self.networks.gradients(
+                generator, discriminator, images, lpips_params, adversarial,
+                state.step - self.start, draws, self.temperature(state.step),
+            )  # fmt: skip
+            rate = self._rates["generator"](state.step)
+            generator = generator.updated(self._optimiser, found.generator, rate)
+            if settings.ema_decay is not None:
+                generator = generator.averaged(settings.ema_decay, state.step)
+            if adversarial:
+                rate = self._rates["discriminator"](state.step)
+                learned = discriminator.updated(self._optimiser, found.discriminator, rate)
+                if settings.discriminator_every > 1:
+                    learns = (state.step - self.start) % settings.discriminator_every == 0
+                    learned = jax.tree.map(
+                        lambda new, old: jnp.where(learns, new, old), learned, discriminator
+                    )
+                discriminator = learned.replace(extra=found.extra)
+            nets = {"generator": generator, "discriminator": discriminator}
+            deciding = ["loss", "generator_gradient"]
+            if adversarial:
+                deciding += ["discriminator", "discriminator_gradient"]
+                deciding += ["lecam"] if settings.lecam_weight else []
+            return stepped(state, nets, found.metrics, deciding)
+
+        return step
+
+    def temperature(self, step: jax.Array) -> jax.Array:
+        """That of the Gumbel-softmax trick at a step."""
+        first, last = self.config.vqgan.gumbel_temperature
+        share = (1 + jnp.cos(jnp.pi * step / self.steps)) / 2
+        return last + (first - last) * share
+
+    def compiled(self, adversarial: bool) -> Compiled:
+        """The step before (False) or after (True) the discriminator's start, on the devices."""
+        return self._steps[adversarial]
+
+    def compile(self, state: TrainState, training: Batch, validation: Batch) -> None:
+        for adversarial in {training.step >= self.start, self.steps > self.start}:
+            self.compiled(adversarial).prepare(state, training.arrays)
+        self._evaluate.prepare(state, validation.arrays)
+
+    def flops(self, step: int) -> float | None:
+        flops = self.compiled(step >= self.start).flops
+        return flops and flops * repeated(self.config.vqgan.micro_batches)
+
+    def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+        return self.compiled(batch.step >= self.start)(state, batch.arrays)
+
+    def _evaluation(self, state: TrainState, arrays: Any, lpips_params: Any) -> dict[str, Any]:
+        with jax.default_matmul_precision("highest"):
+            started = (state.step > self.start).astype(jnp.float32)
+            return self.networks.evaluate(state, arrays, lpips_params, started)
+
+    def eval_step(self, state: TrainState, batch: Batch) -> dict[str, Any]:
+        return self._evaluate(state, batch.arrays)
+
+    def summarise(self, sums: dict[str, np.ndarray]) -> dict[str, float]:
+        """The metrics of a split. `usage` is the share of codes used at all."""
+        counts, examples, started = (sums[key] for key in ("counts", "examples", "started"))
+        metrics = {}
+        for key, value in sums.items():
+            if key in ("adversarial", "discriminator"):
+                if started:
+                    metrics[key] = float(value / started)
+            elif key not in ("counts", "examples", "started"):
+                metrics[key] = float(value / examples)
+        metrics["perplexity"] = float(losses.perplexity(jnp.asarray(counts)))
+        metrics["usage"] = float((counts > 0).mean())
+        return metrics
+
+    def _making(self, state: TrainState, arrays: Any) -> jax.Array:
+        with jax.default_matmul_precision("highest"):
+            params, images = state.nets["generator"].chosen, to_float(arrays["images"])
+            return rounded(reconstruct(self.networks.generator, params, images).images)
+
+    def distance(self, state: TrainState) -> float:
+        """The Fréchet distance of the validation split's reconstructions to it."""
+        assert self._monitor is not None
+        return self._monitor.distance(functools.partial(self._made, state))
+
+    def draw(
+        self, state: TrainState, folder: Path, sums: dict[str, np.ndarray], rows: list[dict]
+    ) -> None:
+        """The figures of stage 1, from the state, a validation's sums, and the log's rows."""
+        from taming_jax import figures  # not before: matplotlib is a second to import
+
+        counts = sums["counts"]
+        params = self.devices.fetch(state.nets["generator"].chosen)
+        step = int(self.devices.fetch(state.step))
+        images = self.splits.validation.images[:10]
+        rng = np.random.default_rng(self.config.seed)
+        grid = grid_size(self.config)
+        random = rng.choice(len(counts), (32, grid, grid), p=counts / counts.sum())
+        order = np.argsort(-counts, kind="stable")[:256]
+        solid = np.broadcast_to(order[:, None, None], (len(order), *[min(grid, 8)] * 2))
+        decoded = [self._decode(params, solid[i : i + 32]) for i in range(0, len(solid), 32)]
+
+        figures.loss_curves(
+            rows, folder / "loss_curves.png", "VQ-GAN", mark=self.start, mark_name="discriminator"
+        )
+        figures.reconstructions(
+            images, self._reconstruct(params, images), folder / "reconstructions.png", step
+        )
+        figures.codebook_usage(
+            counts, folder / "codebook_usage.png", f"the validation split after step {step}"
+        )
+        figures.random_latents(self._decode(params, random), folder / "random_latents.png", step)
+        figures.codebook(
+            np.concatenate(decoded), counts[order], folder / "codebook.png", len(counts), step
+        )
+
+
+def _drawing(model: VQGAN) -> tuple[Callable[..., np.ndarray], Callable[..., np.ndarray]]:
+    """Compiled reconstruction of uint8 images and decoding of indices, both to float in [-1, 1]."""
+    through = jax.jit(lambda params, images: reconstruct(model, params, to_float(images)).images)
+    decode = jax.jit(functools.partial(decode_indices, model))
+    return (
+        lambda params, images: np.asarray(through(params, images)),
+        lambda params, indices: np.asarray(decode(params, np.asarray(indices, np.int32))),
+    )

@@ -1,0 +1,131 @@
+"""State dicts in files: PyTorch's (`.ckpt`, `.pt`, `.pth`) and safetensors, whose arrays are read
+one by one when they are asked for; and what is said of one that is not as it should be."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from taming_jax.errors import UserError
+from taming_jax.files import whole
+from taming_jax.weights.torch_file import DAMAGE, Tensor, damaged, open_tensors, write_tensors
+
+
+class Held(NamedTuple):
+    """An array in a file. `read` answers it, and raises UserError where it is damaged."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.read(), dtype)
+
+
+StateDict = dict[str, Held]
+
+
+def open_state_dict(file: Path) -> tuple[StateDict, dict[str, Any]]:
+    """The arrays of a file by their names, and what else it holds. In a file of PyTorch's they are
+    in its `state_dict` or `model`, or all there is.
+
+    Raises UserError for a file that is missing, damaged, or holds no arrays.
+    """
+    if file.suffix == ".safetensors":
+        return open_safetensors(file)
+    content = open_tensors(file)
+    if not isinstance(content, Mapping):
+        raise UserError(f"{file} holds no state dict.")
+    # As Lightning, LlamaGen and DeepSpeed call it.
+    named = [content[key] for key in ("state_dict", "model", "module") if key in content]
+    inner = named[0] if named and isinstance(named[0], Mapping) else content
+    tensors = {str(name): x for name, x in inner.items() if isinstance(x, Tensor)}
+    if not tensors:
+        raise UserError(f"{file} holds no state dict.")
+    rest = {str(key): x for key, x in content.items() if isinstance(x, int | float | str)}
+
+    def held(tensor: Tensor) -> Held:
+        def read() -> np.ndarray:
+            try:
+                return tensor.array()
+            except DAMAGE as error:
+                raise damaged(file, error) from error
+
+        return Held(tuple(tensor.shape), read)
+
+    return {name: held(tensor) for name, tensor in tensors.items()}, rest
+
+
+def open_safetensors(file: Path) -> tuple[StateDict, dict[str, Any]]:
+    """The same of a safetensors file, whose metadata is its rest."""
+    import safetensors
+
+    try:
+        content = safetensors.safe_open(file, "numpy")
+        names = list(content.keys())
+        shapes = {name: tuple(content.get_slice(name).get_shape()) for name in names}
+        rest = dict(content.metadata() or {})
+    except FileNotFoundError:
+        raise UserError(f"there is no file {file}.") from None
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        raise UserError(f"{file} is not a whole safetensors file ({error}).") from error
+
+    def held(name: str) -> Held:
+        def read() -> np.ndarray:
+            try:
+                return content.get_tensor(name)
+            except (AttributeError, TypeError, ValueError, safetensors.SafetensorError) as error:
+                raise UserError(
+                    f"{file} holds {name} in a type that is not read here ({error}); write it in "
+                    "float32 or float16."
+                ) from error
+
+        return Held(shapes[name], read)
+
+    return {name: held(name) for name in names}, rest
+
+
+def write_state_dict(
+    file: Path, state_dict: Mapping[str, np.ndarray], rest: dict[str, Any]
+) -> None:
+    """Writes a `.safetensors` file, with `rest` as its metadata, or a `.ckpt` as PyTorch Lightning
+    does, whole or not at all. Raises OSError."""
+    if file.suffix == ".safetensors":
+        from safetensors.numpy import save_file
+
+        arrays = {name: np.asarray(x, order="C") for name, x in state_dict.items()}
+        with whole(file) as partial:
+            save_file(arrays, partial, {key: json.dumps(value) for key, value in rest.items()})
+    else:
+        write_tensors(file, {**rest, "state_dict": dict(state_dict)})
+
+
+def check(
+    file: Path,
+    found: StateDict,
+    expected: Mapping[str, tuple[int, ...]],
+    may_be: Callable[[str], bool],
+    described: str,
+) -> None:
+    """UserError where a file lacks an array, holds one that is neither expected nor one that
+    `may_be`, or one of another shape than what is `described` makes it."""
+    missing = [name for name in expected if name not in found]
+    extra = [name for name in found if name not in expected and not may_be(name)]
+    if missing or extra:
+        parts = [f"it lacks {some(missing)}"] if missing else []
+        parts += [f"it holds {some(extra)} besides"] if extra else []
+        raise UserError(f"{file} is not what {described} describes: {', and '.join(parts)}.")
+    for name, shape in expected.items():
+        if found[name].shape != shape:
+            raise UserError(
+                f"{file} is not what {described} describes: {name} is {list(found[name].shape)} in "
+                f"the file and {list(shape)} by {described}."
+            )
+
+
+def some(names: Iterable[str]) -> str:
+    """The first five of names, and how many more there are."""
+    listed = list(names)
+    more = f" and {len(listed) - 5} more" if len(listed) > 5 else ""
+    return ", ".join(listed[:5]) + more

@@ -1,0 +1,108 @@
+import argparse
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from taming_jax.cli.arguments import Processes, add_data_flags, data_settings, parse_arguments
+from taming_jax.config.load import load_config, write_config
+from taming_jax.config.schema import DataConfig
+from taming_jax.errors import UserError
+
+
+def test_a_written_config_can_be_named(tmp_path):
+    config = load_config("birds")
+    write_config(config, tmp_path / "config.json")
+    given = parse_arguments(["--config", str(tmp_path / "config.json")])
+    assert given == (config, False, Processes())
+
+
+def test_the_command_line_overrides_the_preset():
+    arguments = "--config mnist --seed 7 --restart --workdir w --dtype bfloat16 --vqgan.steps 3"
+    arguments += " --vqgan.batch-size 8 --vqgan.multipliers 1 2 --prior.eval-every 5"
+    arguments += " --vqgan.discriminator-start 0.5 --data.path p --data.image-size 32"
+    given = parse_arguments(arguments.split())
+    assert given.restart and given.processes == Processes()
+    base = load_config("mnist")
+    expected = dataclasses.replace(
+        base, seed=7, workdir="w", dtype="bfloat16",
+        data=dataclasses.replace(base.data, path=str(Path("p").absolute()), image_size=32),
+        vqgan=dataclasses.replace(
+            base.vqgan, steps=3, batch_size=8, multipliers=(1, 2), discriminator_start=0.5
+        ),
+        prior=dataclasses.replace(base.prior, eval_every=5),
+    )  # fmt: skip
+    assert given.config == expected
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["--config mnist --help", "--help", "--config mnst -h", "--config --help", "-h --workdir"],
+)
+def test_help_of_stage_2_needs_no_stage_1(tmp_path, capsys, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit:
+        parse_arguments(arguments.split(), "prior")
+    assert exit.value.code == 0 and "--prior.layers" in capsys.readouterr().out
+
+
+def test_help_of_stage_2_shows_the_settings_of_its_run(tmp_path, capsys):
+    config = load_config("mnist_tiny", {"vqgan.codebook_size": 77})
+    write_config(config, tmp_path / "config.json")
+    with pytest.raises(SystemExit):
+        parse_arguments(["--config", "mnist_tiny", "--workdir", str(tmp_path), "-h"], "prior")
+    assert "77" in capsys.readouterr().out
+
+
+def test_settings_of_a_runs_dataset_are_flags():
+    """Those that are not given are None, so that processes can compare all of them."""
+    parser = argparse.ArgumentParser()
+    add_data_flags(parser)
+    given = parser.parse_args(
+        ["--data.path", "x", "--data.workers", "2", "--data.no-squeeze", "--data.test-share", "0.5"]
+    )
+    assert data_settings(given) == {
+        "path": "x", "workers": 2, "squeeze": False, "test_share": 0.5,
+    }  # fmt: skip
+    fixed = {"image_size", "channels", "random_crop", "mirror"}
+    names = {field.name for field in dataclasses.fields(DataConfig)} - fixed
+    assert vars(given).keys() == {f"data.{name}" for name in names}
+    assert data_settings(parser.parse_args([])) == {}
+
+
+def test_processes_are_no_part_of_the_config():
+    told = "--distributed --coordinator-address node1:8476 --num-processes 2 --process-id 1"
+    given = parse_arguments(["--config", "mnist", *told.split()])
+    assert given.config == load_config("mnist")
+    assert given.processes == Processes(True, "node1:8476", 2, 1)
+    assert parse_arguments(["--config", "mnist", "--distributed"]).processes == Processes(True)
+
+
+def test_an_address_is_enough_where_mpirun_numbers_the_processes(monkeypatch):
+    told = ["--config", "mnist", "--distributed", "--coordinator-address", "node1:8476"]
+    with pytest.raises(UserError, match="belong together"):
+        parse_arguments(told)
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "3")
+    assert parse_arguments(told).processes == Processes(True, "node1:8476", 4, 3)
+
+
+@pytest.mark.parametrize(
+    ("told", "says"),
+    [
+        ("--process-id 1", "belong to --distributed"),
+        ("--distributed --num-processes 2", "belong together"),
+        (
+            "--distributed --coordinator-address node1 --num-processes 2 --process-id 0",
+            "node1 is not HOST:PORT",
+        ),
+        (
+            "--distributed --coordinator-address node1:8476 --num-processes 2 --process-id 2",
+            "--process-id is 2 of --num-processes 2",
+        ),
+        ("--distributed --initialization-timeout 0", "--initialization-timeout must be 1"),
+    ],
+)
+def test_processes_that_cannot_be_are_refused(told, says):
+    with pytest.raises(UserError, match=says):
+        parse_arguments(["--config", "mnist", *told.split()])

@@ -1,0 +1,195 @@
+import dataclasses
+import json
+
+import pytest
+
+from taming_jax import config as config_module
+from taming_jax.config.load import differences, load_config, preset_names, write_config
+from taming_jax.config.migrations import FORMAT
+from taming_jax.config.presets import CPU_PRESETS
+from taming_jax.config.schema import Config
+from taming_jax.config.validation import warnings_of
+from taming_jax.errors import UserError
+from taming_jax.training.meter import advice_for_a_cpu
+
+
+def test_a_written_config_reads_back_as_the_same_object(tmp_path):
+    for name in preset_names():
+        config = load_config(name)
+        assert config.config == name
+        write_config(config, tmp_path / "config.json")
+        assert load_config(str(tmp_path / "config.json")) == config
+
+
+def test_a_config_json_carries_its_format_and_one_without_is_of_the_first(tmp_path):
+    file = tmp_path / "config.json"
+    write_config(load_config("mnist"), file)
+    values = json.loads(file.read_text())
+    assert values.pop("format") == FORMAT
+    file.write_text(json.dumps(values))
+    assert load_config(str(file)) == load_config("mnist")
+
+
+def test_every_float_setting_survives_a_whole_number(tmp_path):
+    values = config_module.to_dict(load_config("mnist"))
+    values["vqgan"]["discriminator_weight"] = 1
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    weight = load_config(str(tmp_path / "config.json")).vqgan.discriminator_weight
+    assert weight == 1.0 and type(weight) is float
+
+
+def test_overrides_by_name():
+    assert load_config("mnist", {"vqgan.steps": 3, "seed": 4}).vqgan.steps == 3
+    for name in ("vqgan.step", "vqgn.steps", "seed.steps"):
+        with pytest.raises(UserError, match=name):
+            load_config("mnist", {name: 1})
+    with pytest.raises(UserError, match="vqgan.steps"):
+        load_config("mnist", {"vqgan.steps": "many"})
+
+
+def test_steps_replace_epochs():
+    settings = load_config("mnist").vqgan
+    assert settings.total_steps(57_000) == 200 * 57_000 // 256 + 1
+    assert dataclasses.replace(settings, steps=3).total_steps(57_000) == 3
+
+
+def test_differences_name_what_is_trained_and_skip_what_may_change():
+    base = load_config("mnist")
+    assert differences(base, base, ("seed", "vqgan")) == []
+    other = load_config(
+        "mnist",
+        {
+            "vqgan.codebook_size": 32, "vqgan.steps": 9, "devices": 2, "seed": 1, "prior.layers": 2,
+            "vqgan.micro_batches": 2, "prior.micro_batches": 2, "vqgan.skipped_in_a_row": 2,
+        },
+    )  # fmt: skip
+    assert differences(other, base, ("seed", "vqgan", "devices")) == [
+        "--seed is 1, not 0",
+        "--vqgan.micro-batches is 2, not 1",
+        "--vqgan.codebook-size is 32, not 64",
+    ]
+    assert differences(other, base, ("prior",)) == ["--prior.layers is 2, not 6"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "names"),
+    [
+        ({"vqgan.batch_size": 0}, "--vqgan.batch-size is 0"),
+        ({"prior.steps": 0}, "--prior.steps is 0"),
+        ({"prior.micro_batches": 0}, "--prior.micro-batches is 0"),
+        ({"data.image_size": 30}, "--data.image-size 30 .* multiple of 4"),
+        ({"data.image_size": 0}, "--data.image-size 0"),
+        (
+            {"data.image_size": 8, "vqgan.discriminator_layers": 1},
+            "--data.image-size 8 is too small for VGG16",
+        ),
+        ({"data.channels": 2}, "--data.channels is 2"),
+        ({"vqgan.multipliers": ()}, "--vqgan.multipliers"),
+        ({"vqgan.discriminator_start": 1.5}, "--vqgan.discriminator-start is 1.5"),
+        ({"vqgan.discriminator_start_step": -1}, "--vqgan.discriminator-start-step is -1"),
+        ({"vqgan.ema_decay": -1.0}, "--vqgan.ema-decay"),
+        ({"vqgan.codebook_size": 0}, "--vqgan.codebook-size"),
+        ({"devices": 0}, "--devices is 0"),
+        ({"seed": -1}, "--seed is -1"),
+        ({"data.split_seed": 2**32}, "--data.split-seed is"),
+        ({"vqgan.discriminator_layers": 4}, "--vqgan.discriminator-layers 4 leave nothing"),
+        ({"vqgan.decoder_blocks": -1}, "--vqgan.decoder-blocks"),
+        ({"vqgan.learning_rate": -1.0}, "--vqgan.learning-rate"),
+        ({"vqgan.clip": 0.0}, "--vqgan.clip"),
+        ({"vqgan.betas": (1.0, 2.0)}, "--vqgan.betas"),
+        ({"vqgan.lecam_weight": float("nan")}, "--vqgan.lecam-weight"),
+        ({"prior.heads": 3}, "--prior.width 256 cannot be divided among 3"),
+        ({"prior.positions": "rotary", "prior.heads": 128}, "take a multiple of 512"),
+        ({"vqgan.epsilon": 0.0}, "--vqgan.epsilon is 0.0"),
+        ({"vqgan.warmup_steps": -1}, "--vqgan.warmup-steps is -1"),
+        ({"prior.skipped_in_a_row": -1}, "--prior.skipped-in-a-row is -1"),
+        ({"prior.augmented_versions": 0}, "--prior.augmented-versions is 0"),
+        ({"prior.temperature": -0.5}, "temperature is -0.5"),
+        ({"prior.top_k": 65}, "top-k is 65; there are 1 to 64"),
+        ({"prior.top_p": 0.0}, "top-p is 0.0"),
+        ({"prior.guidance_scale": float("nan")}, "guidance scale is nan"),
+        ({"prior.warmup_steps": 9}, "--prior.warmup-steps belongs to --prior.schedule cosine"),
+        (
+            {"prior.label_dropout": 0.0, "prior.guidance_scale": 2.0},
+            "guidance scale of 2.0 needs a prior trained with --prior.label-dropout",
+        ),
+        ({"vqgan": {"steps": 1}}, "'vqgan' is a group"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_by_name(overrides, names):
+    with pytest.raises(UserError, match=names):
+        load_config("mnist", overrides)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "must be an object"),
+        ('{"sed": 1}', "no setting 'sed'"),
+        ('{"vqgan": {"steps": "three"}}', "'vqgan.steps' cannot be 'three'"),
+        ('{"vqgan": {"l2_normalise": 1}}', "'vqgan.l2_normalise' cannot be 1"),
+        ('{"dtype": "float16"}', "'dtype' cannot be 'float16'"),
+        ('{"format": 99, "new": 1}', "newer taming_jax .format 99; this one reads up to"),
+        ('{"format": "two"}', "its format is 'two', which is none"),
+    ],
+)
+def test_a_damaged_config_json_is_a_sentence(tmp_path, content, says):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=says):
+        load_config(str(tmp_path / "config.json"))
+
+
+def test_an_unknown_preset_names_the_nearest():
+    with pytest.raises(UserError, match="did you mean 'mnist_tiny'"):
+        load_config("mnist_tny")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_config("runs/none/config.json")
+
+
+def test_attention_that_no_level_has_is_named():
+    overrides = {"vqgan.attention_resolutions": (16, 14)}
+    (sentence,) = warnings_of(load_config("mnist", overrides))
+    assert sentence.startswith("--vqgan.attention-resolutions 16 has no effect")
+    assert "28, 14, 7 pixels high" in sentence
+    for name in preset_names():
+        assert warnings_of(load_config(name)) == []
+
+
+def test_attention_that_no_level_has_makes_no_difference():
+    """So that runs of older presets, and of presets at another size, go on as they were."""
+    old = load_config("mnist", {"vqgan.attention_resolutions": (16,)})
+    assert differences(load_config("mnist"), old, ("vqgan",)) == []
+    other = load_config("mnist", {"vqgan.attention_resolutions": (16, 7)})
+    assert differences(other, old, ("vqgan",)) == ["--vqgan.attention-resolutions is 7, not empty"]
+
+
+def test_a_config_json_does_not_bring_its_runs_start_into_a_new_run(tmp_path):
+    config = load_config("mnist_tiny", {"vqgan.discriminator_start_step": 2})
+    write_config(config, tmp_path / "config.json")
+    found = load_config(tmp_path / "config.json", {"vqgan.steps": 100, "vqgan.batch_size": 8})
+    assert found.vqgan.discriminator_start_step is None and found.vqgan.start_step(9) == 25
+
+
+def test_a_preset_for_a_gpu_names_one_for_a_cpu():
+    assert CPU_PRESETS.keys() | set(CPU_PRESETS.values()) == set(preset_names())
+    assert advice_for_a_cpu(load_config("mnist"), "gpu") == ""
+    assert advice_for_a_cpu(load_config("mnist_tiny"), "cpu") == ""
+    says = advice_for_a_cpu(load_config("mnist"), "cpu")
+    assert "mnist is meant for a GPU" in says and "take --config mnist_tiny with" in says
+
+
+def test_the_mnist_preset_is_the_reference():
+    config = load_config("mnist")
+    vqgan = config.vqgan
+    assert (config.data.image_size, config.data.channels, vqgan.channels) == (28, 1, 32)
+    assert (vqgan.multipliers, vqgan.blocks, vqgan.codebook_size) == ((1, 2, 2), 2, 64)
+    assert (vqgan.code_dim, vqgan.commitment, vqgan.betas) == (64, 1.0, (0.5, 0.9))
+    assert (vqgan.learning_rate, vqgan.discriminator_learning_rate) == (4e-4, 1e-4)
+    assert (vqgan.batch_size, vqgan.epochs) == (256, 200)
+    assert (vqgan.discriminator_filters, vqgan.discriminator_layers) == (32, 2)
+    assert vqgan.discriminator_start * vqgan.epochs == 20
+    assert vqgan.discriminator_weight == 1.0 and not vqgan.adaptive_weight
+    assert vqgan.perceptual_weight == 1.0
+    assert load_config("mnist_tiny").vqgan.perceptual_weight == 0.0
+    assert isinstance(config, Config)

@@ -1,0 +1,37 @@
+import numpy as np
+import pytest
+
+from taming_jax.config import migrations
+from taming_jax.config.migrations import format_of, migrated
+from taming_jax.errors import UserError
+
+
+def test_content_goes_through_every_format_in_between(monkeypatch):
+    monkeypatch.setattr(migrations, "FORMAT", 4)
+    steps = {n: lambda content, n=n: [*content, n] for n in (1, 2, 3)}
+    assert migrated([], 1, steps) == [1, 2, 3]
+    assert migrated([], 3, steps) == [3]
+    assert migrated([], 4, steps) == []
+
+
+def test_each_format_has_its_way_to_the_next():
+    older = set(range(1, migrations.FORMAT))
+    assert set(migrations.SETTINGS) == set(migrations.ARRAYS) == older
+
+
+def test_formats_that_cannot_be_read_are_refused(tmp_path):
+    assert format_of({}, tmp_path) == 1 and format_of({"format": 2}, tmp_path) == 2
+    newer = rf"{tmp_path} was written by a newer taming_jax \(format 9; this one reads up to"
+    with pytest.raises(UserError, match=newer):
+        format_of({"format": 9}, tmp_path)
+    for number in (0, "2", True, None):
+        with pytest.raises(UserError, match="which is none"):
+            format_of({"format": number}, tmp_path)
+
+
+def test_the_first_format_knew_of_no_skipped_steps():
+    arrays = migrated({("step",): np.int32(7)}, 1, migrations.ARRAYS)
+    assert arrays["step",] == 7
+    assert arrays["skipped",] == 0 and arrays["skipped",].dtype == np.int32
+    kept = migrated({("skipped",): np.int32(5)}, 1, migrations.ARRAYS)
+    assert kept["skipped",] == 5

@@ -1,0 +1,132 @@
+import gzip
+import json
+from importlib import resources
+
+import numpy as np
+import pytest
+
+from taming_jax.config.schema import DataConfig
+from taming_jax.data import datasets
+from taming_jax.errors import UserError
+
+FILES = resources.files("taming_jax.data") / "mnist"
+
+
+def test_mnist_is_the_real_one():
+    train, validation, test, names = datasets.load(DataConfig())
+    assert names == tuple("0123456789")
+    assert (train.images.shape, validation.images.shape) == ((57000, 28, 28, 1), (3000, 28, 28, 1))
+    assert test.images.shape == (10000, 28, 28, 1) and test.images.dtype == np.uint8
+    images = np.concatenate([train.images, validation.images])
+    assert abs(images.mean() - 33.318) < 1e-3 and abs(images.std() - 78.567) < 1e-3
+    counts = np.bincount(np.concatenate([train.labels, validation.labels]))
+    assert counts.tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
+    assert np.bincount(test.labels).tolist() == [
+        980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009,
+    ]  # fmt: skip
+
+
+def test_the_validation_split_is_cut_by_seed_and_shares_nothing_with_training():
+    split = datasets.Split(np.arange(100).reshape(100, 1, 1, 1), np.arange(100))
+
+    def cut(**settings):
+        return datasets.cut_validation(split, DataConfig(**settings))
+
+    train, validation = cut(validation_share=0.2)
+    assert sorted([*train.labels, *validation.labels]) == list(range(100))
+    assert len(validation.labels) == 20 and (validation.images.ravel() == validation.labels).all()
+    assert cut(validation_share=0.2)[1].labels.tolist() == validation.labels.tolist()
+    other = cut(validation_share=0.2, split_seed=1)[1]
+    assert other.labels.tolist() != validation.labels.tolist()
+    for share in (0.0, 1.0):
+        assert min(len(part.labels) for part in cut(validation_share=share)) == 1
+
+
+def copy_files(folder, **replaced):
+    for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
+        content = (FILES / f"{name}-ubyte.gz").read_bytes()
+        content = replaced.get(name.replace("-", "_"), content)
+        if content is not None:
+            (folder / f"{name}-ubyte.gz").write_bytes(content)
+
+
+def idx(shape, values=None, kind=8):
+    header = bytes([0, 0, kind, len(shape)]) + np.array(shape, ">u4").tobytes()
+    return header + (bytes(int(np.prod(shape))) if values is None else values)
+
+
+def test_ones_own_copy_with_or_without_gz(tmp_path):
+    rng = np.random.default_rng(0)
+    for prefix, n in (("train", 40), ("t10k", 7)):
+        pixels = rng.integers(0, 256, (n, 28, 28), np.uint8)
+        (tmp_path / f"{prefix}-images-idx3-ubyte").write_bytes(idx(pixels.shape, pixels.tobytes()))
+        labels = gzip.compress(idx((n,), bytes(range(n % 10)) + bytes(n - n % 10)))
+        (tmp_path / f"{prefix}-labels-idx1-ubyte.gz").write_bytes(labels)
+    splits = datasets.load(DataConfig(path=str(tmp_path)))
+    assert [len(part.images) for part in splits[:3]] == [38, 2, 7]
+    np.testing.assert_array_equal(splits.test.images[..., 0], pixels)
+
+
+@pytest.mark.parametrize(
+    ("replaced", "says"),
+    [
+        ({"train_labels_idx1": None}, "has no train-labels-idx1-ubyte.gz"),
+        ({"t10k_images_idx3": b""}, "damaged|no IDX"),
+        (
+            {"t10k_images_idx3": (FILES / "t10k-images-idx3-ubyte.gz").read_bytes()[:5000]},
+            "damaged",
+        ),
+        ({"t10k_images_idx3": gzip.compress(idx((9, 28, 28))[:-5])}, "is truncated"),
+        ({"t10k_labels_idx1": gzip.compress(b"hello, world")}, "no IDX file"),
+        ({"t10k_labels_idx1": gzip.compress(idx((9,)))}, "10000 images of 28x28 and 9 labels"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path, replaced, says):
+    copy_files(tmp_path, **replaced)
+    with pytest.raises(UserError, match=says):
+        datasets.load(DataConfig(path=str(tmp_path)))
+
+
+def test_what_a_source_cannot_give_is_refused(tmp_path):
+    for settings, says in (
+        ({"path": str(tmp_path / "none")}, "is no folder"),
+        ({"path": str(tmp_path)}, "has no train-images"),
+        ({"image_size": 32}, "28x28"),
+        (
+            {"name": "cifar"},
+            "the datasets are folder, mnist, synthetic, OWNER",
+        ),
+    ):
+        with pytest.raises(UserError, match=says):
+            datasets.load(DataConfig(**settings))
+
+
+def test_synthetic_images_of_any_size():
+    splits = datasets.load(DataConfig(name="synthetic", image_size=20, channels=3))
+    assert splits.train.images.shape[1:] == splits.test.images.shape[1:] == (20, 20, 3)
+    assert set(splits.train.labels) == {0, 1, 2, 3} and splits.train.images.max() == 255
+
+
+def test_a_dataset_is_known_again_and_another_is_not():
+    splits = datasets.load(DataConfig(name="synthetic", image_size=16))
+    known = json.loads(json.dumps(datasets.identity(splits)))
+    assert datasets.unlike(datasets.identity(splits), known) == []
+
+    def differs(**parts):
+        return datasets.unlike(datasets.identity(splits._replace(**parts)), known)
+
+    train = splits.train
+    off = np.random.default_rng(0).integers(-1, 2, train.images.shape)
+    nearly = np.clip(train.images + off, 0, 255)  # as another decoder rounds
+    assert differs(train=train._replace(images=nearly.astype(np.uint8))) == []
+    assert differs(train=train._replace(images=255 - train.images)) == [
+        "the training images are others"
+    ]
+    fewer = datasets.Split(train.images[1:], train.labels[1:])
+    assert differs(train=fewer) == [
+        f"there are {len(fewer.images)} training images, not {len(train.images)}"
+    ]
+    assert differs(class_names=("a", "b")) == ["there are 2 classes, not 4"]
+    assert differs(class_names=("disc", "square", "ring", "x")) == [
+        "a class is called 'ring', not 'large disc'"
+    ]

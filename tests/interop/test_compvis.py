@@ -1,0 +1,428 @@
+"""The official files in and out, by the commands."""
+
+import copy
+import dataclasses
+import runpy
+import sys
+
+import jax
+import numpy as np
+import pytest
+import yaml
+
+import taming_jax
+from taming_jax import errors
+from taming_jax.errors import UserError
+from taming_jax.models.lpips import load_lpips
+from taming_jax.weights.state_dict import open_state_dict
+from taming_jax.weights.torch_file import write_tensors
+from tests import commands, golden
+from tests.golden import assert_close, nhwc
+from tests.interop.llamagen_torch import random_weights
+
+DD = {
+    "double_z": False, "z_channels": 32, "resolution": 32, "in_channels": 3, "out_ch": 3, "ch": 32,
+    "ch_mult": [1, 2, 2], "num_res_blocks": 1, "attn_resolutions": [16], "dropout": 0.0,
+}  # fmt: skip
+LOSS = {
+    "target": "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator",
+    "params": {
+        "disc_conditional": False, "disc_in_channels": 3, "disc_start": 10, "disc_weight": 0.8,
+        "disc_ndf": 16, "codebook_weight": 1.0,
+    },
+}  # fmt: skip
+VQ = {
+    "base_learning_rate": 4.5e-6,
+    "target": "taming.models.vqgan.VQModel",
+    "params": {"embed_dim": 16, "n_embed": 64, "ddconfig": DD, "lossconfig": LOSS},
+}
+NET = {
+    "base_learning_rate": 4.5e-6,
+    "target": "taming.models.cond_transformer.Net2NetTransformer",
+    "params": {
+        "cond_stage_key": "class_label",
+        "cond_stage_config": {
+            "target": "taming.modules.util.Labelator", "params": {"n_classes": 10},
+        },
+        "first_stage_config": {
+            "target": VQ["target"],
+            "params": VQ["params"] | {"lossconfig": {"target": "taming.modules.losses.DummyLoss"}},
+        },
+        "transformer_config": {
+            "target": "taming.modules.transformer.mingpt.GPT",
+            "params": {
+                "vocab_size": 64, "block_size": 24, "n_layer": 2, "n_head": 4, "n_embd": 32,
+            },
+        },
+    },
+}  # fmt: skip
+
+
+def changed(model, **settings):
+    """A copy of a model's settings, with others by their dotted names, a dot written as two
+    underscores."""
+    model = copy.deepcopy(model)
+    for name, value in settings.items():
+        *sections, last = name.split("__")
+        place = model["params"]
+        for section in sections:
+            place = place[section]
+        place[last] = value
+    return model
+
+
+@pytest.fixture
+def command(capsys, monkeypatch):
+    """A script in this process: its exit status, stdout and stderr."""
+
+    def call(name, *arguments):
+        script = runpy.run_path(str(commands.ROOT / "scripts" / f"{name}_compvis.py"))
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        return errors.report(script["main"]), *capsys.readouterr()
+
+    return call
+
+
+class Files:
+    """A model's two files."""
+
+    def __init__(self, folder, model, weights, name="model", **said):
+        self.model, self.folder, self.weights = model, folder, weights
+        self.ckpt, self.yaml = folder / f"{name}.ckpt", folder / f"{name}.yaml"
+        data = {"target": "main.DataModuleFromConfig", "params": {"batch_size": 4}}
+        self.yaml.write_text(yaml.safe_dump({"model": model, "data": data}))
+        write_tensors(self.ckpt, {"global_step": 7, "epoch": 1, "state_dict": weights} | said)
+
+    def imported(self, command, workdir, *flags):
+        status, said, err = command(
+            "import", "--checkpoint", self.ckpt, "--config", self.yaml, "--workdir", workdir, *flags
+        )
+        assert status == 0, err
+        return said
+
+
+def names_of(model):
+    """The names and shapes of a model's state dict, as the official modules have them."""
+    from taming_jax.interop.compvis import discriminator_layout, gpt_layout, vqgan_layout
+    from taming_jax.interop.compvis_config import official
+    from taming_jax.interop.imports import network, shapes_of
+
+    of = official(yaml.safe_dump({"model": model}), commands.ROOT / "tests" / "x.yaml")
+    shapes = shapes_of(of.config, len(of.class_names), of.discriminator is not None)
+    found = network(vqgan_layout, shapes["generator"], of.generator).expected
+    if of.discriminator is not None:
+        found |= network(discriminator_layout, shapes["discriminator"], of.discriminator).expected
+    if of.transformer is not None:
+        found |= network(gpt_layout, shapes["transformer"], of.transformer).expected
+    return found
+
+
+def with_rest(model, seed=0):
+    """Random weights, with what the official modules hold besides."""
+    weights = random_weights(names_of(model), seed)
+    for name in list(weights):
+        if name.endswith("running_var"):
+            weights[name] = np.exp(weights[name])
+            weights[name.replace("running_var", "num_batches_tracked")] = np.array(9, np.int64)
+        if name.endswith("attn.query.bias"):
+            mask = np.tril(np.ones((24, 24), np.float32))[None, None]
+            weights[name.replace("query.bias", "mask")] = mask
+    return weights
+
+
+def test_the_recorded_vqgan_and_gpt(command, tmp_path):
+    """Exported and imported again, too."""
+    vqgan, gpt = golden.load("compvis_vqgan"), golden.load("compvis_gpt")
+    below = {f"first_stage_model.{k}": x for k, x in golden.under(vqgan, "sd/").items()}
+    below |= {f"transformer.{k}": x for k, x in golden.under(gpt, "sd/").items()}
+    alone = Files(tmp_path, VQ, golden.under(vqgan, "sd/"), "vq")
+    both = Files(tmp_path, NET, below, "net")
+    for files in (alone, both):
+        name = files.ckpt.stem
+        files.imported(command, tmp_path / name)
+        out = tmp_path / f"{name}_again.safetensors"
+        status, _, err = command("export", "--workdir", tmp_path / name, "--out", out)
+        assert status == 0, err
+        again = Files(tmp_path, files.model, {}, f"{name}_again")
+        again.ckpt = out
+        again.imported(command, tmp_path / f"{name}_again")
+    for name in ("vq", "vq_again", "net", "net_again"):
+        run = taming_jax.load_run(tmp_path / name)
+        images = nhwc(vqgan["x"])
+        np.testing.assert_array_equal(run.encode(images), vqgan["indices"])
+        expected = np.clip(nhwc(vqgan["reconstruction"]), -1, 1)
+        np.testing.assert_allclose(run.reconstruct(images), expected, atol=2e-3)
+        if "net" in name:
+            with jax.default_matmul_precision("highest"):
+                logits = run.prior.apply({"params": run.transformer}, gpt["tokens"])
+            assert_close(logits, gpt["logits"], "logits", 1e-4)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        VQ,
+        NET,
+        changed(NET, cond_stage_config="__is_unconditional__", sos_token=5, pkeep=0.9),
+        changed(VQ, ddconfig__ch_mult=[1, 1], ddconfig__resolution=16, ddconfig__in_channels=1,
+                ddconfig__out_ch=1, embed_dim=4, n_embed=10, lossconfig={"target": "DummyLoss"}),
+        changed(VQ, embed_dim=32, temperature_scheduler_config={"params": {"lr_max": 0.9}})
+        | {"target": "taming.models.vqgan.GumbelVQ"},
+    ],
+    ids=["VQModel", "class-conditional", "unconditional", "small and gray", "GumbelVQ"],
+)  # fmt: skip
+def test_an_export_is_the_state_dict_that_was_imported(command, tmp_path, model):
+    weights = with_rest(model)
+    files = Files(tmp_path, model, weights)
+    files.imported(command, tmp_path / "run")
+    for ending in (".ckpt", ".safetensors"):
+        out = tmp_path / f"back{ending}"
+        assert command("export", "--workdir", tmp_path / "run", "--out", out)[0] == 0
+        found, _ = open_state_dict(out)
+        if ending == ".ckpt":
+            assert list(found) == list(weights)
+        assert set(found) == set(weights)
+        for name, array in weights.items():
+            back = np.asarray(found[name])
+            assert back.dtype == array.dtype and back.shape == array.shape
+            np.testing.assert_array_equal(back, array, name)
+        assert (tmp_path / "back.yaml").read_text() == files.yaml.read_text()
+
+
+def test_settings_become_ours(command, tmp_path):
+    # The official loss takes a weight of pixels, and does nothing with it.
+    model = changed(
+        VQ, lossconfig__params__disc_loss="vanilla", lossconfig__params__disc_factor=0.5,
+        lossconfig__params__pixelloss_weight=3.0,
+    )  # fmt: skip
+    files = Files(tmp_path, model, random_weights(names_of(model), 1))
+    said = files.imported(command, tmp_path / "run")
+    assert "holds generator and discriminator of" in said and "32 px, 64 codes." in said
+    config = taming_jax.load_run(tmp_path / "run").config
+    assert config.vqgan.legacy_commitment and config.vqgan.commitment == 0.25
+    assert config.vqgan.discriminator_loss == "vanilla" and config.vqgan.batch_size == 4
+    assert config.vqgan.discriminator_weight == pytest.approx(0.4)
+    assert config.vqgan.learning_rate == pytest.approx(1.8e-5)
+    assert config.vqgan.l1_weight == 1.0 and config.vqgan.discriminator_start == 0.0
+    alone = {k: x for k, x in files.weights.items() if not k.startswith("loss.")}
+    Files(tmp_path, model, alone).imported(command, tmp_path / "alone")
+    assert taming_jax.load_run(tmp_path / "alone").config.vqgan.discriminator_start == 0.25
+    standard = Files(tmp_path, changed(model, legacy=False, beta=0.5), files.weights)
+    standard.imported(command, tmp_path / "standard")
+    config = taming_jax.load_run(tmp_path / "standard").config
+    assert not config.vqgan.legacy_commitment and config.vqgan.commitment == 0.5
+
+
+def test_remapped_codes_count_anew(command, tmp_path):
+    """By the file that the YAML names, and by the state dict's own copy of it."""
+    model = changed(VQ, lossconfig={"target": "DummyLoss"}, sane_index_shape=True)
+    weights = random_weights(names_of(model), 2)
+    plain = Files(tmp_path, model, weights, "plain")
+    plain.imported(command, tmp_path / "plain")
+    images = np.tanh(np.random.default_rng(0).standard_normal((2, 32, 32, 3), np.float32))
+    codes = taming_jax.load_run(tmp_path / "plain").encode(images)
+    used = np.unique(codes)[::-1].copy()
+    np.save(tmp_path / "used.npy", used)
+    remapped = changed(model, remap="used.npy")
+    for name, more in (("file", {}), ("buffer", {"quantize.used": used})):
+        files = Files(tmp_path, remapped, weights | more, name)
+        files.imported(command, tmp_path / name)
+        run = taming_jax.load_run(tmp_path / name)
+        found = run.encode(images)
+        np.testing.assert_array_equal(used[found], codes)
+        assert run.config.vqgan.codes == len(used)
+        expected = taming_jax.load_run(tmp_path / "plain").decode(codes)
+        np.testing.assert_allclose(run.decode(found), expected, atol=1e-6)
+        (tmp_path / "used.npy").unlink(missing_ok=True)
+    assert command("export", "--workdir", tmp_path / "buffer", "--out", tmp_path / "b.ckpt")[0] == 0
+    np.testing.assert_array_equal(open_state_dict(tmp_path / "b.ckpt")[0]["quantize.used"], used)
+
+
+@pytest.mark.slow
+def test_a_token_before_the_codes_is_the_class(command, tmp_path):
+    """A class is the token of its number, among the codes; of an unconditional one all images are
+    of the start token."""
+    weights = random_weights(names_of(NET), 3)
+    Files(tmp_path, NET, weights, "net").imported(command, tmp_path / "net")
+    alone = changed(NET, unconditional=True, sos_token=4)
+    Files(tmp_path, alone, weights, "alone").imported(command, tmp_path / "alone")
+    net, one = (taming_jax.load_run(tmp_path / name) for name in ("net", "alone"))
+    assert net.class_names == tuple(map(str, range(10))) and one.class_names == ("image",)
+    drawn = net.sample([4], temperature=0)
+    np.testing.assert_array_equal(drawn, one.sample([0], temperature=0))
+    assert (drawn != net.sample([5], temperature=0)).any()
+    # A block of 24 tokens holds windows of 4x4 codes of the 8x8, and a probability is of all.
+    codes = np.random.default_rng(1).integers(0, 64, (3, 8, 8)).astype(np.int32)
+    expected = one.code_likelihood(codes, np.zeros(3, np.int32))
+    found = net.code_likelihood(codes, np.full(3, 4, np.int32))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        (VQ | {"target": "taming.models.vqgan.EMAVQ"}, r"is of taming.models.vqgan.EMAVQ; VQModel"),
+        (changed(VQ, ddconfig__double_z=True), r"sets double_z to True; only False is read"),
+        (changed(VQ, ddconfig__in_channels=4), r"is of images of 4 channels to 3"),
+        (changed(VQ, remap="none.npy"), r"remaps its codes by none.npy, which is not there"),
+        (changed(NET, cond_stage_config=NET["params"]["first_stage_config"]),
+         r"conditions images on what VQModel makes of others"),
+        (changed(NET, permuter_config={"target": "taming.x.ZCurve"}), r"permutes its codes by"),
+        (changed(NET, transformer_config__target="x.CodeGPT"), r"has a transformer x.CodeGPT"),
+        (changed(NET, transformer_config__params__n_unmasked=3), r"leaves 3 tokens unmasked"),
+        ({"params": {}}, r"is of None; VQModel, GumbelVQ and Net2NetTransformer are read"),
+        (VQ | {"params": {"n_embed": 3}}, r"cannot be understood: it does not say 'ddconfig'"),
+        (changed(VQ, n_embed=float("inf")), r"cannot be understood: inf is no size"),
+        (changed(VQ, ddconfig__ch=1e30), r"cannot be understood: 1e\+30 is no size"),
+        (changed(VQ, ddconfig__ch_mult=[1, 2.5]), r"cannot be understood: 2.5 is no size"),
+        (changed(VQ, lossconfig__params__disc_loss="foo"), r"'vqgan.discriminator_loss' cannot be"),
+        (changed(NET, cond_stage_key="objects", cond_stage_config={"target": "x.DummyCondStage"}),
+         r"conditions images on what DummyCondStage makes of others"),
+    ],
+)  # fmt: skip
+def test_models_that_ours_cannot_be(model, says, tmp_path):
+    from taming_jax.interop.compvis_config import official
+
+    with pytest.raises(UserError, match=says):
+        official(yaml.safe_dump({"model": model}), tmp_path / "x.yaml")
+
+
+def test_files_that_are_not_as_they_should_be(command, tmp_path):
+    model = changed(VQ, lossconfig={"target": "DummyLoss"})
+    weights = random_weights(names_of(model), 4)
+
+    def refused(says, files, *flags):
+        status, _, err = command(
+            "import", "--checkpoint", files.ckpt, "--config", files.yaml, "--workdir",
+            tmp_path / "run", *flags,
+        )  # fmt: skip
+        assert status == 2 and says in err and err.count("\n") == 1, err
+        assert not (tmp_path / "run").exists()
+
+    lacking = {k: x for k, x in weights.items() if not k.startswith("decoder.up.0")}
+    refused("it lacks decoder.up.0.block.0.conv1.bias, ", Files(tmp_path, model, lacking))
+    refused("and 13 more", Files(tmp_path, model, lacking))
+    refused(
+        "it holds colorize besides",
+        Files(tmp_path, model, weights | {"colorize": weights["quant_conv.bias"]}),
+    )
+    wider = changed(model, ddconfig__z_channels=64)
+    says = "is [64, 32, 3, 3] in the file and [64, 64, 3, 3] by"
+    refused(says, Files(tmp_path, wider, weights))
+    counts = {"quant_conv.bias": np.arange(16)}
+    refused(
+        "holds int64 for quant_conv.bias, and not floats", Files(tmp_path, model, weights | counts)
+    )
+    for used in (np.array([0.5]), np.zeros(0, np.int64), np.array([3, 3]), np.array([64])):
+        files = Files(tmp_path, model, weights | {"quantize.used": used})
+        refused("used", files)
+    whole = Files(tmp_path, model, weights)
+    content = whole.ckpt.read_bytes()
+    for share in (0.0, 0.5, 0.99):
+        whole.ckpt.write_bytes(content[: int(share * len(content))])
+        refused("is not a whole file of PyTorch's", whole)
+    flipped = bytearray(content)
+    flipped[len(content) // 2] ^= 1
+    whole.ckpt.write_bytes(flipped)
+    refused("is not a whole file of PyTorch's", whole)
+    whole.ckpt.write_text("no checkpoint")
+    refused("is", whole)
+    whole.ckpt.unlink()
+    refused("there is no file", whole)
+    whole = Files(tmp_path, model, weights)
+    whole.yaml.write_text("a: [")
+    refused("is not YAML", whole)
+    whole.yaml.unlink()
+    refused("cannot be read", whole)
+
+
+def test_what_is_not_finite_is_imported_and_named(command, tmp_path):
+    model = changed(VQ, lossconfig={"target": "DummyLoss"})
+    weights = random_weights(names_of(model), 4)
+    weights["encoder.conv_in.bias"][3] = np.nan
+    weights["quant_conv.bias"] = weights["quant_conv.bias"].astype(np.float64)
+    weights["quant_conv.bias"][0] = 1e300
+    said = Files(tmp_path, model, weights).imported(command, tmp_path / "run")
+    assert "Warning: encoder.conv_in.bias holds values that are not finite." in said
+    assert "Warning: quant_conv.bias holds values that are not finite." in said
+    status, _, err = command(
+        "import", "--checkpoint", tmp_path / "model.ckpt", "--config", tmp_path / "model.yaml",
+        "--workdir", tmp_path / "run",
+    )  # fmt: skip
+    assert status == 2 and "holds something already; name another --workdir" in err
+
+
+def test_a_run_of_ones_own_goes_there_and_back(command, tmp_path):
+    """Classes of its own, l2-normalised codes and a discriminator; what the official modules hold
+    besides is there."""
+    from taming_jax.interop.imports import Record, shapes_of, write_run
+
+    config = taming_jax.load_config("folder", {
+        "data.image_size": 32, "vqgan.channels": 32, "vqgan.multipliers": (1, 2),
+        "vqgan.blocks": 1, "vqgan.latent_channels": 16, "vqgan.codebook_size": 24,
+        "vqgan.code_dim": 8, "vqgan.discriminator_filters": 8, "vqgan.discriminator_layers": 2,
+        "prior.width": 32, "prior.heads": 2, "prior.layers": 1,
+    })  # fmt: skip
+    rng = np.random.default_rng(0)
+    networks = jax.tree.map(
+        lambda leaf: (rng.standard_normal(leaf.shape) / 3).astype(np.float32),
+        shapes_of(config, 3, True),
+    )
+    names = ("cat", "dog", "owl")
+    write_run(tmp_path / "run", config, networks, names, Record("own", "", []), {})
+    again, codes = {}, rng.integers(0, 24, (3, 16, 16)).astype(np.int32)
+    for stage in ("vqgan", "prior"):
+        out = tmp_path / f"{stage}.ckpt"
+        status, said, err = command(
+            "export", "--workdir", tmp_path / "run", "--out", out, "--stage", stage
+        )
+        assert status == 0 and "in length one" in said, err
+        assert ("Class c is token 24 + c" in said) == (stage == "prior")
+        status, _, err = command(
+            "import", "--checkpoint", out, "--config", out.with_suffix(".yaml"), "--workdir",
+            tmp_path / stage,
+        )  # fmt: skip
+        assert status == 0, err
+        again[stage] = taming_jax.load_run(tmp_path / stage)
+    own, prior = taming_jax.load_run(tmp_path / "run"), again["prior"]
+    np.testing.assert_allclose(again["vqgan"].decode(codes), own.decode(codes), atol=1e-5)
+    numbers = np.array([2, 0, 1], np.int32)
+    expected = own.code_likelihood(codes, numbers)
+    np.testing.assert_allclose(prior.code_likelihood(codes, numbers), expected, rtol=1e-5)
+    with jax.default_matmul_precision("highest"):
+        tokens = np.concatenate([24 + numbers[:, None], codes.reshape(3, -1)[:, :-1]], 1)
+        logits = prior.prior.apply({"params": prior.transformer}, tokens)
+    assert logits.shape[-1] == 27
+    np.testing.assert_allclose(logits[..., 24:], -50, atol=1e-2)
+    # The settings, too, but for what was said; fresh optimisers warm up.
+    assert again["vqgan"].config.vqgan == dataclasses.replace(
+        config.vqgan, discriminator_start=0.0, warmup_steps=max(config.vqgan.warmup_steps, 200)
+    )
+    assert prior.config.prior == dataclasses.replace(
+        config.prior, vocabulary=27, first_class=24, block_size=256, label_dropout=0.0,
+        guidance_scale=None,
+    )  # fmt: skip
+
+    held, _ = open_state_dict(tmp_path / "vqgan.ckpt")
+    lpips = load_lpips()
+    last = held["loss.perceptual_loss.net.slice5.28.weight"]
+    np.testing.assert_array_equal(last, lpips["vgg"]["Conv_12"]["kernel"].transpose(3, 2, 0, 1))
+    assert held["loss.perceptual_loss.net.slice2.5.bias"].shape == (128,)
+    assert held["loss.perceptual_loss.lin4.model.1.weight"].shape == (1, 512, 1, 1)
+    assert held["loss.discriminator.main.3.num_batches_tracked"].shape == ()
+    assert held["loss.discriminator.main.8.weight"].shape == (1, 32, 4, 4)
+    mask = np.asarray(open_state_dict(tmp_path / "prior.ckpt")[0]["transformer.blocks.0.attn.mask"])
+    np.testing.assert_array_equal(mask, np.tril(np.ones((1, 1, 256, 256))))
+
+
+def test_runs_that_the_official_code_cannot_have(command, both, tmp_path):
+    for arguments, says in (
+        (("--workdir", both, "--out", tmp_path / "x.ckpt"), "one block a level more than the enc"),
+        (("--workdir", tmp_path / "none", "--out", tmp_path / "x.ckpt"), "there is no folder"),
+        (("--workdir", both, "--out", tmp_path / "x.pt"), "name a .ckpt or a .safetensors"),
+        (("--workdir", both, "--out", tmp_path / "no" / "x.ckpt"), "does not exist; make it"),
+        (("--workdir", tmp_path, "--out", tmp_path / "x.ckpt"), "holds no vqgan checkpoint"),
+    ):
+        status, _, err = command("export", *arguments)
+        assert status == 2 and says in err and err.count("\n") == 1, err
+        assert not list(tmp_path.glob("x.*"))

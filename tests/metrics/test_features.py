@@ -1,0 +1,97 @@
+import functools
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from taming_jax.config.load import load_config
+from taming_jax.data import datasets
+from taming_jax.data.datasets import Split
+from taming_jax.errors import UserError
+from taming_jax.metrics import classifier, features
+from taming_jax.metrics.features import Features, resized_clean, vgg
+from taming_jax.models.lpips import load_lpips, vgg_features
+from taming_jax.parallel.devices import Devices
+from taming_jax.weights.torch_file import write_tensors
+from tests.harmed_images import measured
+
+MNIST = datasets.load(load_config("mnist_tiny").data)
+
+
+def test_vgg_features_are_lpips_networks_last(monkeypatch):
+    images = MNIST.test.images[:5]
+    expected = vgg_features(load_lpips()["vgg"], images / np.float32(127.5) - 1)[-1].mean((1, 2))
+    found, none = Features(vgg(), Devices(1))(images)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+    assert none.shape == (5, 0)
+
+
+def test_features_do_not_depend_on_devices_or_on_what_else_is_measured():
+    images = MNIST.test.images[:40]
+    one = Features(vgg(), Devices(1))(images)[0]
+    four = Features(vgg(), Devices(4))(images)[0]
+    np.testing.assert_allclose(four, one, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(Features(vgg(), Devices(1))(images[7:9])[0], one[7:9])
+
+
+def test_resizing_is_pillows_of_each_channel_in_floats():
+    images = np.random.default_rng(0).integers(0, 256, (2, 70, 80, 3)).astype(np.uint8)
+    found = resized_clean(images, 32, Image.Resampling.BICUBIC)
+    plane = Image.fromarray(images[1, ..., 2].astype(np.float32))
+    expected = np.asarray(plane.resize((32, 32), Image.Resampling.BICUBIC)).clip(0, 255)
+    np.testing.assert_array_equal(found[1, ..., 2], expected)
+    assert resized_clean(images[:, :32, :32], 32, Image.Resampling.BICUBIC).dtype == np.uint8
+
+
+@pytest.mark.slow
+def test_distances_rise_with_blur_and_noise():
+    images = MNIST.train.images[datasets.spread(len(MNIST.train.images), 120)]
+    found = list(measured(images, Features(vgg(), Devices(1))).values())
+    for term in ("FD", "KD"):
+        rising = [each[term] for each in found]
+        assert rising == sorted(rising) and rising[1] > 1.05 * rising[0], (term, rising)
+    assert found[0]["1 - recall"] < 0.5 < found[-1]["1 - recall"]
+
+
+def test_a_classifier_reads_digits_and_is_kept(tmp_path, monkeypatch):
+    """Fewer of them than there are, without their margins, and read by a program that is compiled
+    as users have it: the steps take longer than compiling them."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    options = {"xla_backend_optimization_level": 3}
+    monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=options))
+    test = MNIST.test.images[:320, 4:24, 4:24]
+    rows = datasets.spread(len(MNIST.train.images), 2560)
+    train = Split(MNIST.train.images[rows, 4:24, 4:24], MNIST.train.labels[rows])
+    extractor = features.digits(train, 10)
+    _, probabilities = Features(extractor, Devices(1))(test)
+    assert (probabilities.argmax(1) == MNIST.test.labels[:320]).mean() > 0.8
+    monkeypatch.setattr(classifier, "trained", None)  # read from its file
+    again = features.digits(train, 10)
+    assert again.weights == extractor.weights
+    (file,) = (tmp_path / "taming_jax").glob("classifier-*.npz")
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(TypeError):  # damaged: it would be trained again
+        features.digits(train, 10)
+
+
+def test_another_files_weights_are_refused(tmp_path):
+    file = tmp_path / "other.pth"
+    for content in ({"fc.weight": np.zeros((3, 2))}, {"epoch": 3}, {"model": {}}):
+        write_tensors(file, content)
+        with pytest.raises(UserError, match=r"does not hold InceptionV3's weights"):
+            features.inception_v3(file)
+
+
+def test_weights_that_cannot_be_fetched(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+
+    def no_network(*arguments, **options):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(features.urllib.request, "urlopen", no_network)
+    with pytest.raises(UserError, match=r"put it at .*pt_inception.* or take --features vgg"):
+        features.extractor_of("inception", None, False, None)
+    assert features.extractor_of("auto", None, False, None).name == "VGG16"
+    assert jax.tree.leaves(features.extractor_of("vgg", None, False, None).params)

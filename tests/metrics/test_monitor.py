@@ -1,0 +1,84 @@
+"""The distance that either stage takes while it trains, against the same taken by hand."""
+
+import jax
+import numpy as np
+import pytest
+
+from taming_jax.config.load import load_config
+from taming_jax.data.batches import rounded, to_float
+from taming_jax.data.datasets import Split
+from taming_jax.errors import UserError
+from taming_jax.metrics import distances, monitor
+from taming_jax.models.vqgan import decode_indices, reconstruct
+from taming_jax.parallel.devices import Devices
+from taming_jax.training.prior import PriorStage, draw_codes
+from taming_jax.training.vqgan import VQGANStage
+
+SETTINGS = load_config("mnist_tiny")
+
+
+def expected(features, images, made):
+    one, other = (distances.moments(features(x)[0]) for x in (images, made))
+    return distances.frechet_distance(one, other)
+
+
+def test_of_reconstructions(stage1):
+    config = load_config(stage1 / "config.json", {"vqgan.fd_every": 1})
+    devices = Devices(2)
+    stage = VQGANStage(config, devices)
+    state = stage.init(jax.random.key(0))
+    images, params = stage.splits.validation.images, state.nets["generator"].chosen
+    made = reconstruct(stage.networks.generator, params, to_float(images)).images
+    found = stage.distance(devices.replicate(state))
+    assert found == pytest.approx(
+        expected(stage._monitor.features, images, np.asarray(rounded(made))), rel=1e-3
+    )
+
+
+def test_of_samples(both):
+    config = load_config(both / "config.json", {"prior.fd_every": 1, "workdir": str(both)})
+    devices = Devices(2)
+    stage = PriorStage(config, devices)
+    state = stage.init(jax.random.key(0))
+    split, params = stage.splits.validation, state.nets["transformer"].params
+    # Numbered within their classes, as `Run.sample` numbers them.
+    numbers = np.array([(split.labels[:i] == c).sum() for i, c in enumerate(split.labels)])
+    codes = draw_codes(
+        stage.model, config.prior, params, split.labels, numbers, np.uint32(config.seed)
+    )
+    made = decode_indices(stage.vqgan, state.nets["generator"].params, codes)
+    found = stage.distance(devices.replicate(state))
+    assert found == pytest.approx(
+        expected(stage._monitor.features, split.images, np.asarray(rounded(made))), rel=1e-3
+    )
+
+
+def test_in_parts_of_a_large_split(monkeypatch):
+    """More images than a batch, and fewer than there are: each of the chosen ones once."""
+    monkeypatch.setattr(monitor, "MOST", 40)
+    images = np.random.default_rng(0).integers(0, 256, (90, 28, 28, 1)).astype(np.uint8)
+    watch = monitor.Monitor(Split(images, np.zeros(90, np.int32)), SETTINGS, Devices(1))
+    seen = []
+
+    def darker(batch):
+        seen.append(np.asarray(batch["numbers"]).ravel())
+        return batch["images"] // 2
+
+    rows = np.linspace(0, 89, 40).astype(int)
+    for _ in range(2):
+        found = watch.distance(darker)
+        assert found == pytest.approx(
+            expected(watch.features, images[rows], images[rows] // 2), rel=1e-4
+        )
+    np.testing.assert_array_equal(np.unique(np.concatenate(seen)), np.arange(40))
+
+
+def test_one_image_has_no_distance():
+    with pytest.raises(UserError, match="the validation split has 1 images"):
+        monitor.Monitor(Split(np.zeros((1, 8, 8, 1), np.uint8), np.zeros(1)), SETTINGS, Devices(1))
+
+
+def test_samples_are_numbered_within_their_class():
+    labels = np.array([2, 0, 2, 2, 0, 1])
+    assert monitor.ranks(labels).tolist() == [0, 0, 1, 2, 1, 0]
+    assert monitor.ranks(labels[:0]).tolist() == []

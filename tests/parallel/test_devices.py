@@ -1,0 +1,216 @@
+"""One step function on one device and on many."""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from taming_jax.config.load import load_config
+from taming_jax.config.schema import DataConfig
+from taming_jax.data import datasets
+from taming_jax.data.augment import augmented
+from taming_jax.data.batches import ResidentFeed, take, to_float
+from taming_jax.errors import UserError
+from taming_jax.parallel.devices import Devices, cgroup_memory
+from taming_jax.training.state import AUGMENTATION, copied, example_keys
+from taming_jax.training.store import Store
+from taming_jax.training.vqgan import VQGANStage
+from taming_jax.training.vqgan_step import Networks
+from tests import commands, golden, small_runs
+
+OVERRIDES = {
+    "vqgan.batch_size": 16, "vqgan.discriminator_start": 0.0, "vqgan.steps": 200,
+    "vqgan.adaptive_weight": True,
+}  # fmt: skip
+
+
+def test_fetch_answers_arrays_that_later_steps_do_not_touch():
+    for count in (1, 4):
+        devices = Devices(count)
+        step = devices.compile(lambda state, arrays: state + arrays.sum(), donate=True)
+        state = devices.replicate(jnp.zeros(1000))
+        before = devices.fetch(state)
+        state = step(state, devices.shard(np.ones(4, np.float32)))
+        assert (before == 0).all() and (devices.fetch(state) == 4 / count).all()
+
+
+def test_what_is_replicated_lies_as_pmap_answers():
+    # Else the second step, which sees the first one's answer, would be compiled anew.
+    devices = Devices(2)
+    step = devices.compile(lambda state, arrays: state + jax.lax.pmean(arrays.sum(), "devices"))
+    state = devices.replicate(np.float32(0))
+    after = step(state, devices.shard(np.ones(4, np.float32)))
+    assert after.sharding == state.sharding and devices.fetch(after) == 2
+
+
+def test_batches_and_devices_that_do_not_fit_are_refused():
+    Devices(4).check_batch("vqgan", 8)
+    with pytest.raises(UserError, match="--vqgan.batch-size 6 cannot be divided among 4 devices"):
+        Devices(4).check_batch("vqgan", 6)
+    Devices(4).check_batch("prior", 24, 3)
+    with pytest.raises(UserError, match="4 devices, in 4 --prior.micro-batches on each; .* of 16"):
+        Devices(4).check_batch("prior", 24, 4)
+    with pytest.raises(UserError, match="--devices is 9, but there are 4"):
+        Devices(9)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A state after 100 steps with the adversarial part on, and the batch that comes next."""
+    config = load_config("mnist_tiny", OVERRIDES)
+    devices = Devices(1)
+    stage = VQGANStage(config, devices)
+    state = stage.init(jax.random.key(0))
+    feed, _ = stage.feeds()
+    for step in range(100):
+        state, _ = stage.train_step(state, feed.batch(step))
+    images, _ = take(feed.batch(100).arrays)
+    return devices.fetch(state), np.asarray(images)
+
+
+@pytest.mark.slow
+def test_one_two_and_four_devices_take_the_same_step(trained):
+    state, images = trained
+    # With LeCAM, so that every kind of state is compared.
+    config = load_config("mnist_tiny", OVERRIDES | {"vqgan.lecam_weight": 0.1})
+    discriminator = state.nets["discriminator"]
+    averages = {"real": np.float32(0.1), "fake": np.float32(-0.1)}
+    discriminator = discriminator.replace(extra=discriminator.extra | {"lecam": averages})
+    nets = {"generator": state.nets["generator"], "discriminator": discriminator}
+    found = {}
+    for count in (1, 2, 4):
+        devices = Devices(count)
+        networks = Networks.build(config, devices.axis_name)
+        step = devices.compile(
+            lambda nets, images, networks=networks: networks.gradients(
+                nets["generator"], nets["discriminator"], to_float(images), {}, True, 100
+            )
+        )
+        out = step(devices.replicate(nets), devices.shard(images))
+        found[count] = devices.fetch(out)
+    assert found[1].metrics["adaptive_weight"] > 0
+    for count in (2, 4):
+        golden.assert_trees_close(found[count], found[1], f"{count} devices ", 1e-5, 1e-6)
+
+
+def test_augmentation_does_not_depend_on_the_devices():
+    data = DataConfig(name="synthetic", image_size=16, random_crop=True, mirror=True)
+    split = datasets.load(data).train
+    seen = {}
+    for count in (1, 4):
+        devices = Devices(count)
+
+        def see(step, arrays):
+            keys = example_keys(7, AUGMENTATION, step, arrays["place"])
+            return augmented(take(arrays)[0], keys, data)
+
+        feed = ResidentFeed(split, 32, 7, devices)
+        out = devices.compile(see)(devices.replicate(np.int32(3)), feed.batch(3).arrays)
+        seen[count] = devices.gather(out)
+    assert seen[1].shape == (32, 16, 16, 1)
+    np.testing.assert_array_equal(seen[4], seen[1])
+
+
+@pytest.mark.slow
+def test_the_command_line_gives_the_same_rows_on_any_number_of_devices(tmp_path):
+    rows = {}
+    for count in (1, 2, 4):
+        workdir = tmp_path / str(count)
+        status, _, err = commands.run(
+            "train_vqgan.py", "--config", "mnist_tiny", "--vqgan.batch-size", 16,
+            "--vqgan.steps", 4, "--vqgan.discriminator-start", 0, "--vqgan.adaptive-weight",
+            "--workdir", workdir, "--devices", count, devices=4,
+        )  # fmt: skip
+        assert status == 0, err
+        lines = (workdir / "metrics" / "vqgan.jsonl").read_text().splitlines()
+        rows[count] = [json.loads(line) for line in lines]
+    assert len(rows[1]) == 5 and rows[1][0]["adaptive_weight"] > 0
+    for count in (2, 4):
+        for row, expected in zip(rows[count], rows[1], strict=True):
+            assert row.keys() == expected.keys()
+            assert row.pop("split") == expected["split"]
+            for key in row:
+                assert row[key] == pytest.approx(expected[key], rel=2e-3), key
+
+
+# With everything on that a step can have, so that every kind of state is compared.
+SMALL = {
+    "vqgan__batch_size": 16, "vqgan__steps": 4, "vqgan__lecam_weight": 0.1, "data__mirror": True,
+    "vqgan__adaptive_weight": True, "vqgan__diff_augment": ("color", "translation"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """The folder of a small run on one device."""
+    folder = tmp_path_factory.mktemp("small")
+    small_runs.train(folder, **SMALL)
+    return folder
+
+
+several = pytest.mark.parametrize("several", [pytest.param(2, marks=pytest.mark.slow), 4])
+
+
+@several
+def test_a_small_run_on_several_devices_logs_the_same_rows(small, tmp_path, several):
+    small_runs.train(tmp_path, devices=several, **SMALL)
+    expected = small_runs.read_rows(small)
+    assert len(expected) == 5 and expected[0]["adaptive_weight"] > 0
+    small_runs.assert_rows_close(small_runs.read_rows(tmp_path), expected, 2e-3)
+
+
+@several
+def test_a_small_run_takes_the_same_step_on_several_devices(small, several):
+    """From one checkpoint. Adam's first moments differ from those before by the gradients."""
+    results = {}
+    for count in (1, several):
+        stage = small_runs.vqgan_stage(small_runs.small_config(None, devices=count, **SMALL))
+        store = Store(small, "vqgan", "nll", read_only=True)
+        template = stage.init(jax.random.key(0))
+        state = store.restore(template, stage.config, (), (), print)
+        feed, _ = stage.feeds()
+        state = copied(stage.devices.replicate(state))
+        state, metrics = stage.train_step(state, feed.batch(4))
+        feed.close()
+        moments = {
+            name: optax.tree_utils.tree_get(net.opt_state, "mu") for name, net in state.nets.items()
+        }
+        extra = {name: net.extra for name, net in state.nets.items()}
+        results[count] = stage.devices.fetch((metrics, moments, extra, state.step))
+    assert results[1][0]["adaptive_weight"] > 0 and results[1][3] == 5
+    golden.assert_trees_close(results[several], results[1], f"{several} devices ", 1e-5, 1e-6)
+
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "limit"),
+    [
+        ("0::/", {"memory.max": 3 * GIB}, 3 * GIB),
+        ("0::/a/b", {"memory.max": 9 * GIB, "a/memory.max": GIB, "a/b/memory.max": "max"}, GIB),
+        ("0::/outside/name", {"memory.max": 2 * GIB}, 2 * GIB),
+        ("5:cpu:/\n4:memory,hugetlb:/job", {"memory/job/memory.limit_in_bytes": 5 * GIB}, 5 * GIB),
+        ("0::/", {"memory.max": "max"}, math.inf),
+        ("4:memory:/", {}, math.inf),
+    ],
+)  # fmt: skip
+def test_a_containers_limit_is_that_of_its_control_groups(tmp_path, groups, files, limit):
+    """Of the kinds of systems that there are: version 2 and 1, nested, and seen from inside."""
+    contents = {"proc/self/cgroup": groups} | {f"sys/fs/cgroup/{k}": x for k, x in files.items()}
+    for name, content in contents.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{content}\n")
+    assert cgroup_memory(tmp_path) == limit
+    assert cgroup_memory(tmp_path / "no such system") == math.inf
+
+
+def test_a_containers_limit_bounds_the_memory_of_a_cpu(monkeypatch):
+    monkeypatch.setattr("taming_jax.parallel.devices.cgroup_memory", lambda: 8 * 2**20)
+    assert Devices(1).memory == 8 * 2**20 and Devices(4).memory == 2 * 2**20
+    monkeypatch.setattr("taming_jax.parallel.devices.cgroup_memory", lambda: math.inf)
+    assert Devices(1).memory > 2**29

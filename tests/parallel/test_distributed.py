@@ -1,0 +1,545 @@
+"""Runs of several processes on this machine, against runs of one; and in one process, what several
+agree on and how their ends are reported."""
+
+import dataclasses
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import pickle
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from taming_jax.cli.arguments import Processes
+from taming_jax.config.load import load_config
+from taming_jax.errors import Interrupted, RunFailed, UserError
+from taming_jax.data.datasets import unlike
+from taming_jax.parallel import distributed
+from taming_jax.parallel.devices import Devices
+from taming_jax.training.store import Store
+from tests import commands, golden, small_runs
+from tests.conftest import TINY
+
+# With everything on that a step can have, so that every kind of state is compared.
+STAGE1 = [
+    "train_vqgan.py", *TINY, 20, "--vqgan.discriminator-start", 0, "--vqgan.lecam-weight", 0.1,
+    "--vqgan.diff-augment", "color", "translation", "--data.mirror",
+]  # fmt: skip
+STAGE2 = [
+    "train_prior.py", "--config", "mnist_tiny", "--prior.batch-size", 8, "--prior.layers", 1,
+    "--prior.width", 32, "--prior.dropout", 0.3, "--prior.label-dropout", 0.5,
+    "--prior.keep-codes", 0.8, "--prior.augmented-versions", 2, "--prior.steps",
+]  # fmt: skip
+
+
+def start_two(*arguments, devices=2):
+    """A command in two processes of so many devices each, begun."""
+    address = f"127.0.0.1:{commands.free_port()}"
+    told = ("--distributed", "--coordinator-address", address, "--num-processes", 2)
+    return [
+        commands.start(*arguments, *told, "--process-id", process, devices=devices)
+        for process in range(2)
+    ]
+
+
+def run_two(*arguments, devices=2):
+    """A command in two processes run to its end: each one's status, stdout and stderr."""
+    started = start_two(*arguments, devices=devices)
+    ended = [process.communicate(timeout=300) for process in started]
+    return [(process.returncode, *said) for process, said in zip(started, ended, strict=True)]
+
+
+def one_step(workdir, stage, out, count):
+    """The next step on `count` devices, or of two processes with two devices each ("2x2")."""
+    told = ("tests/one_step.py", workdir, stage, out)
+    if count == "2x2":
+        results = run_two(*told)
+    else:
+        results = [commands.run(*told, "--devices", count, devices=count)]
+    for status, _, err in results:
+        assert status == 0, err
+    return pickle.loads(out.read_bytes())
+
+
+def assert_same_step(found, expected, name):
+    np.testing.assert_array_equal(found["seen"], expected["seen"], err_msg=name)
+    for part in ("step", "metrics", "gradients", "extra"):
+        golden.assert_trees_close(found[part], expected[part], f"{name} {part} ", 1e-5, 1e-6)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("hosts") / "run"
+    for command in (STAGE1, [*STAGE2, 10]):
+        status, _, err = commands.run(*command, "--workdir", workdir)
+        assert status == 0, err
+    return workdir
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["vqgan", "prior"])
+def test_many_devices_and_processes_take_the_step_that_one_would(trained, tmp_path, stage):
+    expected = one_step(trained, stage, tmp_path / "1", 1)
+    assert expected["step"] == (20 if stage == "vqgan" else 10)
+    if stage == "vqgan":
+        assert expected["metrics"]["adaptive_weight"] > 0
+    for count in (8, "2x2"):
+        found = one_step(trained, stage, tmp_path / str(count), count)
+        assert_same_step(found, expected, str(count))
+
+
+def until(checkpoint, started):
+    """Waits for a checkpoint of processes that train."""
+    while not checkpoint.exists():
+        for process in started:
+            assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+
+
+def test_two_processes_take_the_steps_of_one_until_a_signal_to_one_of_them_saves(tmp_path):
+    """The log of the first steps is that of one process, and both end with the same step, from
+    which they go on."""
+    settings = {"vqgan__steps": 3000, "vqgan__checkpoint_every": 10, "vqgan__eval_every": 3000}
+    settings |= {"vqgan__log_every": 1, "vqgan__lecam_weight": 0.1, "data__mirror": True}
+    with pytest.raises(small_runs.Killed):
+        small_runs.train(tmp_path / "one", on_step=small_runs.kill_at(6), **settings)
+    config = small_runs.small_config(tmp_path / "two", **settings)
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    line = ("train_vqgan.py", "--config", tmp_path / "config.json", "--workdir", tmp_path / "two")
+    started = start_two(*line, devices=1)
+    until(tmp_path / "two" / "checkpoints" / "vqgan" / "10", started)
+    started[1].send_signal(signal.SIGTERM)
+    ended = [process.communicate(timeout=120) for process in started]
+    saved = small_runs.saved_steps(tmp_path / "two")[-1]
+    assert 10 < saved < 3000
+    for process, (_, err) in zip(started, ended, strict=True):
+        assert process.returncode == 143, err
+        assert f"Stopped by SIGTERM after step {saved}, which is saved" in err
+    rows, expected = (small_runs.read_rows(tmp_path / name) for name in ("two", "one"))
+    assert [row["step"] for row in rows] == list(range(1, saved + 1))
+    assert len(expected) >= 4
+    small_runs.assert_rows_close(rows[: len(expected)], expected, 2e-3)
+
+
+LONG = [
+    "train_vqgan.py", *TINY, 2000, "--vqgan.checkpoint-every", 50, "--vqgan.log-every", 1,
+    "--vqgan.eval-every", 2000, "--workdir",
+]  # fmt: skip
+
+
+def test_a_closed_connection_is_told_from_a_mistake():
+    assert distributed.torn(
+        ValueError("UNKNOWN: Gloo all-reduce failed: Connection closed by peer")
+    )
+    assert distributed.torn(jax.errors.JaxRuntimeError("INTERNAL: connection reset"))
+    assert not distributed.torn(ValueError("operands could not be broadcast together"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_lost_process_ends_the_other_with_a_sentence_and_both_resume(tmp_path, lost):
+    started = start_two(*LONG, tmp_path, devices=1)
+    until(tmp_path / "checkpoints" / "vqgan" / "50", started)
+    began = time.monotonic()
+    started[lost].kill()
+    _, err = started[1 - lost].communicate(timeout=120)
+    assert time.monotonic() - began < 120
+    assert started[1 - lost].returncode == 1
+    assert err.count("\n") == 1 and err.startswith("failed: another process of this run"), err
+    started[lost].communicate(timeout=60)
+    saved = Store(tmp_path, "vqgan", "nll", read_only=True).steps()[-1]
+    assert saved < 2000
+    for status, _, err in run_two(*LONG, tmp_path, "--vqgan.steps", saved + 3, devices=1):
+        assert status == 0, err
+    rows = (tmp_path / "metrics" / "vqgan.jsonl").read_text().splitlines()
+    trained = [row["step"] for row in map(json.loads, rows) if row["split"] == "train"]
+    assert trained == list(range(1, saved + 4))
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_and_saves_all_at_one_step(tmp_path):
+    started = start_two(*LONG, tmp_path, devices=1)
+    until(tmp_path / "checkpoints" / "vqgan" / "50", started)
+    started[1].send_signal(signal.SIGTERM)
+    ended = [process.communicate(timeout=60) for process in started]
+    saved = Store(tmp_path, "vqgan", "nll", read_only=True).steps()[-1]
+    for process, (_, err) in zip(started, ended, strict=True):
+        assert process.returncode == 143, err
+        assert f"Stopped by SIGTERM after step {saved}, which is saved" in err
+
+
+@pytest.mark.slow
+def test_processes_with_other_settings_are_refused(tmp_path):
+    told = (
+        "train_vqgan.py", *TINY, 3, "--workdir", tmp_path / "run", "--distributed",
+        "--coordinator-address", f"127.0.0.1:{commands.free_port()}", "--num-processes", 2,
+    )  # fmt: skip
+    started = [
+        commands.start(*told, "--process-id", process, "--seed", 7 + process)
+        for process in range(2)
+    ]
+    for process in started:
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 2 and err.count("\n") == 1, err
+        assert "process 1 differs from process 0: --seed is 8, not 7" in err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_coordinator_that_does_not_answer_is_named(tmp_path):
+    address = f"127.0.0.1:{commands.free_port()}"
+    status, _, err = commands.run(
+        "train_vqgan.py", *TINY, 3, "--workdir", tmp_path / "run", "--distributed",
+        "--coordinator-address", address, "--num-processes", 2, "--process-id", 1,
+        "--initialization-timeout", 2,
+    )  # fmt: skip
+    assert status == 2 and err.count("\n") == 1, err
+    assert "within 2 seconds" in err and address in err
+
+
+def alone(tmp_path, port, **more):
+    """Process 0 of two, the other of which does not come."""
+    return commands.start(
+        "train_vqgan.py", *TINY, 3, "--workdir", tmp_path / "run", "--distributed",
+        "--coordinator-address", f"127.0.0.1:{port}", "--num-processes", 2, "--process-id", 0,
+        **more,
+    )  # fmt: skip
+
+
+def children(pid):
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for task in tasks for child in task.read_text().split()]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="children are found in /proc")
+@pytest.mark.parametrize("joining", [False, True])
+def test_ctrl_c_while_others_are_waited_for_is_one_sentence(tmp_path, joining):
+    port = commands.free_port()
+    process = alone(tmp_path, port, own_group=True)
+    if joining:
+        with socket.socket() as listens:
+            while listens.connect_ex(("127.0.0.1", port)):
+                assert process.poll() is None, process.communicate()[1]
+                time.sleep(0.05)
+    else:  # as soon as there is a child
+        while not children(process.pid):
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.01)
+    began = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and time.monotonic() - began < 20
+    assert err.strip() == "Stopped before anything was begun."
+
+
+@pytest.mark.slow
+def test_a_port_in_use_is_a_sentence(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        _, port = taken.getsockname()
+        process = alone(tmp_path, port)
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 2 and err.count("\n") == 1, err
+    # One version of JAX does either: it raises, or its process dies of it.
+    assert "its port in use" in err or "a port of it that is free" in err, err
+    assert f"127.0.0.1:{port}" in err
+
+
+@pytest.mark.slow
+def test_two_processes_draw_what_one_would(both, tmp_path):
+    told = ("scripts/sample.py", "--workdir", both, "--per-class", 20, "--out")
+    status, _, err = commands.run(*told, tmp_path / "one.npz")
+    assert status == 0, err
+    for status, _, err in run_two(*told, tmp_path / "two.npz", devices=1):
+        assert status == 0, err
+    one, two = (np.load(tmp_path / f"{name}.npz") for name in ("one", "two"))
+    np.testing.assert_array_equal(two["images"], one["images"])
+    assert len(one["images"]) == 80
+
+
+# In this process.
+
+
+@pytest.fixture
+def in_two_threads(monkeypatch):
+    """Calls a function of a process's number in two threads, each of which takes the other for
+    another process; returns what each returned or raised. Elsewhere there is one process."""
+    here, contents = threading.local(), [b"", b""]
+    together = threading.Barrier(2, timeout=60)
+
+    def number():
+        return getattr(here, "process", None)
+
+    def exchanged(value):
+        if number() is None:
+            return [value]
+        contents[here.process] = pickle.dumps(value)
+        together.wait()
+        values = [pickle.loads(content) for content in contents]
+        together.wait()
+        return values
+
+    monkeypatch.setattr(distributed, "count", lambda: 1 if number() is None else 2)
+    monkeypatch.setattr(distributed, "first", lambda: not number())
+    monkeypatch.setattr(jax, "process_index", lambda: number() or 0)
+    monkeypatch.setattr(distributed, "exchanged", exchanged)
+    monkeypatch.setattr(distributed, "broadcast", lambda content, left: exchanged(content)[0])
+
+    def call(function):
+        ends = [None, None]
+
+        def work(process):
+            here.process = process
+            try:
+                ends[process] = function(process)
+            except Exception as error:  # noqa: BLE001
+                ends[process] = error
+            except Interrupted as error:
+                ends[process] = error
+
+        threads = [threading.Thread(target=work, args=(process,)) for process in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return ends
+
+    return call
+
+
+def test_what_fails_in_one_process_fails_in_all(in_two_threads):
+    def second_fails(process):
+        def function():
+            if process == 1:
+                raise UserError("no such folder")
+            return "value"
+
+        return distributed.agreed(function)
+
+    first, second = in_two_threads(second_fails)
+    assert isinstance(first, UserError) and str(first) == "process 1: no such folder"
+    assert isinstance(second, UserError) and str(second) == "no such folder"
+
+    def second_is_interrupted(process):
+        def function():
+            if process == 1:
+                raise Interrupted(signal.SIGTERM, "Stopped.")
+
+        return distributed.agreed(function)
+
+    for error in in_two_threads(second_is_interrupted):
+        assert isinstance(error, Interrupted) and error.signum == signal.SIGTERM
+        assert str(error) == "Stopped."
+    assert in_two_threads(lambda process: distributed.agreed(lambda: process)) == [0, 1]
+
+
+def test_the_first_process_alone_runs_what_all_get(in_two_threads, monkeypatch):
+    monkeypatch.setattr(distributed, "CHUNK", 100)  # so that it comes in several
+    array, ran = np.arange(1000), []
+
+    def of_first(process):
+        def function():
+            ran.append(process)
+            return array
+
+        return distributed.from_first(function)
+
+    for result in in_two_threads(of_first):
+        np.testing.assert_array_equal(result, array)
+    assert ran == [0]
+
+    def failing(process):
+        def function():
+            raise RunFailed("the disk is full")
+
+        return distributed.from_first(function)
+
+    first, second = in_two_threads(failing)
+    assert isinstance(first, RunFailed) and str(first) == "the disk is full"
+    assert isinstance(second, RunFailed) and str(second) == "process 0: the disk is full"
+
+
+def assert_both_refuse(errors, sentence):
+    for error in errors:
+        assert isinstance(error, UserError), error
+        assert sentence in str(error)
+
+
+def test_other_settings_packages_flags_data_and_devices_are_refused(
+    in_two_threads, monkeypatch, tmp_path
+):
+    configs = [load_config("mnist_tiny", {"seed": 7 + process}) for process in range(2)]
+    assert_both_refuse(
+        in_two_threads(lambda process: distributed.check_alike(configs[process])),
+        "process 1 differs from process 0: --seed is 8, not 7. Start all processes with the same",
+    )
+    places = [load_config("mnist_tiny", {"workdir": str(tmp_path / str(p))}) for p in range(2)]
+    assert in_two_threads(lambda process: distributed.check_alike(places[process])) == [None, None]
+
+    versions = threading.local()
+    own = importlib.metadata.version
+    monkeypatch.setattr(
+        importlib.metadata, "version", lambda name: getattr(versions, name, None) or own(name)
+    )
+
+    def with_other_jax(process):
+        if process == 1:
+            versions.jax = "0.0.1"
+        distributed.check_alike(configs[0])
+
+    assert_both_refuse(
+        in_two_threads(with_other_jax),
+        f"process 1 differs from process 0: jax is 0.0.1, not {jax.__version__}. Start all",
+    )
+    monkeypatch.setattr(distributed, "PACKAGES", ("a package of a checkout", "numpy"))
+    assert in_two_threads(lambda process: distributed.check_alike(configs[0])) == [None, None]
+    assert_both_refuse(
+        in_two_threads(lambda process: distributed.check_same_flags({"per_class": 10 + process})),
+        "process 1 differs from process 0: --per-class is 11, not 10. Start all",
+    )
+    assert in_two_threads(lambda process: distributed.check_same_flags({"seed": 3})) == [None, None]
+    assert_both_refuse(
+        in_two_threads(lambda process: Devices(1 + process)),
+        "the processes have 1, 2 devices; all must have as many",
+    )
+
+    stage = small_runs.vqgan_stage(small_runs.small_config(tmp_path))
+    other = stage.dataset | {"images": stage.dataset["images"] | {"training": 485}}
+    datasets = [stage.dataset, other]
+    assert_both_refuse(
+        in_two_threads(lambda process: distributed.check_same_data(datasets[process], unlike)),
+        "process 1 reads other data than process 0: there are 485 training images, not 486. Give",
+    )
+    assert in_two_threads(lambda process: distributed.check_same_data(other, unlike)) == [None, None]
+
+
+def test_two_processes_compute_what_one_would_of_their_rows(in_two_threads):
+    """Batch by batch, the last of which is filled up."""
+    arrays = {"a": np.random.default_rng(0).random((23, 5)).astype(np.float32)}
+    devices = Devices(1)
+    devices.axis_name = "devices"  # as where each of two processes has a device
+
+    def sums(state, rows):
+        return {"sum": rows["a"].sum(1) + state, "rows": rows["a"]}
+
+    apply, state, sizes = devices.compile(sums), devices.replicate(np.float32(1)), []
+
+    def compute(process):
+        def own_rows(rows):
+            sizes.append(len(rows["a"]))
+            return apply(state, devices.shard(rows))
+
+        return devices.in_batches(own_rows, arrays, 8)
+
+    for result in in_two_threads(compute):
+        np.testing.assert_array_equal(result["rows"], arrays["a"])
+        np.testing.assert_allclose(result["sum"], arrays["a"].sum(1) + 1, rtol=1e-6)
+    assert sizes == [4] * 6
+
+
+class FakeChild:
+    """Stands in for the process that computes: ends as it is told to, after signals to itself."""
+
+    pid = 12345
+
+    def __init__(self, ends_with, phase, signals=()):
+        self.ends_with, self.phase, self.signals, self.exitcode = ends_with, phase, signals, None
+
+    def start(self):
+        pass
+
+    def join(self):
+        for signum in self.signals:
+            signal.raise_signal(signum)
+        self.at_end()
+        self.exitcode = self.ends_with
+
+    def at_end(self):
+        self.shared.value = self.phase
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    """`distributed.watched` with a child that ends in this way, after signals; and the signals that
+    it was sent, as a list."""
+    sent = []
+    given = Processes(True, "127.0.0.1:9999", 2, 0, 7)
+
+    def call(ends_with, phase, *signals):
+        child = FakeChild(ends_with, phase, signals)
+
+        class Context:
+            @staticmethod
+            def RawValue(kind, value):  # noqa: N802
+                child.shared = multiprocessing.RawValue(kind, value)
+                return child.shared
+
+            @staticmethod
+            def Process(target, args):  # noqa: N802
+                child.noise = Path(args[-1])
+                return child
+
+        monkeypatch.setattr(distributed.multiprocessing, "get_context", lambda kind: Context)
+        monkeypatch.setattr(distributed.os, "kill", lambda pid, signum: sent.append((pid, signum)))
+        handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            distributed.watched(lambda: None, given)
+        finally:
+            for signum, handler in handlers.items():
+                signal.signal(signum, handler)
+            child.noise.unlink(missing_ok=True)
+
+    return call, sent
+
+
+def test_a_watched_process_hands_on_its_status(watch):
+    call, sent = watch
+    for status in (0, 1, 2, 143):
+        with pytest.raises(SystemExit) as exit:
+            call(status, status)
+        assert exit.value.code == status
+    with pytest.raises(SystemExit) as exit:  # JAX failed after the command had ended well
+        call(-signal.SIGABRT, 0)
+    assert exit.value.code == 0 and not sent
+
+
+def test_what_ends_a_watched_process_is_a_sentence(watch):
+    call, _ = watch
+    with pytest.raises(RunFailed, match="^another process of this run, or its coordinator, was l"):
+        call(-signal.SIGABRT, distributed.JOINED)
+    with pytest.raises(RunFailed, match="ended by SIGKILL, for want of memory perhaps"):
+        call(-signal.SIGKILL, distributed.JOINED)
+    says = (
+        r"the 2 processes did not find each other within 7 seconds .* process 0 at 127.0.0.1:9999"
+    )
+    with pytest.raises(UserError, match=says + r".* found its port in use"):
+        call(-signal.SIGABRT, distributed.BEGINNING)
+
+
+def test_signals_are_passed_on_to_a_watched_process(watch):
+    call, sent = watch
+    # Before it has joined, JAX does not listen to SIGINT, and there is nothing to save.
+    with pytest.raises(Interrupted, match="^Stopped before anything was begun.$") as stop:
+        call(-signal.SIGTERM, distributed.BEGINNING, signal.SIGINT)
+    assert stop.value.signum == signal.SIGINT and sent == [(FakeChild.pid, signal.SIGTERM)]
+
+
+def test_a_group_that_cannot_be_joined_is_a_sentence(monkeypatch):
+    def initialize(*_, **__):
+        raise RuntimeError("address already in use\nand more")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    says = r"cannot be joined at here:1 \(address already in use\); name an address .* a port of it"
+    with pytest.raises(UserError, match=says + " that is free"):
+        distributed.join(Processes(True, "here:1", 2, 0))
+    with pytest.raises(UserError, match=r"finds no launcher \(Slurm, Open MPI, Kubernetes\)"):
+        distributed.join(Processes(True))

@@ -1,0 +1,236 @@
+"""Disks that are full, or read-only, for a while or to the end."""
+
+import contextlib
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from tensorboardX.proto import event_pb2
+from tensorboardX.record_writer import masked_crc32c
+
+from taming_jax.config.load import load_config
+from taming_jax.errors import RunFailed
+from taming_jax.training.log import read_rows
+from taming_jax.training.store import Store
+from tests import commands, disks
+from tests.training.test_loop import Parabola, train
+
+CONFIG = load_config("mnist_tiny")
+MANY = {"steps": 120, "log_every": 1, "checkpoint_every": 20, "eval_every": 30}
+MANY |= {"draw_every": 20}
+
+
+@pytest.fixture
+def disk(tmp_path):
+    with contextlib.ExitStack() as stack:
+        try:
+            disk = stack.enter_context(disks.mounted(tmp_path / "disk"))
+        except disks.NoDisk as error:
+            pytest.skip(str(error))
+        yield disk
+
+
+def tree(step):
+    """A state that cannot be compressed, of 1 MB."""
+    rng = np.random.default_rng(step)
+    return {"step": np.int32(step), "kernel": rng.standard_normal(250_000).astype(np.float32)}
+
+
+def test_what_the_disk_does_not_take_leaves_the_older_checkpoints(disk):
+    store = Store(disk.folder, "vqgan", "nll")
+    said = []
+    store.say = said.append
+    store.save(1, tree(1), CONFIG, {"nll": 0.5})
+    store.save(2, tree(2), CONFIG, {"nll": 0.6})
+    store.wait()
+    # From no room at all, over some for its first files, to all but the end of its arrays.
+    for room in (0, 20_000, 300_000, 900_000):
+        disk.fill(leave=room)
+        store.save(3, tree(3), CONFIG, {"nll": 0.1})
+        with pytest.raises(RunFailed, match=r"step 3 could not .*the last that was is of step 2"):
+            store.require(3)
+        assert store.steps() == [1, 2] and store.lowest == 0.5
+        assert not list(store.path.glob("*tmp*")), "what there is of it holds no space"
+        disk.free()
+    assert len(said) == 4 and all("The checkpoint of step 3 could not" in s for s in said)
+    for step in (4, 5):
+        store.save(step, tree(step), CONFIG, {"nll": 0.7})
+        store.require(step)
+    assert store.steps() == [1, 4, 5], "the best and the last two"
+    assert len(said) == 4
+    store.close()
+    for step in (1, 4, 5):
+        arrays = Store(disk.folder, "vqgan", "nll", read_only=True).read(step).arrays
+        np.testing.assert_array_equal(arrays["kernel",], tree(step)["kernel"])
+
+
+NOISY = """
+import sys
+from pathlib import Path
+import numpy as np
+from taming_jax.config.load import load_config
+from taming_jax.training.store import Store
+from tests.disks import Disk
+
+disk = Disk(Path(sys.argv[1]))
+store = Store(disk.folder, "vqgan", "nll")
+state = {str(i): np.random.default_rng(i).random(2000) for i in range(200)}
+for step, room in enumerate((0, 10_000, 100_000, 300_000, 1_000_000), 1):
+    disk.fill(leave=room)
+    store.save(step, state, load_config("mnist_tiny"), None)
+    store.wait()
+    disk.free()
+disk.read_only(True)
+store.save(9, state, load_config("mnist_tiny"), None)
+store.wait()
+disk.read_only(False)
+"""
+
+
+def test_nothing_is_said_of_it_but_a_sentence(disk):
+    """Of what Orbax and tensorstore print about each of many arrays, now or at the end."""
+    done = subprocess.run(
+        [sys.executable, "-c", NOISY, str(disk.folder)], cwd=commands.ROOT, text=True,
+        capture_output=True, timeout=120,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("could not be written") == done.stdout.count("\n") == 6
+
+
+def test_a_read_only_disk_likewise(disk):
+    store = Store(disk.folder, "vqgan", "nll")
+    said = []
+    store.say = said.append
+    store.save(1, tree(1), CONFIG, None)
+    store.require(1)
+    disk.read_only(True)
+    store.save(2, tree(2), CONFIG, None)
+    store.save(3, tree(3), CONFIG, None)
+    store.wait()
+    disk.read_only(False)
+    assert len(said) == 2 and "Read-only" in said[0]
+    store.save(4, tree(4), CONFIG, None)
+    store.require(4)
+    assert store.steps() == [1, 4]
+
+
+def scalars(folder):
+    """What TensorBoard reads: (tag, step) -> value, of events that are whole."""
+    found = {}
+    for file in folder.iterdir():
+        content = file.read_bytes()
+        while content:
+            (length,), head = struct.unpack("<Q", content[:8]), content[8:12]
+            body, tail = content[12 : 12 + length], content[12 + length : 16 + length]
+            assert struct.unpack("<I", head)[0] == masked_crc32c(content[:8])
+            assert struct.unpack("<I", tail)[0] == masked_crc32c(body)
+            event = event_pb2.Event.FromString(body)
+            found |= {(v.tag, event.step): v.simple_value for v in event.summary.value}
+            content = content[16 + length :]
+    return found
+
+
+def left(folder):
+    """All that a run leaves but its speed: rows, events, arrays."""
+    store = Store(folder, "vqgan", "nll", read_only=True)
+    rows = read_rows(folder / "metrics" / "vqgan.jsonl")
+    speed = [row["step"] for row in read_rows(folder / "metrics" / "vqgan_speed.jsonl")]
+    events = scalars(folder / "tensorboard" / "vqgan")
+    events = {key: value for key, value in events.items() if not key[0].startswith("speed")}
+    config = json.loads((folder / "config.json").read_text())
+    arrays = {path: x.tolist() for path, x in store.read(120).arrays.items()}
+    return {"rows": rows, "speed": speed, "events": events, "arrays": arrays} | {
+        key: config[key] for key in ("vqgan", "data", "seed")
+    }
+
+
+@pytest.mark.parametrize("trouble", ["full", "read-only"])
+def test_a_run_outlives_a_disk_in_trouble(disk, tmp_path, capsys, monkeypatch, trouble):
+    begin, end = {
+        "full": (disk.fill, disk.free),
+        "read-only": (lambda: disk.read_only(True), lambda: disk.read_only(False)),
+    }[trouble]
+
+    def on_step(step):
+        if step == 5:
+            begin()
+        if step == 95:
+            end()
+
+    def draw(stage, state, folder, sums, rows):
+        (folder / "big.png").write_bytes(bytes(5000))
+
+    monkeypatch.setattr(Parabola, "draw", draw)
+    # Its open file would keep the disk from being made read-only.
+    monkeypatch.setattr("taming_jax.files.alone_in", lambda *_: contextlib.nullcontext())
+    train(tmp_path / "whole", **MANY)
+    assert "cannot be written" not in capsys.readouterr().out
+    train(disk.folder / "run", stage={"on_step": on_step}, **MANY)
+    out = capsys.readouterr().out
+    assert out.count("The log ") == 2 and "vqgan.jsonl can be written again" in out
+    assert out.count("The figures in ") == 2
+    for step in (20, 40, 60, 80):
+        assert out.count(f"The checkpoint of step {step} could not be written") == 1
+    assert "Done: 120 steps" in out
+    assert left(disk.folder / "run") == left(tmp_path / "whole")
+    assert Store(disk.folder / "run", "vqgan", "nll", read_only=True).steps() == [100, 120]
+
+
+def filling(disk, run):
+    """Fills the disk at step 50, once what is saved before is on it, and what is older is not."""
+    store = Store(run, "vqgan", "nll", read_only=True)
+
+    def on_step(step):
+        if step == 50:
+            while store.steps() != [30, 40]:
+                time.sleep(0.005)
+            disk.fill()
+
+    return on_step
+
+
+def test_a_disk_that_stays_full_is_the_status_and_the_run_can_go_on(disk, tmp_path):
+    run = disk.folder / "run"
+    with pytest.raises(RunFailed, match=r"step 120 could not .*the last that was is of step 40"):
+        train(run, stage={"on_step": filling(disk, run)}, **MANY)
+    disk.free()
+    train(run, **MANY)
+    train(tmp_path / "whole", **MANY)
+    assert left(run) == left(tmp_path / "whole")
+
+
+def test_a_config_that_the_disk_did_not_take_is_written_later(disk, capsys):
+    run = disk.folder / "run"
+    for name in ("checkpoints", "metrics", "figures"):
+        (run / name).mkdir(parents=True)
+    disk.fill()
+
+    def on_step(step):
+        assert not (run / "config.json").exists()
+        if step == 10:
+            disk.free()
+            stage["on_step"] = None
+
+    stage = {"on_step": lambda step: on_step(step) if step <= 10 else None}
+    train(run, stage=stage, **MANY)
+    assert f"{run}/config.json cannot be written" in capsys.readouterr().out
+    assert json.loads((run / "config.json").read_text())["vqgan"]["steps"] == 120
+
+
+def test_a_signal_whose_checkpoint_cannot_be_written_is_a_failure(disk):
+    run = disk.folder / "run"
+    fill = filling(disk, run)
+
+    def on_step(step):
+        fill(step)
+        if step == 50:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(RunFailed, match=r"step 51 could not .*the last that was is of step 40"):
+        train(run, stage={"on_step": on_step}, **MANY)

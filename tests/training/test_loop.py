@@ -1,0 +1,497 @@
+"""The loop with a stage that is a parabola: when it validates, saves, logs, draws and stops."""
+
+import gzip
+import json
+import os
+import signal
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from taming_jax.config.load import load_config, override, read_config, write_config
+from taming_jax.data.batches import ResidentFeed
+from taming_jax.data.datasets import Split
+from taming_jax.errors import Interrupted, RunFailed, UserError
+from taming_jax.training import loop
+from taming_jax.training.log import read_rows
+from taming_jax.training.state import Net, TrainState
+from taming_jax.training.store import Store
+
+SPLIT = Split(np.zeros((20, 1, 1, 1), np.uint8), np.zeros(20, np.int32))
+
+
+class Parabola:
+    """A stage whose state counts its steps; validation is best at step `best`."""
+
+    name, monitor, learned, dataset = "vqgan", "nll", (), None
+
+    def __init__(self, config, devices, best=6, nearest=0, broken=(), on_step=lambda step: None):
+        self.config, self.devices, self.nearest = config, devices, nearest
+        self.best, self.broken, self.on_step = best, broken, on_step
+        self.evaluated, self.drawn = [], []
+
+    def feeds(self, check):
+        return tuple(ResidentFeed(SPLIT, 4, 0, self.devices) for _ in range(2))
+
+    def init(self, key):
+        return TrainState(jnp.int32(0), {"generator": Net({"w": jnp.zeros(3)}, ())})
+
+    def compile(self, state, training, validation):
+        assert "place" in training.arrays and "weight" in validation.arrays
+
+    def flops(self, step):
+        return 3.0
+
+    def train_step(self, state, batch):
+        assert int(state.step) == batch.step
+        self.on_step(batch.step)
+        step = state.step + 1
+        broken = int(step) in self.broken
+        nll = jnp.where(broken, jnp.nan, step.astype(jnp.float32))
+        skipped = state.skipped + broken
+        metrics = {"loss": nll, "l1": nll, "generator_gradient": nll}
+        metrics["skipped"] = skipped.astype(jnp.float32)
+        return state.replace(step=step, skipped=skipped), metrics
+
+    def eval_step(self, state, batch):
+        return {
+            "n": batch.arrays["weight"].sum(),
+            "step": state.step * batch.arrays["weight"].sum(),
+        }
+
+    def summarise(self, sums):
+        step = float(sums["step"] / sums["n"])
+        self.evaluated.append(step)
+        return {"nll": (step - self.best) ** 2}
+
+    def distance(self, state):
+        return abs(int(state.step) - self.nearest)
+
+    def draw(self, state, folder, sums, rows):
+        assert sums["n"] == 20 and rows[-1]["split"] == "validation"
+        self.drawn.append(int(state.step))
+
+
+def train(folder, restart=False, stage=None, **settings):
+    """Trains a Parabola and answers it."""
+    built = []
+
+    def build(config, devices):
+        built.append(Parabola(config, devices, **(stage or {})))
+        return built[0]
+
+    overrides = {"workdir": str(folder), "devices": 1, "vqgan.batch_size": 4, "vqgan.steps": 10}
+    overrides |= {f"vqgan.{name}": value for name, value in settings.items()}
+    loop.train(build, load_config("mnist_tiny", overrides), restart)
+    return built[0]
+
+
+CADENCES = {"eval_every": 3, "checkpoint_every": 4, "log_every": 2, "draw_every": 5}
+
+
+def test_cadences(tmp_path):
+    stage = train(tmp_path, **CADENCES)
+    assert stage.evaluated == [3, 6, 9, 10]
+    assert stage.drawn == [6, 10]
+    # 6 is the best, 9 is no improvement and no multiple of 4, 10 the last
+    assert Store(tmp_path, "vqgan", "nll", read_only=True).steps() == [6, 8, 10]
+    rows = read_rows(tmp_path / "metrics" / "vqgan.jsonl")
+    train_rows = [row for row in rows if row["split"] == "train"]
+    assert [row["step"] for row in train_rows] == [2, 3, 4, 6, 8, 9, 10]
+    # Each row is the mean over the steps since the one before.
+    assert [row["l1"] for row in train_rows] == [1.5, 3, 4, 5.5, 7.5, 9, 10]
+    assert train_rows[0]["epoch"] == pytest.approx(2 * 4 / 20)
+
+
+def test_where_the_distance_is_taken_the_best_has_the_least_of_it(tmp_path):
+    """At steps 4, 8 and 10; at 3, 6 and 9 there is no distance, and so no candidate."""
+    stage = train(tmp_path, stage={"nearest": 5}, fd_every=4, **CADENCES)
+    assert stage.evaluated == [3, 4, 6, 8, 9, 10]
+    rows = read_rows(tmp_path / "metrics" / "vqgan.jsonl")
+    found = {row["step"]: row.get("fd_vgg16") for row in rows if row["split"] == "validation"}
+    assert found == {3: None, 4: 1, 6: None, 8: 3, 9: None, 10: 5}
+    store = Store(tmp_path, "vqgan", "nll", read_only=True)
+    assert store.steps() == [4, 8, 10] and store.best() == (4, 1)
+
+
+def test_epochs_are_the_cadence_unless_told(tmp_path):
+    stage = train(tmp_path, eval_every=None, checkpoint_every=None, steps=None, epochs=2)
+    assert stage.evaluated == [5, 10]
+
+
+def test_the_best_is_remembered_over_a_resume_and_forgotten_by_a_restart(tmp_path, capsys):
+    settings = CADENCES | {"checkpoint_every": 5}
+    train(tmp_path, stage={"best": 3}, **settings)
+    train(tmp_path, stage={"best": 3}, **settings | {"steps": 16})
+    steps = Store(tmp_path, "vqgan", "nll", read_only=True).steps()
+    assert steps == [3, 15, 16]
+    train(tmp_path, stage={"best": 3}, **settings | {"steps": 16})
+    assert "trained already, to step 16" in capsys.readouterr().out
+    again = train(tmp_path, restart=True, stage={"best": 9}, **settings)
+    assert again.evaluated == [3, 6, 9, 10]
+    store = Store(tmp_path, "vqgan", "nll", read_only=True)
+    assert store.steps() == [9, 10] and store.best() == (9, 0)
+    assert max(row["step"] for row in read_rows(tmp_path / "metrics" / "vqgan.jsonl")) == 10
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path, capsys):
+    # Of the windows 1-2, 3, 4, 5-6, 7-8, 9, 10 the second and the third have no step left.
+    settings = CADENCES | {"skipped_in_a_row": 2}
+    train(tmp_path, stage={"broken": (3, 4, 7, 8)}, **settings)
+    lines = capsys.readouterr().out.splitlines()
+    said = [line for line in lines if "skipped" in line]
+    assert said == [
+        "Step 3 was skipped: not finite in l1, loss, generator_gradient.",
+        "Step 4 was skipped: not finite in l1, loss, generator_gradient.",
+        "Step 7 was skipped, and 1 more up to step 8: not finite in l1, loss, generator_gradient.",
+        f"Done: 10 steps, 4 of them skipped. The figures are in {tmp_path}/figures.",
+    ]
+    rows = [r for r in read_rows(tmp_path / "metrics" / "vqgan.jsonl") if r["split"] == "train"]
+    assert [row["skipped"] for row in rows] == [0, 1, 2, 2, 4, 4, 4]
+    assert [row.get("l1") for row in rows] == [1.5, None, None, 5.5, None, 9, 10]
+    assert rows[1].keys() == {"step", "epoch", "split", "skipped"}
+
+
+def test_a_window_is_the_mean_of_the_steps_that_were_not_skipped(tmp_path):
+    train(tmp_path, stage={"broken": (1, 5)}, log_every=5, eval_every=10, checkpoint_every=10)
+    rows = [r for r in read_rows(tmp_path / "metrics" / "vqgan.jsonl") if r["split"] == "train"]
+    assert [row["l1"] for row in rows] == [3, 8]  # of 2, 3, 4 and of 6 to 10
+    assert [row["skipped"] for row in rows] == [2, 2]
+
+
+def test_too_many_skipped_in_a_row_stop_the_run(tmp_path):
+    settings = {"skipped_in_a_row": 2, "log_every": 5, "eval_every": 5, "checkpoint_every": 5}
+    train(tmp_path / "never", stage={"broken": (1, 2, 4, 5, 7, 8)}, **settings)
+    # Neither a window's end nor a finite step before it makes a difference.
+    says = r"not finite at step 7, after 2 steps skipped in a row: l1, loss, generator_gradient; "
+    with pytest.raises(RunFailed, match=says + "the last good checkpoint is .*/vqgan/5"):
+        train(tmp_path, stage={"broken": (3, 5, 6, 7)}, **settings)
+
+
+def test_the_count_of_skipped_steps_goes_on_where_a_run_is_resumed(tmp_path, capsys):
+    def build(config, devices):
+        return Parabola(config, devices, broken=(2, 8))
+
+    for steps in (5, 10):
+        overrides = {"workdir": str(tmp_path), "devices": 1, "vqgan.batch_size": 4}
+        loop.train(build, load_config("mnist_tiny", overrides | {"vqgan.steps": steps}))
+    assert "Done: 10 steps, 2 of them skipped." in capsys.readouterr().out
+    assert read_rows(tmp_path / "metrics" / "vqgan.jsonl")[-2]["skipped"] == 2
+
+
+def test_a_metric_that_only_describes_a_step_is_left_out_of_the_log(tmp_path, capsys):
+    class Describing(Parabola):
+        def train_step(self, state, batch):
+            state, metrics = super().train_step(state, batch)
+            step = int(state.step)
+            return state, metrics | {"perplexity": jnp.float32(np.nan if step in (3, 5) else step)}
+
+    overrides = {f"vqgan.{name}": value for name, value in CADENCES.items()}
+    overrides |= {"vqgan.skipped_in_a_row": 0, "vqgan.steps": 10, "vqgan.batch_size": 4}
+    overrides |= {"workdir": str(tmp_path), "devices": 1}
+    loop.train(Describing, load_config("mnist_tiny", overrides))
+    assert capsys.readouterr().out.count("Not finite at step 3: perplexity.") == 1
+    rows = [r for r in read_rows(tmp_path / "metrics" / "vqgan.jsonl") if r["split"] == "train"]
+    # The windows are 1-2, 3, 4, 5-6, 7-8, 9 and 10.
+    assert [row.get("perplexity") for row in rows] == [1.5, None, 4, 6, 7.5, 9, 10]
+    assert [row["l1"] for row in rows] == [1.5, 3, 4, 5.5, 7.5, 9, 10] and rows[-1]["skipped"] == 0
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path):
+    settings = CADENCES | {"skipped_in_a_row": 0}
+    with pytest.raises(RunFailed, match=r"not finite at step 8: l1, loss, generator_gradient") as e:
+        train(tmp_path, stage={"broken": (8,)}, **settings)
+    assert str(tmp_path / "checkpoints" / "vqgan" / "6") in str(e.value)
+    assert "--vqgan.clip" in str(e.value)
+    assert max(Store(tmp_path, "vqgan", "nll", read_only=True).steps()) == 6
+
+
+def test_a_signal_at_a_validation_leaves_the_run_the_same(tmp_path):
+    def on_step(step):
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted, match="after step 6"):
+        train(tmp_path / "stopped", stage={"on_step": on_step}, **CADENCES)
+    assert train(tmp_path / "stopped", **CADENCES).drawn == [10]
+    assert train(tmp_path / "whole", **CADENCES).drawn == [6, 10], "after a signal it is too late"
+    stores = [
+        Store(tmp_path / name, "vqgan", "nll", read_only=True) for name in ("stopped", "whole")
+    ]
+    assert stores[0].steps() == stores[1].steps() and stores[0].best() == stores[1].best() == (6, 0)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_the_step_under_way(tmp_path, signum):
+    def on_step(step):
+        if step == 6:
+            os.kill(os.getpid(), signum)
+
+    before = signal.getsignal(signum)
+    with pytest.raises(Interrupted) as e:
+        train(tmp_path, stage={"on_step": on_step}, **CADENCES)
+    assert e.value.signum == signum and "after step 7" in str(e.value)
+    assert max(Store(tmp_path, "vqgan", "nll", read_only=True).steps()) == 7
+    assert signal.getsignal(signum) is before
+    stage = train(tmp_path, **CADENCES)
+    assert stage.evaluated == [9, 10]
+
+
+def test_a_signal_before_the_first_step_leaves_what_was_there(tmp_path):
+    train(tmp_path, **CADENCES)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+    def build(config, devices):
+        os.kill(os.getpid(), signal.SIGINT)
+        return Parabola(config, devices)
+
+    overrides = {"workdir": str(tmp_path), "devices": 1, "vqgan.batch_size": 4, "vqgan.steps": 20}
+    with pytest.raises(Interrupted, match="Stopped by SIGINT before the next step"):
+        loop.train(build, load_config("mnist_tiny", overrides))
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_a_signal_while_a_feed_works_saves_what_is_trained(tmp_path):
+    """As where another version of the tokens is encoded in the middle of a run."""
+
+    class Slow(Parabola):
+        def feeds(self, check):
+            training, validation = super().feeds(check)
+            batch = training.batch
+
+            def slow(step):
+                if step == 7:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    check()
+                return batch(step)
+
+            training.batch = slow
+            return training, validation
+
+    overrides = {"workdir": str(tmp_path), "devices": 1, "vqgan.batch_size": 4, "vqgan.steps": 20}
+    with pytest.raises(Interrupted, match="Stopped by SIGTERM before the next step"):
+        loop.train(Slow, load_config("mnist_tiny", overrides))
+    assert Store(tmp_path, "vqgan", "nll", read_only=True).steps()[-1] == 7
+    rows = (tmp_path / "metrics" / "vqgan.jsonl").read_text().splitlines()
+    assert json.loads(rows[-1])["step"] == 7
+
+
+def test_a_signal_in_the_last_step_saves_before_it_draws(tmp_path, monkeypatch):
+    store = Store(tmp_path, "vqgan", "nll", read_only=True)
+    drawn = []
+
+    def draw(*_):
+        deadline = time.monotonic() + 30
+        while 10 not in store.steps() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        drawn.append(store.steps())
+
+    monkeypatch.setattr(Parabola, "draw", draw)
+    train(
+        tmp_path,
+        stage={"on_step": lambda step: step == 9 and os.kill(os.getpid(), signal.SIGTERM)},
+        **CADENCES | {"draw_every": 10},
+    )
+    assert len(drawn) == 1 and drawn[0][-1] == 10
+
+
+def test_one_run_at_a_time_in_a_folder_and_several_in_several(tmp_path):
+    def on_step(step):
+        if step == 3:
+            with pytest.raises(UserError, match=f"process {os.getpid()} .* trains in"):
+                train(tmp_path / "one", **CADENCES)
+            train(tmp_path / "another", **CADENCES)
+
+    for _ in range(2):  # the second time, one that is trained already
+        train(tmp_path / "one", stage={"on_step": on_step}, **CADENCES)
+    for name in ("one", "another"):
+        assert Store(tmp_path / name, "vqgan", "nll", read_only=True).steps() == [6, 8, 10]
+        assert not (tmp_path / name / ".lock").exists()
+
+
+def test_memory_that_does_not_suffice_is_a_sentence(tmp_path):
+    def on_step(step):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+
+    with pytest.raises(RunFailed, match=r"a step of 4 images; lower --vqgan.batch-size"):
+        train(tmp_path, stage={"on_step": on_step})
+
+
+def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys):
+    train(tmp_path, **CADENCES)
+    lines = capsys.readouterr().out.splitlines()
+    assert f"into {tmp_path}: 20 images, 4 a step, step 1 to 10, on 1 cpu device." in lines[0]
+    assert "step 3/10  validation  nll 9" in lines
+    assert lines[-1] == f"Done: 10 steps. The figures are in {tmp_path}/figures."
+    assert not any("\r" in line for line in lines)
+
+
+def test_what_the_steps_take_is_logged_apart(tmp_path):
+    train(tmp_path, **CADENCES)
+    rows = read_rows(tmp_path / "metrics" / "vqgan_speed.jsonl")
+    assert [row["step"] for row in rows] == [2, 3, 4, 6, 8, 9, 10]
+    for row in rows:
+        assert row["flops_per_second"] == pytest.approx(3 * row["steps_per_second"], rel=1e-3)
+        assert 0 <= row["waiting"] <= 1 and row["memory_peak_bytes"] > 2**20
+        assert "utilisation" not in row  # of a CPU no one knows it
+
+
+def test_steps_can_be_traced(tmp_path, capsys):
+    train(tmp_path, profile=(3, 4), **CADENCES)
+    (trace,) = (tmp_path / "profile").glob("plugins/profile/*/perfetto_trace.json.gz")
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    steps = {e["args"]["step_num"] for e in events if e.get("name") == "step"}
+    assert steps == {"3", "4"}
+    assert f"Steps 3 to 4 are traced in {tmp_path / 'profile'}" in capsys.readouterr().out
+
+
+def test_how_a_batch_is_divided_is_said(tmp_path, capsys):
+    train(tmp_path, micro_batches=2)
+    assert "20 images, 4 a step (in 2 parts of 2), step 1" in capsys.readouterr().out
+    assert loop.shares(64, 1, 1) == "" and loop.shares(64, 4, 1) == " (16 a device)"
+    assert loop.shares(64, 4, 4) == " (16 a device, in 4 parts of 4)"
+
+
+def test_a_torn_last_line_of_the_log_is_left_out(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"step": 1}) + '\n{"step": 2, "l')
+    assert read_rows(file) == [{"step": 1}]
+
+
+def test_tensorboard_gets_the_rows(tmp_path):
+    train(tmp_path, **CADENCES)
+    (events,) = (tmp_path / "tensorboard" / "vqgan").iterdir()
+    content = events.read_bytes()
+    assert b"train/l1" in content and b"validation/nll" in content
+
+
+def test_the_config_keeps_the_section_of_the_other_stage(tmp_path):
+    """As where stage 1 is trained on after a prior with settings of its own."""
+    file = tmp_path / "config.json"
+    train(tmp_path, steps=2)
+    assert read_config(file).prior == load_config("mnist_tiny").prior
+    write_config(override(read_config(file), {"prior.layers": 2, "prior.steps": 7}), file)
+    train(tmp_path, steps=4)
+    written = read_config(file)
+    assert (written.prior.layers, written.prior.steps, written.vqgan.steps) == (2, 7, 4)
+    train(tmp_path, restart=True, steps=4)
+    assert read_config(file).prior == load_config("mnist_tiny").prior
+
+
+def test_a_run_with_other_settings_is_refused_and_begun_anew_beside_the_users_files(tmp_path):
+    train(tmp_path, steps=2)
+    (tmp_path / "figures" / "notes.txt").write_text("mine")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    other = {"steps": 2, "codebook_size": 64}
+    with pytest.raises(UserError, match="--vqgan.codebook-size is 64, not 128"):
+        train(tmp_path, **other)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    train(tmp_path, restart=True, **other)
+    assert (tmp_path / "figures" / "notes.txt").read_text() == "mine"
+    assert read_config(tmp_path / "config.json").vqgan.codebook_size == 64
+
+
+def test_a_run_refuses_to_go_on_with_other_data(tmp_path):
+    def identity(images):
+        return {"images": {"training": images}, "means": {}, "class_names": ["a"]}
+
+    def train_on(images, steps):
+        overrides = {"workdir": str(tmp_path), "devices": 1, "vqgan.batch_size": 4}
+        stage = type("Stage", (Parabola,), {"dataset": identity(images)})
+        loop.train(stage, load_config("mnist_tiny", overrides | {"vqgan.steps": steps}))
+
+    train_on(42, 2)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with pytest.raises(UserError, match="other data: there are 41 training images, not 42"):
+        train_on(41, 4)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    train_on(42, 4)
+
+
+def test_which_section_of_the_config_is_written(tmp_path):
+    """Of the stage that is trained the given one, of the other the one in the folder; a run that
+    begins anew with stage 1 takes the given ones, unless there is a prior already."""
+    held = load_config("mnist_tiny", {"vqgan.steps": 3, "prior.steps": 4})
+    write_config(held, tmp_path / "config.json")
+    overrides = {"vqgan.steps": 5, "prior.steps": 6, "workdir": str(tmp_path)}
+    given = load_config("mnist_tiny", overrides)
+
+    def steps(stage, restart):
+        config = loop.with_other_stage(given, stage, restart)
+        return config.vqgan.steps, config.prior.steps
+
+    assert steps("vqgan", False) == (5, 4) and steps("vqgan", True) == (5, 6)
+    assert steps("prior", False) == steps("prior", True) == (3, 6)
+    store = Store(tmp_path, "prior", "nll")
+    store.save(1, {"step": np.int32(1)}, held, None)
+    store.require(1)
+    assert steps("vqgan", True) == (5, 4)
+
+
+def test_a_run_whose_preset_has_changed_goes_on_by_its_own_config(tmp_path):
+    train(tmp_path, steps=2, learning_rate=1e-3)
+    with pytest.raises(
+        UserError, match=f"--config {tmp_path / 'config.json'} --workdir {tmp_path}"
+    ):
+        train(tmp_path, steps=4)
+    overrides = {"vqgan.steps": 4, "workdir": str(tmp_path)}
+    loop.train(Parabola, load_config(tmp_path / "config.json", overrides))
+    assert Store(tmp_path, "vqgan", "nll", read_only=True).steps()[-1] == 4
+
+
+def test_a_preset_for_a_gpu_says_so_before_anything_else(tmp_path, capsys):
+    def build(config, devices):
+        print("built")
+        return Parabola(config, devices)
+
+    overrides = {"workdir": str(tmp_path), "devices": 1, "vqgan.batch_size": 4, "vqgan.steps": 1}
+    loop.train(build, load_config("mnist", overrides))
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert "mnist is meant for a GPU" in first and second == "built"
+
+
+def test_a_disk_that_takes_no_more_is_a_sentence(tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise ValueError("RESOURCE_EXHAUSTED: no space left")
+
+    monkeypatch.setattr("orbax.checkpoint.CheckpointManager.save", full)
+    with pytest.raises(
+        RunFailed, match=r"step 10 could not be written .*RESOURCE_EXHAUSTED.*none was before"
+    ):
+        train(tmp_path, **CADENCES)
+    # At 9 too: the best so far, since what was better was lost.
+    said = capsys.readouterr().out.splitlines()
+    tried = [line.split()[4] for line in said if "and the next one is tried" in line]
+    assert tried == ["3", "4", "6", "8", "9", "10"]
+
+
+def test_figures_that_cannot_be_drawn_do_not_cost_the_run(tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Parabola, "draw", full)
+    train(tmp_path, **CADENCES)
+    assert capsys.readouterr().out.count("figures cannot be written ([Errno 28]") == 1
+    assert max(Store(tmp_path, "vqgan", "nll", read_only=True).steps()) == 10
+
+
+def test_a_run_that_ends_at_its_last_drawing_draws_again(tmp_path, monkeypatch):
+    def killed(*_):
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(Parabola, "draw", killed)
+        train(tmp_path, **CADENCES | {"draw_every": 10})
+    assert train(tmp_path, **CADENCES | {"draw_every": 10}).drawn == [10]
+
+
+@pytest.mark.parametrize("line", ["\xff", "7", '{"l1": 1}'])
+def test_a_spoilt_line_of_the_log_does_not_block_a_resume(tmp_path, line):
+    train(tmp_path, **CADENCES)
+    file = tmp_path / "metrics" / "vqgan.jsonl"
+    file.write_bytes(file.read_bytes() + line.encode("latin-1") + b"\n")
+    assert train(tmp_path, **CADENCES | {"steps": 12}).evaluated == [12]
+    assert read_rows(file)[-1]["step"] == 12

@@ -1,0 +1,229 @@
+"""bfloat16: what stays float32, and how near the gradients are to float32's."""
+
+import functools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from taming_jax.config.load import load_config
+from taming_jax.data.batches import ResidentFeed
+from taming_jax.data.datasets import Split
+from taming_jax.models.discriminator import Discriminator
+from taming_jax.models.lpips import load_lpips, lpips
+from taming_jax.models.vqgan import build_vqgan
+from taming_jax.parallel.devices import Devices
+from taming_jax.priors.autoregressive import GPT, build_gpt
+from taming_jax.training.prior import fresh_transformer, training_step
+from taming_jax.training.state import Net
+from taming_jax.training.vqgan_step import Keys, Networks
+
+# Sums, and what softmax, norms, distances and losses are made of. Activations (logistic, erf) and
+# products are computed in bfloat16.
+SENSITIVE = {
+    "reduce_sum", "reduce_max", "reduce_min", "argmin", "argmax", "cumsum", "exp", "exp2", "log",
+    "log1p", "sqrt", "rsqrt", "square", "integer_pow",
+}  # fmt: skip
+BF16 = jnp.dtype("bfloat16")
+
+
+def operations(value) -> Iterator:
+    """All operations of a jaxpr and of those within it."""
+    if hasattr(value, "eqns"):
+        for operation in value.eqns:
+            yield operation
+            yield from operations(list(operation.params.values()))
+    elif hasattr(value, "jaxpr"):
+        yield from operations(value.jaxpr)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from operations(part)
+
+
+def dtypes(operation, which="invars"):
+    return {var.aval.dtype for var in getattr(operation, which)}
+
+
+def vqgan():
+    config = load_config("mnist_tiny", {"dtype": "bfloat16", "vqgan.attention_resolutions": (14,)})
+    model, images = build_vqgan(config), jnp.zeros((2, 28, 28, 1))
+    params = jax.eval_shape(model.init, jax.random.key(0), images)
+    return jax.make_jaxpr(model.apply)(params, images)
+
+
+def discriminator():
+    model, images = Discriminator(8, 2, dtype=BF16), jnp.zeros((2, 28, 28, 1))
+    params = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
+    return jax.make_jaxpr(lambda p, x: model.apply(p, x, mutable=["batch_stats"]))(params, images)
+
+
+def perceptual():
+    images = jnp.zeros((2, 32, 32, 1))
+    return jax.make_jaxpr(lambda *a: lpips(*a, dtype=BF16))(load_lpips(), images, images)
+
+
+def transformer(**options):
+    model = GPT(16, 3, (3, 3), 2, 2, 16, dropout=0.1, dtype=BF16, **options)
+    tokens = jnp.zeros((2, 9), jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), tokens)
+    key = {"dropout": jax.random.key(1)}
+    return jax.make_jaxpr(lambda p, t: model.apply(p, t, True, rngs=key))(params, tokens)
+
+
+def modern():
+    return transformer(norm="rms", mlp="swiglu", positions="rotary", qk_norm=True)
+
+
+@pytest.mark.parametrize("build", [vqgan, discriminator, perceptual, transformer, modern])
+def test_what_is_sensitive_is_computed_in_float32(build):
+    jaxpr = build()
+    found = list(operations(jaxpr))
+    products = [op for op in found if op.primitive.name in ("conv_general_dilated", "dot_general")]
+    assert any(BF16 in dtypes(op) for op in products), "the networks compute in bfloat16"
+    for op in found:
+        assert op.primitive.name not in SENSITIVE or BF16 not in dtypes(op), op
+    outputs = {out.dtype for out in jaxpr.out_avals}
+    assert outputs <= {jnp.dtype("float32"), jnp.dtype("int32")}
+
+
+@pytest.mark.parametrize(("build", "places"), [(vqgan, 14 * 14), (transformer, 9)])
+def test_attentions_scores_are_not_rounded_to_bfloat16(build, places):
+    scores = [
+        op
+        for op in operations(build())
+        if op.primitive.name == "dot_general" and op.outvars[0].aval.shape[-2:] == (places, places)
+    ]
+    assert scores and all(dtypes(op, "outvars") == {jnp.dtype("float32")} for op in scores)
+
+
+def cosine(left, right):
+    a, b = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]) for tree in (left, right))
+    return a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+
+
+def assert_float32(tree):
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(tree)} <= {"float32", "int32"}
+
+
+def assert_near(gradient, expected, least, each):
+    """Two trees of gradients by their directions: of all together, and of each array that matters,
+    of which the lengths are compared too."""
+    assert_float32(gradient)
+    assert cosine(gradient, expected) >= least
+    whole = optax.tree.norm(expected)
+    pairs = zip(jax.tree.leaves_with_path(gradient), jax.tree.leaves(expected), strict=True)
+    for (path, array), other in pairs:
+        length = np.linalg.norm(other)
+        if length >= 1e-2 * whole:
+            assert cosine(array, other) >= each, path
+            assert np.linalg.norm(array) == pytest.approx(length, rel=0.05), path
+
+
+# One code, since another one would make another image; small, to be compiled sooner.
+SMALL = {
+    "vqgan.codebook_size": 1, "vqgan.channels": 64, "vqgan.multipliers": (1,),
+    "vqgan.decoder_blocks": 1, "vqgan.lecam_weight": 1.0, "data.image_size": 12,
+    "vqgan.adaptive_weight": True,
+}  # fmt: skip
+QUICKLY = {"xla_backend_optimization_level": 0}
+
+
+def called(devices, function, state, arrays):
+    """What a step answers on the devices."""
+    if len(devices) == 1:
+        return devices.fetch(jax.jit(function, compiler_options=QUICKLY)(state, arrays))
+    return devices.fetch(devices.compile(function)(devices.replicate(state), arrays))
+
+
+on_devices = pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow)])
+
+
+def stage_1(dtype, axis_name=None):
+    """Stage 1's networks in this type, a state, and images."""
+    networks = Networks.build(load_config("mnist_tiny", SMALL | {"dtype": dtype}), axis_name)
+    keys = jax.random.split(jax.random.key(0), 3)
+
+    @functools.partial(jax.jit, compiler_options=QUICKLY)
+    def create():
+        images = jnp.tanh(2 * jax.random.normal(keys[0], (16, 12, 12, 1)))
+        generator = networks.generator.init(keys[1], images)["params"]
+        disc = networks.discriminator.init(keys[2], images, train=False)
+        averages = {"real": jnp.float32(0.1), "fake": jnp.float32(-0.1)}
+        extra = {"batch_stats": disc["batch_stats"], "lecam": averages}
+        return (Net(generator, ()), Net(disc["params"], (), extra)), images
+
+    return networks, *create()
+
+
+@pytest.mark.slow
+@on_devices
+def test_stage_1_in_bfloat16_learns_almost_the_same(count):
+    exact = None
+    for dtype, devices in (("float32", Devices(1)), ("bfloat16", Devices(count))):
+        networks, nets, images = stage_1(dtype, devices.axis_name)
+
+        def step(nets, x, networks=networks):
+            return networks.gradients(*nets, x, {}, True, 100)
+
+        found = called(devices, step, nets, devices.shard(images))
+        exact = exact or found
+        assert_float32(found)
+        assert_near(found.generator, exact.generator, 0.995, 0.99)
+        for name in ("l1", "nll", "codebook", "generator_gradient", "loss"):
+            assert found.metrics[name] == pytest.approx(exact.metrics[name], rel=0.03), name
+
+
+@on_devices
+def test_the_discriminator_in_bfloat16_learns_almost_the_same(count):
+    """Of images that differ, as those of one code do not."""
+    exact = None
+    for dtype, devices in (("float32", Devices(1)), ("bfloat16", Devices(count))):
+        networks, (_, net), images = stage_1(dtype, devices.axis_name)
+
+        def step(net, x, networks=networks):
+            fake = -x[:, ::-1] / 2
+            found = networks.adversary(net.params, net.extra, x, fake, jnp.int32(100), Keys())
+            return networks.mean((found.gradient, found.metrics)), found.extra
+
+        (gradient, metrics), extra = called(devices, step, net, devices.shard(images))
+        exact = exact or (gradient, metrics, extra)
+        assert_float32((gradient, metrics, extra))
+        assert_near(gradient, exact[0], 0.999, 0.99)
+
+
+def stage_2(dtype, count=1):
+    """A step of stage 2 in this type: the devices, the function, a state and a batch."""
+    devices = Devices(count)
+    overrides = {"prior.batch_size": 16, "prior.layers": 1, "dtype": dtype}
+    config = load_config("mnist_tiny", overrides)
+    model = build_gpt(config, 10)
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, model.codebook_size, (64, model.length)).astype(np.uint8)
+    feed = ResidentFeed(Split(codes, rng.integers(0, 10, 64).astype(np.int32)), 16, 0, devices)
+    step = functools.partial(training_step, config, model, 100, devices.axis_name)
+    return devices, step, fresh_transformer(config, model, jax.random.key(0)), feed.batch(0).arrays
+
+
+@on_devices
+def test_stage_2_in_bfloat16_learns_almost_the_same(count):
+    exact = None
+    for case in (("float32", 1), ("bfloat16", count)):
+        state, metrics = called(*stage_2(*case))
+        # Adam's first moment, which began at zero, is the gradient.
+        gradient = optax.tree.get(state.nets["transformer"].opt_state, "mu")
+        exact = exact or (gradient, metrics)
+        assert_float32((state, metrics))
+        assert_near(gradient, exact[0], 0.999, 0.99)
+        assert metrics["nll"] == pytest.approx(exact[1]["nll"], rel=1e-3)
+
+
+def test_no_gradient_is_summed_in_bfloat16():
+    networks, nets, images = stage_1("bfloat16")
+    of_vqgan = jax.make_jaxpr(lambda nets, x: networks.gradients(*nets, x, {}, True))(nets, images)
+    _, step, state, arrays = stage_2("bfloat16")
+    for jaxpr in (of_vqgan, jax.make_jaxpr(step)(state, arrays)):
+        sums = [op for op in operations(jaxpr) if op.primitive.name == "reduce_sum"]
+        assert sums and not any(BF16 in dtypes(op) for op in sums), sums

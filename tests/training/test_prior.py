@@ -1,0 +1,247 @@
+"""Stage 2: what a step computes, on any number of devices, and what a run keeps."""
+
+import json
+import shutil
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from taming_jax.config.load import load_config
+from taming_jax.parallel.devices import Devices
+from taming_jax.priors.autoregressive import build_gpt, teacher_forced
+from taming_jax.training import accumulate
+from taming_jax.training.prior import (
+    PriorStage,
+    adamw,
+    corrupted,
+    fresh_transformer,
+    learning_rate,
+    training_step,
+)
+from taming_jax.training.state import CODES, LABELS, example_keys
+from taming_jax.training.store import Store
+from tests import commands, golden, small_runs
+from tests.conftest import TINY
+from tests.training.test_resume import stopped_after
+
+SMALL = {"batch_size": 8, "layers": 1, "heads": 2, "width": 32}
+
+
+def stage_of(workdir, count=1, **prior):
+    run = load_config(str(workdir / "config.json"))
+    overrides = {f"prior.{key}": value for key, value in {**SMALL, **prior}.items()}
+    overrides |= {"workdir": str(workdir), "config": run.config}
+    return PriorStage(load_config(str(workdir / "config.json"), overrides), Devices(count))
+
+
+@pytest.mark.parametrize("counts", [(1, 4), pytest.param((1, 2), marks=pytest.mark.slow)])
+def test_one_two_and_four_devices_take_the_same_step(stage1, counts):
+    settings = {"dropout": 0.3, "label_dropout": 0.5, "keep_codes": 0.8}
+    found = {}
+    for count in counts:
+        stage = stage_of(stage1, count, **settings)
+        feed, _ = stage.feeds()
+        state = stage.devices.replicate(stage.init(jax.random.key(0)))
+        # The second step, since Adam's first turns the noise of small gradients into full ones.
+        losses = []
+        for step in range(2):
+            state, metrics = stage.train_step(state, feed.batch(step))
+            losses.append(stage.devices.fetch(metrics))
+        found[count] = losses, stage.devices.fetch(state.nets["transformer"].opt_state)
+    for count in counts[1:]:
+        golden.assert_trees_close(found[count][0], found[1][0], f"{count} devices ", 1e-5, 1e-6)
+        # Adam's first moment is the averaged gradient.
+        golden.assert_trees_close(found[count][1], found[1][1], f"{count} devices ", 1e-4, 1e-6)
+
+
+def test_a_batch_in_four_parts_is_the_same_step(stage1, monkeypatch):
+    monkeypatch.setattr(accumulate, "unrolled", lambda: False)  # compiled sooner
+    settings = {"dropout": 0.3, "label_dropout": 0.5, "keep_codes": 0.8}
+    found = {}
+    for count, parts in ((1, 1), (1, 4), (2, 4)):
+        stage = stage_of(stage1, count, **settings, micro_batches=parts)
+        feed, _ = stage.feeds()
+        state = stage.devices.replicate(stage.init(jax.random.key(0)))
+        state, metrics = stage.train_step(state, feed.batch(0))
+        # Adam's first moment is the averaged gradient, times what it does not keep of the last.
+        found[count, parts] = stage.devices.fetch((metrics, state.nets["transformer"].opt_state))
+    for case in ((1, 4), (2, 4)):
+        golden.assert_trees_close(found[case], found[1, 1], f"{case} ", 1e-5, 1e-6)
+
+
+def test_a_step_learns_from_dropped_labels_and_corrupted_codes(stage1):
+    """The loss of a step, computed again from its parts."""
+    stage = stage_of(stage1, dropout=0.0, label_dropout=0.5, keep_codes=0.7)
+    feed, _ = stage.feeds()
+    batch = feed.batch(0)
+    state = stage.init(jax.random.key(0))
+    params = jax.tree.map(np.array, state.nets["transformer"].params)
+    _, metrics = stage.train_step(state, batch)
+    index = np.asarray(batch.arrays["index"])
+    codes = np.asarray(batch.arrays["images"])[index].astype(np.int32)
+    labels = np.asarray(batch.arrays["labels"])[index]
+    place = jnp.arange(8)
+    dropped = [
+        bool(jax.random.bernoulli(key, 0.5))
+        for key in example_keys(stage.config.seed, LABELS, jnp.int32(0), place)
+    ]
+    assert 0 < sum(dropped) < 8
+    tokens = teacher_forced(stage.model, np.where(dropped, stage.model.classes, labels), codes)
+    keys = example_keys(stage.config.seed, CODES, jnp.int32(0), place)
+    rest = [corrupted(0.7, 128, key, row) for key, row in zip(keys, tokens[:, 1:], strict=True)]
+    tokens = jnp.concatenate([tokens[:, :1], jnp.stack(rest)], 1)
+    logits = np.asarray(stage.model.apply({"params": params}, tokens), np.float64)
+    likely = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    nll = -np.take_along_axis(likely, codes[..., None], -1).mean()
+    assert metrics["nll"] == pytest.approx(nll, rel=1e-5)
+
+
+def test_a_step_that_is_not_finite_is_skipped(stage1):
+    stage = stage_of(stage1)
+    feed, _ = stage.feeds()
+    state = stage.init(jax.random.key(0))
+    params = state.nets["transformer"].params
+    params["head"] = params["head"].at[0, 0].set(jnp.inf)
+    before = jax.tree.map(np.array, state)
+    after, metrics = stage.train_step(state, feed.batch(0))
+    assert not np.isfinite(metrics["nll"]) and metrics["skipped"] == 1
+    assert (int(after.step), int(after.skipped)) == (1, 1)
+    jax.tree.map(np.testing.assert_array_equal, after.nets, before.nets)
+
+
+def test_corruption_keeps_the_share_it_says():
+    codes = jnp.full(20_000, 7)
+    kept = (corrupted(0.7, 64, jax.random.key(0), codes) == 7).mean()
+    assert kept == pytest.approx(0.7 + 0.3 / 64, abs=0.02)
+
+
+def test_decay_is_for_matrices_only():
+    config = load_config("mnist_tiny", {"prior.weight_decay": 0.5})
+    params = {"matrix": jnp.ones((2, 2)), "vector": jnp.ones(2)}
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = adamw(config).update(zeros, adamw(config).init(params), params)
+    assert (updates["matrix"] == 0.5).all() and (updates["vector"] == 0).all()
+
+
+def test_one_cycle_begins_peaks_and_ends_as_pytorchs():
+    config = load_config("mnist", {"prior.learning_rate": 3e-4})
+    rates = np.array([learning_rate(config, 1000)(step) for step in range(1001)])
+    np.testing.assert_allclose(rates[[0, 300, 1000]], [3e-4 / 25, 3e-4, 3e-4 / 25e4], rtol=1e-3)
+    assert (np.diff(rates[:301]) > 0).all() and (np.diff(rates[300:]) < 0).all()
+
+
+def test_cosine_warms_up_and_decays_to_nothing():
+    config = load_config("mnist", {"prior.schedule": "cosine", "prior.warmup_steps": 100})
+    rates = np.array([learning_rate(config, 1000)(step) for step in range(1000)])
+    assert rates.argmax() == 99 and rates[99] == pytest.approx(config.prior.learning_rate)
+    assert rates[0] == pytest.approx(rates[99] / 100, rel=1e-4) and rates[-1] < 1e-9
+
+
+def test_a_step_does_no_encoding_and_little_else():
+    """At the mnist sizes: 6 flops a parameter and code, and attention's products."""
+    config = load_config("mnist")
+    model = build_gpt(config, 10)
+    b, t, width, layers = 256, model.length, 256, 6
+    arrays = {
+        "images": jax.ShapeDtypeStruct((57000, t), jnp.uint8),
+        "labels": jax.ShapeDtypeStruct((57000,), jnp.int32),
+        "index": jax.ShapeDtypeStruct((b,), jnp.int32),
+        "place": jax.ShapeDtypeStruct((b,), jnp.int32),
+    }
+    state = jax.eval_shape(lambda: fresh_transformer(config, model, jax.random.key(0)))
+    step = jax.jit(training_step, static_argnums=(0, 1, 2, 3))
+    flops = step.lower(config, model, 100, None, state, arrays).compile().cost_analysis()["flops"]
+    parameters = sum(p.size for p in jax.tree.leaves(state.nets["transformer"].params))
+    # Two products forward, four back, of t x t x width each, in every layer.
+    expected = 6 * parameters * b * t + 6 * 2 * b * t * t * width * layers
+    assert flops == pytest.approx(expected, rel=0.1)
+
+
+COMMAND = [
+    "train_prior.py", "--config", "mnist_tiny", "--prior.batch-size", "8", "--prior.layers", "1",
+    "--prior.heads", "2", "--prior.width", "32", "--workdir",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_killed_prior_goes_on_bit_for_bit_and_keeps_its_own_generator(stage1, tmp_path):
+    whole, broken = (shutil.copytree(stage1, tmp_path / name) for name in ("whole", "broken"))
+    settings = [
+        "--prior.steps", 300, "--prior.checkpoint-every", 50, "--prior.dropout", 0.2,
+        "--seed", 2**32 - 1,
+    ]  # fmt: skip
+    status, out, err = commands.run(*COMMAND, whole, *settings)
+    assert status == 0, err
+    assert {f.name for f in (whole / "figures").iterdir()} >= {"prior_loss.png", "samples.png"}
+    stores = [Store(workdir, "prior", "nll", read_only=True) for workdir in (whole, broken)]
+    first = broken / "checkpoints" / "prior" / "50"
+    status, _ = stopped_after([*COMMAND, broken, *settings], first, signal.SIGKILL)
+    assert status == -signal.SIGKILL and stores[1].steps() and 300 not in stores[1].steps()
+    # Stage 1 is trained on in between.
+    status, out, err = commands.run("train_vqgan.py", *TINY, 5, "--workdir", broken)
+    assert status == 0, err
+    status, out, err = commands.run(*COMMAND, broken, *settings)
+    assert status == 0, err
+    expected, arrays = (store.read(300)[0] for store in stores)
+    assert set(arrays) == set(expected) and any("generator" in path for path in arrays)
+    for path, array in expected.items():
+        np.testing.assert_array_equal(arrays[path], array, err_msg=".".join(path))
+    last = Store(broken, "vqgan", "nll", read_only=True).read(5)[0]
+    moved = [
+        p for p in last if "ema" in p and (last[p] != expected[(*p[:2], "params", *p[3:])]).any()
+    ]
+    assert moved, "stage 1 has moved on"
+    rows = (whole / "metrics" / "prior.jsonl").read_text().splitlines()
+    validation = json.loads(rows[-1])
+    bits = validation["nll"] * 64 / (16 * 16) / np.log(2)
+    assert validation["bits_per_dim"] == pytest.approx(bits)
+
+
+def test_a_broken_prior_goes_on_bit_for_bit_and_keeps_its_own_generator(tmp_path):
+    stage1 = {"vqgan__steps": 5, "vqgan__checkpoint_every": 3}
+    with pytest.raises(small_runs.Killed):
+        small_runs.train(tmp_path / "whole", on_step=small_runs.kill_at(4), **stage1)
+    assert small_runs.saved_steps(tmp_path / "whole") == [3]
+    shutil.copytree(tmp_path / "whole", tmp_path / "broken")
+    settings = stage1 | {"prior__steps": 14, "prior__checkpoint_every": 4}
+    settings |= {"prior__eval_every": 7, "prior__dropout": 0.2, "seed": 2**32 - 1}
+    small_runs.train(tmp_path / "whole", "prior", **settings)
+    with pytest.raises(small_runs.Killed):
+        small_runs.train(tmp_path / "broken", "prior", on_step=small_runs.kill_at(10), **settings)
+    assert small_runs.saved_steps(tmp_path / "broken", "prior") == [7, 8]
+    small_runs.train(tmp_path / "broken", **stage1)  # goes on in between
+    small_runs.train(tmp_path / "broken", "prior", **settings)
+    small_runs.assert_same_run(tmp_path / "broken", tmp_path / "whole", 14, "prior")
+    kept = small_runs.arrays_at(tmp_path / "whole", 14, "prior")
+    assert any("generator" in path for path in kept)
+    last = small_runs.arrays_at(tmp_path / "broken", 5)
+    moved = [p for p in last if "ema" in p and (last[p] != kept[(*p[:2], "params", *p[3:])]).any()]
+    assert moved, "stage 1 has moved on"
+    validation = small_runs.read_rows(tmp_path / "whole", "prior")[-1]
+    bits = validation["nll"] / np.log(2)  # of a code a pixel
+    assert validation["bits_per_dim"] == pytest.approx(bits)
+
+
+def test_a_run_leaves_its_figures(both):
+    figures = {file.name for file in (both / "figures").iterdir()}
+    assert figures >= {"prior_loss.png", "samples.png"}
+
+
+def test_bad_input_is_a_sentence(stage1, tmp_path):
+    for arguments, says in (
+        (
+            [*COMMAND, tmp_path / "a run"],
+            "train it first, with python train_vqgan.py --config mnist_tiny --workdir "
+            f"'{tmp_path}/a run'\n",
+        ),
+        ([*COMMAND, stage1, "--vqgan.codebook-size", 64], "--vqgan.codebook-size is 64, not 128"),
+        ([*COMMAND, stage1, "--prior.warmup-steps", 3], "belongs to --prior.schedule cosine"),
+        ([*COMMAND, stage1, "--prior.heads", 3], "--prior.width 32 cannot be divided"),
+        ([*COMMAND, stage1, "--prior.batch-size", 0], "--prior.batch-size is 0"),
+    ):
+        status, _, err = commands.run_here(*arguments)
+        assert status == 2 and says in err and err.count("\n") == 1, err
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,103 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from taming_jax.config.load import load_config
+from taming_jax.training.state import (
+    Net,
+    TrainState,
+    clipped,
+    copied,
+    moved,
+    schedule,
+    stepped,
+)
+
+SETTINGS = load_config("mnist").vqgan
+
+
+def test_the_learning_rate_warms_up_and_decays_over_the_run():
+    settings = dataclasses.replace(SETTINGS, warmup_steps=10, final_learning_rate=0.2)
+    rates = [float(schedule(settings, 100, 3.0)(step)) for step in range(100)]
+    np.testing.assert_allclose(rates[:10], 3.0 * np.arange(1, 11) / 10, rtol=1e-5)
+    progress = np.arange(1, 91) / 90
+    cosine = 0.2 + 0.8 * (1 + np.cos(np.pi * progress)) / 2
+    np.testing.assert_allclose(rates[10:], 3.0 * cosine, rtol=1e-4)
+    short = [float(schedule(settings, 4, 3.0)(step)) for step in range(4)]
+    np.testing.assert_allclose(short, rates[:4], rtol=1e-6)  # four steps are all warm-up
+    assert {float(schedule(SETTINGS, 100, 3.0)(step)) for step in (0, 50, 99)} == {3.0}
+
+
+def test_an_update_is_adams_at_the_rate_given():
+    params = {"w": jnp.array([1.0, -2.0, 3.0])}
+    gradients = [{"w": jnp.array(g)} for g in ([0.5, 0.1, -1.0], [0.2, -0.3, 0.4])]
+    ours, theirs = clipped(optax.scale_by_adam(0.5, 0.9), None), optax.adam(0.1, 0.5, 0.9)
+    net, expected, state = Net(params, ours.init(params)), params, theirs.init(params)
+    for gradient in gradients:
+        net = net.updated(ours, gradient, jnp.float32(0.1))
+        updates, state = theirs.update(gradient, state)
+        expected = optax.apply_updates(expected, updates)
+    np.testing.assert_allclose(net.params["w"], expected["w"], rtol=1e-6)
+
+
+def test_clipping_bounds_the_global_norm():
+    sgd = clipped(optax.identity(), 1.0)
+    params = {"a": jnp.zeros(2), "b": jnp.zeros(1)}
+    gradients = {"a": jnp.array([3.0, 0.0]), "b": jnp.array([4.0])}
+    net = Net(params, sgd.init(params)).updated(sgd, gradients, jnp.float32(1.0))
+    np.testing.assert_allclose(net.params["a"], [-0.6, 0.0], rtol=1e-6)
+    np.testing.assert_allclose(net.params["b"], [-0.8], rtol=1e-6)
+
+
+def test_a_moving_average_starts_fast_and_ends_slow():
+    assert moved(0.0, 1.0, 0.99, jnp.int32(0)) == pytest.approx(0.9)
+    assert moved(0.0, 1.0, 0.99, jnp.int32(10**6)) == pytest.approx(0.01, rel=1e-3)
+    net = Net({"w": jnp.ones(2)}, (), ema={"w": jnp.zeros(2)}).averaged(0.5, jnp.int32(10**6))
+    np.testing.assert_allclose(net.chosen["w"], 0.5)
+    assert (net.replace(ema=None).chosen["w"] == 1).all()
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_the_counts():
+    def net(value):
+        values = jnp.full(3, value)
+        return Net({"w": values}, (jnp.int32(value),), {"stats": values}, {"w": values})
+
+    before = TrainState(jnp.int32(7), {"generator": net(1.0)}, jnp.int32(2))
+    for metrics, skips in (
+        ({"loss": 1.0, "norm": 2.0}, 0),
+        ({"loss": 1.0, "norm": jnp.inf}, 1),
+        ({"loss": jnp.nan, "norm": 2.0}, 1),
+    ):
+        found = {key: jnp.float32(value) for key, value in metrics.items()}
+        step = jax.jit(functools.partial(stepped, deciding=tuple(found)))
+        after, told = step(before, {"generator": net(5.0)}, found)
+        assert (after.step, after.skipped, told["skipped"]) == (8, 2 + skips, 2 + skips)
+        assert after.skipped.dtype == jnp.int32 and told["skipped"].dtype == jnp.float32
+        assert told.keys() == {"loss", "norm", "skipped"}
+        for leaf in jax.tree.leaves(after.nets):
+            assert (leaf == (1 if skips else 5)).all()
+
+
+def test_a_metric_that_only_describes_a_step_does_not_skip_it():
+    before = TrainState(jnp.int32(7), {"generator": Net({"w": jnp.ones(3)}, ())}, jnp.int32(2))
+    after = {"generator": Net({"w": jnp.zeros(3)}, ())}
+    metrics = {
+        "loss": jnp.float32(1),
+        "gradient": jnp.float32(2),
+        "perplexity": jnp.float32(jnp.nan),
+    }
+    state, found = stepped(before, after, metrics, ("loss", "gradient"))
+    assert (state.skipped, found["skipped"]) == (2, 2)
+    assert (state.nets["generator"].params["w"] == 0).all() and jnp.isnan(found["perplexity"])
+
+
+def test_a_copy_shares_no_buffer():
+    tree = {"w": jax.device_put(np.ones(8, np.float32))}
+    twice = copied({"a": tree["w"], "b": tree["w"]})
+    pointers = {x.unsafe_buffer_pointer() for x in (tree["w"], *jax.tree.leaves(twice))}
+    assert len(pointers) == 3

@@ -1,0 +1,246 @@
+"""The step of stage 1 against the official code's recorded step and against the plain way."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from taming_jax.config.load import load_config
+from taming_jax.data.augment import diff_augmented
+from taming_jax.interop.compvis import discriminator_layout, vqgan_layout
+from taming_jax.models.lpips import load_lpips
+from taming_jax.models.vqgan import reconstruct
+from taming_jax.training import vqgan_step
+from taming_jax.training.state import Net, TrainState
+from taming_jax.training.vqgan_step import Keys, Networks
+from tests import golden
+from tests.plain_step import ONES, plain_gradients
+from tests.small_networks import small_networks, small_state
+
+OFFICIAL = {
+    "data.image_size": 32, "data.channels": 3, "vqgan.channels": 32, "vqgan.multipliers": (1, 2),
+    "vqgan.blocks": 1, "vqgan.decoder_blocks": None, "vqgan.attention_resolutions": (16,),
+    "vqgan.latent_channels": 16, "vqgan.code_dim": 8, "vqgan.codebook_size": 32,
+    "vqgan.commitment": 0.25, "vqgan.discriminator_filters": 16, "vqgan.discriminator_layers": 2,
+    "vqgan.discriminator_weight": 0.8, "vqgan.adaptive_weight": True,
+}  # fmt: skip
+
+
+def test_reproduces_the_official_training_step():
+    recorded = golden.load("compvis_losses")
+    networks = Networks.build(load_config("mnist", OFFICIAL))
+    images = golden.nhwc(recorded["x"])
+
+    def generator_of(state_dict):
+        ours = jax.eval_shape(networks.generator.init, jax.random.key(0), images)["params"]
+        return golden.converted(vqgan_layout, ours, state_dict)
+
+    def discriminator_of(state_dict):
+        ours = jax.eval_shape(lambda x: networks.discriminator.init(jax.random.key(0), x), images)
+        return golden.converted(discriminator_layout, ours, state_dict)
+
+    of_discriminator = golden.without_counts(golden.under(recorded, "disc/"))
+    variables = discriminator_of(of_discriminator)
+    generator = Net(generator_of(golden.under(recorded, "sd/")), ())
+    discriminator = Net(variables["params"], (), {"batch_stats": variables["batch_stats"]})
+
+    output = networks.generator.apply({"params": generator.params}, images)
+    np.testing.assert_array_equal(output.quantized.indices, recorded["indices"])
+    golden.assert_close(output.images, golden.nhwc(recorded["reconstruction"]), "reconstruction")
+
+    found = jax.jit(networks.gradients, static_argnums=4)(
+        generator, discriminator, images, load_lpips(), True
+    )
+    scalars = golden.under(recorded, "scalar/")
+    ours = {
+        "total_loss": "loss", "quant_loss": "codebook", "nll_loss": "nll", "p_loss": "perceptual",
+        "g_loss": "adversarial", "d_weight": "adaptive_weight", "disc_loss": "discriminator",
+        "logits_real": "logits_real", "logits_fake": "logits_fake",
+    }  # fmt: skip
+    for official, name in ours.items():
+        golden.assert_close(found.metrics[name], scalars[official], official)
+    expected = generator_of(golden.under(recorded, "grad/"))
+    golden.assert_trees_close(found.generator, expected, "generator gradient ")
+    of_discriminator |= golden.under(recorded, "disc_grad/")
+    expected = discriminator_of(of_discriminator)["params"]
+    golden.assert_trees_close(found.discriminator, expected, "discriminator gradient ")
+
+
+def networks_and_state(overrides, batch=4):
+    """Small networks with parameters, and images.
+
+    Not too small: with one channel a group (8 or 16 channels here), GroupNorm makes the gradient of
+    the bias before it zero in theory, and what is left is rounding.
+    """
+    sizes = {
+        "vqgan.channels": 64, "vqgan.multipliers": (1, 2), "vqgan.adaptive_weight": True,
+    }  # fmt: skip
+    config = load_config("mnist_tiny", sizes | overrides)
+    networks = Networks.build(config)
+    keys = jax.random.split(jax.random.key(0), 4)
+    images = jnp.tanh(2 * jax.random.normal(keys[0], (batch, 28, 28, 1)))
+    quickly = {"xla_backend_optimization_level": 0}  # compiled, since it runs once
+    params = jax.jit(networks.generator.init, compiler_options=quickly)(keys[1], images)["params"]
+    disc = jax.jit(networks.discriminator.init, static_argnames="train", compiler_options=quickly)(
+        keys[2], images, train=False
+    )
+    extra = {"batch_stats": disc["batch_stats"]}
+    return networks, Net(params, ()), Net(disc["params"], (), extra), images
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        pytest.param({"vqgan.perceptual_weight": 1.0}, marks=pytest.mark.slow),
+        {
+            "vqgan.multipliers": (1,),
+            "vqgan.discriminator_loss": "vanilla",
+            "vqgan.l2_normalise": False,
+            "vqgan.adaptive_weight": False,
+            "vqgan.codebook_weight": 0.5,
+            "vqgan.l1_weight": 2.0,
+        },
+    ],
+    ids=["adaptive-hinge-lpips", "fixed-vanilla"],
+)
+def test_equals_the_plain_step(overrides):
+    networks, generator, discriminator, images = networks_and_state(overrides)
+    params = load_lpips() if networks.settings.perceptual_weight else {}
+    found = jax.jit(networks.gradients, static_argnums=4)(
+        generator, discriminator, images, params, True
+    )
+    gradient, discriminator_gradient, losses = jax.jit(plain_gradients, static_argnums=0)(
+        networks, generator, discriminator, images, params, ONES
+    )
+    golden.assert_trees_close(found.generator, gradient, "generator ", 1e-5, 1e-7)
+    golden.assert_trees_close(
+        found.discriminator, discriminator_gradient, "discriminator ", 1e-5, 1e-7
+    )
+    names = {"l1", "nll", "codebook", "loss", "adversarial", "discriminator"}
+    assert ("adaptive_weight" in found.metrics) == networks.settings.adaptive_weight
+    if networks.settings.adaptive_weight:
+        names.add("adaptive_weight")
+    if networks.settings.perceptual_weight:
+        names.add("perceptual")
+    for name in names:
+        golden.assert_close(found.metrics[name], losses[name], name, 1e-5, 1e-7)
+
+
+@pytest.mark.slow
+def test_does_at_most_four_fifths_of_the_plain_arithmetic():
+    config = load_config("mnist", {"vqgan.adaptive_weight": True})
+    networks = Networks.build(config)
+    images = jax.ShapeDtypeStruct((64, 28, 28, 1), jnp.float32)
+
+    def create():
+        key = jax.random.key(0)
+        disc = networks.discriminator.init(key, jnp.zeros(images.shape), train=False)
+        generator = Net(networks.generator.init(key, jnp.zeros(images.shape))["params"], ())
+        return generator, Net(disc["params"], (), {"batch_stats": disc["batch_stats"]})
+
+    arguments = (*jax.eval_shape(create), images, jax.eval_shape(load_lpips_arrays))
+    ours = jax.jit(networks.gradients, static_argnums=4).lower(*arguments, True)
+    # Not even counting that the official code evaluates LPIPS twice a step.
+    plain = jax.jit(plain_gradients, static_argnums=(0, 6)).lower(networks, *arguments, ONES, False)
+    flops = [lowered.compile().cost_analysis()["flops"] for lowered in (ours, plain)]
+    assert flops[0] <= 0.8 * flops[1], f"{flops[0] / flops[1]:.3f}"
+
+
+def load_lpips_arrays():
+    return jax.tree.map(jnp.asarray, load_lpips())
+
+
+def test_psnr_is_that_of_images_with_eight_bits(monkeypatch):
+    """As evaluations have it, and as a saved picture would: what rounding takes away is no error,
+    and the value of equal images is 100."""
+    networks, (generator, discriminator, images) = small_networks({}), small_state()
+    pixels = np.rint((np.asarray(images[:4]) + 1) * 127.5).astype(np.uint8)
+    offsets = np.array([0.0, 0.003, 0.02, 0.3], np.float32).reshape(4, 1, 1, 1)
+
+    def reconstruct_by_offset(model, params, x):
+        return reconstruct(model, params, x)._replace(images=x + offsets)
+
+    monkeypatch.setattr(vqgan_step, "reconstruct", reconstruct_by_offset)
+    state = TrainState(jnp.int32(0), {"generator": generator, "discriminator": discriminator})
+    for i in range(4):
+        weight = np.eye(4, dtype=np.float32)[i]
+        arrays = {"images": pixels, "labels": np.zeros(4, np.int32), "weight": weight}
+        sums = jax.jit(networks.evaluate)(state, arrays, {}, jnp.float32(0))
+        made = np.clip(pixels[i] / 127.5 - 1 + offsets[i], -1, 1)
+        error = np.square((np.rint((made + 1) * 127.5) - pixels[i]) / 255).mean()
+        expected = 100 if i < 2 else -10 * np.log10(error)
+        assert sums["psnr"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_lecam_holds_logits_near_the_other_kinds_average():
+    networks, (generator, discriminator, images) = small_networks({}), small_state()
+    zeros = {"real": jnp.float32(0.0), "fake": jnp.float32(0.0)}
+    discriminator = discriminator.replace(extra=discriminator.extra | {"lecam": zeros})
+    found = jax.jit(networks.gradients, static_argnums=4)(
+        generator, discriminator, images, {}, True, jnp.int32(0)
+    )
+    # The first update of a moving average keeps a tenth of the old value.
+    averages = {k: 0.9 * found.metrics[f"logits_{k}"] for k in ("real", "fake")}
+    golden.assert_trees_close(found.extra["lecam"], averages, "averages ", 1e-5)
+
+    forward = jax.jit(networks.generator.apply)
+    reconstruction = forward({"params": generator.params}, images).images
+
+    def loss(params):
+        stats = discriminator.extra["batch_stats"]
+        real, fake = (networks.discriminate(params, stats, x)[0] for x in (images, reconstruction))
+        hinge = 0.5 * (jax.nn.relu(1 - real).mean() + jax.nn.relu(1 + fake).mean())
+        up = jax.nn.relu(real - averages["fake"]) ** 2
+        down = jax.nn.relu(averages["real"] - fake) ** 2
+        return hinge + 0.5 * (up.mean() + down.mean())
+
+    golden.assert_trees_close(
+        found.discriminator, jax.jit(jax.grad(loss))(discriminator.params), "gradient ", 1e-5, 1e-7
+    )
+
+
+def test_before_its_start_the_discriminator_is_left_alone():
+    networks, (generator, discriminator, images) = small_networks({}), small_state()
+    found = jax.jit(networks.gradients, static_argnums=4)(
+        generator, discriminator, images, {}, False
+    )
+    assert found.discriminator is None and found.extra is None
+    assert "adversarial" not in found.metrics
+
+    def autoencoder(params):
+        output = networks.generator.apply({"params": params}, images)
+        return jnp.abs(output.images - images).mean() + output.quantized.loss.mean()
+
+    gradient = jax.jit(jax.grad(autoencoder))(generator.params)
+    golden.assert_trees_close(found.generator, gradient, "gradient ", 1e-5, 1e-7)
+
+
+def test_augmentation_of_what_the_discriminator_sees_is_differentiated():
+    """Against the gradients of the losses written out, with the same changes to the images."""
+    kinds = ("color", "translation", "cutout")
+    settings = {"diff_augment": kinds, "adaptive_weight": False, "lecam_weight": 0.0}
+    networks, (generator, discriminator, images) = small_networks(settings), small_state()
+    keys = Keys(*(jax.random.split(jax.random.key(i), len(images)) for i in (5, 6)))
+    found = jax.jit(networks.gradients, static_argnums=4)(
+        generator, discriminator, images, {}, True, 0, keys
+    )
+    stats = discriminator.extra["batch_stats"]
+
+    def logits(params, x, keys):
+        return networks.discriminate(params, stats, diff_augmented(x, keys, kinds))[0]
+
+    def of_generator(params):
+        output = networks.generator.apply({"params": params}, images)
+        adversarial = -logits(discriminator.params, output.images, keys[1]).mean()
+        nll = jnp.abs(output.images - images).mean() + output.quantized.loss.mean()
+        return nll + networks.settings.discriminator_weight * adversarial, output.images
+
+    expected, reconstruction = jax.jit(jax.grad(of_generator, has_aux=True))(generator.params)
+    golden.assert_trees_close(found.generator, expected, "gradient ", 1e-5, 1e-7)
+
+    def of_discriminator(params):
+        real, fake = logits(params, images, keys[0]), logits(params, reconstruction, keys[1])
+        return 0.5 * (jax.nn.relu(1 - real).mean() + jax.nn.relu(1 + fake).mean())
+
+    expected = jax.jit(jax.grad(of_discriminator))(discriminator.params)
+    golden.assert_trees_close(found.discriminator, expected, "gradient ", 1e-5, 1e-7)

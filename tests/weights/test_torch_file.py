@@ -1,0 +1,260 @@
+"""Files as PyTorch writes them, made here without it, in both of its formats."""
+
+import collections
+import contextlib
+import io
+import pickle
+import struct
+import sys
+import types
+import zipfile
+
+import numpy as np
+import pytest
+
+from taming_jax.errors import UserError
+from taming_jax.weights.torch_file import DAMAGE, MAGIC, damaged, open_tensors, write_tensors
+from taming_jax.weights.torch_file import Tensor as Held
+
+
+def load_tensors(file):
+    """What a file holds, with its tensors as arrays."""
+
+    def arrays(content):
+        if isinstance(content, Held):
+            return content.array()
+        if isinstance(content, dict):
+            return {key: arrays(value) for key, value in content.items()}
+        return content
+
+    content = open_tensors(file)
+    try:
+        return arrays(content)
+    except DAMAGE as error:
+        raise damaged(file, error) from error
+
+
+KINDS = {"f4": "FloatStorage", "f8": "DoubleStorage", "i8": "LongStorage", "u2": "BFloat16Storage"}
+
+
+@pytest.fixture
+def torch(monkeypatch):
+    """Modules of PyTorch's names, so that pickles may name what is in them."""
+    torch, utils = types.ModuleType("torch"), types.ModuleType("torch._utils")
+
+    def _rebuild_tensor_v2(*arguments):
+        raise AssertionError("this stands in a file, and is not called")
+
+    _rebuild_tensor_v2.__module__ = "torch._utils"
+    _rebuild_tensor_v2.__qualname__ = "_rebuild_tensor_v2"
+    utils._rebuild_tensor_v2 = _rebuild_tensor_v2
+    for name in KINDS.values():
+        setattr(torch, name, type(name, (), {"__module__": "torch"}))
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    monkeypatch.setitem(sys.modules, "torch._utils", utils)
+    return torch
+
+
+class Tensor:
+    """A view of a storage, pickled as PyTorch does it."""
+
+    def __init__(self, torch, key, storage, offset, shape, strides):
+        self.torch, self.key, self.storage = torch, key, storage
+        self.view = offset, shape, strides
+
+    def __reduce__(self):
+        offset, shape, strides = self.view
+        rebuild = sys.modules["torch._utils"]._rebuild_tensor_v2
+        backward_hooks = collections.OrderedDict()
+        return rebuild, (Named(self), offset, shape, strides, False, backward_hooks)
+
+
+class Named:
+    """A storage by its persistent name."""
+
+    def __init__(self, tensor):
+        kind = getattr(tensor.torch, KINDS[tensor.storage.dtype.str[1:]])
+        self.name = ("storage", kind, tensor.key, "cpu", len(tensor.storage))
+
+
+class Pickler(pickle.Pickler):
+    older = False
+
+    def persistent_id(self, found):
+        if isinstance(found, Named):
+            return (*found.name, None) if self.older else found.name
+        return None
+
+
+def pickled(content, older=False):
+    stream = io.BytesIO()
+    pickler = Pickler(stream, 2)
+    pickler.older = older
+    pickler.dump(content)
+    return stream.getvalue()
+
+
+def write_zip(file, content, storages):
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("archive/data.pkl", pickled(content))
+        for key, storage in storages.items():
+            archive.writestr(f"archive/data/{key}", storage.tobytes())
+
+
+def write_older(file, content, storages):
+    parts = [pickled(MAGIC), pickled(1001), pickled({"little_endian": True})]
+    parts += [pickled(content, older=True), pickled(list(storages))]
+    for storage in storages.values():
+        parts.append(struct.pack("<q", len(storage)) + storage.tobytes())
+    file.write_bytes(b"".join(parts))
+
+
+STORAGES = {
+    "0": np.arange(24, dtype=np.float32),
+    "1": np.array([1.5, -2.0], np.float64),
+    "2": np.array([7], np.int64),
+    "3": (np.array([1.0, -0.5], np.float32).view(np.uint32) >> 16).astype(np.uint16),
+}
+
+
+def content(torch):
+    def tensor(key, *view):
+        return Tensor(torch, key, STORAGES[key], *view)
+
+    state = collections.OrderedDict(
+        weight=tensor("0", 0, (2, 3, 4), (12, 4, 1)),
+        turned=tensor("0", 1, (3, 2), (1, 12)),
+        double=tensor("1", 0, (2,), (1,)),
+        number=tensor("2", 0, (), ()),
+        half=tensor("3", 0, (2,), (1,)),
+    )
+    return {"state_dict": state, "epoch": 3, "names": ["a", ("b", None)]}
+
+
+@pytest.mark.parametrize("write", [write_zip, write_older])
+def test_tensors_and_containers(torch, tmp_path, write):
+    write(tmp_path / "model.pth", content(torch), STORAGES)
+    found = load_tensors(tmp_path / "model.pth")
+    assert found["epoch"] == 3 and found["names"] == ["a", ("b", None)]
+    state, flat = found["state_dict"], np.arange(24, dtype=np.float32)
+    assert list(state) == ["weight", "turned", "double", "number", "half"]
+    np.testing.assert_array_equal(state["weight"], flat.reshape(2, 3, 4))
+    np.testing.assert_array_equal(state["turned"], [[1, 13], [2, 14], [3, 15]])
+    np.testing.assert_array_equal(state["double"], [1.5, -2.0])
+    assert state["number"] == 7 and state["number"].shape == ()
+    np.testing.assert_array_equal(state["half"], [1.0, -0.5])
+    assert state["half"].dtype == np.float32 and not state["weight"].flags.writeable
+
+
+class Malicious:
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        import os
+
+        return os.mkdir, (str(self.folder / "run"),)
+
+
+@pytest.mark.parametrize("write", [write_zip, write_older])
+def test_nothing_of_a_file_is_run(torch, tmp_path, write):
+    write(tmp_path / "model.pth", {"state_dict": Malicious(tmp_path)}, {})
+    with pytest.raises(UserError, match=r"model.pth is refused: it asks for posix.mkdir"):
+        load_tensors(tmp_path / "model.pth")
+    assert not (tmp_path / "run").exists()
+
+
+def test_files_that_are_not_whole(torch, tmp_path):
+    for write in (write_zip, write_older):
+        file = tmp_path / f"{write.__name__}.pth"
+        write(file, content(torch), STORAGES)
+        whole = file.read_bytes()
+        for share in (0, 0.3, 0.6, 0.98):
+            file.write_bytes(whole[: int(share * len(whole))])
+            with pytest.raises(UserError, match=r"is (not a whole file|refused)"):
+                load_tensors(file)
+    for view, says in (
+        ((20, (2, 3), (3, 1)), "reaches beyond its storage"),
+        ((8, (2, 3), (-3, 1)), "has no shape"),
+        ((0, 3, (1,)), "is not a whole file"),
+        ((0, (2.0,), (1,)), "has no shape"),
+        ((0, (5, 5), (0, 0)), "is larger than its storage"),
+        ((0, (10**30,), (0,)), "is larger than its storage"),
+    ):
+        beyond = {"x": Tensor(torch, "0", STORAGES["0"], *view)}
+        write_zip(tmp_path / "beyond.pth", beyond, STORAGES)
+        with pytest.raises(UserError, match=says):
+            load_tensors(tmp_path / "beyond.pth")
+    with pytest.raises(UserError, match="there is no file"):
+        load_tensors(tmp_path / "none.pth")
+
+
+def test_what_is_written_is_read(tmp_path):
+    rng = np.random.default_rng(0)
+    state = {
+        "a.weight": rng.random((3, 4), np.float32), "count": np.array(7, np.int64),
+        "half": rng.random(5).astype(np.float16), "none": np.zeros((0, 3), np.float32),
+        "turned": np.asfortranarray(rng.random((2, 5), np.float32)),
+    }  # fmt: skip
+    write_tensors(tmp_path / "m.ckpt", {"epoch": 3, "state_dict": state})
+    found = load_tensors(tmp_path / "m.ckpt")
+    assert found["epoch"] == 3 and list(found["state_dict"]) == list(state)
+    for name, array in state.items():
+        back = found["state_dict"][name]
+        assert back.dtype == array.dtype and back.shape == array.shape
+        np.testing.assert_array_equal(back, array)
+    with zipfile.ZipFile(tmp_path / "m.ckpt") as archive:  # as torch.load(mmap=True) wants them
+        for part in archive.infolist():
+            if "/data/" in part.filename:
+                archive.fp.seek(part.header_offset + 26)
+                lengths = struct.unpack("<HH", archive.fp.read(4))
+                assert (part.header_offset + 30 + sum(lengths)) % 64 == 0
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_changed_byte_is_noticed(torch, tmp_path):
+    write_zip(tmp_path / "m.pth", content(torch), STORAGES)
+    whole = bytearray((tmp_path / "m.pth").read_bytes())
+    at = whole.index(STORAGES["0"].tobytes())
+    whole[at + 5] ^= 1
+    (tmp_path / "m.pth").write_bytes(whole)
+    with pytest.raises(UserError, match=r"is not a whole file .*archive/data/0 was changed"):
+        load_tensors(tmp_path / "m.pth")
+
+
+def test_names_of_lightning_may_stand_in_a_file_but_not_be_called(tmp_path):
+    name = b"cpytorch_lightning.callbacks.model_checkpoint\nModelCheckpoint\n"
+
+    def write(pickled):
+        with zipfile.ZipFile(tmp_path / "m.ckpt", "w") as archive:
+            archive.writestr("archive/data.pkl", pickled)
+        return tmp_path / "m.ckpt"
+
+    assert list(load_tensors(write(b"\x80\x02}(" + name + b"K\x01u."))) != []
+    with pytest.raises(UserError, match=r"asks for pytorch_lightning.callbacks"):
+        load_tensors(write(b"\x80\x02" + name + b")R."))
+
+
+def test_bombs_take_neither_memory_nor_time(tmp_path):
+    lists = b"]q\x00"  # a list that holds the one before it twice, and so on
+    for i in range(60):
+        lists += b"](h" + bytes([i]) + b"h" + bytes([i]) + b"eq" + bytes([i + 1])
+    bombs = {
+        "nested": b"\x80\x02" + lists + b".",
+        "memo": b"\x80\x02K\x01r\xff\xff\xff\x7f.",  # "remember this as number 2 ** 31 - 1"
+        "long": b"\x80\x04\x8e" + b"\xff" * 7 + b"\x7f.",
+        "hash": b"\x80\x02})" + b"2\x86" * 60 + b"Ns.",
+        "ordered": b"\x80\x02ccollections\nOrderedDict\n]]()" + b"2\x86" * 60 + b"Neaa\x85R.",
+        "deep": b"\x80\x02" + b"(" * 100_000 + b"t" * 100_000 + b".",
+    }
+    for name, pickled in bombs.items():
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            archive.writestr("archive/data.pkl", pickled)
+        with contextlib.suppress(UserError):
+            load_tensors(tmp_path / name)
+    compressed = zipfile.ZIP_DEFLATED
+    for name, content, how in (("large", bytes(2**24), 0), ("packed", b"\x80\x02N.", compressed)):
+        with zipfile.ZipFile(tmp_path / name, "w", how) as archive:
+            archive.writestr("archive/data.pkl", content)
+        with pytest.raises(UserError, match=r"its pickle is too large|it is compressed"):
+            load_tensors(tmp_path / name)
