@@ -2,10 +2,10 @@
 """Gives a run's best weights back as a checkpoint of the official code
 (CompVis/taming-transformers), with its YAML beside it.
 
-    python scripts/export_compvis.py --workdir runs/birds --out birds.ckpt
+    python scripts/export_compvis.py --workdir runs/birds --out birds.safetensors
 
-`--out` ends in .ckpt or .safetensors; the YAML has the same name. A run that was imported keeps the
-names it came with.
+`--out` ends in .safetensors, or in .ckpt where PyTorch is installed; the YAML has the same name. An
+imported run keeps the names that it came with.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import numpy as np
 
 from taming_jax.errors import RunFailed, UserError, report, say
 from taming_jax.files import check_writable, write_whole
+from taming_jax.weights.state_dict import check_kind
 
 if TYPE_CHECKING:
     from taming_jax.config.schema import Config
@@ -32,13 +33,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--workdir", type=Path, required=True, help="the run's folder")
-    parser.add_argument("--out", type=Path, required=True, help="FILE.ckpt or FILE.safetensors")
+    parser.add_argument("--out", type=Path, required=True, help="FILE.safetensors or FILE.ckpt")
     parser.add_argument(
         "--stage", choices=("vqgan", "prior"), help="unless told, the prior where there is one"
     )
     given = parser.parse_args()
-    if given.out.suffix not in (".ckpt", ".safetensors"):
-        raise UserError(f"--out {given.out}: name a .ckpt or a .safetensors.")
+    check_kind(given.out)
     if not given.out.absolute().parent.is_dir():
         folder = given.out.absolute().parent
         raise UserError(f"--out {given.out}: the folder {folder} does not exist; make it.")

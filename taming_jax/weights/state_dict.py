@@ -1,6 +1,7 @@
 """State dicts in files: PyTorch's (`.ckpt`, `.pt`, `.pth`) and safetensors, whose arrays are read
 one by one when they are asked for; and what is said of one that is not as it should be."""
 
+import importlib.util
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 
 from taming_jax.errors import UserError
 from taming_jax.files import whole
-from taming_jax.weights.torch_file import DAMAGE, Tensor, damaged, open_tensors, write_tensors
+from taming_jax.weights.torch_file import DAMAGE, Tensor, damaged, open_tensors
 
 
 class Held(NamedTuple):
@@ -86,19 +87,34 @@ def open_safetensors(file: Path) -> tuple[StateDict, dict[str, Any]]:
     return {name: held(name) for name in names}, rest
 
 
+def check_kind(file: Path) -> None:
+    """UserError for a file that `write_state_dict` cannot write: one of another kind, or a `.ckpt`
+    where PyTorch is not installed."""
+    if file.suffix not in (".ckpt", ".safetensors"):
+        raise UserError(f"{file} is neither a .ckpt nor a .safetensors file; name one of these.")
+    if file.suffix == ".ckpt" and importlib.util.find_spec("torch") is None:
+        raise UserError(
+            f"{file}: a .ckpt is written by PyTorch, which is not installed; install it (pip "
+            f"install torch), or write {file.with_suffix('.safetensors').name}."
+        )
+
+
 def write_state_dict(
     file: Path, state_dict: Mapping[str, np.ndarray], rest: dict[str, Any]
 ) -> None:
-    """Writes a `.safetensors` file, with `rest` as its metadata, or a `.ckpt` as PyTorch Lightning
-    does, whole or not at all. Raises OSError."""
-    if file.suffix == ".safetensors":
-        from safetensors.numpy import save_file
+    """Writes a `.safetensors` file with `rest` as its metadata, or a `.ckpt` as PyTorch Lightning
+    writes it. The file appears whole or not at all. Raises OSError."""
+    arrays = {name: np.array(x, order="C") for name, x in state_dict.items()}
+    with whole(file) as partial:
+        if file.suffix == ".safetensors":
+            from safetensors.numpy import save_file
 
-        arrays = {name: np.asarray(x, order="C") for name, x in state_dict.items()}
-        with whole(file) as partial:
             save_file(arrays, partial, {key: json.dumps(value) for key, value in rest.items()})
-    else:
-        write_tensors(file, {**rest, "state_dict": dict(state_dict)})
+        else:
+            import torch
+
+            tensors = {name: torch.from_numpy(x) for name, x in arrays.items()}
+            torch.save({**rest, "state_dict": tensors}, partial)
 
 
 def check(

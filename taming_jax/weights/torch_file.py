@@ -1,9 +1,9 @@
-"""PyTorch's files without PyTorch: `.pth`, `.pt` and `.ckpt`, read in the present format (a zip)
-and in the one before version 1.6, and written in the present one.
+"""Reads PyTorch's files (`.pth`, `.pt`, `.ckpt`) without PyTorch, in the present format (a zip) and
+in the one before version 1.6.
 
-They are pickles. What is admitted are tensors and plain containers; a file that names anything else
-is refused, and nothing of it is run. Arrays are views of the mapped file, so that no more of it is
-in memory than is used.
+They are pickles. Only tensors and plain containers are admitted: a file that names anything else is
+refused, and none of its code runs. Arrays are views of the mapped file, so only what is used of it
+is in memory.
 """
 
 import collections
@@ -17,12 +17,11 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any, ClassVar, NamedTuple
+from typing import IO, Any, ClassVar
 
 import numpy as np
 
 from taming_jax.errors import UserError
-from taming_jax.files import whole
 
 MAGIC = 0x1950A86A20F9469CFC6C  # an older file's first pickle
 DTYPES = {
@@ -31,12 +30,9 @@ DTYPES = {
     "ByteStorage": "|u1", "BoolStorage": "|b1",
 }  # fmt: skip
 LARGEST_PICKLE = 2**23  # bytes; what tensors hold is not in it
-ALIGNMENT = 64  # of a storage in a written file, as PyTorch's own
 
-# In Python: the unpickler in C makes room for as many objects as a file claims to have, and the
-# pickler in C writes no name of what cannot be imported.
+# In Python, because the unpickler in C makes room for as many objects as a file claims to have.
 PythonUnpickler: Any = pickle._Unpickler
-PythonPickler: Any = pickle._Pickler
 
 DAMAGE = (
     OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, ImportError,
@@ -251,89 +247,3 @@ def from_stream(mapped: mmap.mmap) -> Any:
             raise ValueError("it is cut short")
         storages[key].raw = functools.partial(memoryview(mapped).__getitem__, slice(start, at))
     return content
-
-
-class Global(NamedTuple):
-    """A name of a module as a pickle holds it."""
-
-    module: str
-    name: str
-
-    def __call__(self) -> None:
-        """For pickle, which wants what it writes as a function to be one."""
-
-
-class Kept(NamedTuple):
-    """A storage as a pickle names it."""
-
-    kind: Global
-    key: str
-    size: int
-
-
-class Whole(NamedTuple):
-    """A tensor that is all of its storage, as a pickle holds it."""
-
-    kept: Kept
-    shape: tuple[int, ...]
-
-
-class TensorPickler(PythonPickler):
-    """Writes `Whole` tensors as PyTorch does."""
-
-    def persistent_id(self, found: Any) -> Any:
-        if isinstance(found, Kept):
-            return ("storage", found.kind, found.key, "cpu", found.size)
-        return None
-
-    def save_global_name(self, found: Global) -> None:
-        self.write(f"c{found.module}\n{found.name}\n".encode())
-
-    def save_tensor(self, found: Whole) -> None:
-        strides: list[int] = []
-        size = 1
-        for n in reversed(found.shape):
-            strides.insert(0, size)
-            size *= n
-        hooks: Any = collections.OrderedDict()
-        view = (found.kept, 0, found.shape, tuple(strides), False, hooks)
-        self.save_reduce(Global("torch._utils", "_rebuild_tensor_v2"), view, obj=found)
-
-    dispatch: ClassVar[Any] = {
-        **PythonPickler.dispatch,
-        Global: save_global_name,
-        Whole: save_tensor,
-    }
-
-
-def write_tensors(file: Path, content: dict[str, Any]) -> None:
-    """Writes a file that `torch.load` reads, of plain values and of arrays, in dictionaries. Raises
-    OSError, and leaves nothing half written."""
-    kinds = {np.dtype(code): kind for kind, code in DTYPES.items() if kind != "BFloat16Storage"}
-    held: list[np.ndarray] = []
-
-    def named(value: Any) -> Any:
-        if isinstance(value, np.ndarray):
-            held.append(value)
-            kept = Kept(Global("torch", kinds[value.dtype]), str(len(held) - 1), value.size)
-            return Whole(kept, value.shape)
-        if isinstance(value, dict):
-            return collections.OrderedDict((key, named(x)) for key, x in value.items())
-        return value
-
-    pickled = io.BytesIO()
-    TensorPickler(pickled, 2).dump({key: named(value) for key, value in content.items()})
-    with (
-        whole(file) as partial,
-        partial.open("wb") as stream,
-        zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive,
-    ):
-        archive.writestr("archive/data.pkl", pickled.getvalue())
-        archive.writestr("archive/version", "3\n")
-        for i, array in enumerate(held):
-            part = zipfile.ZipInfo(f"archive/data/{i}")
-            # A zip64 header's own 20 bytes, and a field of zeros that fills up.
-            missing = -(stream.tell() + 30 + len(part.filename) + 20 + 4) % ALIGNMENT
-            part.extra = struct.pack("<HH", 0x4246, missing) + bytes(missing)
-            with archive.open(part, "w", force_zip64=True) as place:
-                place.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)

@@ -2,8 +2,11 @@
 
 import copy
 import dataclasses
+import importlib.machinery
+import importlib.util
 import runpy
 import sys
+import types
 
 import jax
 import numpy as np
@@ -15,10 +18,10 @@ from taming_jax import errors
 from taming_jax.errors import UserError
 from taming_jax.models.lpips import load_lpips
 from taming_jax.weights.state_dict import open_state_dict
-from taming_jax.weights.torch_file import write_tensors
 from tests import commands, golden
 from tests.golden import assert_close, nhwc
 from tests.interop.llamagen_torch import random_weights
+from tests.weights.torch_writer import write_tensors
 
 DD = {
     "double_z": False, "z_channels": 32, "resolution": 32, "in_channels": 3, "out_ch": 3, "ch": 32,
@@ -171,7 +174,11 @@ def test_the_recorded_vqgan_and_gpt(command, tmp_path):
     ],
     ids=["VQModel", "class-conditional", "unconditional", "small and gray", "GumbelVQ"],
 )  # fmt: skip
-def test_an_export_is_the_state_dict_that_was_imported(command, tmp_path, model):
+def test_an_export_is_the_state_dict_that_was_imported(command, tmp_path, model, monkeypatch):
+    torch = types.ModuleType("torch")
+    torch.__spec__ = importlib.machinery.ModuleSpec("torch", None)
+    torch.from_numpy, torch.save = lambda x: x, lambda content, file: write_tensors(file, content)
+    monkeypatch.setitem(sys.modules, "torch", torch)
     weights = with_rest(model)
     files = Files(tmp_path, model, weights)
     files.imported(command, tmp_path / "run")
@@ -234,8 +241,13 @@ def test_remapped_codes_count_anew(command, tmp_path):
         expected = taming_jax.load_run(tmp_path / "plain").decode(codes)
         np.testing.assert_allclose(run.decode(found), expected, atol=1e-6)
         (tmp_path / "used.npy").unlink(missing_ok=True)
-    assert command("export", "--workdir", tmp_path / "buffer", "--out", tmp_path / "b.ckpt")[0] == 0
-    np.testing.assert_array_equal(open_state_dict(tmp_path / "b.ckpt")[0]["quantize.used"], used)
+    assert (
+        command("export", "--workdir", tmp_path / "buffer", "--out", tmp_path / "b.safetensors")[0]
+        == 0
+    )
+    np.testing.assert_array_equal(
+        open_state_dict(tmp_path / "b.safetensors")[0]["quantize.used"], used
+    )
 
 
 @pytest.mark.slow
@@ -372,7 +384,7 @@ def test_a_run_of_ones_own_goes_there_and_back(command, tmp_path):
     write_run(tmp_path / "run", config, networks, names, Record("own", "", []), {})
     again, codes = {}, rng.integers(0, 24, (3, 16, 16)).astype(np.int32)
     for stage in ("vqgan", "prior"):
-        out = tmp_path / f"{stage}.ckpt"
+        out = tmp_path / f"{stage}.safetensors"
         status, said, err = command(
             "export", "--workdir", tmp_path / "run", "--out", out, "--stage", stage
         )
@@ -403,7 +415,7 @@ def test_a_run_of_ones_own_goes_there_and_back(command, tmp_path):
         guidance_scale=None,
     )  # fmt: skip
 
-    held, _ = open_state_dict(tmp_path / "vqgan.ckpt")
+    held, _ = open_state_dict(tmp_path / "vqgan.safetensors")
     lpips = load_lpips()
     last = held["loss.perceptual_loss.net.slice5.28.weight"]
     np.testing.assert_array_equal(last, lpips["vgg"]["Conv_12"]["kernel"].transpose(3, 2, 0, 1))
@@ -411,17 +423,35 @@ def test_a_run_of_ones_own_goes_there_and_back(command, tmp_path):
     assert held["loss.perceptual_loss.lin4.model.1.weight"].shape == (1, 512, 1, 1)
     assert held["loss.discriminator.main.3.num_batches_tracked"].shape == ()
     assert held["loss.discriminator.main.8.weight"].shape == (1, 32, 4, 4)
-    mask = np.asarray(open_state_dict(tmp_path / "prior.ckpt")[0]["transformer.blocks.0.attn.mask"])
+    held, _ = open_state_dict(tmp_path / "prior.safetensors")
+    mask = np.asarray(held["transformer.blocks.0.attn.mask"])
     np.testing.assert_array_equal(mask, np.tril(np.ones((1, 1, 256, 256))))
 
 
-def test_runs_that_the_official_code_cannot_have(command, both, tmp_path):
+def test_runs_that_the_official_code_cannot_have(command, both, tmp_path, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "torch" else find_spec(name)
+    )
     for arguments, says in (
-        (("--workdir", both, "--out", tmp_path / "x.ckpt"), "one block a level more than the enc"),
-        (("--workdir", tmp_path / "none", "--out", tmp_path / "x.ckpt"), "there is no folder"),
-        (("--workdir", both, "--out", tmp_path / "x.pt"), "name a .ckpt or a .safetensors"),
-        (("--workdir", both, "--out", tmp_path / "no" / "x.ckpt"), "does not exist; make it"),
-        (("--workdir", tmp_path, "--out", tmp_path / "x.ckpt"), "holds no vqgan checkpoint"),
+        (("--workdir", both, "--out", tmp_path / "x.ckpt"), "which is not installed; install it"),
+        (
+            ("--workdir", both, "--out", tmp_path / "x.safetensors"),
+            "one block a level more than the enc",
+        ),
+        (
+            ("--workdir", tmp_path / "none", "--out", tmp_path / "x.safetensors"),
+            "there is no folder",
+        ),
+        (
+            ("--workdir", both, "--out", tmp_path / "x.pt"),
+            "is neither a .ckpt nor a .safetensors file",
+        ),
+        (
+            ("--workdir", both, "--out", tmp_path / "no" / "x.safetensors"),
+            "does not exist; make it",
+        ),
+        (("--workdir", tmp_path, "--out", tmp_path / "x.safetensors"), "holds no vqgan checkpoint"),
     ):
         status, _, err = command("export", *arguments)
         assert status == 2 and says in err and err.count("\n") == 1, err

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 import taming_jax
-from taming_jax.weights.torch_file import write_tensors
 from tests import commands
 from tests.golden import assert_close, nhwc
 from tests.interop import llamagen_torch as reference
+from tests.weights.torch_writer import write_tensors
 
 RECORDED = np.load(reference.FILE)
 

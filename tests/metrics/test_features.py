@@ -13,8 +13,8 @@ from taming_jax.metrics import classifier, features
 from taming_jax.metrics.features import Features, resized_clean, vgg
 from taming_jax.models.lpips import load_lpips, vgg_features
 from taming_jax.parallel.devices import Devices
-from taming_jax.weights.torch_file import write_tensors
 from tests.harmed_images import measured
+from tests.weights.torch_writer import write_tensors
 
 MNIST = datasets.load(load_config("mnist_tiny").data)
 

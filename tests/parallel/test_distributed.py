@@ -19,8 +19,8 @@ import pytest
 
 from taming_jax.cli.arguments import Processes
 from taming_jax.config.load import load_config
-from taming_jax.errors import Interrupted, RunFailed, UserError
 from taming_jax.data.datasets import unlike
+from taming_jax.errors import Interrupted, RunFailed, UserError
 from taming_jax.parallel import distributed
 from taming_jax.parallel.devices import Devices
 from taming_jax.training.store import Store
@@ -419,7 +419,10 @@ def test_other_settings_packages_flags_data_and_devices_are_refused(
         in_two_threads(lambda process: distributed.check_same_data(datasets[process], unlike)),
         "process 1 reads other data than process 0: there are 485 training images, not 486. Give",
     )
-    assert in_two_threads(lambda process: distributed.check_same_data(other, unlike)) == [None, None]
+    assert in_two_threads(lambda process: distributed.check_same_data(other, unlike)) == [
+        None,
+        None,
+    ]
 
 
 def test_two_processes_compute_what_one_would_of_their_rows(in_two_threads):

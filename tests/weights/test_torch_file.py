@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from taming_jax.errors import UserError
-from taming_jax.weights.torch_file import DAMAGE, MAGIC, damaged, open_tensors, write_tensors
+from taming_jax.weights.torch_file import DAMAGE, MAGIC, damaged, open_tensors
 from taming_jax.weights.torch_file import Tensor as Held
+from tests.weights.torch_writer import write_tensors
 
 
 def load_tensors(file):
