@@ -5,27 +5,20 @@
 Data and stage 1 are those of the run in the workdir. The same command again resumes.
 """
 
-import functools
 import sys
 
-from taming_jax.cli.arguments import Command, parse_arguments
+from taming_jax.cli.arguments import parse_arguments
 from taming_jax.errors import report
-
-
-def work(given: Command) -> None:
-    # Heavy, and not needed to answer a wrong flag.
-    from taming_jax.training.loop import train
-    from taming_jax.training.prior import PriorStage
-
-    stage = functools.partial(PriorStage, restart=given.restart)
-    train(stage, given.config, given.restart, own_process=True)
 
 
 def main() -> None:
     given = parse_arguments(sys.argv[1:], "prior")
-    from taming_jax.parallel.distributed import watched
+    # Heavy, and not needed to refuse a wrong flag.
+    from taming_jax.parallel.distributed import join
+    from taming_jax.training import train
 
-    watched(functools.partial(work, given), given.processes)
+    join(given.processes)
+    train(given.config, "prior", restart=given.restart)
 
 
 if __name__ == "__main__":

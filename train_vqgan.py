@@ -4,27 +4,20 @@
 The same command again resumes a run that was stopped.
 """
 
-import functools
 import sys
 
-from taming_jax.cli.arguments import Command, parse_arguments
+from taming_jax.cli.arguments import parse_arguments
 from taming_jax.errors import report
-
-
-def work(given: Command) -> None:
-    # Heavy, and not needed to answer a wrong flag.
-    from taming_jax.training.loop import train
-    from taming_jax.training.vqgan import build_stage
-
-    stage = functools.partial(build_stage, restart=given.restart)
-    train(stage, given.config, given.restart, own_process=True)
 
 
 def main() -> None:
     given = parse_arguments(sys.argv[1:])
-    from taming_jax.parallel.distributed import watched
+    # Heavy, and not needed to refuse a wrong flag.
+    from taming_jax.parallel.distributed import join
+    from taming_jax.training import train
 
-    watched(functools.partial(work, given), given.processes)
+    join(given.processes)
+    train(given.config, "vqgan", restart=given.restart)
 
 
 if __name__ == "__main__":

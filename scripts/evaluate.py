@@ -9,7 +9,6 @@ What the figures mean, and against what they are taken: docs/evaluation.md.
 """
 
 import argparse
-import functools
 import json
 import sys
 import time
@@ -62,9 +61,10 @@ def main() -> None:
         return
     if given.workdir is None:
         raise UserError("name the run by --workdir, or two reports by --compare.")
-    from taming_jax.parallel.distributed import watched
+    from taming_jax.parallel.distributed import join
 
-    watched(functools.partial(work, given), processes(given))
+    join(processes(given))
+    work(given)
 
 
 def read(file: Path) -> dict[str, Any]:

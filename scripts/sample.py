@@ -11,7 +11,6 @@ says, unless told otherwise.
 """
 
 import argparse
-import functools
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -120,9 +119,10 @@ def write_folder(out: Path, drawn: Drawn) -> None:
 
 def main() -> None:
     given = parse()
-    from taming_jax.parallel.distributed import watched
+    from taming_jax.parallel.distributed import join
 
-    watched(functools.partial(work, given), processes(given))
+    join(processes(given))
+    work(given)
 
 
 # What may differ from process to process.

@@ -40,7 +40,9 @@ def say(sentence: str, file: TextIO | None = None) -> None:
 
 
 def report(command: Callable[[], object]) -> int:
-    """Runs a command and answers its exit status, with one sentence on stderr where it failed."""
+    """Runs a command and returns its exit status, with one sentence on stderr where it failed."""
+    # SIGINT ends a command at once and without a traceback, but for training (training/signals.py).
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     status = 0
     try:
         command()
@@ -53,9 +55,6 @@ def report(command: Callable[[], object]) -> int:
     except Interrupted as stop:
         status = 128 + stop.signum
         say(f"\n{stop}", sys.stderr)
-    except KeyboardInterrupt:
-        status = 128 + signal.SIGINT
-        say("\nInterrupted.", sys.stderr)
     for stream in (sys.stdout, sys.stderr):
         settle(stream)
     return status

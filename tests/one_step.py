@@ -8,7 +8,6 @@ and `step`.
 """
 
 import argparse
-import functools
 import pickle
 import sys
 from pathlib import Path
@@ -77,7 +76,8 @@ def main():
     parser.add_argument("--devices", type=int)
     add_flags(parser)
     given = parser.parse_args()
-    distributed.watched(functools.partial(work, given), processes(given))
+    distributed.join(processes(given))
+    work(given)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,6 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from taming_jax.config.schema import DataConfig
 from taming_jax.errors import UserError
 from taming_jax.files import text_hash, user_cache
-from taming_jax.parallel.distributed import end_with_parent
 from taming_jax.progress import Progress
 
 VERSION = 3  # of the cache's format; another version is another key
@@ -145,6 +144,14 @@ _decoder: list[Decoder] = []  # a worker process's own
 def begin_worker(decoder: Decoder) -> None:
     _decoder[:] = [decoder]
     threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent() -> None:
+    """Ends a process whose parent was killed, and which would else wait for it for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def work(numbers: np.ndarray, first: int) -> dict[int, str]:
@@ -286,24 +293,14 @@ def fill(
 
 
 @contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
-    """While workers begin, signals wait. SIGINT is blocked, which they inherit: a terminal sends it
-    to them all, and it is the parent's to answer. And since another thread may take a signal, whose
-    handler Python then runs here, between a worker's start and what it is sent, handlers wait too.
-    """
-    came: list[int] = []
-    here = threading.current_thread() is threading.main_thread()
-    held = (signal.SIGINT, signal.SIGTERM) if here else ()
+def sigint_blocked() -> Iterator[None]:
+    """Blocks SIGINT, which the processes that begin meanwhile inherit: a terminal sends Ctrl-C to
+    all of them, and their parent alone is to act on it."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    handlers = {each: signal.signal(each, lambda number, _: came.append(number)) for each in held}
     try:
         yield
     finally:
-        for each, handler in handlers.items():
-            signal.signal(each, signal.SIG_DFL if handler is None else handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for number in came[:1]:
-            signal.raise_signal(number)
 
 
 def decode_all(
@@ -328,7 +325,7 @@ def decode_all(
             workers, multiprocessing.get_context("spawn"), begin_worker, (decoder,)
         )
         try:
-            with undisturbed():
+            with sigint_blocked():
                 futures = {pool.submit(work, *job): len(job[0]) for job in jobs}
             for future in concurrent.futures.as_completed(futures):
                 bad |= future.result()

@@ -1,26 +1,19 @@
-"""Several processes as one run, by jax.distributed: how they begin, agree on things, and end.
+"""Several processes as one run, by jax.distributed: how they begin, and how they agree on things.
 
-Where JAX finds another process gone it ends its own from C++, with a stack trace. `watched`
-therefore runs a command in a process of its own, and its parent says in a sentence what happened.
-Everything else here does nothing where there is one process only.
+Where a process is lost, JAX ends the others with a message of its own. Everything here does nothing
+where there is one process only.
 """
 
 import dataclasses
 import importlib.metadata
-import multiprocessing
 import os
 import pickle
 import platform
-import re
-import signal
+import socket
 import sys
-import tempfile
-import threading
-import traceback
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from types import FrameType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -29,13 +22,10 @@ from taming_jax import progress
 from taming_jax.config.load import differences, show
 from taming_jax.config.schema import OF_A_MACHINE, Config
 from taming_jax.config.validation import flag
-from taming_jax.errors import Interrupted, RunFailed, UserError, report
+from taming_jax.errors import RunFailed, UserError
 
 HEARTBEAT = 60  # seconds of silence after which a process counts as gone
 CHUNK = 2**26  # bytes sent at once
-
-# What a process that works tells its parent, before it has a status to tell.
-BEGINNING, JOINED = -2, -1
 
 T = TypeVar("T")
 
@@ -90,130 +80,14 @@ def checked(given: Processes) -> Processes:
     return given
 
 
-def watched(work: Callable[[], object], given: Processes) -> None:
-    """Runs `work`, which pickles, here; or with other processes, in a child that joins them. Then
-    the end of that is this process's: its status, or a sentence where it was ended by a signal, as
-    JAX does where another process is lost or the coordinator does not answer."""
-    if not given.distributed:
-        # Until the work listens itself. Python's own KeyboardInterrupt may be raised where nothing
-        # is let out, as in a call of its garbage collector, and is lost then.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        work()
-        return
-    context = multiprocessing.get_context("spawn")
-    phase = context.RawValue("i", BEGINNING)
-    with tempfile.NamedTemporaryFile(prefix="taming_jax-", suffix=".log", delete=False) as said:
-        child = context.Process(target=_work, args=(work, given, phase, said.name))
-
-    def pass_on(signum: int, frame: FrameType | None = None) -> None:
-        received.append(signum)
-        if child.pid is not None:
-            # Before it has joined there is nothing to save, and JAX does not hear of SIGINT.
-            os.kill(child.pid, signal.SIGTERM if phase.value == BEGINNING else signum)
-
-    received: list[int] = []
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, pass_on)
-    # The child inherits that, until it has left the terminal, whose Ctrl-C else comes twice.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    child.start()
-    signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    if received:  # before it had a number
-        pass_on(received[-1])
-    child.join()
-    code = child.exitcode or 0
-    if code < 0 and phase.value >= 0:  # it had ended in good order, and JAX had not
-        code = phase.value
-    if code >= 0:
-        Path(said.name).unlink(missing_ok=True)
-        sys.exit(code)
-    if received and -code in (signal.SIGINT, signal.SIGTERM):
-        Path(said.name).unlink(missing_ok=True)
-        when = "before anything was begun" if phase.value == BEGINNING else "at once, unsaved"
-        raise Interrupted(received[-1], f"Stopped {when}.")
-    if phase.value == BEGINNING:
-        raise UserError(
-            f"the {given.num_processes or ''} processes did not find each other within "
-            f"{given.initialization_timeout} seconds (--initialization-timeout): the coordinator, "
-            f"process 0 at {given.coordinator_address or 'the address that the launcher gave'}, "
-            "did not answer or found its port in use, or some did not come. Start all of them, "
-            "with the same address, which each must be able to reach; JAX's own words are in "
-            f"{said.name}."
-        )
-    if -code == signal.SIGABRT:
-        raise RunFailed(f"{LOST}; JAX's own words are in {said.name}.")
-    raise RunFailed(
-        f"the process that computes was ended by {signal.Signals(-code).name}, for want of memory "
-        "perhaps; the same command, for every process, goes on from the last checkpoint."
-    )
-
-
-LOST = (
-    "another process of this run, or its coordinator, was lost; the same command, for every "
-    "process, goes on from the last checkpoint"
-)
-
-
-def end_with_parent() -> None:
-    """Ends a process whose parent was killed, and which would else wait for it for ever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _work(work: Callable[[], object], given: Processes, phase: Any, noise: str) -> None:
-    """What the child does. What C++ writes goes to the file `noise`, what Python says to where it
-    was said before."""
-    os.setsid()  # so that a terminal's Ctrl-C comes once, by way of the parent
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    with open(noise, "ab") as file:
-        for name in ("stdout", "stderr"):
-            stream = getattr(sys, name)
-            number = stream.fileno()
-            kept = open(os.dup(number), "w", buffering=1, errors="replace")  # noqa: SIM115
-            setattr(sys, name, kept)
-            os.dup2(file.fileno(), number)
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    lost = []
-
-    def joined() -> None:
-        import jax
-
-        join(given)
-        phase.value = JOINED
-        try:
-            work()
-        except (jax.errors.JaxRuntimeError, ValueError) as error:
-            if not torn(error):
-                raise
-            os.write(2, traceback.format_exc().encode())
-            lost.append(error)
-            raise RunFailed(f"{LOST}; JAX's own words are in {noise}.") from error
-
-    status = report(joined)
-    phase.value = status
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if not lost and phase.value != BEGINNING:
-        import jax
-
-        jax.distributed.shutdown()  # which waits for the others, who have things to say
-    os._exit(status)
-
-
-def torn(error: Exception) -> bool:
-    """Whether an error says that another process is gone: one of JAX's, or where it meets the
-    closed connection as a step is begun a ValueError, that speaks of how they are connected."""
-    words = r"gloo|nccl|coordination|heartbeat|barrier|connect|socket|\bpeer\b|unavailable|deadline"
-    return re.search(words, str(error), re.IGNORECASE) is not None
-
-
 def join(given: Processes) -> None:
-    """Starts jax.distributed. UserError where it does not know who the others are."""
+    """Joins the other processes, if there are to be any; called before JAX starts. UserError where
+    it is not known who they are."""
+    if not given.distributed:
+        return
     import jax
 
+    check_coordinator(given)
     # It would take SIGTERM for itself; this program saves at one.
     jax.config.update("jax_enable_preemption_service", False)
     try:
@@ -234,6 +108,39 @@ def join(given: Processes) -> None:
             f"processes ({said}); give --coordinator-address HOST:PORT, --num-processes and "
             "--process-id."
         ) from error
+
+
+def check_coordinator(given: Processes) -> None:
+    """UserError where the coordinator's port cannot be opened by process 0, or is not open to
+    another process within the timeout. JAX would abort the process."""
+    if given.coordinator_address is None:
+        return
+    host, _, port = given.coordinator_address.rpartition(":")
+    if given.process_id == 0:
+        with socket.socket() as own:
+            own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                own.bind(("", int(port)))
+            except OSError as error:
+                raise UserError(
+                    f"port {port} of --coordinator-address {given.coordinator_address} cannot be "
+                    f"opened ({error.strerror or error}); name a port that is free."
+                ) from error
+        return
+    deadline = time.monotonic() + given.initialization_timeout
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"process 0 at --coordinator-address {given.coordinator_address} did not "
+                    f"answer within {given.initialization_timeout} seconds "
+                    f"({error.strerror or error}); "
+                    "start all processes with the same address, which each must be able to reach."
+                ) from error
+            time.sleep(0.2)
 
 
 def count() -> int:
@@ -257,15 +164,6 @@ def one_speaks() -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
-_agreeing = False
-
-
-def may_raise() -> bool:
-    """Whether a signal's handler may raise here: with other processes only where `agreed` tells
-    them of it."""
-    return _agreeing or count() == 1
-
-
 def exchanged(value: Any) -> list[Any]:
     """What every process gives, by process. All of them must call this."""
     if count() == 1:
@@ -280,24 +178,17 @@ def exchanged(value: Any) -> list[Any]:
 
 
 def agreed(function: Callable[[], T]) -> T:
-    """What a function answers; where it fails in one process, all fail. It must not itself need
+    """What a function returns; where it fails in one process, all fail. It must not itself need
     the other processes."""
-    global _agreeing
     error: BaseException | None = None
     try:
-        try:
-            _agreeing = True
-            value = function()
-        finally:
-            _agreeing = False
-    except (UserError, RunFailed, Interrupted) as raised:
+        value = function()
+    except (UserError, RunFailed) as raised:
         error = raised
     errors = exchanged(error)
     if error is not None:
         raise error
     for process, other in enumerate(errors):
-        if isinstance(other, Interrupted):
-            raise other
         if other is not None:
             raise type(other)(f"process {process}: {other}")
     return value

@@ -10,11 +10,11 @@ if TYPE_CHECKING:
 
 
 def train(config: "Config | str", stage: str = "vqgan", *, restart: bool = False) -> Path:
-    """Trains a stage ("vqgan" or "prior") of a config, or of a preset by its name, to its last step,
-    and returns the run's folder. A run that the folder holds is resumed, unless `restart`.
+    """Trains a stage ("vqgan" or "prior") of a config, or of a preset by its name, to its last
+    step, and returns the run's folder. A run that the folder holds is resumed, unless `restart`.
 
-    Raises UserError and RunFailed as the commands do; after an interruption, and saving,
-    Interrupted, which is a KeyboardInterrupt.
+    Raises UserError for what the user can fix and RunFailed where the run cannot go on; after
+    SIGINT or SIGTERM, and saving, Interrupted, which is a KeyboardInterrupt.
     """
     from taming_jax.config.load import load_config
     from taming_jax.errors import UserError

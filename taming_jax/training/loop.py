@@ -37,8 +37,7 @@ class Stage(Protocol):
     `config` is what it was built from, with what is decided when a run is created. `dataset` is
     the identity of its data (data/datasets.py), `learned` names the networks that it trains.
     `monitor` names the metric of a validation that chooses the best checkpoint, lower being better.
-    Where feeds take their time (tokens are encoded), they call `check` now and then, which raises
-    Interrupted after a signal. `eval_step` returns sums over a batch, and `summarise` turns their
+    `eval_step` returns sums over a batch, and `summarise` turns their
     sum over the split into metrics: perplexity, say, cannot be averaged over batches. `distance` is
     called only when the settings have `fd_every`. `compile` is called before the first step, with a
     training batch and a validation batch; after that, `flops(step)` returns the operations that
@@ -52,7 +51,7 @@ class Stage(Protocol):
     learned: tuple[str, ...]
     dataset: dict[str, Any]
 
-    def feeds(self, check: Callable[[], None]) -> tuple[Feed, Feed]: ...
+    def feeds(self) -> tuple[Feed, Feed]: ...
     def init(self, key: jax.Array) -> TrainState: ...
     def compile(self, state: TrainState, training: Batch, validation: Batch) -> None: ...
     def flops(self, step: int) -> float | None: ...
@@ -65,14 +64,9 @@ class Stage(Protocol):
     ) -> None: ...
 
 
-def train(
-    build: Callable[[Config, Devices], Stage],
-    config: Config,
-    restart: bool = False,
-    own_process: bool = False,
-) -> Path:
-    """Trains a stage to its last step, going on from what the run's folder holds, and answers that
-    folder. In the `own_process` of a command a signal, too, ends it where nothing is to be saved.
+def train(build: Callable[[Config, Devices], Stage], config: Config, restart: bool = False) -> Path:
+    """Trains a stage to its last step, going on from what the run's folder holds, and returns that
+    folder.
 
     Raises UserError for what the user can mend, before anything of theirs is touched; RunFailed
     where a loss is not finite or the last step could not be saved; Interrupted after SIGINT or
@@ -81,7 +75,10 @@ def train(
     validated(config)
     folder = config.folder
     with contextlib.ExitStack() as stack:
-        signals = stack.enter_context(Signals(own_process))
+        signals = Signals()
+        stack.callback(signals.restore)
+        if distributed.count() > 1:  # none of them may end before the others
+            signals.listen()
         prepare(config)
         distributed.one_speaks()
         distributed.check_alike(config)
@@ -89,8 +86,7 @@ def train(
         if sentence := advice_for_a_cpu(config, devices.list[0].platform):
             say(sentence)
         distributed.from_first(lambda: hold(folder, stack))
-        with signals.at_once():  # pictures may be decoded, for long
-            stage = build(config, devices)
+        stage = build(config, devices)
         config = stage.config
         store = Store(folder, stage.name, stage.monitor, dataset=stage.dataset)
 
@@ -105,14 +101,13 @@ def train(
             return begun or store.restore(template, config, sections, stage.learned, say)
 
         try:
-            with signals.ending(), Progress("initialising the networks", write=say):
+            with Progress("initialising the networks", write=say):
                 state = stage.init(jax.random.key(config.seed))
             # A fresh state, too, is the first process's: another kind of device may round
             # otherwise. A copy, since the first step gives its state up: what is restored is
             # numpy's memory, and a fresh state is the stage's.
             state = distributed.from_first(lambda: begin(state) or state)
             state = copied(devices.replicate(state))
-            signals.check()
             return Loop(stage, config, devices, store, folder, signals, restart).run(state)
         except OSError as error:
             raise RunFailed(f"{error.filename or folder}: {error.strerror or error}.") from error
@@ -184,7 +179,7 @@ class Loop:
         self.stage, self.config, self.devices = stage, config, devices
         self.store, self.folder, self.signals = store, folder, signals
         self.settings: StageConfig = getattr(config, stage.name)
-        self.training, self.validation = stage.feeds(signals.check)
+        self.training, self.validation = stage.feeds()
         self.steps = self.settings.total_steps(self.training.size)
         epoch = math.ceil(self.training.size / self.settings.batch_size)
         self.eval_every, self.fd_every = self.settings.eval_every or epoch, self.settings.fd_every
@@ -231,25 +226,18 @@ class Loop:
             first = self.training.batch(start)
             with contextlib.closing(self.validation.once()) as validation:
                 batch = next(validation)
-            self.signals.check()
-            with self.signals.ending(), Progress("compiling", write=self.log.say):
+            with Progress("compiling", write=self.log.say):
                 self.stage.compile(state, first, batch)
-            self.signals.check()  # which waits for the slowest process's compilation, too
             self.log.begin()
             self._steps(state, start, first)
         return self.folder
 
     def _steps(self, state: TrainState, start: int, first: Batch) -> None:
+        self.signals.listen()  # until here nothing is lost where a signal ends the process
         drawn, estimate = start, Estimate(start, self.steps)
         for step in range(start, self.steps):
-            try:
-                with self.log.waiting():
-                    batch = self.training.batch(step) if step > start else first
-            except Interrupted:  # what is trained is saved; the step was not begun
-                self._settle()
-                self._save(state, step, None)
-                self._require(step)
-                raise
+            with self.log.waiting():
+                batch = self.training.batch(step) if step > start else first
             with self.tracer.step(step + 1):
                 state, metrics = self.stage.train_step(state, batch)
             self.tracer.after(step + 1, metrics)

@@ -6,7 +6,6 @@ training stage 1 on, or throwing its checkpoints away, changes nothing here.
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -203,11 +202,9 @@ class PriorStage:
         self._sample = jax.jit(functools.partial(draw_codes, self.model, config.prior))
         self._decode = jax.jit(functools.partial(decode_indices, self.vqgan))
 
-    def feeds(self, check: Callable[[], None] = lambda: None) -> tuple[TokenFeed, TokenFeed]:
+    def feeds(self) -> tuple[TokenFeed, TokenFeed]:
         folder, settings = self.config.folder / "tokens", self.config.prior
-        tokenizer = Tokenizer(
-            folder, self.vqgan, self.generator, self.config, self.devices, check=check
-        )
+        tokenizer = Tokenizer(folder, self.vqgan, self.generator, self.config, self.devices)
         versions = settings.augmented_versions if augments(self.config.data) else 1
         train = TokenFeed(tokenizer, "train", self.splits.train, settings.batch_size, versions)
         validation = TokenFeed(tokenizer, "validation", self.splits.validation, settings.batch_size)

@@ -48,7 +48,7 @@ def smallest_unsigned(codebook_size: int) -> np.dtype:
 
 class Tokenizer:
     """A generator that encodes splits of a dataset into `folder` (a run's tokens/), or reads them
-    from there. `check` is called before each batch is encoded, and may raise to stop."""
+    from there."""
 
     def __init__(
         self,
@@ -58,12 +58,10 @@ class Tokenizer:
         config: Config,
         devices: Devices,
         say: Callable[[str], None] = say,
-        check: Callable[[], None] = lambda: None,
     ):
         self.devices, self.seed = devices, config.seed
         self._folder, self._params, self._config = folder, params, config
         self._dtype, self._say = smallest_unsigned(config.vqgan.codes), say
-        self._check = check
         self._known: tuple[np.ndarray | None, str] = None, ""  # the last images, and their digest
 
         def codes(params: Any, images: jax.Array) -> jax.Array:
@@ -125,7 +123,6 @@ class Tokenizer:
         """The codes of one file's images, `start` being the first's place in its split, in batches
         of one size."""
         for batch in StreamingFeed(part, size, 0, self.devices).once():
-            self._check()
             first = start + batch.step * size
             places = np.arange(first, first + size, dtype=np.int32)[self.devices.own(size)]
             arrays = batch.arrays | {"place": self.devices.shard(places)}

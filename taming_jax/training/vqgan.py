@@ -110,7 +110,7 @@ class VQGANStage:
         self._made = devices.compile(self._making)
         self._reconstruct, self._decode = _drawing(self.networks.generator)
 
-    def feeds(self, check: Callable[[], None] = lambda: None) -> tuple[Feed, Feed]:
+    def feeds(self) -> tuple[Feed, Feed]:
         size, share = self.config.vqgan.batch_size, self.config.data.resident_share
         train, validation = (
             feed(split, size, self.config.seed, self.devices, share)

@@ -4,14 +4,11 @@ agree on and how their ends are reported."""
 import dataclasses
 import importlib.metadata
 import json
-import multiprocessing
-import os
 import pickle
 import signal
 import socket
 import threading
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -20,7 +17,7 @@ import pytest
 from taming_jax.cli.arguments import Processes
 from taming_jax.config.load import load_config
 from taming_jax.data.datasets import unlike
-from taming_jax.errors import Interrupted, RunFailed, UserError
+from taming_jax.errors import RunFailed, UserError
 from taming_jax.parallel import distributed
 from taming_jax.parallel.devices import Devices
 from taming_jax.training.store import Store
@@ -134,25 +131,16 @@ LONG = [
 ]  # fmt: skip
 
 
-def test_a_closed_connection_is_told_from_a_mistake():
-    assert distributed.torn(
-        ValueError("UNKNOWN: Gloo all-reduce failed: Connection closed by peer")
-    )
-    assert distributed.torn(jax.errors.JaxRuntimeError("INTERNAL: connection reset"))
-    assert not distributed.torn(ValueError("operands could not be broadcast together"))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("lost", [0, 1])
-def test_a_lost_process_ends_the_other_with_a_sentence_and_both_resume(tmp_path, lost):
+def test_a_lost_process_ends_the_other_and_both_resume(tmp_path, lost):
     started = start_two(*LONG, tmp_path, devices=1)
     until(tmp_path / "checkpoints" / "vqgan" / "50", started)
     began = time.monotonic()
     started[lost].kill()
     _, err = started[1 - lost].communicate(timeout=120)
     assert time.monotonic() - began < 120
-    assert started[1 - lost].returncode == 1
-    assert err.count("\n") == 1 and err.startswith("failed: another process of this run"), err
+    assert started[1 - lost].returncode != 0, err
     started[lost].communicate(timeout=60)
     saved = Store(tmp_path, "vqgan", "nll", read_only=True).steps()[-1]
     assert saved < 2000
@@ -201,7 +189,7 @@ def test_a_coordinator_that_does_not_answer_is_named(tmp_path):
         "--initialization-timeout", 2,
     )  # fmt: skip
     assert status == 2 and err.count("\n") == 1, err
-    assert "within 2 seconds" in err and address in err
+    assert f"{address} did not answer within 2 seconds" in err
 
 
 def alone(tmp_path, port, **more):
@@ -213,33 +201,6 @@ def alone(tmp_path, port, **more):
     )  # fmt: skip
 
 
-def children(pid):
-    tasks = Path(f"/proc/{pid}/task").glob("*/children")
-    return [int(child) for task in tasks for child in task.read_text().split()]
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc").is_dir(), reason="children are found in /proc")
-@pytest.mark.parametrize("joining", [False, True])
-def test_ctrl_c_while_others_are_waited_for_is_one_sentence(tmp_path, joining):
-    port = commands.free_port()
-    process = alone(tmp_path, port, own_group=True)
-    if joining:
-        with socket.socket() as listens:
-            while listens.connect_ex(("127.0.0.1", port)):
-                assert process.poll() is None, process.communicate()[1]
-                time.sleep(0.05)
-    else:  # as soon as there is a child
-        while not children(process.pid):
-            assert process.poll() is None, process.communicate()[1]
-            time.sleep(0.01)
-    began = time.monotonic()
-    os.killpg(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and time.monotonic() - began < 20
-    assert err.strip() == "Stopped before anything was begun."
-
-
 @pytest.mark.slow
 def test_a_port_in_use_is_a_sentence(tmp_path):
     with socket.socket() as taken:
@@ -249,9 +210,7 @@ def test_a_port_in_use_is_a_sentence(tmp_path):
         process = alone(tmp_path, port)
         _, err = process.communicate(timeout=120)
     assert process.returncode == 2 and err.count("\n") == 1, err
-    # One version of JAX does either: it raises, or its process dies of it.
-    assert "its port in use" in err or "a port of it that is free" in err, err
-    assert f"127.0.0.1:{port}" in err
+    assert f"port {port} of --coordinator-address 127.0.0.1:{port} cannot be opened" in err
 
 
 @pytest.mark.slow
@@ -303,8 +262,6 @@ def in_two_threads(monkeypatch):
                 ends[process] = function(process)
             except Exception as error:  # noqa: BLE001
                 ends[process] = error
-            except Interrupted as error:
-                ends[process] = error
 
         threads = [threading.Thread(target=work, args=(process,)) for process in range(2)]
         for thread in threads:
@@ -329,16 +286,6 @@ def test_what_fails_in_one_process_fails_in_all(in_two_threads):
     assert isinstance(first, UserError) and str(first) == "process 1: no such folder"
     assert isinstance(second, UserError) and str(second) == "no such folder"
 
-    def second_is_interrupted(process):
-        def function():
-            if process == 1:
-                raise Interrupted(signal.SIGTERM, "Stopped.")
-
-        return distributed.agreed(function)
-
-    for error in in_two_threads(second_is_interrupted):
-        assert isinstance(error, Interrupted) and error.signum == signal.SIGTERM
-        assert str(error) == "Stopped."
     assert in_two_threads(lambda process: distributed.agreed(lambda: process)) == [0, 1]
 
 
@@ -449,98 +396,12 @@ def test_two_processes_compute_what_one_would_of_their_rows(in_two_threads):
     assert sizes == [4] * 6
 
 
-class FakeChild:
-    """Stands in for the process that computes: ends as it is told to, after signals to itself."""
-
-    pid = 12345
-
-    def __init__(self, ends_with, phase, signals=()):
-        self.ends_with, self.phase, self.signals, self.exitcode = ends_with, phase, signals, None
-
-    def start(self):
-        pass
-
-    def join(self):
-        for signum in self.signals:
-            signal.raise_signal(signum)
-        self.at_end()
-        self.exitcode = self.ends_with
-
-    def at_end(self):
-        self.shared.value = self.phase
-
-
-@pytest.fixture
-def watch(monkeypatch):
-    """`distributed.watched` with a child that ends in this way, after signals; and the signals that
-    it was sent, as a list."""
-    sent = []
-    given = Processes(True, "127.0.0.1:9999", 2, 0, 7)
-
-    def call(ends_with, phase, *signals):
-        child = FakeChild(ends_with, phase, signals)
-
-        class Context:
-            @staticmethod
-            def RawValue(kind, value):  # noqa: N802
-                child.shared = multiprocessing.RawValue(kind, value)
-                return child.shared
-
-            @staticmethod
-            def Process(target, args):  # noqa: N802
-                child.noise = Path(args[-1])
-                return child
-
-        monkeypatch.setattr(distributed.multiprocessing, "get_context", lambda kind: Context)
-        monkeypatch.setattr(distributed.os, "kill", lambda pid, signum: sent.append((pid, signum)))
-        handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            distributed.watched(lambda: None, given)
-        finally:
-            for signum, handler in handlers.items():
-                signal.signal(signum, handler)
-            child.noise.unlink(missing_ok=True)
-
-    return call, sent
-
-
-def test_a_watched_process_hands_on_its_status(watch):
-    call, sent = watch
-    for status in (0, 1, 2, 143):
-        with pytest.raises(SystemExit) as exit:
-            call(status, status)
-        assert exit.value.code == status
-    with pytest.raises(SystemExit) as exit:  # JAX failed after the command had ended well
-        call(-signal.SIGABRT, 0)
-    assert exit.value.code == 0 and not sent
-
-
-def test_what_ends_a_watched_process_is_a_sentence(watch):
-    call, _ = watch
-    with pytest.raises(RunFailed, match="^another process of this run, or its coordinator, was l"):
-        call(-signal.SIGABRT, distributed.JOINED)
-    with pytest.raises(RunFailed, match="ended by SIGKILL, for want of memory perhaps"):
-        call(-signal.SIGKILL, distributed.JOINED)
-    says = (
-        r"the 2 processes did not find each other within 7 seconds .* process 0 at 127.0.0.1:9999"
-    )
-    with pytest.raises(UserError, match=says + r".* found its port in use"):
-        call(-signal.SIGABRT, distributed.BEGINNING)
-
-
-def test_signals_are_passed_on_to_a_watched_process(watch):
-    call, sent = watch
-    # Before it has joined, JAX does not listen to SIGINT, and there is nothing to save.
-    with pytest.raises(Interrupted, match="^Stopped before anything was begun.$") as stop:
-        call(-signal.SIGTERM, distributed.BEGINNING, signal.SIGINT)
-    assert stop.value.signum == signal.SIGINT and sent == [(FakeChild.pid, signal.SIGTERM)]
-
-
 def test_a_group_that_cannot_be_joined_is_a_sentence(monkeypatch):
     def initialize(*_, **__):
         raise RuntimeError("address already in use\nand more")
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    monkeypatch.setattr(distributed, "check_coordinator", lambda given: None)
     says = r"cannot be joined at here:1 \(address already in use\); name an address .* a port of it"
     with pytest.raises(UserError, match=says + " that is free"):
         distributed.join(Processes(True, "here:1", 2, 0))

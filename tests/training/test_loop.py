@@ -33,7 +33,7 @@ class Parabola:
         self.best, self.broken, self.on_step = best, broken, on_step
         self.evaluated, self.drawn = [], []
 
-    def feeds(self, check):
+    def feeds(self):
         return tuple(ResidentFeed(SPLIT, 4, 0, self.devices) for _ in range(2))
 
     def init(self, key):
@@ -249,34 +249,9 @@ def test_a_signal_before_the_first_step_leaves_what_was_there(tmp_path):
         return Parabola(config, devices)
 
     overrides = {"workdir": str(tmp_path), "devices": 1, "vqgan.batch_size": 4, "vqgan.steps": 20}
-    with pytest.raises(Interrupted, match="Stopped by SIGINT before the next step"):
+    with pytest.raises(KeyboardInterrupt):  # by Python's own handler
         loop.train(build, load_config("mnist_tiny", overrides))
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
-
-
-def test_a_signal_while_a_feed_works_saves_what_is_trained(tmp_path):
-    """As where another version of the tokens is encoded in the middle of a run."""
-
-    class Slow(Parabola):
-        def feeds(self, check):
-            training, validation = super().feeds(check)
-            batch = training.batch
-
-            def slow(step):
-                if step == 7:
-                    os.kill(os.getpid(), signal.SIGTERM)
-                    check()
-                return batch(step)
-
-            training.batch = slow
-            return training, validation
-
-    overrides = {"workdir": str(tmp_path), "devices": 1, "vqgan.batch_size": 4, "vqgan.steps": 20}
-    with pytest.raises(Interrupted, match="Stopped by SIGTERM before the next step"):
-        loop.train(Slow, load_config("mnist_tiny", overrides))
-    assert Store(tmp_path, "vqgan", "nll", read_only=True).steps()[-1] == 7
-    rows = (tmp_path / "metrics" / "vqgan.jsonl").read_text().splitlines()
-    assert json.loads(rows[-1])["step"] == 7
 
 
 def test_a_signal_in_the_last_step_saves_before_it_draws(tmp_path, monkeypatch):

@@ -11,7 +11,6 @@ from taming_jax.data import datasets
 from taming_jax.data.augment import augmented
 from taming_jax.data.batches import permutation, take
 from taming_jax.data.datasets import Split
-from taming_jax.errors import Interrupted
 from taming_jax.models.vqgan import build_vqgan, encode
 from taming_jax.parallel.devices import Devices
 from taming_jax.training import tokens
@@ -127,15 +126,18 @@ def test_a_disk_that_takes_no_codes_costs_a_sentence(tmp_path, generator, monkey
 
 def test_an_encoding_that_is_stopped_keeps_its_whole_files(tmp_path, generator, monkeypatch):
     monkeypatch.setattr(tokens, "images_at_once", lambda *_: 50)  # two batches a file
-    left = [None] * 3
+    gather, left = Devices.gather, [None] * 3
 
-    def check():
+    def stopped(*arguments):
         if not left:
-            raise Interrupted(15, "stopped")
+            raise KeyboardInterrupt
         left.pop()
+        return gather(*arguments)
 
-    with pytest.raises(Interrupted):
-        Tokenizer(tmp_path, *generator, CONFIG, Devices(1), print, check)("train", SPLIT)
+    monkeypatch.setattr(Devices, "gather", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        encoded(tmp_path, generator)
+    monkeypatch.setattr(Devices, "gather", gather)
     (first,) = files(tmp_path)
     time = first.stat().st_mtime_ns
     assert len(encoded(tmp_path, generator).images) == 250
