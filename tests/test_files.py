@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from taming_jax.errors import UserError
-from taming_jax.files import Appended, alone_in, read_arrays, write_arrays, write_whole
+from taming_jax.files import alone_in, read_arrays, write_arrays, write_whole
 from tests import commands
 
 
@@ -39,29 +39,6 @@ def test_a_file_is_written_whole_or_left_as_it_was(tmp_path, limited):
     limited(100)
     write_whole(file, bytes(100))
     assert file.read_bytes() == bytes(100)
-
-
-def test_a_file_grows_by_whole_pieces(tmp_path, limited):
-    path = tmp_path / "folder" / "file"
-    file = Appended(path)
-    limited(25)
-    for _ in range(2):
-        file.add(b"0123456789")
-        file.flush()
-    for _ in range(2):
-        file.add(b"abcdefghij")
-        with pytest.raises(OSError, match="too large"):
-            file.flush()
-        assert path.read_bytes() == b"0123456789" * 2 and file.waiting
-    limited(100)
-    with path.open("ab") as torn:  # as if not even the cutting had succeeded
-        torn.write(b"abc")
-    file.flush()
-    assert path.read_bytes() == b"0123456789" * 2 + b"abcdefghij" * 2 and not file.waiting
-    again = Appended(path)
-    again.add(b"more")
-    again.flush()
-    assert path.read_bytes().endswith(b"ijmore")
 
 
 HOLDER = """

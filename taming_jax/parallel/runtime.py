@@ -2,30 +2,28 @@
 
 import contextlib
 import hashlib
-import importlib
 import os
 import platform
 from pathlib import Path
-from typing import Any
 
 import jax
 
+try:
+    from jax._src.xla_bridge import backends_are_initialized
+except ImportError:  # a version without this private function: it is taken not to have started
+
+    def backends_are_initialized() -> bool:
+        return False
+
+
 from taming_jax.config.schema import Config
 from taming_jax.errors import UserError
-from taming_jax.files import user_cache, write_whole
+from taming_jax.files import user_cache
 
 # Implies --xla_gpu_exclude_nondeterministic_ops, and switches autotuning off (openxla/xla 12520).
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 LARGEST = 2**30  # bytes of compiled programs that are kept
 WORTH = 0.5  # seconds of compilation that are worth a file
-
-
-def internals(module: str) -> Any:
-    """A module of JAX that is not public; None in a version that does not have it."""
-    try:
-        return importlib.import_module(f"jax._src.{module}")
-    except ImportError:
-        return None
 
 
 def prepare(config: Config) -> None:
@@ -41,8 +39,7 @@ def be_deterministic() -> None:
     flags = os.environ.get("XLA_FLAGS", "")
     if DETERMINISTIC in flags.split():
         return
-    # Without this private function it is not known whether JAX has started; assume it has not.
-    if getattr(internals("xla_bridge"), "backends_are_initialized", lambda: False)():
+    if backends_are_initialized():
         raise UserError(
             "--deterministic is decided before JAX starts, and JAX has run in this process; begin "
             "a new one (in a notebook, restart the kernel)."
@@ -51,15 +48,18 @@ def be_deterministic() -> None:
 
 
 def keep_programs() -> None:
-    """Keeps compiled programs in the user's own cache folder, unless JAX has one already: theirs,
-    or that of an earlier call. A version of JAX that has no place for our way of it keeps none."""
-    cache = internals("compilation_cache")
-    if jax.config.values["jax_compilation_cache_dir"] or not hasattr(cache, "get_file_cache"):
+    """Keeps compiled programs in the user's own cache folder, unless JAX has a folder for them
+    already."""
+    if jax.config.values["jax_compilation_cache_dir"]:
         return
-    jax.config.update("jax_compilation_cache_dir", str(user_cache() / f"xla-{machine()}"))
+    folder = user_cache() / f"xla-{machine()}"
+    with contextlib.suppress(OSError):  # JAX warns of it
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", WORTH)
-    cache.get_file_cache = lambda path: (WholeEntries(Path(path)), path)
+    if jax.__version_info__ >= (0, 12):  # 0.10 cannot find the home folder of every user
+        jax.config.update("jax_compilation_cache_max_size", LARGEST)
 
 
 def machine() -> str:
@@ -76,40 +76,3 @@ def machine() -> str:
     cores = len(os.sched_getaffinity(0)) if known else os.cpu_count()
     found = hashlib.sha256("\n".join([*kind, str(cores)]).encode()).hexdigest()[:12]
     return f"jax-{jax.__version__}-{found}"
-
-
-class WholeEntries:
-    """jax's cache of compiled programs in a folder. Its own is written in place, and never again: a
-    kill, a full disk or two processes leave an entry torn for good. Here one appears whole, with
-    its hash; one that is not what was written is as none, and written anew."""
-
-    def __init__(self, path: Path):
-        self._path = path
-
-    def get(self, key: str) -> bytes | None:
-        """An entry; None where there is none, or it is damaged."""
-        file = self._path / key
-        try:
-            content = file.read_bytes()
-            os.utime(file)
-        except OSError:
-            return None
-        value, claimed = content[:-32], content[-32:]
-        return value if hashlib.sha256(value).digest() == claimed else None
-
-    def put(self, key: str, value: bytes) -> None:
-        """Keeps an entry, where the disk takes it."""
-        with contextlib.suppress(OSError):
-            self._path.mkdir(parents=True, exist_ok=True, mode=0o700)
-            write_whole(self._path / key, value + hashlib.sha256(value).digest())
-            self._trim()
-
-    def _trim(self) -> None:
-        """Deletes what was used least recently, by any version, above a size of all."""
-        files = {file: file.stat() for file in self._path.parent.glob("xla-*/*") if file.is_file()}
-        size = sum(found.st_size for found in files.values())
-        for file in sorted(files, key=lambda file: files[file].st_mtime):
-            if size <= LARGEST:
-                break
-            file.unlink(missing_ok=True)
-            size -= files[file].st_size

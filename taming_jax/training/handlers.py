@@ -6,10 +6,6 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import type_handlers
 
-from taming_jax.training.trouble import hush
-
-hush()
-
 # Only the first of several processes has to do with checkpoints: Orbax waits for no other.
 ALONE = ocp.options.MultiprocessingOptions(
     primary_host=0, active_processes={0}, barrier_sync_key_prefix="taming_jax"

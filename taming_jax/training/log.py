@@ -1,24 +1,18 @@
 """What a run says: a progress bar on a terminal, else plain lines; JSON lines; TensorBoard."""
 
 import contextlib
-import json
 import math
-import os
-import socket
-import struct
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tensorboardX.proto import event_pb2, summary_pb2
-from tensorboardX.record_writer import masked_crc32c
 from tqdm import tqdm
 
 from taming_jax.errors import say
-from taming_jax.files import Appended
 from taming_jax.training.meter import Meter
+from taming_jax.training.writers import JsonLines, TensorBoard, Writer
 
 # What is shown while training, where a stage reports it.
 SHOWN = (
@@ -34,67 +28,6 @@ SHOWN = (
 )
 
 
-def whole_rows(content: bytes) -> Iterator[tuple[dict[str, Any], int]]:
-    """The rows of JSON lines, up to the first line that a crash or a bad disk spoilt, each with the
-    place where its line ends."""
-    end = 0
-    for line in content.splitlines(keepends=True):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            return
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            return
-        end += len(line)
-        yield row, end
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file, up to the first line that a crash or a bad disk spoilt."""
-    return [row for row, _ in whole_rows(path.read_bytes())] if path.exists() else []
-
-
-def continued(path: Path, start: int) -> tuple[list[dict[str, Any]], Appended]:
-    """The rows of a JSON-lines file up to step `start`, and the file, cut there (which a full disk
-    allows), to go on with."""
-    rows, end = [], 0
-    content = path.read_bytes() if path.exists() else b""
-    for row, place in whole_rows(content):
-        if row["step"] > start or content[place - 1 : place] != b"\n":
-            break
-        rows.append(row)
-        end = place
-    if content[end:]:
-        os.truncate(path, end)
-    return rows, Appended(path)
-
-
-class Events(Appended):
-    """What TensorBoard reads of a run from step `start` on. tensorboardX's records, but not its
-    writer: that is a thread which a full disk ends, and which the run then waits for."""
-
-    def __init__(self, folder: Path, start: int):
-        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
-        super().__init__(folder / name)
-        self._add(start + 1, file_version="brain.Event:2")
-        # Hides the rows of steps that will be taken again.
-        self._add(start + 1, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
-
-    def _add(self, step: int, **content: Any) -> None:
-        event = event_pb2.Event(wall_time=time.time(), step=step, **content).SerializeToString()
-        header = struct.pack("<Q", len(event))
-        for part in (header, event):  # a TFRecord: each of them with its checksum
-            self.add(part + struct.pack("<I", masked_crc32c(part)))
-
-    def scalars(self, step: int, group: str, values: dict[str, float]) -> None:
-        """Keeps numbers of a step for the next `flush`."""
-        parts = [
-            summary_pb2.Summary.Value(tag=f"{group}/{key}", simple_value=value)
-            for key, value in values.items()
-        ]
-        self._add(step, summary=summary_pb2.Summary(value=parts))
-
-
 class Log:
     """The log of one stage of a run, from step `start` of `steps` on.
 
@@ -105,13 +38,15 @@ class Log:
     def __init__(self, folder: Path, name: str, start: int, steps: int, meter: Meter):
         self._meter = meter
         self.path = folder / "metrics" / f"{name}.jsonl"
-        self.rows, self._file = continued(self.path, start)
+        self._file = JsonLines(self.path, start)
+        self.rows = self._file.rows
         # Apart from the rows, which are the same whenever and wherever the run is computed.
-        self._speed = continued(self.path.with_name(f"{name}_speed.jsonl"), start)[1]
-        self._events = Events(folder / "tensorboard" / name, start)
+        self._speed = JsonLines(self.path.with_name(f"{name}_speed.jsonl"), start)
+        self._writers: list[Writer] = [TensorBoard(folder / "tensorboard" / name)]
         self._troubled: set[str] = set()
         self._name, self._start, self._steps = name, start, steps
         self._bar: tqdm[Any] | None = None
+        self._each("resume", start)
 
     def begin(self) -> None:
         """Starts the clock, and the bar: what went before, compilation, is no step's time."""
@@ -145,10 +80,11 @@ class Log:
                 self._troubled.remove(what)
                 self.say(f"{what} can be written again.")
 
-    def _flush(self) -> None:
-        with self.tolerating(f"The log {self.path}"), contextlib.ExitStack() as stack:
-            for file in (self._file, self._speed, self._events):  # each, also where one fails
-                stack.callback(file.flush)
+    def _each(self, method: str, *arguments: Any) -> None:
+        """Calls a method of each writer, whatever becomes of the others."""
+        for writer in self._writers:
+            with self.tolerating(f"The log for {type(writer).__name__}"):
+                getattr(writer, method)(*arguments)
 
     def row(
         self,
@@ -162,13 +98,12 @@ class Log:
         training steps also tells how fast they were, and with the operations of one, on a device,
         how much of it they used."""
         row = {"step": step, "epoch": round(epoch, 4), "split": split, **metrics}
-        self.rows.append(row)
-        self._file.add(json.dumps(row).encode() + b"\n")
-        self._events.scalars(step, split, metrics)
+        with self.tolerating(f"The log {self.path}"):
+            self._file.write(row)
+        self._each("scalars", step, split, metrics)
         shown = "  ".join(f"{key} {metrics[key]:.4g}" for key in SHOWN if key in metrics)
         if split == "train":
             shown += self._pace(step, flops)
-        self._flush()
         if split == "validation":
             self._said = time.monotonic()
             self.say(f"step {step}/{self._steps}  validation  {shown}")
@@ -189,13 +124,14 @@ class Log:
     def _pace(self, step: int, flops: float | None) -> str:
         """Notes how fast the steps since the last row were (without what came after that row:
         validation, figures, a checkpoint), what they took of a device, and the share of their time
-        that went by waiting for data; answers the share, where it is worth a word."""
+        that went by waiting for data; returns the share, where it is worth a word."""
         spent, steps = time.monotonic() - self._steps_began, step - self._row_step
         waiting = self._waited / spent
         speed = {"steps_per_second": round(steps / spent, 4), "waiting": round(waiting, 4)}
         speed |= self._meter(flops, steps / spent)
-        self._speed.add(json.dumps({"step": step, **speed}).encode() + b"\n")
-        self._events.scalars(step, "speed", speed)
+        with self.tolerating(f"The log {self._speed.path}"):
+            self._speed.write({"step": step, **speed})
+        self._each("scalars", step, "speed", speed)
         self._waited, self._steps_began, self._row_step = 0.0, 0.0, step
         return f"  waiting for data {waiting:.0%}" if waiting >= 0.01 else ""
 
@@ -213,9 +149,10 @@ class Log:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
-        self._flush()
-        if any(file.waiting for file in (self._file, self._speed, self._events)):
-            self.say(f"The log {self.path} lacks its last rows.")
+        for file in (self._file, self._speed):
+            with self.tolerating(f"The log {file.path}"):
+                file.flush()
+        self._each("close")
 
 
 class Silent:

@@ -11,7 +11,6 @@ import json
 import math
 import shlex
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,7 +35,6 @@ from taming_jax.training.handlers import (
     json_handler,
     sparing_handler,
 )
-from taming_jax.training.trouble import reason
 from taming_jax.training.weights import begun_whole, said
 from taming_jax.weights.arrays import digest, fill, named_arrays
 
@@ -91,9 +89,6 @@ class Store:
 
     def _open(self) -> ocp.CheckpointManager:
         if self._manager is None:
-            if not self._read_only:
-                self._sweep()
-
             keep = preservation_policy.AnyPreservationPolicy([
                 preservation_policy.LatestN(2),
                 preservation_policy.BestN(
@@ -108,6 +103,7 @@ class Store:
                     preservation_policy=keep, best_fn=self.judged, best_mode="min",
                     read_only=self._read_only, enable_async_checkpointing=True,
                     create=False, multiprocessing_options=ALONE,
+                    cleanup_tmp_directories=not self._read_only,
                     # Else threads wait for minutes for a folder that could not be made.
                     async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
                 ),
@@ -236,32 +232,17 @@ class Store:
             action()
             return
         except (OSError, ValueError, RuntimeError) as error:  # a full disk alone raises all of them
-            self._trouble = reason(error)
-        self._abandon()
+            self._trouble = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        # The manager counts on the checkpoint that failed. A new one deletes what is left of it.
+        manager, self._manager, self._lowest = self._manager, None, None
+        if manager is not None:
+            with contextlib.suppress(Exception):  # it raises again what was said
+                manager.close()
         if self._under_way not in self.steps():  # else an older one could not be removed
             self.say(
                 f"The checkpoint of step {self._under_way} could not be written to {self.path} "
                 f"({self._trouble}); the run goes on, and the next one is tried."
             )
-
-    def _abandon(self) -> None:
-        """Leaves a manager behind whose save has failed, and which counts on its checkpoint; and
-        gives back the room that what there is of it takes."""
-        manager, self._manager, self._lowest = self._manager, None, None
-        if manager is not None:
-            with contextlib.suppress(Exception):  # what it says was said
-                manager.close()
-        self._sweep()
-
-    def _sweep(self) -> None:
-        """Deletes what there is of checkpoints that did not become whole."""
-        for _ in range(50):  # while tensorstore's threads still write there
-            partial = list(self.path.glob("*.orbax-checkpoint-tmp*"))
-            if not partial:
-                break
-            for folder in partial:
-                shutil.rmtree(folder, ignore_errors=True)
-            time.sleep(0.02)
 
     def close(self) -> None:
         if self._manager is not None:

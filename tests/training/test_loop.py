@@ -16,9 +16,9 @@ from taming_jax.data.batches import ResidentFeed
 from taming_jax.data.datasets import Split
 from taming_jax.errors import Interrupted, RunFailed, UserError
 from taming_jax.training import loop
-from taming_jax.training.log import read_rows
 from taming_jax.training.state import Net, TrainState
 from taming_jax.training.store import Store
+from taming_jax.training.writers import read_rows
 
 SPLIT = Split(np.zeros((20, 1, 1, 1), np.uint8), np.zeros(20, np.int32))
 

@@ -9,10 +9,10 @@ from taming_jax.config.load import load_config, read_config
 from taming_jax.errors import RunFailed, UserError
 from taming_jax.parallel.devices import Devices
 from taming_jax.training import loop
-from taming_jax.training.log import read_rows
 from taming_jax.training.store import Store
 from taming_jax.training.vqgan import VQGANStage, build_stage, with_fixed_start
 from taming_jax.training.vqgan_step import Networks
+from taming_jax.training.writers import read_rows
 from tests import small_runs
 
 SMALL = {
