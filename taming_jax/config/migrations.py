@@ -10,7 +10,7 @@ import numpy as np
 
 from taming_jax.errors import UserError
 
-FORMAT = 3
+FORMAT = 4
 
 Arrays = dict[tuple[str, ...], np.ndarray]
 
@@ -21,8 +21,11 @@ def with_skipped(arrays: Arrays) -> Arrays:
 
 
 # What became of a config's settings, and of a checkpoint's arrays by their names, after format n.
-SETTINGS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: dict, 2: dict}
-ARRAYS: dict[int, Callable[[Arrays], Arrays]] = {1: with_skipped, 2: dict}
+SETTINGS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: dict, 2: dict, 3: dict}
+ARRAYS: dict[int, Callable[[Arrays], Arrays]] = {1: with_skipped, 2: dict, 3: dict}
+
+
+MICRO_BATCHES = 4  # the first format whose micro-batches of stage 1 have a weight each
 
 
 def format_of(values: Mapping[str, Any], path: Path) -> int:

@@ -1,4 +1,4 @@
-"""A batch taken in parts, one after the other: what each finds is added up, and only one part's
+"""Gradient accumulation: a batch is taken in parts, one after the other, so that only one part's
 activations need memory at a time."""
 
 from collections.abc import Callable
@@ -23,30 +23,26 @@ def unrolled() -> bool:
 
 
 def repeated(count: int) -> int:
-    """How often what `accumulated` does to a part is repeated for what is compiled of it."""
+    """How often the body of `mean_over_parts` runs for each time that it is compiled."""
     return 1 if unrolled() else count
 
 
-def accumulated(
-    part: Callable[[Any, Any], tuple[Any, Any]], carry: Any, arrays: Any, count: int
-) -> tuple[Any, Any]:
-    """Calls `part(carry, arrays) -> (carry, found)` on each of so many parts of arrays [b, ...],
-    and answers the last carry and the sum of what was found."""
+def mean_over_parts(function: Callable[[Any], Any], arrays: Any, count: int) -> Any:
+    """The mean of what a function returns for each of `count` parts of arrays [b, ...]."""
     if count == 1:
-        return part(carry, arrays)
+        return function(arrays)
     parts = divided(arrays, count)
-    shapes = jax.eval_shape(part, carry, jax.tree.map(lambda x: x[0], parts))[1]
-    nothing = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+    shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
 
-    def body(state: tuple[Any, Any], number: jax.Array) -> tuple[Any, None]:
-        carry, total = state
+    def body(total: Any, number: jax.Array) -> tuple[Any, None]:
         # A part waits for the one before, whose sums its index seems to need: side by side they
         # would take the whole batch's memory (XLA's CPU compiler drops optimization_barrier before
         # it puts operations in order). Where something is not a number, the step is lost anyway.
         ends = jnp.stack([leaf.ravel()[-1] for leaf in jax.tree.leaves(total)])
         number += jnp.isnan(ends).any()
-        arrays = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, number, keepdims=False), parts)
-        carry, found = part(carry, arrays)
-        return (carry, jax.tree.map(jnp.add, total, found)), None
+        part = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, number, keepdims=False), parts)
+        return jax.tree.map(jnp.add, total, function(part)), None
 
-    return lax.scan(body, (carry, nothing), jnp.arange(count), unroll=unrolled())[0]
+    total, _ = lax.scan(body, zeros, jnp.arange(count), unroll=unrolled())
+    return jax.tree.map(lambda x: x / count, total)

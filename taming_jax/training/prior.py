@@ -28,7 +28,7 @@ from taming_jax.parallel import distributed
 from taming_jax.parallel.devices import Devices, averaged, summed
 from taming_jax.priors.autoregressive import GPT, apply_train, build_gpt, teacher_forced
 from taming_jax.priors.decoding import micro_batch, sample, sample_keys
-from taming_jax.training.accumulate import accumulated, repeated
+from taming_jax.training.accumulate import mean_over_parts, repeated
 from taming_jax.training.state import (
     CODES,
     DROPOUT,
@@ -99,17 +99,16 @@ def training_step(
         tokens = jnp.concatenate([tokens[:, :1], rest], 1)
     net = state.nets["transformer"]
 
-    def part(carry: None, arrays: Any) -> tuple[None, Any]:
+    def part(arrays: Any) -> tuple[jax.Array, Any]:
         tokens, codes, keys = arrays
 
         def loss(params: Any) -> jax.Array:
             return losses.next_token(apply_train(model, params, tokens, keys), codes).mean()
 
-        return carry, jax.value_and_grad(loss)(net.params)
+        return jax.value_and_grad(loss)(net.params)
 
-    count = prior.micro_batches
-    _, sums = accumulated(part, None, (tokens, codes, keys[DROPOUT]), count)
-    nll, gradient = averaged(jax.tree.map(lambda x: x / count, sums), axis_name)
+    means = mean_over_parts(part, (tokens, codes, keys[DROPOUT]), prior.micro_batches)
+    nll, gradient = averaged(means, axis_name)
     metrics = {"nll": nll, "transformer_gradient": optax.tree.norm(gradient)}
     rate = learning_rate(config, steps)(state.step)
     nets = state.nets | {"transformer": net.updated(adamw(config), gradient, rate)}

@@ -22,7 +22,7 @@ from flax import traverse_util
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from taming_jax.config.load import differences, settings
-from taming_jax.config.migrations import ARRAYS, FORMAT, format_of, migrated
+from taming_jax.config.migrations import ARRAYS, FORMAT, MICRO_BATCHES, format_of, migrated
 from taming_jax.config.schema import Config
 from taming_jax.config.serialization import to_dict
 from taming_jax.data.datasets import unlike
@@ -52,13 +52,14 @@ def keep_settings(run: Path) -> str:
 
 class Checkpoint(NamedTuple):
     """A checkpoint's arrays by name, the config it was trained with, the identity
-    (data/datasets.py) of the dataset it was trained on, where it keeps one, and whether it holds
-    weights only, with which a run begins."""
+    (data/datasets.py) of the dataset it was trained on, where it keeps one, whether it holds
+    weights only, with which a run begins, and the format that it was written in."""
 
     arrays: dict[tuple[str, ...], np.ndarray]
     config: Config
     dataset: dict[str, Any] | None
     weights_only: bool = False
+    format: int = FORMAT
 
 
 class Store:
@@ -297,8 +298,8 @@ class Store:
                 raise ValueError(f"the array {'.'.join(path)} is not what was saved")
         config = self._config(about, step)
         arrays = migrated(arrays, format_of(about, folder), ARRAYS)
-        weights_only = about.get("weights_only", False)
-        return Checkpoint(arrays, config, about.get("dataset"), weights_only)
+        weights_only, written = about.get("weights_only", False), format_of(about, folder)
+        return Checkpoint(arrays, config, about.get("dataset"), weights_only, written)
 
     def chosen(self) -> tuple[Checkpoint, int]:
         """The best checkpoint (the newest where none was validated), or where it is damaged, which
@@ -379,6 +380,13 @@ class Store:
                 f"{self.path} holds a run with other settings: {'; '.join(different)}. "
                 f"{keep_settings(self.path.parent.parent)} Otherwise choose another --workdir, or "
                 "begin anew with --restart."
+            )
+        parts = checkpoint.config.vqgan.micro_batches
+        if self.path.name == "vqgan" and parts > 1 and checkpoint.format < MICRO_BATCHES:
+            raise UserError(
+                f"{self.path} holds a run with --vqgan.micro-batches {parts} of an older version, "
+                "which computed one adaptive weight for all of them. This one would train it "
+                "differently: choose another --workdir, or begin anew with --restart."
             )
         others = unlike(self._dataset, checkpoint.dataset)
         if others:

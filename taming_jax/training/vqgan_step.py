@@ -27,7 +27,7 @@ from taming_jax.models.lpips import lpips
 from taming_jax.models.quantizers import Noise
 from taming_jax.models.vqgan import VQGAN, build_vqgan, reconstruct
 from taming_jax.parallel.devices import averaged, summed
-from taming_jax.training.accumulate import accumulated
+from taming_jax.training.accumulate import mean_over_parts
 from taming_jax.training.state import Net, TrainState, moved
 
 
@@ -63,29 +63,16 @@ class Adversary(NamedTuple):
     metrics: dict[str, jax.Array]
 
 
-class Look(NamedTuple):
+class GeneratorPass(NamedTuple):
     """The generator's forward pass: its reconstruction float32 [b,h,w,c], the input of its last
-    convolution, the image losses' cotangent of the reconstruction, `pull(cotangent of the
-    reconstruction, weight of the codebook loss)` to the gradient of its parameters, how often each
-    code was used [k], and the losses."""
+    convolution, the image losses' cotangent of the reconstruction, `vjp(cotangent of the
+    reconstruction)` to the gradient of its parameters, in which the codebook loss is included, how
+    often each code was used [k], and the losses."""
 
     reconstruction: jax.Array
     last: jax.Array
     cotangent: jax.Array
-    pull: Callable[[jax.Array, float], Any]
-    counts: jax.Array
-    metrics: dict[str, jax.Array]
-
-
-class Part(NamedTuple):
-    """What a part of a batch adds to a step on this device: the generator's gradient of all losses,
-    or, until the adversarial loss's weight is known, of all others and apart from them of that one;
-    the discriminator's; that weight; how often each code was used; and the losses."""
-
-    generator: Any
-    adversarial: Any
-    discriminator: Any
-    weight: jax.Array
+    vjp: Callable[[jax.Array], Any]
     counts: jax.Array
     metrics: dict[str, jax.Array]
 
@@ -172,82 +159,66 @@ class Networks:
         `discriminator_steps` is how many steps the discriminator has taken (LeCAM's averages need
         it); `keys` are for what of it draws, codes at a `temperature`.
 
-        With `micro_batches` the images are taken in so many parts, to the same losses and gradients
-        but where the discriminator is concerned: its BatchNorm normalises within a part (of all
-        devices together), and its running statistics and LeCAM's averages move once a part. The
-        adaptive weight is that of the whole batch: the gradients of the image losses and of the
-        adversarial loss are kept apart until both are summed, at the cost of a second pullback.
+        With `micro_batches` the images are taken in as many parts, each with its own adaptive
+        weight and BatchNorm statistics, and everything is averaged over them.
         """
-        settings, count = self.settings, self.settings.micro_batches
-        part = functools.partial(
-            self.part, generator.params, discriminator.params, lpips_params, adversarial,
-            jnp.asarray(temperature, jnp.float32),
+        settings = self.settings
+        step = functools.partial(
+            self.micro_batch, generator.params, discriminator, lpips_params, adversarial,
+            jnp.asarray(discriminator_steps, jnp.int32), jnp.asarray(temperature, jnp.float32),
         )  # fmt: skip
-        updates = count * jnp.asarray(discriminator_steps, jnp.int32)
-        (extra, _), sums = accumulated(part, (discriminator.extra, updates), (images, keys), count)
-        means = jax.tree.map(lambda x: x / count, sums)
-        gradient, weight = means.generator, means.weight
-        if adversarial and self.apart:
-            weight = self.weight(
-                lambda gradient: self.mean(gradient["decoder"]["conv_out"]["kernel"]),
-                gradient, means.adversarial,
-            )  # fmt: skip
-            gradient = jax.tree.map(lambda x, y: x + weight * y, gradient, means.adversarial)
-        gradient, learned, metrics = self.mean((gradient, means.discriminator, means.metrics))
-
-        metrics["loss"] = metrics["nll"] + settings.codebook_weight * metrics["codebook"]
-        metrics["perplexity"] = losses.perplexity(self.sum(sums.counts))
+        found, counts = mean_over_parts(step, (images, keys), settings.micro_batches)
+        gradient, learned, metrics = self.mean(
+            (found.generator, found.discriminator, found.metrics)
+        )
+        metrics["perplexity"] = losses.perplexity(self.sum(counts))
         metrics["generator_gradient"] = optax.tree.norm(gradient)
-        if not adversarial:
-            return Gradients(gradient, None, None, metrics)
-        metrics["loss"] += weight * metrics["adversarial"]
-        if settings.adaptive_weight:
-            metrics["adaptive_weight"] = weight
-        metrics["discriminator_gradient"] = optax.tree.norm(learned)
-        return Gradients(gradient, learned, extra, metrics)
+        if adversarial:
+            metrics["discriminator_gradient"] = optax.tree.norm(learned)
+        return Gradients(gradient, learned, found.extra, metrics)
 
-    @property
-    def apart(self) -> bool:
-        """Whether the adversarial loss's weight is known only when all of a batch was seen."""
-        return self.settings.adaptive_weight and self.settings.micro_batches > 1
-
-    def part(
+    def micro_batch(
         self,
         generator: Any,
-        discriminator: Any,
+        discriminator: Net,
         lpips_params: Any,
         adversarial: bool,
+        discriminator_steps: jax.Array,
         temperature: jax.Array,
-        carry: tuple[dict[str, Any], jax.Array],
         arrays: tuple[jax.Array, Keys],
-    ) -> tuple[Any, Part]:
-        """What a part of a batch, images and keys, adds to the step. `carry` is the discriminator's
-        state and how many updates that has seen."""
-        (extra, updates), (images, keys) = carry, arrays
+    ) -> tuple[Gradients, jax.Array]:
+        """The gradients and losses of a part of a batch, images and keys, on this device; and how
+        often it used each code [k]."""
+        settings, (images, keys) = self.settings, arrays
         noise = None if keys.codes is None else Noise(keys.codes, temperature)
-        seen = self.look(generator, images, lpips_params, noise)
-        codebook_weight = self.settings.codebook_weight
-        weight = jnp.zeros(())
+        forward = self.forward(generator, images, lpips_params, noise)
+        cotangent, metrics = forward.cotangent, forward.metrics
+        metrics["loss"] = metrics["nll"] + settings.codebook_weight * metrics["codebook"]
         if not adversarial:
-            gradient = seen.pull(seen.cotangent, codebook_weight)
-            return carry, Part(gradient, None, None, weight, seen.counts, seen.metrics)
-        adversary = self.adversary(discriminator, extra, images, seen.reconstruction, updates, keys)
-        cotangent, of_adversary = seen.cotangent, None
-        if self.apart:
-            of_adversary = seen.pull(adversary.cotangent, 0.0)
-        else:
-            at_last_kernel = functools.partial(self.last_kernel_gradient, generator, seen.last)
-            weight = self.weight(at_last_kernel, cotangent, adversary.cotangent)
-            cotangent += weight * adversary.cotangent
-        return (adversary.extra, updates + 1), Part(
-            seen.pull(cotangent, codebook_weight), of_adversary, adversary.gradient, weight,
-            seen.counts, seen.metrics | adversary.metrics,
+            return Gradients(forward.vjp(cotangent), None, None, metrics), forward.counts
+        adversary = self.adversary(
+            discriminator.params, discriminator.extra, images, forward.reconstruction,
+            discriminator_steps, keys,
         )  # fmt: skip
+        metrics |= adversary.metrics
+        weight = jnp.asarray(settings.discriminator_weight, jnp.float32)
+        if settings.adaptive_weight:
+            at_last_kernel = functools.partial(self.last_kernel_gradient, generator, forward.last)
+            weight *= losses.adaptive_weight(
+                at_last_kernel(cotangent), at_last_kernel(adversary.cotangent),
+                settings.adaptive_weight_max,
+            )  # fmt: skip
+            metrics["adaptive_weight"] = weight
+        metrics["loss"] += weight * metrics["adversarial"]
+        gradient = forward.vjp(cotangent + weight * adversary.cotangent)
+        found = Gradients(gradient, adversary.gradient, adversary.extra, metrics)
+        return found, forward.counts
 
-    def look(
+    def forward(
         self, params: Any, images: jax.Array, lpips_params: Any, noise: Noise | None = None
-    ) -> Look:
-        """The generator's forward pass on images, and the losses between them and what it made."""
+    ) -> GeneratorPass:
+        """The generator's forward pass on images, and the losses between them and their
+        reconstruction."""
 
         def generate(params: Any) -> tuple[Any, Any]:
             output, changed = self.generator.apply(
@@ -262,31 +233,17 @@ class Networks:
             means = {key: values.mean() for key, values in found.items()}
             return means["nll"], means
 
-        (reconstruction, codebook), pull_generator, (indices, last) = jax.vjp(
+        (reconstruction, codebook), pullback, (indices, last) = jax.vjp(
             generate, params, has_aux=True
         )
 
-        def pull(cotangent: jax.Array, codebook_weight: float) -> Any:
-            return pull_generator((cotangent, jnp.asarray(codebook_weight, codebook.dtype)))[0]
+        def vjp(cotangent: jax.Array) -> Any:
+            codebook_weight = jnp.asarray(self.settings.codebook_weight, codebook.dtype)
+            return pullback((cotangent, codebook_weight))[0]
 
         cotangent, metrics = jax.grad(image_loss, has_aux=True)(reconstruction)
         metrics |= {"codebook": codebook}
-        return Look(reconstruction, last, cotangent, pull, self.counts(indices), metrics)
-
-    def weight(
-        self, at_last_kernel: Callable[[Any], jax.Array], of_images: Any, of_adversary: Any
-    ) -> jax.Array:
-        """The weight of the adversarial loss. `at_last_kernel` makes of what is given for the image
-        losses and for the adversarial loss the gradient of each at the decoder's last kernel,
-        averaged over the devices."""
-        settings = self.settings
-        weight = jnp.asarray(settings.discriminator_weight, jnp.float32)
-        if settings.adaptive_weight:
-            weight *= losses.adaptive_weight(
-                at_last_kernel(of_images), at_last_kernel(of_adversary),
-                settings.adaptive_weight_max,
-            )  # fmt: skip
-        return weight
+        return GeneratorPass(reconstruction, last, cotangent, vjp, self.counts(indices), metrics)
 
     def counts(self, indices: jax.Array, weight: jax.Array | float = 1.0) -> jax.Array:
         """How often each code was used on this device, float32 [k]; `weight` [b,1,1] counts an
@@ -304,7 +261,7 @@ class Networks:
         keys: Keys,
     ) -> Adversary:
         """The adversarial part: one forward pass on the reconstruction, one on the images. `extra`
-        is the discriminator's state, which has been updated so many times."""
+        is the discriminator's state after `updates` steps."""
         settings, stats = self.settings, extra["batch_stats"]
         fake, pull_fake, stats = jax.vjp(
             lambda params, x: self.discriminate(params, stats, x, keys.fake),

@@ -12,7 +12,7 @@ from jax import lax
 
 from taming_jax.parallel.devices import Devices
 from taming_jax.training import accumulate
-from taming_jax.training.accumulate import accumulated, divided
+from taming_jax.training.accumulate import divided, mean_over_parts
 from taming_jax.training.state import Net, moved
 from taming_jax.training.vqgan_step import Keys
 from tests import golden
@@ -28,18 +28,16 @@ def test_a_part_holds_the_same_examples_on_any_number_of_devices(devices):
         assert sorted(part.ravel()) == list(range(number, 24, 3))
 
 
-def test_parts_are_taken_in_order_and_what_they_find_is_added_up():
-    def part(carry, arrays):
+def test_the_mean_of_parts_is_that_of_what_each_returns():
+    def function(arrays):
         values, keys = arrays
         assert keys is None
-        return 10 * carry + values.sum(), {"sum": values.sum(), "count": jnp.int32(1)}
+        return {"sum": values.sum(), "square": jnp.square(values.sum())}
 
-    values = jnp.arange(1.0, 7.0)
-    carry, found = jax.jit(lambda x: accumulated(part, jnp.float32(0), (x, None), 3))(values)
-    assert carry == 579  # 1 + 4, then 2 + 5, then 3 + 6
-    assert found["sum"] == values.sum() and found["count"] == 3
-    carry, found = accumulated(part, jnp.float32(0), (values, None), 1)
-    assert carry == found["sum"] == values.sum()
+    values = jnp.arange(1.0, 7.0)  # 1 + 4, 2 + 5 and 3 + 6
+    means = jax.jit(lambda x: mean_over_parts(function, (x, None), 3))(values)
+    assert means["sum"] == 7 and means["square"] == pytest.approx((25 + 49 + 81) / 3)
+    assert mean_over_parts(function, (values, None), 1)["square"] == 441
 
 
 def compiled(count, batch=32):
@@ -57,9 +55,7 @@ def compiled(count, batch=32):
         return jnp.square(x).sum()
 
     def gradient(kernels, images):
-        return accumulated(
-            lambda carry, x: (carry, jax.grad(loss)(kernels, x)), None, images, count
-        )[1]
+        return mean_over_parts(lambda x: jax.grad(loss)(kernels, x), images, count)
 
     return jax.jit(gradient).lower(kernels, images).compile(), (kernels, images)
 
@@ -67,7 +63,7 @@ def compiled(count, batch=32):
 def test_parts_take_less_memory_and_on_a_cpu_no_loop():
     whole, arguments = compiled(1)
     parts, _ = compiled(4)
-    golden.assert_close(parts(*arguments), whole(*arguments), "gradient", 1e-5)
+    golden.assert_close(4 * parts(*arguments), whole(*arguments), "gradient", 1e-5)
     assert " while(" not in parts.as_text(), "a convolution's gradient would be slow there"
     sizes = [c.memory_analysis().temp_size_in_bytes for c in (whole, parts)]
     assert sizes[1] < 0.4 * sizes[0], sizes
@@ -133,60 +129,55 @@ def test_codes_that_are_drawn_depend_on_the_image_alone(state_and_images):
     )
 
 
-def of_part(networks, updates, discriminator, extra, x, keys, params):
-    """A part of a batch written out: the image losses; the adversarial loss; the discriminator's;
-    and its state afterwards."""
-    settings, before = networks.settings, extra["batch_stats"]
-    for_real, for_fake, _ = keys
-    output = networks.generator.apply({"params": params}, x)
-    fake, stats = networks.discriminate(discriminator, before, output.images, for_fake)
-    real, stats = networks.discriminate(discriminator, stats, x, for_real)
-    means = {"real": real.mean(), "fake": fake.mean()}
-    lecam = moved(extra["lecam"], means, settings.lecam_decay, jnp.int32(updates))
-    lecam = lax.stop_gradient(lecam)
-    of_images = settings.l1_weight * jnp.abs(output.images - x).mean()
-    of_images += settings.codebook_weight * output.quantized.loss.mean()
-    hinge = 0.5 * (jax.nn.relu(1 - real).mean() + jax.nn.relu(1 + fake).mean())
-    held = jnp.square(jax.nn.relu(real - lecam["fake"])).mean()
-    held += jnp.square(jax.nn.relu(lecam["real"] - fake)).mean()
-    losses = of_images, -fake.mean(), hinge + settings.lecam_weight * held
-    return losses, {"batch_stats": stats, "lecam": lecam}
-
-
 def by_parts(networks, generator, discriminator, images, keys, steps, count):
-    """A step in parts, from the gradients of the mean of each loss over the parts."""
+    """A step in parts, each with its own weight and statistics, with its losses written out: the
+    means of their gradients, of the discriminator's state, and of the losses."""
+    settings, before = networks.settings, discriminator.extra
+
+    def losses_of(params, judge, x, keys):
+        output = networks.generator.apply({"params": params}, x)
+        fake, stats = networks.discriminate(judge, before["batch_stats"], output.images, keys.fake)
+        real, stats = networks.discriminate(judge, stats, x, keys.real)
+        means = {"real": real.mean(), "fake": fake.mean()}
+        lecam = moved(before["lecam"], means, settings.lecam_decay, jnp.int32(steps))
+        lecam = lax.stop_gradient(lecam)
+        of_images = settings.l1_weight * jnp.abs(output.images - x).mean()
+        of_images += settings.codebook_weight * output.quantized.loss.mean()
+        hinge = 0.5 * (jax.nn.relu(1 - real).mean() + jax.nn.relu(1 + fake).mean())
+        held = jnp.square(jax.nn.relu(real - lecam["fake"])).mean()
+        held += jnp.square(jax.nn.relu(lecam["real"] - fake)).mean()
+        terms = of_images, -fake.mean(), hinge + settings.lecam_weight * held
+        return terms, {"batch_stats": stats, "lecam": lecam}
 
     @functools.partial(jax.jit, compiler_options=QUICKLY)
-    def one(updates, extra, x, keys):
-        def loss(number, params, discriminator):
-            found, after = of_part(networks, updates, discriminator, extra, x, keys, params)
-            return found[number], after
+    def one(x, keys):
+        def loss(number, params, judge):
+            terms, after = losses_of(params, judge, x, keys)
+            return terms[number], after
 
         arguments = generator.params, discriminator.params
-        return [
+        (of_images, by_images), (of_adversary, by_adversary), (_, learned) = (
             jax.value_and_grad(loss, i, has_aux=True)(number, *arguments)
             for number, i in ((0, 1), (1, 1), (2, 2))
-        ]
+        )
+        weight = settings.discriminator_weight
+        if settings.adaptive_weight:
+            norms = [
+                jnp.linalg.norm(gradient["decoder"]["conv_out"]["kernel"].ravel())
+                for gradient in (by_images, by_adversary)
+            ]
+            weight *= norms[0] / (norms[1] + 1e-4)
+        gradient = jax.tree.map(lambda x, y: x + weight * y, by_images, by_adversary)
+        metrics = {"loss": of_images[0] + weight * of_adversary[0]}
+        if settings.adaptive_weight:
+            metrics["adaptive_weight"] = weight
+        return gradient, learned, of_images[1], metrics
 
-    extra, found = discriminator.extra, []
-    for number in range(count):
-        here = jax.tree.map(lambda key, number=number: key[number::count], keys)
-        terms = one(count * steps + number, extra, images[number::count], here)
-        found.append([(value, gradient) for (value, _), gradient in terms])
-        extra = terms[0][0][1]
-    of_images, of_adversary, of_discriminator = jax.tree.map(lambda *x: sum(x) / count, *found)
-    weight = networks.settings.discriminator_weight
-    if networks.settings.adaptive_weight:
-        norms = [
-            jnp.linalg.norm(gradient["decoder"]["conv_out"]["kernel"].ravel())
-            for _, gradient in (of_images, of_adversary)
-        ]
-        weight *= norms[0] / (norms[1] + 1e-4)
-    loss, gradient = jax.tree.map(lambda x, y: x + weight * y, of_images, of_adversary)
-    metrics = {"loss": loss}
-    if networks.settings.adaptive_weight:
-        metrics["adaptive_weight"] = weight
-    return gradient, of_discriminator[1], extra, metrics
+    found = [
+        one(images[i::count], jax.tree.map(lambda key, i=i: key[i::count], keys))
+        for i in range(count)
+    ]
+    return jax.tree.map(lambda *x: sum(x) / count, *found)
 
 
 @pytest.mark.parametrize(
