@@ -1,82 +1,10 @@
 #!/usr/bin/env python3
-"""What a dataset holds: sizes, classes, means, duplicates, and a sheet of its pictures.
+"""The same as `taming-jax dataset`, for a checkout."""
 
-    python scripts/dataset.py --config birds --data.path FOLDER --out sheet.png
-
-Takes the settings of the training scripts, of which only those of the data matter.
-"""
-
-import argparse
-import dataclasses
-import hashlib
 import sys
-from pathlib import Path
 
-import numpy as np
-
-from taming_jax.cli.arguments import parse_arguments
-from taming_jax.data import datasets
-from taming_jax.data.datasets import Split, Splits
-from taming_jax.errors import UserError, report
-
-
-def describe(name: str, split: Split, class_names: tuple[str, ...]) -> str:
-    n, h, w, c = split.images.shape
-    means, squares = np.zeros(c), np.zeros(c)
-    for start in range(0, n, 1024):  # in parts, since a split may be larger than memory
-        part = split.images[start : start + 1024].astype(np.float64)
-        means += part.mean((1, 2)).sum(0) / n
-        squares += np.square(part).mean((1, 2)).sum(0) / n
-    deviations = np.sqrt(np.maximum(squares - means**2, 0))
-    of_channels = ", ".join(f"{m:.1f} ± {d:.1f}" for m, d in zip(means, deviations, strict=True))
-    return (
-        f"{name}: {n} images of {h}x{w}x{c}, mean and deviation of each channel {of_channels}; "
-        f"{len(np.unique(split.labels))} of {len(class_names)} classes"
-    )
-
-
-def hashes(split: Split) -> set[bytes]:
-    return {hashlib.sha256(image.tobytes()).digest() for image in split.images}
-
-
-def main() -> None:
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    own.add_argument("--out")
-    given, rest = own.parse_known_args()
-    if {"-h", "--help"} & set(rest):
-        print(__doc__)
-    out = None if given.out is None else Path(given.out)
-    if out is not None and out.suffix != ".png":
-        raise UserError(f"--out {out}: name a .png.")
-    if out is not None and not out.absolute().parent.is_dir():
-        raise UserError(f"--out {out}: the folder {out.absolute().parent} does not exist.")
-    if out is not None and out.is_dir():
-        raise UserError(f"--out {out} is a folder; name a .png.")
-    config = parse_arguments(rest).config
-    # All splits at one size, so that the same picture is the same array in each.
-    splits: Splits = datasets.load(dataclasses.replace(config.data, random_crop=False))
-    named = {name: getattr(splits, name) for name in ("train", "validation", "test")}
-    for name, split in named.items():
-        print(describe(name, split, splits.class_names))
-    print(f"{'class':<40}" + "".join(f"{name:>12}" for name in named))
-    counts = [
-        np.bincount(split.labels, minlength=len(splits.class_names)) for split in named.values()
-    ]
-    for name, *of_splits in zip(splits.class_names, *counts, strict=True):
-        print(f"{name:<40}" + "".join(f"{count:>12}" for count in of_splits))
-    seen = {name: hashes(split) for name, split in named.items()}
-    for name, split in named.items():
-        print(f"{len(split.images) - len(seen[name])} duplicates within {name}")
-    for one, other in (("train", "validation"), ("train", "test"), ("validation", "test")):
-        print(f"{len(seen[one] & seen[other])} images of {other} are in {one} as well")
-    if out is not None:
-        from taming_jax.figures import sheet
-
-        images = splits.train.images
-        title = f"{config.data.path or config.data.name}: {len(images)} training images"
-        sheet(images[datasets.spread(len(images), 64)], out, 8, title)
-        print(f"A sheet of them is in {out}.")
-
+from taming_jax.cli.dataset import main
+from taming_jax.errors import report
 
 if __name__ == "__main__":
     sys.exit(report(main))

@@ -1,0 +1,60 @@
+"""The command `taming-jax`, and `python -m taming_jax.cli`: a subcommand by its name."""
+
+import difflib
+import importlib
+import sys
+
+from taming_jax.errors import UserError, report
+
+# Where each subcommand is, and what it does.
+COMMANDS = {
+    "train-vqgan": ("train:train_vqgan", "train stage 1, the VQ-GAN"),
+    "train-prior": ("train:train_prior", "train stage 2, the prior over its codes"),
+    "sample": ("sample:main", "draw images from a run"),
+    "complete": ("sample:complete", "draw the rest of given pictures"),
+    "evaluate": ("evaluate:main", "measure a run, or compare two reports"),
+    "encode": ("encode:main", "write a split of a run's dataset as codes"),
+    "dataset": ("dataset:main", "show what a dataset holds"),
+    "import compvis": ("import_compvis:main", "make a run of an official checkpoint"),
+    "import llamagen": ("import_llamagen:main", "make a run of LlamaGen's checkpoints"),
+    "export compvis": ("export_compvis:main", "write a run as an official checkpoint"),
+    "recipes": ("recipes:main", "train and measure the rows of docs/recipes.md"),
+    "benchmark": ("benchmark:main", "measure how fast a preset trains on this machine"),
+}
+
+
+def show_help(names: list[str]) -> None:
+    print("usage: taming-jax COMMAND [settings]; `taming-jax COMMAND --help` shows its settings.\n")
+    for name in names:
+        print(f"  {name:<16} {COMMANDS[name][1]}")
+
+
+def dispatch() -> None:
+    arguments = sys.argv[1:]
+    name = " ".join(arguments[:2])
+    if name not in COMMANDS:
+        name = " ".join(arguments[:1])
+    words = name.split()
+    group = [known for known in COMMANDS if known.split()[: len(words)] == words]
+    if name not in COMMANDS and (not group or not set(arguments[1:]) <= {"-h", "--help"}):
+        if words and words[0] in ("-h", "--help"):
+            group = list(COMMANDS)
+        else:
+            close = difflib.get_close_matches(" ".join(arguments[:2]), COMMANDS, 1)
+            close = close or difflib.get_close_matches(name, COMMANDS, 1)
+            hint = f"; did you mean '{close[0]}'?" if close else "."
+            raise UserError(f"there is no command '{name}'{hint} `taming-jax` lists all.")
+    if name not in COMMANDS:
+        show_help(group)
+        return
+    module, function = COMMANDS[name][0].split(":")
+    sys.argv = [f"taming-jax {name}", *arguments[len(words) :]]
+    getattr(importlib.import_module(f"taming_jax.cli.{module}"), function)()
+
+
+def main() -> int:
+    return report(dispatch)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

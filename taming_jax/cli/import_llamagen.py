@@ -1,0 +1,67 @@
+"""Makes a run of LlamaGen's tokenizer (VQ-16, VQ-8) and, where it is given, of its
+class-conditional transformer.
+
+    taming-jax import llamagen --tokenizer vq_ds16_c2i.pt --gpt c2i_B_256.pt --workdir runs/b
+
+The run is one like any other: load_run opens it, sample.py samples it, train_vqgan.py and
+train_prior.py go on with it.
+"""
+
+import argparse
+import functools
+from pathlib import Path
+
+import numpy as np
+
+from taming_jax.errors import UserError
+
+# What the state dicts hold beside the networks: recently used codes, rotary frequencies.
+BESIDE = {"quantize.codebook_used", "freqs_cis"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tokenizer", type=Path, required=True, help=".pt or .safetensors")
+    parser.add_argument("--gpt", type=Path, help="a c2i transformer's .pt or .safetensors")
+    parser.add_argument("--workdir", type=Path, required=True, help="the new run's folder")
+    parser.add_argument("--image-size", type=int, default=256, help="256 unless told; c2i has 384")
+    parser.add_argument("--heads", type=int, help="of a transformer of an unusual width")
+    work(parser.parse_args())
+
+
+def work(given: argparse.Namespace) -> None:
+    from taming_jax.interop import imports, llamagen
+    from taming_jax.weights.state_dict import open_state_dict
+
+    for name in ("image_size", "heads"):
+        if getattr(given, name) is not None and getattr(given, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be 1 or more.")
+    imports.check_new(given.workdir)
+    of_tokenizer, _ = open_state_dict(given.tokenizer)
+    vqgan, channels = llamagen.tokenizer_of(given.tokenizer, of_tokenizer)
+    codes, prior, classes, of_gpt = vqgan.codebook_size, None, 0, None
+    if given.gpt is not None:
+        of_gpt, _ = open_state_dict(given.gpt)
+        prior, classes = llamagen.transformer_of(given.gpt, of_gpt, codes, given.heads)
+    config = llamagen.config_of(given.tokenizer.stem, vqgan, prior, given.image_size, channels)
+    config = imports.fitted(config, judged=False)
+    shapes = imports.shapes_of(config, classes, discriminator=False)
+    generator = imports.network(llamagen.tokenizer_layout, shapes["generator"], "")
+    networks = imports.read_networks(
+        given.tokenizer, of_tokenizer, {"generator": generator}, BESIDE.__contains__,
+        "its own codebook and levels",
+    )  # fmt: skip
+    if of_gpt is not None and prior is not None:
+        of_heads = functools.partial(llamagen.transformer_layout, heads=prior.heads, codes=codes)
+        transformer = imports.network(of_heads, shapes["transformer"], "")
+        networks |= imports.read_networks(
+            given.gpt, of_gpt, {"transformer": transformer}, BESIDE.__contains__,
+            "its own width and layers",
+        )  # fmt: skip
+    record = imports.Record("FoundationVision/LlamaGen", "", [*of_tokenizer, *(of_gpt or {})])
+    rest = {name: np.asarray(x) for name, x in of_tokenizer.items() if name in BESIDE}
+    names = tuple(map(str, range(classes)))
+    imports.write_run(given.workdir, config, networks, names, record, rest)
+    print(imports.summary(given.workdir, config, networks, classes, "LlamaGen's"))

@@ -1,0 +1,255 @@
+"""Draws new images of classes from a run of both stages, or completes given ones.
+
+    taming-jax sample --workdir runs/mnist --classes 0 1 2 --per-class 8 --out grid.png
+    taming-jax sample --workdir runs/birds --size 512x384 --per-class 1 --out wide.png
+    taming-jax sample --workdir runs/birds --complete bird.jpg --keep top --out rest.png
+
+`--out` says what is written: FILE.npz (`images` uint8 [n,h,w,c], `labels` int32 [n]), FILE.png (a
+labelled grid, a row a class), or a folder (one PNG an image). Images are drawn as the run's preset
+says, unless told otherwise.
+"""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from taming_jax.cli.arguments import add_flags, processes
+from taming_jax.errors import RunFailed, UserError
+from taming_jax.files import check_writable
+
+if TYPE_CHECKING:
+    from taming_jax.run import Run
+
+ROWS = 10  # of a grid, unless its classes are named
+
+
+def parse(completing: bool = False) -> argparse.Namespace:
+    """The settings. With `completing` the pictures to complete are given without a flag."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--workdir", required=True, help="the run's folder")
+    parser.add_argument(
+        "--classes",
+        nargs="+",
+        help=f"numbers or names; all unless told, but for a grid, of {ROWS} of them",
+    )
+    parser.add_argument("--per-class", type=int, default=8)
+    parser.add_argument("--temperature", type=float, help="0 is greedy")
+    parser.add_argument("--top-k", type=int)
+    parser.add_argument("--top-p", type=float)
+    parser.add_argument(
+        "--guidance-scale",
+        type=float,
+        nargs="+",
+        help="1 is none; 2 is much; two numbers are the first code's and the last's",
+    )
+    parser.add_argument(
+        "--size",
+        type=size_of,
+        help="WIDTHxHEIGHT in pixels, larger than the training images: drawn in windows as large",
+    )
+    parser.add_argument(
+        "complete" if completing else "--complete",
+        nargs="+",
+        metavar="IMAGE",
+        help="pictures whose rest is drawn, --per-class times each; --classes are theirs, one of "
+        "all or one of each",
+    )
+    parser.add_argument(
+        "--keep", type=share_of, help="of them: top, the upper half (unless told), or a share"
+    )
+    parser.add_argument(
+        "--mask", help="of them in place of --keep: a picture, white where it is kept"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--devices", type=int, help="all unless told")
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        help="images in flight, which bounds memory; the images do not depend on it",
+    )
+    parser.add_argument("--out", required=True)
+    add_flags(parser)
+    return parser.parse_args()
+
+
+def size_of(text: str) -> tuple[int, int]:
+    """HEIGHT, WIDTH of WIDTHxHEIGHT."""
+    wide, _, high = text.partition("x")
+    if not (wide.isdecimal() and high.isdecimal() and int(wide) and int(high)):
+        raise argparse.ArgumentTypeError(f"{text} is not WIDTHxHEIGHT, such as 512x384")
+    return int(high), int(wide)
+
+
+def share_of(text: str) -> float:
+    """A share of the rows from the top."""
+    if text == "top":
+        return 0.5
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is neither top nor a share") from None
+
+
+class Drawn(NamedTuple):
+    """Images uint8 [n,h,w,c], as many of each row, their classes int32 [n], what a row is called
+    and what its files are, and the picture it begins with, [rows,h,w,c], where there is one."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    rows: list[str]
+    files: list[str]
+    given: np.ndarray | None = None
+
+
+def write_folder(out: Path, drawn: Drawn) -> None:
+    """One PNG an image, named by its row and its place in it."""
+    from PIL import Image
+
+    out.mkdir(exist_ok=True)
+    each = len(drawn.images) // len(drawn.files)
+    for i, image in enumerate(drawn.images):
+        place = out / f"{drawn.files[i // each]}_{i % each:05d}.png"
+        Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(place)
+
+
+def complete() -> None:
+    main(completing=True)
+
+
+def main(completing: bool = False) -> None:
+    given = parse(completing)
+    from taming_jax.parallel.distributed import join
+
+    join(processes(given))
+    work(given)
+
+
+# What may differ from process to process.
+OWN = {"process_id", "workdir", "out"}
+
+
+def work(given: argparse.Namespace) -> None:
+    from taming_jax.parallel import distributed
+
+    distributed.one_speaks()
+    distributed.check_same_flags({name: x for name, x in vars(given).items() if name not in OWN})
+    out, kind = distributed.from_first(lambda: place_of(given))
+    from taming_jax.data.datasets import spread
+    from taming_jax.figures import to_uint8
+    from taming_jax.run import load_run
+
+    run = load_run(given.workdir)
+    settings = {
+        "temperature": given.temperature, "top_k": given.top_k, "top_p": given.top_p,
+        "guidance_scale": given.guidance_scale, "seed": given.seed, "devices": given.devices,
+        "batch_size": given.batch_size, "progress": True,
+    }  # fmt: skip
+    if given.complete:
+        drawn = completed(run, given, settings)
+        said = f"{len(drawn.images)} completions of {len(drawn.rows)} pictures are in {out}."
+    else:
+        known = len(run.class_names)
+        unless_told = spread(known, ROWS if kind == ".png" else known)
+        asked = run.labels(given.classes or unless_told)
+        classes = list(dict.fromkeys(asked.tolist()))  # each once
+        images = run.sample(classes, given.per_class, size=given.size, **settings)
+        names = [run.class_names[i] for i in classes]
+        labels = np.repeat(np.array(classes, np.int32), given.per_class)
+        drawn = Drawn(to_uint8(images), labels, names, [f"{i:04d}" for i in classes])
+        said = f"{len(images)} images of {len(classes)} classes are in {out}."
+        if given.classes is None and len(classes) < known:
+            said += f"\nThere are {known} classes; --classes names others."
+    # The others wait: one that was long alone would be taken for lost.
+    distributed.from_first(lambda: write(out, kind, drawn))
+    print(said)
+
+
+def completed(run: "Run", given: argparse.Namespace, settings: dict[str, Any]) -> Drawn:
+    """The completions of the given pictures, which the first of several processes reads. UserError
+    for those that cannot be read."""
+    from taming_jax.figures import to_uint8
+    from taming_jax.parallel import distributed
+
+    config = run.config.data
+    size = given.size or (config.image_size, config.image_size)
+    files = [Path(name) for name in given.complete]
+
+    def read() -> tuple[np.ndarray, np.ndarray | None]:
+        pictures = np.stack([picture(file, size, config.channels) for file in files])
+        mask = given.mask and picture(Path(given.mask), size, 1)[..., 0] > 127
+        return pictures, mask
+
+    pictures, mask = distributed.from_first(read)
+    classes = given.classes
+    images = run.complete(
+        pictures, classes, given.per_class, keep=0.5 if given.keep is None else given.keep,
+        mask=mask, **settings,
+    )  # fmt: skip
+    of_each = np.full(len(pictures), -1) if classes is None else run.labels(classes)
+    labels = np.repeat(np.broadcast_to(of_each, len(pictures)), given.per_class)
+    rows = [file.stem for file in files]
+    names = [f"{i:04d}_{row}" for i, row in enumerate(rows)]
+    return Drawn(to_uint8(images), labels.astype(np.int32), rows, names, pictures)
+
+
+def picture(file: Path, size: tuple[int, int], channels: int) -> np.ndarray:
+    """The middle of a picture, uint8 [h,w,c] of a size."""
+    from taming_jax.data.images import decode
+
+    try:
+        return decode(file.read_bytes(), size, channels, squeeze=False)
+    except FileNotFoundError:
+        raise UserError(f"there is no picture {file}.") from None
+    except Exception as error:  # Pillow raises many kinds
+        raise UserError(f"{file} cannot be read as a picture; name a whole one.") from error
+
+
+def place_of(given: argparse.Namespace) -> tuple[Path, str]:
+    """Where the images go, and the ending that says how: .npz, .png, or none for a folder.
+    UserError where they cannot."""
+    out = Path(given.out)
+    kind = "" if out.is_dir() else out.suffix
+    if kind not in ("", ".npz", ".png"):
+        raise UserError(f"--out {out}: name a .npz, a .png, or a folder.")
+    if not out.absolute().parent.is_dir():
+        raise UserError(f"--out {out}: the folder {out.absolute().parent} does not exist; make it.")
+    if not kind and out.is_file():
+        raise UserError(f"--out {out} is a file; name a folder, a .npz or a .png.")
+    if given.per_class < 1:
+        raise UserError(f"--per-class is {given.per_class}; it must be 1 or more.")
+    if not given.complete and (given.keep is not None or given.mask is not None):
+        raise UserError(
+            "--keep and --mask are of pictures to be completed; name some by --complete."
+        )
+    if given.keep is not None and given.mask is not None:
+        raise UserError("--keep and --mask both say what is kept; leave one out.")
+    if given.batch_size is not None and given.batch_size < 1:
+        raise UserError(f"--batch-size is {given.batch_size}; it must be 1 or more.")
+    check_writable("--out", out)
+    return out, kind
+
+
+def write(out: Path, kind: str, drawn: Drawn) -> None:
+    """Writes what was drawn."""
+    from taming_jax.figures import labelled_grid, save
+
+    each = len(drawn.images) // len(drawn.rows)
+    try:
+        if kind == ".npz":
+            np.savez_compressed(out, images=drawn.images, labels=drawn.labels)
+        elif kind == ".png":
+            images, below = drawn.images, []
+            if drawn.given is not None:
+                rows = images.reshape(len(drawn.rows), each, *images.shape[1:])
+                images = np.concatenate([drawn.given[:, None], rows], 1)
+                images, each = images.reshape(-1, *images.shape[2:]), each + 1
+                below = ["given", *[""] * (each - 1)]
+            save(labelled_grid(images, drawn.rows, each, below=below), out)
+        else:
+            write_folder(out, drawn)
+    except OSError as error:
+        raise RunFailed(f"{out} could not be written: {error.strerror or error}.") from error

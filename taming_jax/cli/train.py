@@ -1,0 +1,23 @@
+"""Training of either stage."""
+
+import sys
+
+from taming_jax.cli.arguments import parse_arguments
+
+
+def train_vqgan() -> None:
+    _train("vqgan")
+
+
+def train_prior() -> None:
+    _train("prior")
+
+
+def _train(stage: str) -> None:
+    given = parse_arguments(sys.argv[1:], stage)
+    # Heavy, and not needed to refuse a wrong flag.
+    from taming_jax.parallel.distributed import join
+    from taming_jax.training import train
+
+    join(given.processes)
+    train(given.config, stage, restart=given.restart)
