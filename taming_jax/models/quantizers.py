@@ -1,16 +1,13 @@
-"""Quantizers: from latents to the nearest entries of a codebook, and back from indices.
+"""Quantizers: from latents to the entries of a codebook, and back from indices."""
 
-All share one call signature: `quantizer(z, noise=None) -> Quantized`, and
-`quantizer.lookup(indices)`. `noise` is what training draws with, where a quantizer draws.
-"""
-
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple, Protocol
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from taming_jax.config.schema import VQGANConfig
 from taming_jax.models.layers import conv
 
 
@@ -34,6 +31,27 @@ class Noise(NamedTuple):
     temperature: jax.Array
 
 
+class Quantizer(Protocol):
+    """What a quantizer needs to have: a Linen module of these, listed in `QUANTIZERS`.
+
+    code_dim: d, the dimensions of a code and of the latents that it is called with.
+    draws: whether training draws codes, with `noise`.
+    """
+
+    code_dim: int
+    draws: ClassVar[bool]
+
+    @classmethod
+    def build(cls, settings: VQGANConfig) -> "Quantizer":
+        """The quantizer that settings describe."""
+
+    def __call__(self, z: jax.Array, noise: Noise | None = None) -> Quantized:
+        """Latents float [b,h,w,d] as codes."""
+
+    def lookup(self, indices: jax.Array) -> jax.Array:
+        """The codes at indices int32 [b,h,w], float32 [b,h,w,d]."""
+
+
 class VectorQuantizer(nn.Module):
     """VQ-VAE's quantizer (arXiv 1711.00937, equation 3) in float32.
 
@@ -42,12 +60,20 @@ class VectorQuantizer(nn.Module):
     latents and the codes are scaled to length one first (arXiv 2110.04627, section 3.2).
     """
 
+    draws: ClassVar[bool] = False
     codebook_size: int
     code_dim: int
     commitment: float = 0.25
     legacy: bool = False
     l2_normalise: bool = False
     used: tuple[int, ...] = ()
+
+    @classmethod
+    def build(cls, settings: VQGANConfig) -> "VectorQuantizer":
+        return cls(
+            settings.codebook_size, settings.code_dim, settings.commitment,
+            settings.legacy_commitment, settings.l2_normalise, settings.used_codes,
+        )  # fmt: skip
 
     def setup(self) -> None:
         k, d = self.codebook_size, self.code_dim
@@ -87,10 +113,17 @@ class GumbelQuantizer(nn.Module):
     loss = kl_weight * KL(softmax(logits) || all codes alike), of each place.
     """
 
+    draws: ClassVar[bool] = True
     codebook_size: int
     code_dim: int
     kl_weight: float = 5e-4
     used: tuple[int, ...] = ()
+
+    @classmethod
+    def build(cls, settings: VQGANConfig) -> "GumbelQuantizer":
+        return cls(
+            settings.codebook_size, settings.code_dim, settings.kl_weight, settings.used_codes
+        )
 
     def setup(self) -> None:
         k, d = self.codebook_size, self.code_dim
@@ -121,6 +154,12 @@ class GumbelQuantizer(nn.Module):
     def lookup(self, indices: jax.Array) -> jax.Array:
         """The codes at indices int32 [b,h,w], float32 [b,h,w,d]."""
         return left_of(self.codebook, self.used)[indices]
+
+
+QUANTIZERS: dict[str, type[Quantizer]] = {
+    "nearest": VectorQuantizer,
+    "gumbel": GumbelQuantizer,
+}
 
 
 def left_of(codebook: jax.Array, used: tuple[int, ...]) -> jax.Array:

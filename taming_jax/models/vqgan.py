@@ -6,10 +6,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from taming_jax.config.schema import Config, VQGANConfig
+from taming_jax.config.schema import Config
 from taming_jax.models.autoencoder import Decoder, Encoder
 from taming_jax.models.layers import Dtype, conv
-from taming_jax.models.quantizers import GumbelQuantizer, Noise, Quantized, VectorQuantizer
+from taming_jax.models.quantizers import QUANTIZERS, Noise, Quantized, Quantizer
 
 PIXELS = 2**20  # of all images that a device encodes or decodes at once
 
@@ -25,7 +25,7 @@ class VQGAN(nn.Module):
     """Images float [b,h,w,c] in [-1, 1] through a grid of codes and back."""
 
     encoder: nn.Module
-    quantizer: VectorQuantizer | GumbelQuantizer
+    quantizer: Quantizer
     decoder: nn.Module
     latent_channels: int
     dtype: Dtype = jnp.float32
@@ -67,7 +67,7 @@ def build_vqgan(config: Config) -> VQGAN:
         encoder=Encoder(
             blocks=settings.blocks, latent_channels=settings.latent_channels, **levels
         ),
-        quantizer=build_quantizer(settings),
+        quantizer=QUANTIZERS[settings.quantizer].build(settings),
         decoder=Decoder(
             blocks=settings.blocks + 1 if blocks is None else blocks,
             out_channels=config.data.channels, **levels,
@@ -75,16 +75,6 @@ def build_vqgan(config: Config) -> VQGAN:
         latent_channels=settings.latent_channels,
         dtype=dtype,
     )  # fmt: skip
-
-
-def build_quantizer(settings: VQGANConfig) -> VectorQuantizer | GumbelQuantizer:
-    """The quantizer that settings describe."""
-    k, d, used = settings.codebook_size, settings.code_dim, settings.used_codes
-    if settings.quantizer == "gumbel":
-        return GumbelQuantizer(k, d, settings.kl_weight, used)
-    return VectorQuantizer(
-        k, d, settings.commitment, settings.legacy_commitment, settings.l2_normalise, used
-    )
 
 
 def grid_size(config: Config) -> int:

@@ -165,7 +165,7 @@ class VQGANStage:
             draws = Keys()
             if settings.diff_augment:
                 draws = draws._replace(real=keys(REAL), fake=keys(FAKE))
-            if settings.quantizer == "gumbel":
+            if self.networks.generator.quantizer.draws:
                 draws = draws._replace(codes=keys(CODES))
             found = self.networks.gradients(
                 generator, discriminator, images, lpips_params, adversarial,

@@ -1,0 +1,72 @@
+"""The command `taming-jax` and its subcommands."""
+
+import sys
+
+import numpy as np
+import pytest
+
+import taming_jax
+from taming_jax.cli.__main__ import COMMANDS, main
+
+
+@pytest.fixture
+def call(capsys, monkeypatch):
+    """The command in this process: its exit status, stdout and stderr."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["taming-jax", *map(str, arguments)])
+        try:
+            status = main()
+        except SystemExit as exit:  # argparse's and tyro's, for flags
+            status = exit.code
+        return status, *capsys.readouterr()
+
+    return call
+
+
+def test_alone_it_lists_its_subcommands(call):
+    for arguments in ([], ["--help"]):
+        status, out, _ = call(*arguments)
+        assert status == 0 and all(f"  {name} " in out for name in COMMANDS)
+    status, out, _ = call("import", "--help")
+    assert status == 0 and "import compvis" in out and "export" not in out
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_subcommand_shows_its_settings(call, name):
+    status, out, err = call(*name.split(), "--help")
+    assert status == 0 and "--" in out, err
+
+
+def test_what_is_no_subcommand_is_a_sentence(call):
+    status, _, err = call("smaple", "--workdir", "x")
+    assert status == 2 and "did you mean 'sample'?" in err and err.count("\n") == 1
+    status, _, err = call("import", "--checkpoint", "x")
+    assert status == 2 and err.count("\n") == 1
+
+
+def test_encode_writes_the_codes_of_a_split(call, both, tmp_path):
+    out = tmp_path / "codes.npz"
+    status, said, err = call("encode", "--workdir", both, "--split", "test", "--out", out)
+    assert status == 0 and str(out) in said, err
+    split = taming_jax.load_run(both).tokens("test")
+    written = np.load(out)
+    codes = written["codes"]
+    assert codes.ndim == 3
+    np.testing.assert_array_equal(codes.reshape(len(codes), -1), split.images)
+    np.testing.assert_array_equal(written["labels"], split.labels)
+    status, _, err = call("encode", "--workdir", both, "--out", tmp_path / "codes.txt")
+    assert status == 2 and "name a .npz" in err
+
+
+def test_complete_takes_pictures_without_a_flag(call, both, tmp_path):
+    from PIL import Image
+
+    Image.fromarray(np.full((16, 16), 90, np.uint8)).save(tmp_path / "one.png")
+    settings = ("--workdir", both, "--per-class", 1, "--devices", 1, "--classes", 0)
+    outs = [tmp_path / "a.npz", tmp_path / "b.npz"]
+    status, _, err = call("complete", tmp_path / "one.png", *settings, "--out", outs[0])
+    assert status == 0, err
+    status, _, err = call("sample", "--complete", tmp_path / "one.png", *settings, "--out", outs[1])
+    assert status == 0, err
+    np.testing.assert_array_equal(*(np.load(out)["images"] for out in outs))
