@@ -29,7 +29,6 @@ from taming_jax.models.vqgan import (
     decode_indices,
     encode,
     images_at_once,
-    pixels_a_code,
 )
 from taming_jax.parallel import distributed
 from taming_jax.parallel.devices import Devices
@@ -352,7 +351,7 @@ class Run:
     @property
     def factor(self) -> int:
         """How many pixels a code is high and wide."""
-        return pixels_a_code(self.config)
+        return self.config.downsample_factor
 
     def encode(self, images: Any, tile: int | None = None) -> np.ndarray:
         """Images [n,h,w,c] to code indices, int32 [n,h',w']. Height and width are multiples of

@@ -10,7 +10,7 @@ import numpy as np
 from taming_jax.config.schema import Config
 from taming_jax.config.validation import check_sampling
 from taming_jax.errors import UserError
-from taming_jax.models.vqgan import VQGAN, decode_indices, images_at_once, pixels_a_code
+from taming_jax.models.vqgan import VQGAN, decode_indices, images_at_once
 from taming_jax.parallel.devices import Compiled, Devices
 from taming_jax.priors.autoregressive import GPT
 from taming_jax.priors.decoding import micro_batch, sample, sample_keys, sample_windows
@@ -49,7 +49,7 @@ class Sampler:
         params: dict[str, Any],
         decode: Callable[[np.ndarray], np.ndarray],
     ):
-        self.preset, self.factor = config.prior, pixels_a_code(config)
+        self.preset, self.factor = config.prior, config.downsample_factor
         self.prior, self.generator, self.params, self.decode = prior, generator, params, decode
         self._compiled: dict[Choice, tuple[Devices, Compiled, Any]] = {}
 

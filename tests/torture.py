@@ -178,8 +178,8 @@ def stopped(place: Place, running: Running, signum: int) -> None:
     codes = running.end()
     # 0: it had ended just before; less than 0: it had hardly begun
     expected = {-signum, 0} if signum == signal.SIGKILL else {128 + signum, -signum, 0}
-    if len(codes) > 1:  # the other finds it lost, or in its beginning does not find it
-        expected |= {1, 2}
+    if len(codes) > 1:  # JAX ends the other, or in its beginning it does not find this one
+        expected |= {1, 2, -signal.SIGABRT}
     if not set(codes) <= expected:
         raise Lost(f"{signal.Signals(signum).name} ended it with {codes}: {running.said()}")
 

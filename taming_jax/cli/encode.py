@@ -31,11 +31,10 @@ def main() -> None:
         folder = given.out.absolute().parent
         raise UserError(f"--out {given.out}: the folder {folder} does not exist; make it.")
     check_writable("--out", given.out)
-    from taming_jax.models.vqgan import grid_size
     from taming_jax.run import load_run
 
     run = load_run(given.workdir, data_settings(given))
-    split, size = run.tokens(given.split), grid_size(run.config)
+    split, size = run.tokens(given.split), run.config.grid_size
     codes = split.images.reshape(-1, size, size)
     try:
         np.savez_compressed(given.out, codes=codes, labels=split.labels.astype(np.int32))

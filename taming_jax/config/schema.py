@@ -280,6 +280,16 @@ class Config:
         return Path(self.workdir or f"runs/{self.config}")
 
     @property
+    def downsample_factor(self) -> int:
+        """The pixels per code along each axis."""
+        return int(2 ** (len(self.vqgan.multipliers) - 1))
+
+    @property
+    def grid_size(self) -> int:
+        """Height and width of the grid of codes."""
+        return self.data.image_size // self.downsample_factor
+
+    @property
     def level_resolutions(self) -> list[int]:
         """Heights of the feature maps of encoder and decoder, from full resolution down."""
         return [self.data.image_size // 2**level for level in range(len(self.vqgan.multipliers))]

@@ -10,13 +10,14 @@ import functools
 from collections import deque
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from taming_jax.data.datasets import Split
+from taming_jax.parallel.devices import Devices
 
 
 class Batch(NamedTuple):
@@ -29,17 +30,6 @@ class Batch(NamedTuple):
 
     step: int
     arrays: dict[str, Any]
-
-
-class Placement(Protocol):
-    """Puts arrays on the devices; parallel/devices.py has the one that is used. `memory` is that of
-    one device, in bytes; `own` are the rows of a batch that this process reads."""
-
-    @property
-    def memory(self) -> int: ...
-    def own(self, batch_size: int) -> slice: ...
-    def replicate(self, tree: Any) -> Any: ...
-    def shard(self, tree: Any) -> Any: ...
 
 
 @functools.lru_cache(maxsize=4)
@@ -64,10 +54,10 @@ class Feed(abc.ABC):
     """A split in batches of `batch_size`, by the order of `seed`: which examples each one holds.
     How they reach the devices is its subclasses' matter."""
 
-    def __init__(self, size: int, batch_size: int, seed: int, placement: Placement):
+    def __init__(self, size: int, batch_size: int, seed: int, devices: Devices):
         self.size, self.batch_size = size, batch_size
-        self._seed, self._placement = seed, placement
-        self._own = placement.own(batch_size)
+        self._seed, self._devices = seed, devices
+        self._own = devices.own(batch_size)
 
     def _index(self, epochs: np.ndarray, index: np.ndarray) -> np.ndarray:
         """Where the examples of the stream lie."""
@@ -100,16 +90,16 @@ class Feed(abc.ABC):
 class ResidentFeed(Feed):
     """A whole split on the devices as uint8; a batch is then only the indices of its examples."""
 
-    def __init__(self, split: Split, batch_size: int, seed: int, placement: Placement):
-        super().__init__(len(split.images), batch_size, seed, placement)
-        self._resident: dict[str, Any] = placement.replicate(split._asdict())
+    def __init__(self, split: Split, batch_size: int, seed: int, devices: Devices):
+        super().__init__(len(split.images), batch_size, seed, devices)
+        self._resident: dict[str, Any] = devices.replicate(split._asdict())
 
     def batch(self, step: int) -> Batch:
-        return Batch(step, self._resident | self._placement.shard(self._training(step)))
+        return Batch(step, self._resident | self._devices.shard(self._training(step)))
 
     def once(self) -> Generator[Batch, None, None]:
         for number in range(-(-self.size // self.batch_size)):
-            shards = self._placement.shard(self._evaluation(number))
+            shards = self._devices.shard(self._evaluation(number))
             yield Batch(number, self._resident | shards)
 
 
@@ -143,8 +133,8 @@ class StreamingFeed(Feed):
     AHEAD = 2
     THREADS = 4
 
-    def __init__(self, split: Split, batch_size: int, seed: int, placement: Placement):
-        super().__init__(len(split.images), batch_size, seed, placement)
+    def __init__(self, split: Split, batch_size: int, seed: int, devices: Devices):
+        super().__init__(len(split.images), batch_size, seed, devices)
         self._split = split
         self._reading: Any = None
         self._ahead: deque[Batch] = deque()
@@ -163,7 +153,7 @@ class StreamingFeed(Feed):
             self._reading = self._read(self._training, step, 2**31)
             self._next = step
         while len(self._ahead) <= self.AHEAD:
-            arrays = self._placement.shard(next(self._reading))
+            arrays = self._devices.shard(next(self._reading))
             self._ahead.append(Batch(self._next, arrays))
             self._next += 1
         return self._ahead.popleft()
@@ -172,7 +162,7 @@ class StreamingFeed(Feed):
         reading = self._read(self._evaluation, 0, -(-self.size // self.batch_size))
         try:
             for number, arrays in enumerate(reading):
-                yield Batch(number, self._placement.shard(arrays))
+                yield Batch(number, self._devices.shard(arrays))
         finally:
             reading.close()
 
@@ -183,12 +173,10 @@ class StreamingFeed(Feed):
         self._ahead.clear()
 
 
-def feed(
-    split: Split, batch_size: int, seed: int, placement: Placement, resident_share: float
-) -> Feed:
+def feed(split: Split, batch_size: int, seed: int, devices: Devices, resident_share: float) -> Feed:
     """A split's feed: resident where it takes no more than a share of a device's memory."""
-    fits = split.images.nbytes <= resident_share * placement.memory
-    return (ResidentFeed if fits else StreamingFeed)(split, batch_size, seed, placement)
+    fits = split.images.nbytes <= resident_share * devices.memory
+    return (ResidentFeed if fits else StreamingFeed)(split, batch_size, seed, devices)
 
 
 def take(arrays: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:

@@ -7,7 +7,6 @@ from taming_jax.config.schema import Config, VQGANConfig
 from taming_jax.config.serialization import to_dict
 from taming_jax.errors import UserError
 from taming_jax.interop.compvis_config import OURS
-from taming_jax.models.vqgan import grid_size
 
 
 def yaml_of(config: Config, discriminator: bool, classes: int | None) -> dict[str, Any]:
@@ -25,7 +24,7 @@ def yaml_of(config: Config, discriminator: bool, classes: int | None) -> dict[st
         settings, first = config.prior, config.vqgan.codes
         gpt = {
             "vocab_size": settings.vocabulary or first + classes,
-            "block_size": settings.block_size or grid_size(config) ** 2,
+            "block_size": settings.block_size or config.grid_size ** 2,
             "n_layer": settings.layers, "n_head": settings.heads, "n_embd": settings.width,
             "embd_pdrop": settings.dropout, "resid_pdrop": settings.dropout,
             "attn_pdrop": settings.dropout,

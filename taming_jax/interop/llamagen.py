@@ -10,7 +10,6 @@ import numpy as np
 
 from taming_jax.config.schema import UNKNOWN, Config, DataConfig, PriorConfig, VQGANConfig
 from taming_jax.errors import UserError
-from taming_jax.models.vqgan import grid_size
 from taming_jax.weights import layout
 from taming_jax.weights.layout import Entry, Layout, parameter
 from taming_jax.weights.state_dict import StateDict
@@ -90,7 +89,7 @@ def config_of(
     """A run's settings. Attention is at the lowest resolution, wherever that is."""
     data = DataConfig(name=UNKNOWN, image_size=image_size, channels=channels)
     config = Config(config=name, data=data, vqgan=vqgan, prior=prior or PriorConfig())
-    lowest = (grid_size(config),)
+    lowest = (config.grid_size,)
     return dataclasses.replace(
         config, vqgan=dataclasses.replace(vqgan, attention_resolutions=lowest)
     )

@@ -77,16 +77,6 @@ def build_vqgan(config: Config) -> VQGAN:
     )  # fmt: skip
 
 
-def grid_size(config: Config) -> int:
-    """Height and width of the grid of codes."""
-    return config.data.image_size // pixels_a_code(config)
-
-
-def pixels_a_code(config: Config) -> int:
-    """How many pixels of a row, or of a column, a code stands for."""
-    return int(2 ** (len(config.vqgan.multipliers) - 1))
-
-
 def images_at_once(pixels: int, most: int) -> int:
     """How many images of so many pixels a device encodes or decodes at once, so that large ones fit
     in memory: a million pixels in all, at most so many images."""

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from taming_jax.config.schema import Config
 from taming_jax.models.layers import Dense, Dtype
 from taming_jax.models.quantizers import select
-from taming_jax.models.vqgan import grid_size
 
 # Keys and values of each layer, [b, heads, t, width / heads] each.
 Cache = list[tuple[jax.Array, jax.Array]]
@@ -247,7 +246,7 @@ class GPT(nn.Module):
 
 def build_gpt(config: Config, classes: int) -> GPT:
     """The prior that a config describes, for a dataset of so many classes."""
-    prior, grid = config.prior, grid_size(config)
+    prior, grid = config.prior, config.grid_size
     return GPT(
         codebook_size=config.vqgan.codes, classes=classes, grid=(grid, grid),
         layers=prior.layers, heads=prior.heads, width=prior.width, dropout=prior.dropout,

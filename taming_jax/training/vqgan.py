@@ -20,7 +20,7 @@ from taming_jax.data.batches import Batch, Feed, feed, rounded, take, to_float
 from taming_jax.errors import UserError, say
 from taming_jax.metrics.monitor import Monitor
 from taming_jax.models.lpips import load_lpips
-from taming_jax.models.vqgan import VQGAN, decode_indices, grid_size, reconstruct
+from taming_jax.models.vqgan import VQGAN, decode_indices, reconstruct
 from taming_jax.parallel import distributed
 from taming_jax.parallel.devices import Compiled, Devices
 from taming_jax.training.accumulate import repeated
@@ -258,7 +258,7 @@ class VQGANStage:
         step = int(self.devices.fetch(state.step))
         images = self.splits.validation.images[:10]
         rng = np.random.default_rng(self.config.seed)
-        grid = grid_size(self.config)
+        grid = self.config.grid_size
         random = rng.choice(len(counts), (32, grid, grid), p=counts / counts.sum())
         order = np.argsort(-counts, kind="stable")[:256]
         solid = np.broadcast_to(order[:, None, None], (len(order), *[min(grid, 8)] * 2))
