@@ -135,9 +135,8 @@ def work(given: argparse.Namespace) -> None:
     distributed.check_same_flags({name: x for name, x in vars(given).items() if name not in OWN})
     sweep, scale = scales_of(given.sweep), scale_of(given.guidance_scale)
     distributed.from_first(lambda: check_outputs(given))
-    from taming_jax.evaluation.protocol import Protocol
     from taming_jax.evaluation.report import draw, finished
-    from taming_jax.evaluation.subject import Evaluation
+    from taming_jax.evaluation.subject import Evaluation, Protocol
     from taming_jax.evaluation.table import table
     from taming_jax.metrics.distances import save_moments
     from taming_jax.run import load_run

@@ -8,9 +8,9 @@ import numpy as np
 from taming_jax import losses
 from taming_jax.data.batches import rounded, to_float
 from taming_jax.errors import UserError
-from taming_jax.evaluation.collected import Collector
 from taming_jax.evaluation.subject import Evaluation
 from taming_jax.metrics import distances, similarity
+from taming_jax.metrics.distances import Collector
 from taming_jax.metrics.features import MICRO, VGG_SIZES, fits_vgg
 from taming_jax.models.lpips import distance, load_lpips, vgg_features
 from taming_jax.models.vqgan import decode_indices, encode, images_at_once

@@ -11,10 +11,9 @@ import numpy as np
 from flax import traverse_util
 
 from taming_jax.errors import UserError
-from taming_jax.evaluation.protocol import Protocol
 from taming_jax.evaluation.reconstructions import reconstructions
 from taming_jax.evaluation.samples import nearest, samples
-from taming_jax.evaluation.subject import Evaluation
+from taming_jax.evaluation.subject import Evaluation, Protocol
 from taming_jax.files import text_hash
 from taming_jax.metrics.features import hash_of
 from taming_jax.parallel import distributed

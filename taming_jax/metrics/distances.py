@@ -7,10 +7,12 @@ import io
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 from zipfile import BadZipFile
 
 import numpy as np
 
+from taming_jax.data.datasets import spread
 from taming_jax.errors import RunFailed, UserError
 from taming_jax.files import write_whole
 
@@ -196,3 +198,44 @@ def inception_score(
         logarithms = np.log(np.maximum(part, 1e-16)) - np.log(np.maximum(part.mean(0), 1e-16))
         found.append(np.exp((part * logarithms).sum(1).mean()))
     return float(np.mean(found)), float(np.std(found))
+
+
+class Collected(NamedTuple):
+    """The moments of all features, and some of them [m,d], which are those of `rows` int [m]."""
+
+    moments: Moments
+    features: np.ndarray
+    rows: np.ndarray
+
+    def packed(self) -> dict[str, np.ndarray]:
+        """As arrays that a file can hold."""
+        return {
+            "mu": np.asarray(self.moments.mean), "sigma": self.moments.covariance,
+            "count": np.array(self.moments.count), "features": self.features, "rows": self.rows,
+        }  # fmt: skip
+
+
+def unpacked(arrays: dict[str, np.ndarray]) -> Collected:
+    """From what `packed` answered."""
+    count = int(arrays["count"])
+    moments = Moments(count, arrays["mu"], arrays["sigma"] * (count - 1))
+    return Collected(moments, arrays["features"], arrays["rows"])
+
+
+class Collector:
+    """Takes in the features of `count` images, in parts, and keeps at most `kept` of them, evenly
+    spread."""
+
+    def __init__(self, count: int, kept: int):
+        self._rows, self._seen = spread(count, kept), 0
+        self._moments = Moments()
+        self._parts: list[np.ndarray] = []
+
+    def add(self, features: np.ndarray) -> None:
+        self._moments.add(features)
+        here = self._rows - self._seen
+        self._parts.append(features[here[(here >= 0) & (here < len(features))]])
+        self._seen += len(features)
+
+    def collected(self) -> Collected:
+        return Collected(self._moments, np.concatenate(self._parts), self._rows)
