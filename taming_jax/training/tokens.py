@@ -164,7 +164,7 @@ class TokenFeed(ResidentFeed):
             self._codes[version] = self._encoded(version).images
             self._held.add(version)
         if missing:
-            self._resident |= self._placement.replicate({"images": self._rows()})
+            self._resident |= self._devices.replicate({"images": self._rows()})
         return versions * np.int32(self.size) + index
 
 

@@ -109,6 +109,7 @@ def test_the_protocol_says_what_was_measured(run, report):
     json.dumps(report)
 
 
+@pytest.mark.slow
 def test_four_devices_and_kept_features_report_the_same(run, report, cache):
     assert len(list((cache / "taming_jax" / "features").glob("*.npz"))) == 1
     again = finished(Evaluation(run, PROTOCOL, devices=4))

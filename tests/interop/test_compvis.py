@@ -220,6 +220,7 @@ def test_settings_become_ours(command, tmp_path):
     assert not config.vqgan.legacy_commitment and config.vqgan.commitment == 0.5
 
 
+@pytest.mark.slow
 def test_remapped_codes_count_anew(command, tmp_path):
     """By the file that the YAML names, and by the state dict's own copy of it."""
     model = changed(VQ, lossconfig={"target": "DummyLoss"}, sane_index_shape=True)

@@ -183,7 +183,7 @@ def by_parts(networks, generator, discriminator, images, keys, steps, count):
 @pytest.mark.parametrize(
     ("overrides", "count", "unrolled"),
     [
-        ({"diff_augment": ("translation",)}, 1, True),
+        pytest.param({"diff_augment": ("translation",)}, 1, True, marks=pytest.mark.slow),
         ({"diff_augment": ("translation",)}, 2, False),
         ({"adaptive_weight": False}, 2, True),
     ],

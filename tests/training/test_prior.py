@@ -61,15 +61,14 @@ def test_a_batch_in_four_parts_is_the_same_step(stage1, monkeypatch):
     monkeypatch.setattr(accumulate, "unrolled", lambda: False)  # compiled sooner
     settings = {"dropout": 0.3, "label_dropout": 0.5, "keep_codes": 0.8}
     found = {}
-    for count, parts in ((1, 1), (1, 4), (2, 4)):
+    for count, parts in ((1, 1), (2, 4)):
         stage = stage_of(stage1, count, **settings, micro_batches=parts)
         feed, _ = stage.feeds()
         state = stage.devices.replicate(stage.init(jax.random.key(0)))
         state, metrics = stage.train_step(state, feed.batch(0))
         # Adam's first moment is the averaged gradient, times what it does not keep of the last.
         found[count, parts] = stage.devices.fetch((metrics, state.nets["transformer"].opt_state))
-    for case in ((1, 4), (2, 4)):
-        golden.assert_trees_close(found[case], found[1, 1], f"{case} ", 1e-5, 1e-6)
+    golden.assert_trees_close(found[2, 4], found[1, 1], "", 1e-5, 1e-6)
 
 
 def test_a_step_learns_from_dropped_labels_and_corrupted_codes(stage1):

@@ -88,24 +88,22 @@ def networks_and_state(overrides, batch=4):
     return networks, Net(params, ()), Net(disc["params"], (), extra), images
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        pytest.param({"vqgan.perceptual_weight": 1.0}, marks=pytest.mark.slow),
-        {
-            "vqgan.multipliers": (1,),
-            "vqgan.discriminator_loss": "vanilla",
-            "vqgan.l2_normalise": False,
-            "vqgan.adaptive_weight": False,
-            "vqgan.codebook_weight": 0.5,
-            "vqgan.l1_weight": 2.0,
-        },
-    ],
-    ids=["adaptive-hinge-lpips", "fixed-vanilla"],
-)
-def test_equals_the_plain_step(overrides):
-    networks, generator, discriminator, images = networks_and_state(overrides)
-    params = load_lpips() if networks.settings.perceptual_weight else {}
+@pytest.mark.slow
+def test_equals_the_plain_step_with_perceptual_loss_and_adaptive_weight():
+    networks, *state, images = networks_and_state({"vqgan.perceptual_weight": 1.0})
+    assert_equals_the_plain_step(networks, *state, images, load_lpips())
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_equals_the_plain_step(adaptive):
+    networks = small_networks({
+        "discriminator_loss": "vanilla", "l2_normalise": False, "adaptive_weight": adaptive,
+        "codebook_weight": 0.5, "l1_weight": 2.0, "lecam_weight": 0.0,
+    })  # fmt: skip
+    assert_equals_the_plain_step(networks, *small_state(), {})
+
+
+def assert_equals_the_plain_step(networks, generator, discriminator, images, params):
     found = jax.jit(networks.gradients, static_argnums=4)(
         generator, discriminator, images, params, True
     )
