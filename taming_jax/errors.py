@@ -28,9 +28,6 @@ class Interrupted(KeyboardInterrupt):
         super().__init__(message)
         self.signum = signum
 
-    def __reduce__(self) -> tuple:
-        return Interrupted, (self.signum, str(self))
-
 
 def say(sentence: str, file: TextIO | None = None) -> None:
     """Prints a sentence at once. Where it goes to a file on a full disk it is lost, or comes when

@@ -22,11 +22,8 @@ if importlib.metadata.version("jax").startswith("0.10."):
     QUICK += " --xla_cpu_use_fusion_emitters=false"  # later versions do not start with it
 
 
-def start(
-    *arguments: object, devices: int = 1, cwd: Path | None = None, own_group: bool = False
-) -> subprocess.Popen[str]:
-    """A command of the repository's top level, begun; in its own group it can be sent signals as a
-    terminal sends them."""
+def start(*arguments: object, devices: int = 1, cwd: Path | None = None) -> subprocess.Popen[str]:
+    """A command of the repository's top level, begun."""
     environment = os.environ | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK}",
         "PYTHONPATH": str(ROOT),
@@ -34,7 +31,7 @@ def start(
     script, *rest = map(str, arguments)
     return subprocess.Popen(
         [sys.executable, str(ROOT / script), *rest], cwd=cwd, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=own_group,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ compiled again. `XLA_FLAGS=--xla_backend_optimization_level=3` has them compiled
 import gc
 import os
 import shutil
+import signal
 import tempfile
 
 import pytest
@@ -43,6 +44,14 @@ def pytest_collection_modifyitems(items):
     """The longest files first, so that no core is left alone with one of them at the end."""
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
+
+
+@pytest.fixture(autouse=True)
+def own_sigint():
+    """The handler of SIGINT that commands run in this process replace."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 TINY = [

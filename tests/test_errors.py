@@ -18,7 +18,6 @@ from tests import commands
         (RunFailed("it broke."), 1, "failed: it broke.\n"),
         (Interrupted(signal.SIGINT, "saved."), 130, "\nsaved.\n"),
         (Interrupted(signal.SIGTERM, "saved."), 143, "\nsaved.\n"),
-        (KeyboardInterrupt(), 130, "\nInterrupted.\n"),
     ],
 )
 def test_each_kind_of_end_has_its_status_and_sentence(capsys, error, status, said):

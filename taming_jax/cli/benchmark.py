@@ -98,7 +98,7 @@ def measure(stage: VQGANStage, devices: Devices, steps: int) -> None:
 
 def compare(stage: VQGANStage, steps: int) -> None:
     """Our losses and gradients against the plain way's, from one state."""
-    sys.path.insert(0, str(Path(__file__).parents[1]))
+    sys.path.append(str(Path(__file__).parents[2]))
     try:
         from tests.plain_step import ONES, plain_gradients
     except ImportError as error:

@@ -2,8 +2,8 @@
 
     taming-jax encode --workdir runs/mnist --split test --out codes.npz
 
-The file holds `codes` [n,h',w'] in raster order and `labels` int32 [n]. `load_run` encodes images
-that are no dataset.
+The file holds `codes` [n,h',w'] in raster order and `labels` int32 [n]. To encode other images, use
+`taming_jax.load_run(...).encode`.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import numpy as np
 
 from taming_jax.cli.arguments import add_data_flags, data_settings
 from taming_jax.errors import RunFailed, UserError
-from taming_jax.files import check_writable
+from taming_jax.files import check_writable, whole
 
 
 def main() -> None:
@@ -37,7 +37,8 @@ def main() -> None:
     split, size = run.tokens(given.split), run.config.grid_size
     codes = split.images.reshape(-1, size, size)
     try:
-        np.savez_compressed(given.out, codes=codes, labels=split.labels.astype(np.int32))
+        with whole(given.out) as partial, partial.open("wb") as file:
+            np.savez_compressed(file, codes=codes, labels=split.labels.astype(np.int32))
     except OSError as error:
         raise RunFailed(f"{given.out} could not be written: {error.strerror or error}.") from error
     print(f"{len(codes)} images as {size}x{size} codes are in {given.out}.")

@@ -105,12 +105,12 @@ class Recipes:
         )
         if file.exists():
             return json.loads(file.read_text())
-        script, sampling, settings = "", [], row.settings.split()
+        command, sampling, settings = "", [], row.settings.split()
         if not row.of:
-            script, log = "train-vqgan", folder / "metrics" / "vqgan.jsonl"
+            command, log = "train-vqgan", folder / "metrics" / "vqgan.jsonl"
         elif not self.table.rows[row.of].of:
             self.measured(row.of)
-            script, log = "train-prior", folder / "metrics" / "prior.jsonl"
+            command, log = "train-prior", folder / "metrics" / "prior.jsonl"
             if not folder.exists():
                 shutil.rmtree(self.workdir / "copying", ignore_errors=True)
                 shutil.copytree(self.workdir / row.of, self.workdir / "copying")
@@ -119,9 +119,9 @@ class Recipes:
             self.measured(row.of)
             folder, sampling = self.workdir / row.of, settings
         seconds = 0.0
-        if script:
+        if command:
             begun, fresh = time.monotonic(), not log.exists()
-            run(script, "--config", self.preset, "--workdir", str(folder), *self.data, *settings)
+            run(command, "--config", self.preset, "--workdir", str(folder), *self.data, *settings)
             seconds = time.monotonic() - begun if fresh else math.nan
         out = self.workdir / "report.json"
         run(

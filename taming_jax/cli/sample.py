@@ -223,7 +223,7 @@ def place_of(given: argparse.Namespace) -> tuple[Path, str]:
         raise UserError(f"--per-class is {given.per_class}; it must be 1 or more.")
     if not given.complete and (given.keep is not None or given.mask is not None):
         raise UserError(
-            "--keep and --mask are of pictures to be completed; name some by --complete."
+            "--keep and --mask are for pictures that are completed; name some with --complete."
         )
     if given.keep is not None and given.mask is not None:
         raise UserError("--keep and --mask both say what is kept; leave one out.")

@@ -1,5 +1,5 @@
-"""The ways to a config: a preset by its name, a run's `config.json`, and settings over either; how
-configs are compared and written. cli/ has the command line.
+"""Loads configs: presets by name, a run's `config.json`, and overrides; compares and writes them.
+The command line is in cli/.
 """
 
 import dataclasses

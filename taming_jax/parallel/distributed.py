@@ -22,7 +22,7 @@ from taming_jax import progress
 from taming_jax.config.load import differences, show
 from taming_jax.config.schema import OF_A_MACHINE, Config
 from taming_jax.config.validation import flag
-from taming_jax.errors import RunFailed, UserError
+from taming_jax.errors import RunFailed, UserError, say
 
 HEARTBEAT = 60  # seconds of silence after which a process counts as gone
 CHUNK = 2**26  # bytes sent at once
@@ -49,7 +49,7 @@ class Processes:
 
 
 def checked(given: Processes) -> Processes:
-    """The same, where it can be; UserError where not."""
+    """The settings themselves; UserError where they cannot work."""
     told = (given.coordinator_address, given.num_processes, given.process_id)
     names = "--coordinator-address, --num-processes and --process-id"
     if not given.distributed:
@@ -88,6 +88,12 @@ def join(given: Processes) -> None:
     import jax
 
     check_coordinator(given)
+    count = "all" if given.num_processes is None else f"all {given.num_processes}"
+    say(
+        f"Waiting for {count} processes, for up to {given.initialization_timeout} seconds "
+        "(--initialization-timeout).",
+        sys.stderr,
+    )
     # It would take SIGTERM for itself; this program saves at one.
     jax.config.update("jax_enable_preemption_service", False)
     try:

@@ -58,7 +58,7 @@ def keep_programs() -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", WORTH)
-    if jax.__version_info__ >= (0, 12):  # 0.10 cannot find the home folder of every user
+    if jax.__version_info__ >= (0, 12):  # with 0.10 a bound fails for users without a home folder
         jax.config.update("jax_compilation_cache_max_size", LARGEST)
 
 

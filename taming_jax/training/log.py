@@ -152,6 +152,8 @@ class Log:
         for file in (self._file, self._speed):
             with self.tolerating(f"The log {file.path}"):
                 file.flush()
+            if not file.complete:
+                self.say(f"The log {file.path} lacks its last rows.")
         self._each("close")
 
 

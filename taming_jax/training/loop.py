@@ -77,9 +77,9 @@ def train(build: Callable[[Config, Devices], Stage], config: Config, restart: bo
     with contextlib.ExitStack() as stack:
         signals = Signals()
         stack.callback(signals.restore)
+        prepare(config)
         if distributed.count() > 1:  # none of them may end before the others
             signals.listen()
-        prepare(config)
         distributed.one_speaks()
         distributed.check_alike(config)
         devices = Devices(config.devices)

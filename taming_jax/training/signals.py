@@ -16,8 +16,9 @@ TWICE = 1  # seconds within which a second signal counts as the first, sent twic
 
 class Signals:
     """Remembers the first SIGINT or SIGTERM after `listen`. A second one acts as it would without
-    this class, unless it comes with the first, as where a launcher signals a process and its
-    parent. Python allows handlers in the main thread only; in other threads nothing is caught.
+    this class, unless it comes within a second of the first, as when a launcher signals both a
+    process and its parent. Python allows handlers in the main thread only; in other threads
+    nothing is caught.
     """
 
     def __init__(self) -> None:

@@ -180,8 +180,8 @@ class Store:
         """Begins to write a checkpoint of numpy arrays; the disk is waited for at the next save, or
         by `wait`. A step that has one already is left as it is.
 
-        Where it cannot be written, that is said then, and what there is of it removed; checkpoints
-        that are whole stay, and the next save is tried like any other.
+        Where it cannot be written, that is said then; complete checkpoints stay, and the next save
+        is tried like any other and removes what is left of this one.
         """
         self.wait()
         if step in self.steps():

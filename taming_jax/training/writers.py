@@ -46,6 +46,11 @@ class JsonLines:
         self._waiting.append(json.dumps(row) + "\n")
         self.flush()
 
+    @property
+    def complete(self) -> bool:
+        """Whether every row is in the file."""
+        return not self._waiting
+
     def flush(self) -> None:
         """Writes what could not be written before."""
         content = "".join(self._waiting).encode()
@@ -53,9 +58,10 @@ class JsonLines:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab") as file:
-            file.truncate(self._size)  # without what was written of a row in part
+            size = min(self._size, os.fstat(file.fileno()).st_size)
+            file.truncate(size)  # without what was written of a row in part
             file.write(content)
-        self._size, self._waiting = self._size + len(content), []
+        self._size, self._waiting = size + len(content), []
 
 
 def whole_rows(content: bytes) -> Iterator[tuple[dict[str, Any], int]]:
@@ -85,6 +91,7 @@ class TensorBoard:
     def __init__(self, folder: Path):
         self._folder = folder
         self._writer: EventsWriter | None = None
+        self._start: int | None = None  # where a run goes on, until that is written
 
     def _write(self, step: int, **content: Any) -> None:
         try:
@@ -92,15 +99,18 @@ class TensorBoard:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 suffix = f".{os.getpid()}.{time.monotonic_ns()}"
                 self._writer = EventsWriter(str(self._folder / "events"), suffix)
+            if self._start is not None:
+                start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+                self._writer.write_event(event_pb2.Event(step=self._start + 1, session_log=start))
             self._writer.write_event(event_pb2.Event(wall_time=time.time(), step=step, **content))
             self._writer.flush()
+            self._start = None
         except OSError:
             self._writer = None  # the file may end in part of an event; the next one is new
             raise
 
     def resume(self, step: int) -> None:
-        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._write(step + 1, session_log=start)
+        self._start = step  # written with what comes next
 
     def scalars(self, step: int, group: str, values: dict[str, float]) -> None:
         parts = [

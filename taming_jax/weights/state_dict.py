@@ -104,17 +104,20 @@ def write_state_dict(
 ) -> None:
     """Writes a `.safetensors` file with `rest` as its metadata, or a `.ckpt` as PyTorch Lightning
     writes it. The file appears whole or not at all. Raises OSError."""
-    arrays = {name: np.array(x, order="C") for name, x in state_dict.items()}
     with whole(file) as partial:
         if file.suffix == ".safetensors":
             from safetensors.numpy import save_file
 
+            arrays = {name: np.asarray(x, order="C") for name, x in state_dict.items()}
             save_file(arrays, partial, {key: json.dumps(value) for key, value in rest.items()})
         else:
             import torch
 
-            tensors = {name: torch.from_numpy(x) for name, x in arrays.items()}
-            torch.save({**rest, "state_dict": tensors}, partial)
+            tensors = {name: torch.from_numpy(np.array(x)) for name, x in state_dict.items()}
+            try:
+                torch.save({**rest, "state_dict": tensors}, partial)
+            except RuntimeError as error:  # as PyTorch has it where a disk is full
+                raise OSError(str(error)) from error
 
 
 def check(

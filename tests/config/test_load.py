@@ -3,11 +3,11 @@ import json
 
 import pytest
 
-from taming_jax import config as config_module
 from taming_jax.config.load import differences, load_config, preset_names, write_config
 from taming_jax.config.migrations import FORMAT
 from taming_jax.config.presets import CPU_PRESETS
 from taming_jax.config.schema import Config
+from taming_jax.config.serialization import to_dict
 from taming_jax.config.validation import warnings_of
 from taming_jax.errors import UserError
 from taming_jax.training.meter import advice_for_a_cpu
@@ -31,7 +31,7 @@ def test_a_config_json_carries_its_format_and_one_without_is_of_the_first(tmp_pa
 
 
 def test_every_float_setting_survives_a_whole_number(tmp_path):
-    values = config_module.to_dict(load_config("mnist"))
+    values = to_dict(load_config("mnist"))
     values["vqgan"]["discriminator_weight"] = 1
     (tmp_path / "config.json").write_text(json.dumps(values))
     weight = load_config(str(tmp_path / "config.json")).vqgan.discriminator_weight

@@ -38,7 +38,7 @@ def test_once_reads_each_example_once():
     assert [batch.arrays["weight"].sum() for batch in read] == [4, 4, 2]
     kept = [
         label
-        for batch in batches
+        for batch in read
         for label, weight in zip(batches.take(batch.arrays)[1], batch.arrays["weight"], strict=True)
         if weight
     ]

@@ -183,11 +183,11 @@ def test_files_one_may_not_read_are_a_sentence(tmp_path):
 
 
 def test_the_hub_without_a_network_is_a_sentence(tmp_path, monkeypatch):
-    import datasets
+    import datasets as hub
 
     def refused(name):
         raise ConnectionError("Couldn't reach the Hub")
 
-    monkeypatch.setattr(datasets, "load_dataset", refused)
+    monkeypatch.setattr(hub, "load_dataset", refused)
     with pytest.raises(UserError, match="download its parquet files elsewhere .* --data.path"):
         datasets.load(config_of(tmp_path, "someone/pictures", None))

@@ -140,7 +140,7 @@ def test_a_lost_process_ends_the_other_and_both_resume(tmp_path, lost):
     started[lost].kill()
     _, err = started[1 - lost].communicate(timeout=120)
     assert time.monotonic() - began < 120
-    assert started[1 - lost].returncode != 0, err
+    assert started[1 - lost].returncode == -signal.SIGABRT, err  # by JAX
     started[lost].communicate(timeout=60)
     saved = Store(tmp_path, "vqgan", "nll", read_only=True).steps()[-1]
     assert saved < 2000
@@ -192,12 +192,11 @@ def test_a_coordinator_that_does_not_answer_is_named(tmp_path):
     assert f"{address} did not answer within 2 seconds" in err
 
 
-def alone(tmp_path, port, **more):
+def alone(tmp_path, port):
     """Process 0 of two, the other of which does not come."""
     return commands.start(
         "train_vqgan.py", *TINY, 3, "--workdir", tmp_path / "run", "--distributed",
         "--coordinator-address", f"127.0.0.1:{port}", "--num-processes", 2, "--process-id", 0,
-        **more,
     )  # fmt: skip
 
 

@@ -60,6 +60,7 @@ assert compiled() > 0
 
 DETERMINISTIC = """
 import os
+import tempfile
 import taming_jax.training.loop
 import taming_jax.training.prior
 import taming_jax.training.vqgan
@@ -67,13 +68,21 @@ from taming_jax.config.load import load_config
 from taming_jax.errors import UserError
 from taming_jax.parallel.runtime import prepare
 
-config = load_config("mnist_tiny", {"deterministic": True})
+class Reached(Exception):
+    pass
+
+def build(config, devices):
+    raise Reached
+
+config = load_config("mnist_tiny", {"deterministic": True, "workdir": tempfile.mkdtemp()})
 before = os.environ["XLA_FLAGS"]
 prepare(load_config("mnist_tiny"))
 assert os.environ["XLA_FLAGS"] == before
-for _ in range(2):
-    prepare(config)
-    assert os.environ["XLA_FLAGS"] == before + " --xla_gpu_deterministic_ops=true"
+try:
+    taming_jax.training.loop.train(build, config)
+except Reached:
+    pass
+assert os.environ["XLA_FLAGS"] == before + " --xla_gpu_deterministic_ops=true"
 import jax
 assert jax.device_count() == 3
 prepare(config)

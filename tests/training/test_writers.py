@@ -92,3 +92,14 @@ def scalars(folder):
             found |= {(v.tag, event.step): v.simple_value for v in event.summary.value}
             content = content[16 + length :]
     return found
+
+
+def test_a_file_that_was_deleted_meanwhile_begins_anew(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    file = JsonLines(path, 0)
+    for row in rows(1, 2):
+        file.write(row)
+    path.unlink()
+    for row in rows(3, 4):
+        file.write(row)
+    assert read_rows(path) == rows(3, 4) and file.complete
