@@ -1,10 +1,46 @@
 """How Orbax writes and reads a checkpoint's items: arrays, and what is said of them."""
 
+import logging
+import os
+import re
+import sys
+import warnings
 from typing import Any
 
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import type_handlers
+
+
+def quiet_orbax() -> None:
+    """Hides the tracebacks that Orbax and tensorstore's threads print of a failed read or save
+    besides raising it: `Store` says it in a sentence."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    never = r"coroutine '(_create_paths|\w*Handler\.\w+)' was never awaited"
+    warnings.filterwarnings("ignore", never, RuntimeWarning)
+    hook = sys.unraisablehook
+
+    def others(unraisable: Any) -> None:
+        # An event loop is closed at the first failure, and tensorstore tells it of the rest.
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    sys.unraisablehook = others
+
+
+quiet_orbax()
+
+
+def describe_failure(error: Exception) -> str:
+    """Why something could not be written: in the system's words, where there are any."""
+    number = re.search(r"os_error_code='(\d+)'", str(error))  # as tensorstore has it
+    if number:
+        return os.strerror(int(number[1]))
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
 
 # Only the first of several processes has to do with checkpoints: Orbax waits for no other.
 ALONE = ocp.options.MultiprocessingOptions(

@@ -32,6 +32,7 @@ from taming_jax.training.handlers import (
     ALONE,
     arrays_handler,
     arrays_to_save,
+    describe_failure,
     json_handler,
     sparing_handler,
 )
@@ -233,7 +234,7 @@ class Store:
             action()
             return
         except (OSError, ValueError, RuntimeError) as error:  # a full disk alone raises all of them
-            self._trouble = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            self._trouble = describe_failure(error)
         # The manager counts on the checkpoint that failed. A new one deletes what is left of it.
         manager, self._manager, self._lowest = self._manager, None, None
         if manager is not None:

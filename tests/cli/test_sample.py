@@ -199,7 +199,7 @@ def test_the_log_likelihood_is_that_of_the_codes(run):
         ("--workdir nowhere", "there is no folder nowhere"),
         ("--size 17x16", "both are multiples of a code's 2; take 16 and 16"),
         ("--size 32x14", "a height of 14 and a width of 32 are less than the 16 and 16"),
-        ("--keep top", "--keep and --mask are of pictures to be completed"),
+        ("--keep top", "--keep and --mask are for pictures that are completed"),
         ("--complete none.png", "there is no picture none.png"),
         ("--complete /dev/null", "/dev/null cannot be read as a picture"),
         ("--complete /dev/null --keep 0.5 --mask m.png", "--keep and --mask both say what is kept"),
