@@ -1,14 +1,16 @@
 """Where the rows of a log go: JSON lines, which a run needs, and other destinations."""
 
+import contextlib
 import json
 import os
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2, summary_pb2
+from tensorboardX.record_writer import RecordWriter
 
 
 class Writer(Protocol):
@@ -85,28 +87,39 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 class TensorBoard:
-    """Writes event files into a folder, with tensorboardX's synchronous writer: a thread that a
-    full disk ends would be waited for."""
+    """Writes event files into a folder, with tensorboardX's synchronous writer of records: a thread
+    that a full disk ends would be waited for."""
 
     def __init__(self, folder: Path):
         self._folder = folder
-        self._writer: EventsWriter | None = None
+        self._records: RecordWriter | None = None
         self._start: int | None = None  # where a run goes on, until that is written
 
     def _write(self, step: int, **content: Any) -> None:
+        events = [event_pb2.Event(wall_time=time.time(), step=step, **content)]
+        if self._start is not None:
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            events.insert(0, event_pb2.Event(step=self._start + 1, session_log=start))
         try:
-            if self._writer is None:
+            if self._records is None:
                 self._folder.mkdir(parents=True, exist_ok=True)
-                suffix = f".{os.getpid()}.{time.monotonic_ns()}"
-                self._writer = EventsWriter(str(self._folder / "events"), suffix)
-            if self._start is not None:
-                start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-                self._writer.write_event(event_pb2.Event(step=self._start + 1, session_log=start))
-            self._writer.write_event(event_pb2.Event(wall_time=time.time(), step=step, **content))
-            self._writer.flush()
+                name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+                self._records = RecordWriter(str(self._folder / name))
+                events.insert(0, event_pb2.Event(file_version="brain.Event:2"))
+            for event in events:
+                self._records.write(event.SerializeToString())
+            self._records.flush()
             self._start = None
         except OSError:
-            self._writer = None  # the file may end in part of an event; the next one is new
+            # The file may end in part of an event: the next one goes to another.
+            records, self._records = self._records, None
+            with contextlib.suppress(OSError):
+                if records is not None:
+                    try:
+                        records.close()
+                    finally:
+                        if not os.path.getsize(records.path):
+                            os.unlink(records.path)
             raise
 
     def resume(self, step: int) -> None:
@@ -120,6 +133,6 @@ class TensorBoard:
         self._write(step, summary=summary_pb2.Summary(value=parts))
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        if self._records is not None:
+            self._records.close()
+            self._records = None
