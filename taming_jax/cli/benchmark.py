@@ -246,7 +246,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="mnist")
     parser.add_argument("--stage", choices=["vqgan", "prior", "sample", "data"], default="vqgan")
-    parser.add_argument("--batch-size", type=int, help="the preset's unless told")
+    parser.add_argument("--batch-size", type=int, help="default: the preset's")
     parser.add_argument(
         "--data.path", dest="data_path", help="local files, in place of the preset's download"
     )

@@ -28,7 +28,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--workdir", help="the run's folder")
     parser.add_argument("--compare", nargs=2, metavar="JSON", help="two reports side by side")
     parser.add_argument("--split", default="test", help="train, validation or test")
-    parser.add_argument("--images", type=int, help="so many of the split, evenly; all unless told")
+    parser.add_argument(
+        "--images", type=int, help="how many of the split, evenly spread (default: all)"
+    )
     parser.add_argument("--samples", type=int, default=5000, help="0 leaves them out")
     parser.add_argument(
         "--features", default="auto", help="inception, vgg, classifier; auto: inception, else vgg"
@@ -44,7 +46,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--top-p", type=float)
     parser.add_argument("--guidance-scale", type=float, nargs="+")
     parser.add_argument("--sweep", nargs="+", metavar="guidance-scale", help="and its values")
-    parser.add_argument("--devices", type=int, help="all unless told")
+    parser.add_argument("--devices", type=int, help="how many to use (default: all)")
     parser.add_argument("--out", type=Path, help="the report, .json")
     parser.add_argument("--figures", type=Path, help="a folder for figures; beside --out if not")
     add_data_flags(parser)

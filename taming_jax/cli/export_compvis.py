@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, required=True, help="the run's folder")
     parser.add_argument("--out", type=Path, required=True, help="FILE.safetensors or FILE.ckpt")
     parser.add_argument(
-        "--stage", choices=("vqgan", "prior"), help="unless told, the prior where there is one"
+        "--stage", choices=("vqgan", "prior"), help="default: the prior, where there is one"
     )
     given = parser.parse_args()
     check_kind(given.out)

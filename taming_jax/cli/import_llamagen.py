@@ -26,7 +26,9 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, required=True, help=".pt or .safetensors")
     parser.add_argument("--gpt", type=Path, help="a c2i transformer's .pt or .safetensors")
     parser.add_argument("--workdir", type=Path, required=True, help="the new run's folder")
-    parser.add_argument("--image-size", type=int, default=256, help="256 unless told; c2i has 384")
+    parser.add_argument(
+        "--image-size", type=int, default=256, help="default: 256; c2i also has 384"
+    )
     parser.add_argument("--heads", type=int, help="of a transformer of an unusual width")
     work(parser.parse_args())
 

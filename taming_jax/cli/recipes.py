@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--config", choices=TABLES, default="mnist_tiny")
     parser.add_argument("--data-path", type=Path, help="the dataset, in place of a download")
-    parser.add_argument("--rows", nargs="+", help="by their names; all unless told", metavar="ROW")
+    parser.add_argument("--rows", nargs="+", help="by their names (default: all)", metavar="ROW")
     given = parser.parse_args()
     workdir, rows = given.workdir.absolute(), TABLES[given.config].rows
     if unknown := [name for name in given.rows or () if name not in rows]:

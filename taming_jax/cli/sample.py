@@ -5,8 +5,8 @@
     taming-jax sample --workdir runs/birds --complete bird.jpg --keep top --out rest.png
 
 `--out` says what is written: FILE.npz (`images` uint8 [n,h,w,c], `labels` int32 [n]), FILE.png (a
-labelled grid, a row a class), or a folder (one PNG an image). Images are drawn as the run's preset
-says, unless told otherwise.
+labelled grid, one row per class), or a folder (one PNG per image). By default images are drawn as
+the run's preset says.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def parse(completing: bool = False) -> argparse.Namespace:
     parser.add_argument(
         "--classes",
         nargs="+",
-        help=f"numbers or names; all unless told, but for a grid, of {ROWS} of them",
+        help=f"numbers or names (default: all, or {ROWS} of them for a grid)",
     )
     parser.add_argument("--per-class", type=int, default=8)
     parser.add_argument("--temperature", type=float, help="0 is greedy")
@@ -59,13 +59,15 @@ def parse(completing: bool = False) -> argparse.Namespace:
         "all or one of each",
     )
     parser.add_argument(
-        "--keep", type=share_of, help="of them: top, the upper half (unless told), or a share"
+        "--keep",
+        type=share_of,
+        help="what to keep of them: top, the upper half (the default), or a share",
     )
     parser.add_argument(
-        "--mask", help="of them in place of --keep: a picture, white where it is kept"
+        "--mask", help="in place of --keep: a picture that is white where pixels are kept"
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--devices", type=int, help="all unless told")
+    parser.add_argument("--devices", type=int, help="how many to use (default: all)")
     parser.add_argument(
         "--batch-size",
         type=int,
