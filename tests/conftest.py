@@ -5,6 +5,7 @@ compiled again. `XLA_FLAGS=--xla_backend_optimization_level=3` has them compiled
 
 import gc
 import os
+import resource
 import shutil
 import signal
 import tempfile
@@ -52,6 +53,20 @@ def own_sigint():
     before = signal.getsignal(signal.SIGINT)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def limited():
+    """A bound on the size of files, at which a write ends half done, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    def limit(size):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+
+    yield limit
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
 
 
 TINY = [

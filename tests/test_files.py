@@ -1,8 +1,6 @@
 import errno
 import fcntl
 import os
-import resource
-import signal
 import socket
 import subprocess
 import sys
@@ -13,20 +11,6 @@ import pytest
 from taming_jax.errors import UserError
 from taming_jax.files import alone_in, read_arrays, write_arrays, write_whole
 from tests import commands
-
-
-@pytest.fixture
-def limited():
-    """A bound on the size of files, at which a write ends half done, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-
-    def limit(size):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-
-    yield limit
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_a_file_is_written_whole_or_left_as_it_was(tmp_path, limited):

@@ -1,7 +1,5 @@
 """Where the rows of a log go, also on disks that are full for a while."""
 
-import resource
-import signal
 import struct
 
 import pytest
@@ -9,20 +7,6 @@ from tensorboardX.proto import event_pb2
 from tensorboardX.record_writer import masked_crc32c
 
 from taming_jax.training.writers import JsonLines, TensorBoard, read_rows
-
-
-@pytest.fixture
-def limited():
-    """A bound on the size of files, at which a write ends half done, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-
-    def limit(size):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-
-    yield limit
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
 
 
 def rows(*steps):
