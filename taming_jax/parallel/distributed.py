@@ -91,8 +91,7 @@ def join(given: Processes) -> None:
     count = "all" if given.num_processes is None else f"all {given.num_processes}"
     say(
         f"Waiting for {count} processes, for up to {given.initialization_timeout} seconds "
-        "(--initialization-timeout).",
-        sys.stderr,
+        "(--initialization-timeout)."
     )
     # It would take SIGTERM for itself; this program saves at one.
     jax.config.update("jax_enable_preemption_service", False)
