@@ -29,6 +29,13 @@ SETTINGS = {
 }  # fmt: skip
 
 
+# Everything on that a step can have, so that every kind of state is compared.
+EVERYTHING = {
+    "vqgan__lecam_weight": 0.1, "vqgan__adaptive_weight": True,
+    "vqgan__diff_augment": ("color", "translation"), "data__mirror": True,
+}  # fmt: skip
+
+
 class Killed(BaseException):
     """Ends a run at once, as SIGKILL does; nothing in the package handles it."""
 

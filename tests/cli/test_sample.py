@@ -247,6 +247,7 @@ def test_samples_need_no_data(both, tmp_path, monkeypatch):
     assert elsewhere.sample(["large disc"], devices=1).shape == (1, 16, 16, 1)
 
 
+@pytest.mark.slow
 def test_larger_images_are_drawn_in_windows(sample, run, both, tmp_path):
     given = ["--workdir", both, "--classes", 0, 1, "--per-class", 2, "--guidance-scale", 1.5]
     status, _, err = sample(*given, "--size", "24x20", "--out", tmp_path / "s.npz")
@@ -260,6 +261,7 @@ def test_larger_images_are_drawn_in_windows(sample, run, both, tmp_path):
     np.testing.assert_array_equal(whole, run.sample([0], 2, devices=1))
 
 
+@pytest.mark.slow
 def test_the_rest_of_pictures_is_drawn(sample, run, both, tmp_path):
     pictures = datasets.load(run.config.data).test.images[:3]
     for i, image in enumerate(pictures):

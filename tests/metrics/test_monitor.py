@@ -35,6 +35,7 @@ def test_of_reconstructions(stage1):
     )
 
 
+@pytest.mark.slow
 def test_of_samples(both):
     config = load_config(both / "config.json", {"prior.fd_every": 1, "workdir": str(both)})
     devices = Devices(2)

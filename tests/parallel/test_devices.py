@@ -137,11 +137,7 @@ def test_the_command_line_gives_the_same_rows_on_any_number_of_devices(tmp_path)
                 assert row[key] == pytest.approx(expected[key], rel=2e-3), key
 
 
-# With everything on that a step can have, so that every kind of state is compared.
-SMALL = {
-    "vqgan__batch_size": 16, "vqgan__steps": 4, "vqgan__lecam_weight": 0.1, "data__mirror": True,
-    "vqgan__adaptive_weight": True, "vqgan__diff_augment": ("color", "translation"),
-}  # fmt: skip
+SMALL = small_runs.EVERYTHING | {"vqgan__steps": 4}
 
 
 @pytest.fixture(scope="module")

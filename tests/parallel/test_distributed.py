@@ -104,7 +104,7 @@ def test_two_processes_take_the_steps_of_one_until_a_signal_to_one_of_them_saves
     """The log of the first steps is that of one process, and both end with the same step, from
     which they go on."""
     settings = {"vqgan__steps": 3000, "vqgan__checkpoint_every": 10, "vqgan__eval_every": 3000}
-    settings |= {"vqgan__log_every": 1, "vqgan__lecam_weight": 0.1, "data__mirror": True}
+    settings |= {"vqgan__log_every": 1} | small_runs.EVERYTHING
     with pytest.raises(small_runs.Killed):
         small_runs.train(tmp_path / "one", on_step=small_runs.kill_at(6), **settings)
     config = small_runs.small_config(tmp_path / "two", **settings)

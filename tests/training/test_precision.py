@@ -176,6 +176,7 @@ def test_stage_1_in_bfloat16_learns_almost_the_same(count):
             assert found.metrics[name] == pytest.approx(exact.metrics[name], rel=0.03), name
 
 
+@pytest.mark.slow
 @on_devices
 def test_the_discriminator_in_bfloat16_learns_almost_the_same(count):
     """Of images that differ, as those of one code do not."""
