@@ -95,7 +95,7 @@ def stage1(tmp_path_factory):
 
     def make(workdir):
         line = ("train_vqgan.py", *TINY, 3, "--workdir", workdir, "--devices", 1)
-        status, _, err = commands.run_here(*line)
+        status, _, err = commands.run_here(*line, draw=False)
         assert status == 0, err
 
     return make_once(tmp_path_factory, "stage1", make)
