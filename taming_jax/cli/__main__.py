@@ -4,7 +4,7 @@ import difflib
 import importlib
 import sys
 
-from taming_jax.errors import UserError, report
+from taming_jax.errors import UserError, report, say
 
 # Where each subcommand is, and what it does.
 COMMANDS = {
@@ -24,9 +24,10 @@ COMMANDS = {
 
 
 def show_help(names: list[str]) -> None:
-    print("usage: taming-jax COMMAND [settings]; `taming-jax COMMAND --help` shows its settings.\n")
+    # By `say`, since the reader of a pipe may have gone.
+    say("usage: taming-jax COMMAND [settings]; `taming-jax COMMAND --help` shows its settings.\n")
     for name in names:
-        print(f"  {name:<16} {COMMANDS[name][1]}")
+        say(f"  {name:<16} {COMMANDS[name][1]}")
 
 
 def dispatch() -> None:
