@@ -1,6 +1,6 @@
 """The losses of both stages, as pure functions of arrays.
 
-Each answers one number an example, float32 [b], so that a step averages them and an evaluation
+Each returns one number an example, float32 [b], so that a step averages them and an evaluation
 can leave out the examples that only fill its last batch.
 """
 

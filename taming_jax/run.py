@@ -88,8 +88,8 @@ def _with_current_data(config: Config, folder: Path) -> Config:
 class Run:
     """A run's config, generator (its moving average where it keeps one) and prior, if it has one.
 
-    Images are uint8 [n,h,w,c], or float [n,h,w,c] in [-1, 1], and are answered in kind. Products
-    are computed at the highest precision the device has.
+    Images are uint8 [n,h,w,c], or float [n,h,w,c] in [-1, 1], and are returned in the same form.
+    Products are computed at the highest precision the device has.
     """
 
     def __init__(

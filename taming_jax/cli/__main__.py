@@ -32,25 +32,20 @@ def show_help(names: list[str]) -> None:
 
 def dispatch() -> None:
     arguments = sys.argv[1:]
-    name = " ".join(arguments[:2])
-    if name not in COMMANDS:
-        name = " ".join(arguments[:1])
-    words = name.split()
-    group = [known for known in COMMANDS if known.split()[: len(words)] == words]
-    if name not in COMMANDS and (not group or not set(arguments[1:]) <= {"-h", "--help"}):
-        if words and words[0] in ("-h", "--help"):
-            group = list(COMMANDS)
-        else:
-            close = difflib.get_close_matches(" ".join(arguments[:2]), COMMANDS, 1)
-            close = close or difflib.get_close_matches(name, COMMANDS, 1)
-            hint = f"; did you mean '{close[0]}'?" if close else "."
-            raise UserError(f"there is no command '{name}'{hint} `taming-jax` lists all.")
-    if name not in COMMANDS:
-        show_help(group)
+    for length in (2, 1):  # `import compvis` is one command
+        name = " ".join(arguments[:length])
+        if name in COMMANDS:
+            sys.argv = [f"taming-jax {name}", *arguments[length:]]
+            module, function = COMMANDS[name][0].split(":")
+            getattr(importlib.import_module(f"taming_jax.cli.{module}"), function)()
+            return
+    words = [word for word in arguments if word not in ("-h", "--help")]
+    if names := [name for name in COMMANDS if name.split()[: len(words)] == words]:
+        show_help(names)
         return
-    module, function = COMMANDS[name][0].split(":")
-    sys.argv = [f"taming-jax {name}", *arguments[len(words) :]]
-    getattr(importlib.import_module(f"taming_jax.cli.{module}"), function)()
+    close = difflib.get_close_matches(words[0], COMMANDS, 1)
+    hint = f"did you mean '{close[0]}'? " if close else ""
+    raise UserError(f"there is no command '{words[0]}'; {hint}`taming-jax` lists the commands.")
 
 
 def main() -> int:

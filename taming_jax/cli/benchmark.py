@@ -60,11 +60,11 @@ def rates(step: Compiled, median: float, config: Config, devices: Devices) -> st
     """A step's operations, how much of what a device can do they are, and its peak memory."""
     device = devices.list[0]
     used = Meter(device, config, print)(step.flops, 1 / median)
-    said = f"{(step.flops or 0) * len(devices) / 1e9:>12.2f} GFLOP"
+    text = f"{(step.flops or 0) * len(devices) / 1e9:>12.2f} GFLOP"
     if "utilisation" in used:
-        said += f", {used['utilisation']:.0%} of a device's most"
+        text += f", {used['utilisation']:.0%} of a device's most"
     where = "the device" if device.memory_stats() else "the process"
-    return f"{said}  {used['memory_peak_bytes'] / 2**20:.0f} MiB of {where}"
+    return f"{text}  {used['memory_peak_bytes'] / 2**20:.0f} MiB of {where}"
 
 
 def median_step(step: Compiled, state: Any, feed: Feed, steps: int) -> tuple[float, Any]:
@@ -120,9 +120,9 @@ def compare(stage: VQGANStage, steps: int) -> None:
 
     found, (gradient, discriminator_gradient, losses) = ours(*arguments), plain(*arguments, ONES)
     pairs = jax.tree_util.tree_leaves_with_path((gradient, discriminator_gradient))
-    answered = jax.tree.leaves((found.generator, found.discriminator))
+    gradients = jax.tree.leaves((found.generator, found.discriminator))
     differences = []
-    for (path, expected), actual in zip(pairs, answered, strict=True):
+    for (path, expected), actual in zip(pairs, gradients, strict=True):
         difference, largest = (
             float(jnp.abs(actual - expected).max()),
             float(jnp.abs(expected).max()),

@@ -69,10 +69,10 @@ def main() -> None:
 
 def read(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if not {"features", "reconstruction", "samples", "protocol"} <= set(found):
+        contents = json.loads(file.read_text(encoding="utf-8"))
+        if not {"features", "reconstruction", "samples", "protocol"} <= set(contents):
             raise ValueError("it has no protocol")
-        return found
+        return contents
     except FileNotFoundError:
         raise UserError(f"there is no file {file}.") from None
     except (OSError, ValueError, TypeError) as error:
@@ -84,9 +84,9 @@ def compare(left: Path, right: Path) -> None:
 
     reports = read(left), read(right)
     print(compared(*reports))
-    found = differences(*reports)
-    if found:
-        raise RunFailed(f"these two cannot be compared: {'; '.join(found)}.")
+    conflicts = differences(*reports)
+    if conflicts:
+        raise RunFailed(f"these two cannot be compared: {'; '.join(conflicts)}.")
     print("These two can be compared: their protocols are the same.")
 
 
@@ -152,26 +152,26 @@ def work(given: argparse.Namespace) -> None:
     protocol = Protocol(**{name: getattr(given, name) for name in names}, guidance_scale=scale)
     run = load_run(given.workdir, data_settings(given))
     evaluation = Evaluation(run, protocol, given.devices, progress=True, sweep=sweep)
-    found = finished(evaluation)
-    print(table(found))
+    results = finished(evaluation)
+    print(table(results))
     folder = given.figures or (given.out.absolute().parent if given.out else None)
     try:
         if given.out is not None:
-            distributed.from_first(lambda: write(given.out, found))
+            distributed.from_first(lambda: write(given.out, results))
         if given.save_reference is not None and len(evaluation.chosen) < 2:
             raise UserError("--save-reference needs two images at least; take more --images.")
         if given.save_reference is not None:
             moments = evaluation.reference.moments
             distributed.from_first(lambda: save_moments(given.save_reference, moments))
         if folder is not None:
-            draw(evaluation, folder, found)
+            draw(evaluation, folder, results)
     except OSError as error:
         raise RunFailed(f"{error.filename or given.out}: {error.strerror or error}.") from error
     memory = peak_memory(evaluation.devices.list[0]) / 2**20
     print(f"{time.monotonic() - begun:.0f} s, at most {memory:.0f} MiB.")
 
 
-def write(file: Path, found: dict[str, Any]) -> None:
+def write(file: Path, results: dict[str, Any]) -> None:
     from taming_jax.files import write_whole
 
-    write_whole(file, (json.dumps(found, indent=1, ensure_ascii=False) + "\n").encode())
+    write_whole(file, (json.dumps(results, indent=1, ensure_ascii=False) + "\n").encode())

@@ -141,28 +141,28 @@ def networks(model: "Official", nets: dict[str, Any], normalised: bool) -> dict[
         codes = generator["quantizer"]["codebook"]
         lengths = np.linalg.norm(codes, axis=-1, keepdims=True)
         generator["quantizer"] = generator["quantizer"] | {"codebook": codes / lengths}
-    found = [(vqgan_layout, model.generator, generator)]
+    tables = [(vqgan_layout, model.generator, generator)]
     if model.discriminator is not None and "discriminator" in nets:
         net = nets["discriminator"]
         variables = {"params": net["params"], "batch_stats": net["extra"]["batch_stats"]}
-        found.append((discriminator_layout, model.discriminator, variables))
+        tables.append((discriminator_layout, model.discriminator, variables))
     if model.transformer is not None:
         tokens = model.config.prior.vocabulary
         assert tokens is not None  # of an official model
-        transformer = speaking(nets["transformer"]["params"], tokens)
-        found.append((gpt_layout, model.transformer, transformer))
+        transformer = with_class_logits(nets["transformer"]["params"], tokens)
+        tables.append((gpt_layout, model.transformer, transformer))
     return {
         prefix + name: array
-        for table, prefix, params in found
+        for table, prefix, params in tables
         for name, array in theirs(table(paths(params)), params).items()
     }
 
 
-def speaking(transformer: dict[str, Any], tokens: int) -> dict[str, Any]:
-    """A transformer with logits of so many tokens, of one that speaks codes and no classes, whose
-    logits are to be low whatever its state.
+def with_class_logits(transformer: dict[str, Any], tokens: int) -> dict[str, Any]:
+    """A transformer with logits for `tokens` tokens, made from one that predicts codes and no
+    classes: the logits of classes are low, whatever the state.
 
-    The last norm answers scale * n + bias, and the n of all channels add up to zero. So 1 / scale
+    The last norm returns scale * n + bias, and the n of all channels add up to zero. So 1 / scale
     in the head gives a constant: the sum of bias / scale. That is made large by adding scale to the
     bias, once; what codes get by it is taken from them by the same constant.
     """
@@ -190,17 +190,17 @@ def beside(
     from taming_jax.interop.compvis import lpips_state_dict
     from taming_jax.models.lpips import load_lpips
 
-    found: dict[str, np.ndarray] = {}
+    arrays: dict[str, np.ndarray] = {}
     if model.transformer is not None:
         size = model.config.prior.block_size
         assert size is not None  # of an official model
         mask = np.tril(np.ones((size, size), np.float32))[None, None]
         for i in range(config.prior.layers):
-            found[f"{model.transformer}blocks.{i}.attn.mask"] = mask
+            arrays[f"{model.transformer}blocks.{i}.attn.mask"] = mask
     if model.discriminator is not None and "discriminator" in nets:
         for i in range(1, config.vqgan.discriminator_layers + 1):
             name = f"{model.discriminator}main.{3 * i}.num_batches_tracked"
-            found[name] = np.array(step, np.int64)
+            arrays[name] = np.array(step, np.int64)
         loss = f"{model.generator}loss.perceptual_loss."
-        found |= {loss + name: x for name, x in lpips_state_dict(load_lpips()).items()}
-    return found
+        arrays |= {loss + name: x for name, x in lpips_state_dict(load_lpips()).items()}
+    return arrays

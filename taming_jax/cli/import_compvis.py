@@ -45,13 +45,13 @@ def work(given: argparse.Namespace) -> None:
         raise UserError(f"--classes is {given.classes}; it must be 1 or more.")
     imports.check_new(given.workdir)
     settings = read_text(given.config)
-    state_dict, said = open_state_dict(given.checkpoint)
+    state_dict, metadata = open_state_dict(given.checkpoint)
     used = [np.asarray(x) for name, x in state_dict.items() if name.endswith("quantize.used")]
     try:
         codes = codes_in(used[0]) if used else None
     except ValueError as error:
         raise UserError(f"{given.checkpoint}: quantize.used holds no codes ({error}).") from error
-    step = said.get("global_step", 0)
+    step = metadata.get("global_step", 0)
     step = step if isinstance(step, int) and step > 0 else 0
     model = official(settings, given.config, given.classes, codes, step)
     below, names = model.discriminator, model.class_names

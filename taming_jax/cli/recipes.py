@@ -129,9 +129,9 @@ class Recipes:
             "--images", str(self.table.images), "--samples", str(self.table.samples), *sampling,
             "--out", str(out),
         )  # fmt: skip
-        found = json.loads(out.read_text()) | {"seconds": seconds}
-        write_whole(file, json.dumps(found).encode())
-        return found
+        report = json.loads(out.read_text()) | {"seconds": seconds}
+        write_whole(file, json.dumps(report).encode())
+        return report
 
     def line(self, name: str) -> str:
         """A row of a table in Markdown."""

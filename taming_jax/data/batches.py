@@ -105,7 +105,7 @@ class ResidentFeed(Feed):
 
 @dataclass(frozen=True)
 class Reads:
-    """Batch after batch as numpy arrays, which is a source to grain: `which` answers a batch's
+    """Batch after batch as numpy arrays, which is a source to grain: `which` returns a batch's
     index, and what else goes with it."""
 
     split: Split

@@ -1,6 +1,6 @@
 """From a dataset's name to its images.
 
-A source is a function of the data settings that answers `Splits`. A new dataset is one such
+A source is a function of the data settings that returns `Splits`. A new dataset is one such
 function, its line in `SOURCES`, and a preset.
 """
 

@@ -121,7 +121,7 @@ class Decoder:
         return np.memmap(self.path, np.uint8, "r+", shape=self.shape)
 
     def __call__(self, numbers: np.ndarray, first: int) -> dict[int, str]:
-        """Fills the places `first` ...; answers those whose pictures cannot be read, and why."""
+        """Fills the places `first` ...; returns those whose pictures cannot be read, and why."""
         bad = {}
         for place, number in enumerate(numbers.tolist(), first):
             try:
@@ -379,7 +379,7 @@ def decode_all(
 
 
 def listed(pictures: Pictures, bad: dict[int, str], file: Path) -> str:
-    """Names the pictures that cannot be read in a file, and answers a phrase about them."""
+    """Names the pictures that cannot be read in a file, and returns a phrase about them."""
     if not bad:
         return ""
     lines = [f"{pictures.names[i]}\t{bad[i]}\n" for i in sorted(bad)]

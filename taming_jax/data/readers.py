@@ -1,5 +1,5 @@
 """Where encoded pictures come from: folders, parquet files, the Hugging Face hub, TensorFlow
-Datasets. Each function answers tables: by split, a reader and what a person would call its
+Datasets. Each function returns tables: by split, a reader and what a person would call its
 pictures, with the values of the class column."""
 
 import bisect

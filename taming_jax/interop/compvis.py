@@ -79,7 +79,7 @@ def gpt_layout(paths: Iterable[Path]) -> Layout:
 
 def lpips_state_dict(params: Any) -> dict[str, np.ndarray]:
     """The official names of LPIPS's weights, which its losses carry; `params` is what
-    `models.lpips.load_lpips` answers."""
+    `models.lpips.load_lpips` returns."""
     channel = (1, 3, 1, 1)
     found = {
         "scaling_layer.shift": np.array(SHIFT, np.float32).reshape(channel),

@@ -216,7 +216,7 @@ class Collected(NamedTuple):
 
 
 def unpacked(arrays: dict[str, np.ndarray]) -> Collected:
-    """From what `packed` answered."""
+    """From what `packed` returned."""
     count = int(arrays["count"])
     moments = Moments(count, arrays["mu"], arrays["sigma"] * (count - 1))
     return Collected(moments, arrays["features"], arrays["rows"])

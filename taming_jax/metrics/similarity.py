@@ -16,7 +16,7 @@ def psnr(images: jax.Array, others: jax.Array) -> jax.Array:
 
 def ssim(images: jax.Array, others: jax.Array) -> jax.Array:
     """Structural similarity (Wang et al. 2004) [b], with the paper's Gaussian window where it lies
-    within the image, averaged over places and channels: what scikit-image answers with
+    within the image, averaged over places and channels: what scikit-image returns with
     `gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1`. h and w of at
     least 11."""
     taps = np.exp(-np.square(np.arange(WINDOW) - WINDOW // 2) / (2 * 1.5**2))

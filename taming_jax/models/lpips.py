@@ -54,7 +54,7 @@ class VGG16(nn.Module):
 
 def lpips(params: Any, left: jax.Array, right: jax.Array, dtype: Dtype = jnp.float32) -> jax.Array:
     """The distance of images float [b,h,w,c] in [-1, 1], float32 [b]; gray is repeated to three
-    channels. `params` is what `load_lpips` answers."""
+    channels. `params` is what `load_lpips` returns."""
     features = (vgg_features(params["vgg"], images, dtype) for images in (left, right))
     return distance(params["heads"], *features)
 

@@ -15,7 +15,7 @@ PIXELS = 2**20  # of all images that a device encodes or decodes at once
 
 
 class Reconstruction(NamedTuple):
-    """`images` float32 [b,h,w,c], about [-1, 1], and what the quantizer answered."""
+    """`images` float32 [b,h,w,c], about [-1, 1], and what the quantizer returned."""
 
     images: jax.Array
     quantized: Quantized

@@ -127,7 +127,7 @@ class Devices:
         self.memory = min(memories)
         """Bytes of memory a device has; on a CPU, its part of what its devices share."""
         self.axis_name = "devices" if len(self) > 1 else None
-        # The layout that pmap answers with: another one would compile the next step again.
+        # The layout that pmap returns with: another one would compile the next step again.
         self._layout = jax.sharding.NamedSharding(
             jax.sharding.Mesh(np.array(self.list), ("devices",)),
             jax.sharding.PartitionSpec("devices"),
@@ -210,7 +210,7 @@ class Devices:
         )
 
     def gather(self, values: jax.Array) -> np.ndarray:
-        """What a compiled function answered for a sharded batch, from all devices of all
+        """What a compiled function returned for a sharded batch, from all devices of all
         processes: [n, ...]."""
         array = np.asarray(values)
         if self.axis_name is None:
@@ -220,16 +220,16 @@ class Devices:
         )
 
     def in_batches(self, apply: Callable[[Any], Any], arrays: Any, size: int) -> Any:
-        """What `apply` answers of arrays [n, ...], a tree that all processes have, gathered.
+        """What `apply` returns of arrays [n, ...], a tree that all processes have, gathered.
 
         It is given this process's rows of batches of one size, of which the last is filled up, and
-        answers trees of what a compiled function answered for them, sharded.
+        returns trees of what a compiled function returned for them, sharded.
         """
         n, parts = len(jax.tree.leaves(arrays)[0]), []
         for start in range(0, n, size):
             rows = np.minimum(np.arange(start, start + size), n - 1)[self.own(size)]
-            answered = apply(jax.tree.map(lambda x, rows=rows: x[rows], arrays))
-            parts.append(jax.tree.map(self.gather, answered))
+            returned = apply(jax.tree.map(lambda x, rows=rows: x[rows], arrays))
+            parts.append(jax.tree.map(self.gather, returned))
         return jax.tree.map(lambda *each: np.concatenate(each)[:n], *parts)
 
     def fetch(self, tree: Any) -> Any:

@@ -200,7 +200,7 @@ def agreed(function: Callable[[], T]) -> T:
 
 
 def from_first(function: Callable[[], T]) -> T:
-    """What a function answers in process 0, which alone runs it, in every process; or what it
+    """What a function returns in process 0, which alone runs it, in every process; or what it
     raises there."""
     if count() == 1:
         return function()

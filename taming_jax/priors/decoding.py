@@ -48,7 +48,7 @@ def keep_top_p(logits: jax.Array, p: jax.Array | float) -> jax.Array:
 
 
 def guided(conditional: jax.Array, unconditional: jax.Array, scale: jax.Array | float) -> jax.Array:
-    """Classifier-free guidance (arXiv 2207.12598) of logits: a scale of 0 answers the unconditional
+    """Classifier-free guidance (arXiv 2207.12598) of logits: a scale of 0 returns the unconditional
     ones, 1 the conditional, more goes beyond."""
     return unconditional + scale * (conditional - unconditional)
 

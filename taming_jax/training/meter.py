@@ -154,10 +154,10 @@ class Tracer:
         else:
             self._running, self._traced = True, (number, number)
 
-    def after(self, number: int, answered: Any) -> None:
-        """After a step, with what it answered, for which the last traced step waits."""
+    def after(self, number: int, results: Any) -> None:
+        """After a step, with its results, for which the last traced step waits."""
         if self._running and number >= self._last:
-            jax.block_until_ready(answered)
+            jax.block_until_ready(results)
             self.close()
 
     def close(self) -> None:

@@ -401,7 +401,7 @@ class Store:
             say(f"The damaged one was moved to {place}.")
 
     def _move(self, steps: list[int], why: str) -> list[Path]:
-        """Moves checkpoints out of Orbax's sight; answers where they are now."""
+        """Moves checkpoints out of Orbax's sight; returns where they are now."""
         self.close()
         moved = []
         for step in steps:

@@ -15,7 +15,7 @@ from taming_jax.weights.torch_file import DAMAGE, Tensor, damaged, open_tensors
 
 
 class Held(NamedTuple):
-    """An array in a file. `read` answers it, and raises UserError where it is damaged."""
+    """An array in a file. `read` returns it, and raises UserError where it is damaged."""
 
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
