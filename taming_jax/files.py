@@ -2,7 +2,7 @@
 time works in."""
 
 import contextlib
-import fcntl
+import errno
 import hashlib
 import io
 import json
@@ -11,10 +11,11 @@ import socket
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, cast
 
+import filelock
 import numpy as np
 
 from taming_jax.errors import UserError, say
@@ -81,60 +82,43 @@ def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
 
 
 @contextlib.contextmanager
-def alone_in(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """While no other process trains in a folder, which is made where it is missing, and is gone
-    again afterwards where nothing was put into it. The lock ends with its process, however that
-    ends; a file system that has no locks costs a sentence.
+def run_lock(folder: Path) -> Iterator[None]:
+    """Keeps other processes and threads from training in a run's folder. The folder is made where
+    it is missing, and removed afterwards where nothing was put into it. The lock ends with its
+    process, however that ends.
 
-    Raises UserError where another process (or thread) holds the lock, and OSError where the folder
-    cannot be written.
+    Raises UserError where another process holds the lock, or the folder cannot be written.
     """
-    folder = folder.absolute()
-    made = [place for place in (folder, *folder.parents) if not place.exists()]
-    with claimed(folder, say) as lock:
-        with contextlib.suppress(OSError):  # a full disk: it is held all the same
-            lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
-            lock.flush()
+    file = folder.absolute() / LOCK
+    lock = filelock.FileLock(file, blocking=False)
+    created = [place for place in file.parents if not place.exists()]
+    with writable(folder):
+        file.parent.mkdir(parents=True, exist_ok=True)
         try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):  # a folder that is not empty stays
-                (folder / LOCK).unlink()
-                for place in made:
-                    place.rmdir()
-
-
-def claimed(folder: Path, say: Callable[[str], None]) -> BinaryIO:
-    """The file of a folder's lock, open and locked until it is closed."""
-    while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / LOCK).open("a+b")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            with lock:
-                lock.seek(0)
-                holder = lock.read().decode(errors="replace") or "another process"
+            lock.acquire()
+        except filelock.Timeout as error:
+            holder = file.read_text(errors="replace") or "another process"
             raise UserError(
                 f"{holder} trains in {folder}; wait for it, stop it, or choose another --workdir."
             ) from error
-        except OSError as error:
+        except (OSError, NotImplementedError) as error:
+            number = getattr(error, "errno", errno.ENOSYS)
+            if number not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):
+                raise
             say(
-                f"The file system of {folder} has no locks ({error.strerror}): nothing keeps a "
-                "second run out of the folder."
+                f"The file system of {folder} has no locks ({os.strerror(number)}): nothing keeps "
+                "a second run out of the folder."
             )
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(lock.fileno()), (folder / LOCK).stat()):
-                return lock
-        lock.close()  # its last holder deleted it before it was locked here
-
-
-def hold(folder: Path, stack: contextlib.ExitStack) -> None:
-    """Locks a run's folder until the stack ends. UserError where another process holds it, or it
-    cannot be written."""
-    with writable(folder):
-        stack.enter_context(alone_in(folder, say))
+    try:
+        with contextlib.suppress(OSError):  # on a full disk the lock is held all the same
+            file.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # a folder that is not empty stays
+            file.unlink()
+            for place in created:
+                place.rmdir()
+        lock.release()
 
 
 @contextlib.contextmanager

@@ -13,7 +13,6 @@ from typing import Any, cast
 
 import jax
 import numpy as np
-from flax import traverse_util
 
 from taming_jax import tiles
 from taming_jax.config.load import differences, override, read_config, replaced
@@ -36,7 +35,7 @@ from taming_jax.parallel.runtime import keep_programs
 from taming_jax.priors.autoregressive import build_gpt, teacher_forced
 from taming_jax.priors.decoding import window_likelihood
 from taming_jax.sampler import Sampler, Settings, kept_codes
-from taming_jax.training.store import Store
+from taming_jax.training.checkpoints import Store
 from taming_jax.training.tokens import Tokenizer
 
 # Images a call of the compiled functions, which are compiled for these two sizes; the last batch is
@@ -62,17 +61,14 @@ def _read(folder: Path) -> tuple[Config, int, dict[str, Any] | None, Any, Any]:
     """What a run is made of, from its folder."""
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; name a run's, such as runs/mnist_tiny.")
-    prior = Store(folder, "prior", "nll", read_only=True)
+    prior = Store(folder, "prior")
     if prior.steps():
-        found, step = prior.chosen()
-        nets = traverse_util.unflatten_dict(found.arrays)["nets"]
-        transformer = nets["transformer"]["params"]
-        config = _with_current_data(found.config, folder)
-        return config, step, found.dataset, nets["generator"]["params"], transformer
-    found, step = Store(folder, "vqgan", "nll", read_only=True).chosen()
-    net = traverse_util.unflatten_dict(found.arrays)["nets"]["generator"]
-    config = _with_current_data(found.config, folder)
-    return config, step, found.dataset, net.get("ema", net["params"]), None
+        checkpoint = prior.chosen()
+        transformer = checkpoint.nets["transformer"]["params"]
+    else:
+        checkpoint, transformer = Store(folder, "vqgan").chosen(), None
+    config = _with_current_data(checkpoint.config, folder)
+    return config, checkpoint.step, checkpoint.dataset, checkpoint.generator, transformer
 
 
 def _with_current_data(config: Config, folder: Path) -> Config:

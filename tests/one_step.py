@@ -22,9 +22,9 @@ from taming_jax.data.batches import take
 from taming_jax.errors import report
 from taming_jax.parallel import distributed
 from taming_jax.parallel.devices import Devices
+from taming_jax.training.checkpoints import Store
 from taming_jax.training.prior import PriorStage
 from taming_jax.training.state import copied
-from taming_jax.training.store import Store
 from taming_jax.training.vqgan import VQGANStage
 
 STAGES = {"vqgan": VQGANStage, "prior": PriorStage}
@@ -44,7 +44,7 @@ def work(given):
     config = load_config(str(Path(given.workdir) / "config.json"), {"workdir": given.workdir})
     devices = Devices(given.devices)
     stage = STAGES[given.stage](config, devices)
-    store = Store(Path(given.workdir), stage.name, stage.monitor, True, stage.dataset)
+    store = Store(Path(given.workdir), stage.name, stage.best_metric, stage.dataset)
     template = stage.init(jax.random.key(config.seed))
     restored = distributed.from_first(lambda: store.restore(template, config, (), (), print))
     before = jax.tree.map(np.array, moments(restored))

@@ -16,8 +16,8 @@ import pytest
 
 from taming_jax.config.load import load_config
 from taming_jax.training import loop
+from taming_jax.training.checkpoints import Store
 from taming_jax.training.prior import PriorStage
-from taming_jax.training.store import Store
 from taming_jax.training.vqgan import VQGANStage
 
 SETTINGS = {
@@ -121,11 +121,11 @@ class Observed:
 
 
 def saved_steps(workdir, stage="vqgan"):
-    return Store(workdir, stage, "nll", read_only=True).steps()
+    return Store(workdir, stage).steps()
 
 
 def arrays_at(workdir, step, stage="vqgan"):
-    return Store(workdir, stage, "nll", read_only=True).read(step).arrays
+    return Store(workdir, stage).read(step).arrays
 
 
 def read_rows(workdir, stage="vqgan"):

@@ -11,7 +11,7 @@ import train_prior
 import train_vqgan
 from taming_jax import errors
 from taming_jax.config.load import load_config, write_config
-from taming_jax.files import alone_in
+from taming_jax.files import run_lock
 from tests import commands
 
 
@@ -103,7 +103,7 @@ def test_a_workdir_that_cannot_be_written(capsys, monkeypatch, tmp_path):
 
 def test_a_workdir_that_another_run_trains_in(capsys, monkeypatch, workdir):
     for script in (train_vqgan, train_prior):
-        with alone_in(workdir, print):
+        with run_lock(workdir):
             write_config(load_config("mnist_tiny"), workdir / "config.json")
             before = {p: p.read_bytes() for p in workdir.rglob("*")}
             assert_sentence(

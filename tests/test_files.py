@@ -1,5 +1,4 @@
 import errno
-import fcntl
 import os
 import socket
 import subprocess
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 
 from taming_jax.errors import UserError
-from taming_jax.files import alone_in, read_arrays, write_arrays, write_whole
+from taming_jax.files import read_arrays, run_lock, write_arrays, write_whole
 from tests import commands
 
 
@@ -28,9 +27,9 @@ def test_a_file_is_written_whole_or_left_as_it_was(tmp_path, limited):
 HOLDER = """
 import sys, time
 from pathlib import Path
-from taming_jax.files import alone_in
+from taming_jax.files import run_lock
 
-with alone_in(Path(sys.argv[1]), print):
+with run_lock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
 """
@@ -45,56 +44,42 @@ def test_a_folder_is_one_process_s_until_that_dies(tmp_path):
         assert holder.stdout.readline() == b"held\n"
         with (
             pytest.raises(UserError, match=rf"process {holder.pid} on {socket.gethostname()} trai"),
-            alone_in(folder, print),
+            run_lock(folder),
         ):
             pass
     finally:
         holder.kill()
         holder.communicate()
-    with alone_in(folder, print):
+    with run_lock(folder):
         assert (folder / ".lock").read_text().startswith(f"process {os.getpid()} on ")
     assert list(folder.iterdir()) == []
 
 
 def test_folders_are_independent_and_free_again_at_the_end(tmp_path):
-    with alone_in(tmp_path / "a", print), alone_in(tmp_path / "b", print):
+    with run_lock(tmp_path / "a"), run_lock(tmp_path / "b"):
         with (
             pytest.raises(UserError, match=f"process {os.getpid()} on"),
-            alone_in(tmp_path / "a", print),
+            run_lock(tmp_path / "a"),
         ):
             pass
         # Being refused let go of nothing.
-        with pytest.raises(UserError), alone_in(tmp_path / "a", print):
+        with pytest.raises(UserError), run_lock(tmp_path / "a"):
             pass
         (tmp_path / "b" / "config.json").write_text("{}")
     assert list(tmp_path.rglob("*")) == [tmp_path / "b", tmp_path / "b" / "config.json"]
-    with pytest.raises(ZeroDivisionError), alone_in(tmp_path / "c" / "d", print):
+    with pytest.raises(ZeroDivisionError), run_lock(tmp_path / "c" / "d"):
         raise ZeroDivisionError
     assert not (tmp_path / "c").exists()
 
 
-def test_a_file_system_without_locks_costs_a_sentence(tmp_path, monkeypatch):
+def test_a_file_system_without_locks_costs_a_sentence(tmp_path, monkeypatch, capsys):
     def none(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr("fcntl.flock", none)
-    said = []
-    with alone_in(tmp_path / "run", said.append):
+    monkeypatch.setattr("filelock.FileLock.acquire", none)
+    with run_lock(tmp_path / "run"):
         (tmp_path / "run" / "file").touch()
-    assert len(said) == 1 and "has no locks (No locks available)" in said[0]
-
-
-def test_a_lock_that_was_deleted_meanwhile_is_no_lock(tmp_path, monkeypatch):
-    flock = fcntl.flock
-
-    def late(*arguments):
-        (tmp_path / ".lock").unlink()
-        monkeypatch.setattr("fcntl.flock", flock)
-        return flock(*arguments)
-
-    monkeypatch.setattr("fcntl.flock", late)
-    with alone_in(tmp_path, print), pytest.raises(UserError), alone_in(tmp_path, print):
-        pass
+    assert "has no locks (No locks available)" in capsys.readouterr().out
 
 
 def test_arrays_are_kept_where_there_is_room(tmp_path, limited):

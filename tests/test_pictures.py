@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from taming_jax.data import datasets
-from taming_jax.training.store import Store
+from taming_jax.training.checkpoints import Store
 from tests import commands, small_runs
 from tests.data import pictures
 from tests.data.test_images import harmed, visible
@@ -58,7 +58,7 @@ def trained_here(place, workdir, *settings):
 
 
 def arrays(workdir):
-    return Store(workdir, "vqgan", "nll", read_only=True).read(STEPS)[0]
+    return Store(workdir, "vqgan").read(STEPS).arrays
 
 
 def rows(workdir):
@@ -91,7 +91,7 @@ def test_a_streaming_run_that_is_killed_goes_on_bit_for_bit(place, adversarial, 
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
-    steps = Store(tmp_path / "killed", "vqgan", "nll", read_only=True).steps()
+    steps = Store(tmp_path / "killed", "vqgan").steps()
     assert steps and steps[-1] < STEPS and steps[-1] * 8 % 42, "in the middle of an epoch"
     trained(place, tmp_path / "killed", *streaming, devices=devices)
     expected = arrays(tmp_path / "whole")
@@ -198,7 +198,7 @@ def test_decoding_that_is_killed_is_begun_again_and_leaves_nothing(place, tmp_pa
     assert list((tmp_path / "cache").glob("*-partial-*"))
     trained_here(tmp_path, tmp_path / "run", *settings)
     assert len(visible(tmp_path / "cache")) == 3
-    data = Store(tmp_path / "run", "vqgan", "nll", read_only=True).read(1)[1].data
+    data = Store(tmp_path / "run", "vqgan").read(1)[1].data
     kept = datasets.load(data).train.images
     shutil.rmtree(tmp_path / "cache")
     np.testing.assert_array_equal(datasets.load(data).train.images, kept)

@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 
-from taming_jax.training.store import Store  # noqa: E402
+from taming_jax.training.checkpoints import Store  # noqa: E402
 from tests import commands, disks, golden  # noqa: E402
 from tests.data import pictures  # noqa: E402
 
@@ -168,7 +168,7 @@ def logged(workdir: Path, stage: str) -> list[dict]:
 
 
 def saved(workdir: Path, stage: str) -> list[int]:
-    return Store(workdir, stage, "nll", read_only=True).steps()
+    return Store(workdir, stage).steps()
 
 
 def stopped(place: Place, running: Running, signum: int) -> None:
@@ -381,8 +381,7 @@ def check_same_run(place: Place, unbroken: Path) -> None:
     """Bit for bit, and the log with it."""
     for stage, steps in place.steps.items():
         found, expected = (
-            Store(workdir, stage, "nll", read_only=True).read(steps).arrays
-            for workdir in (place.run, unbroken)
+            Store(workdir, stage).read(steps).arrays for workdir in (place.run, unbroken)
         )
         for path, array in expected.items():
             np.testing.assert_array_equal(found[path], array, err_msg=".".join(path))

@@ -20,7 +20,7 @@ from taming_jax.weights.state_dict import check_kind
 if TYPE_CHECKING:
     from taming_jax.config.schema import Config
     from taming_jax.interop.compvis_config import Official
-    from taming_jax.training.store import Checkpoint
+    from taming_jax.training.checkpoints import Checkpoint
     from taming_jax.weights.state_dict import StateDict
 
 LOW = -50.0  # the logit of what is never to be drawn
@@ -45,18 +45,15 @@ def main() -> None:
 
 
 def work(given: argparse.Namespace) -> None:
-    from flax import traverse_util
-
-    from taming_jax.training.store import Store
+    from taming_jax.training.checkpoints import Store
     from taming_jax.weights.state_dict import write_state_dict
 
     if not given.workdir.is_dir():
         raise UserError(f"there is no folder {given.workdir}; name a run's.")
-    has_prior = bool(Store(given.workdir, "prior", "nll", read_only=True).steps())
+    has_prior = bool(Store(given.workdir, "prior").steps())
     stage = given.stage or ("prior" if has_prior else "vqgan")
-    checkpoint, step = Store(given.workdir, stage, "nll", read_only=True).chosen()
-    config = checkpoint.config
-    nets = traverse_util.unflatten_dict(checkpoint.arrays)["nets"]
+    checkpoint = Store(given.workdir, stage).chosen()
+    config, nets, step = checkpoint.config, checkpoint.nets, checkpoint.step
     theirs = counterpart(given.workdir, config, nets, classes_of(checkpoint, nets))
     model, names = theirs.model, theirs.names
     arrays = networks(model, nets, config.vqgan.l2_normalise)

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import traverse_util
 
 from taming_jax.errors import UserError
 from taming_jax.evaluation.reconstructions import reconstructions
@@ -18,7 +17,7 @@ from taming_jax.files import text_hash
 from taming_jax.metrics.features import hash_of
 from taming_jax.parallel import distributed
 from taming_jax.run import Run
-from taming_jax.training.store import Store
+from taming_jax.training.checkpoints import Store
 
 SCHEMA = 1  # of the report
 
@@ -139,9 +138,7 @@ def stage1_step(run: Run) -> int | None:
     if run.transformer is None:
         return run.step
     with contextlib.suppress(UserError):
-        store = Store(run.workdir, "vqgan", "nll", read_only=True)
-        found, step = store.chosen()
-        net = traverse_util.unflatten_dict(found.arrays)["nets"]["generator"]
-        if hash_of(net.get("ema", net["params"])) == hash_of(jax.tree.map(np.asarray, run.params)):
-            return step
+        checkpoint = Store(run.workdir, "vqgan").chosen()
+        if hash_of(checkpoint.generator) == hash_of(jax.tree.map(np.asarray, run.params)):
+            return checkpoint.step
     return None

@@ -21,7 +21,7 @@ from taming_jax.models.discriminator import Discriminator
 from taming_jax.models.vqgan import build_vqgan
 from taming_jax.priors.autoregressive import build_gpt
 from taming_jax.progress import Progress
-from taming_jax.training.store import Store
+from taming_jax.training.checkpoints import Store
 from taming_jax.weights.layout import Layout, expected, ours, paths
 from taming_jax.weights.state_dict import StateDict, check, open_state_dict, write_state_dict
 
@@ -164,11 +164,10 @@ def write_run(
             write_state_dict(imported / "rest.safetensors", rest, {})
         for name, nets in stages.items():
             dataset = {"class_names": list(class_names)} if name == "prior" else None
-            store = Store(place, name, "nll", dataset=dataset, imported=True)
+            store = Store(place, name, dataset=dataset)
             state = {"step": np.zeros((), np.int32), "skipped": np.zeros((), np.int32)}
-            store.save(0, state | {"nets": nets}, config, None)
+            store.save(0, state | {"nets": nets}, config, None, weights_only=True)
             store.require(0)
-            store.close()
         write_config(config, place / "config.json")
 
 

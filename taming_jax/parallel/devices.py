@@ -4,12 +4,9 @@ What differs is only the axis name that a step averages over: None, or "devices"
 the state is replicated: every leaf has a leading axis of this process's devices.
 """
 
-import contextlib
 import functools
-import math
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -81,29 +78,6 @@ def first_devices(count: int | None) -> list[Any]:
     return available[:count]
 
 
-def cgroup_memory(root: Path = Path("/")) -> float:
-    """Bytes of memory that control groups, as those of containers and batch systems, allow this
-    process; infinity where none of them sets a limit. `root` is that of the file system."""
-    limits = [math.inf]
-    with contextlib.suppress(OSError):
-        for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
-            _, controllers, group = line.split(":", 2)
-            if not controllers:  # version 2
-                top, name = root / "sys/fs/cgroup", "memory.max"
-            elif "memory" in controllers.split(","):
-                top, name = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes"
-            else:
-                continue
-            place = top / group.lstrip("/")
-            # A container may see its own group as the top one, under the name it has outside.
-            for folder in (place, *place.parents):
-                with contextlib.suppress(OSError, ValueError):  # "max" is no limit
-                    limits.append(int((folder / name).read_text(encoding="utf-8")))
-                if folder == top:
-                    break
-    return min(limits)
-
-
 class Devices:
     """The devices a run uses: the first `count` of each process, or all. UserError where there are
     not so many, or one process has more than another."""
@@ -142,7 +116,7 @@ class Devices:
         if "bytes_limit" in stats:
             return stats["bytes_limit"]
         machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return int(min(machine, cgroup_memory())) // len(self.list)
+        return machine // len(self.list)
 
     def own(self, batch_size: int) -> slice:
         """The rows of a batch that this process reads: all, or of several processes its part."""

@@ -4,11 +4,8 @@ Where a process is lost, JAX ends the others with a message of its own. Everythi
 where there is one process only.
 """
 
-import dataclasses
-import importlib.metadata
 import os
 import pickle
-import platform
 import socket
 import sys
 import time
@@ -19,9 +16,6 @@ from typing import Any, TypeVar
 import numpy as np
 
 from taming_jax import progress
-from taming_jax.config.load import differences, show
-from taming_jax.config.schema import OF_A_MACHINE, Config
-from taming_jax.config.validation import flag
 from taming_jax.errors import RunFailed, UserError, say
 
 HEARTBEAT = 60  # seconds of silence after which a process counts as gone
@@ -221,70 +215,29 @@ def broadcast(content: bytes, left: int) -> bytes:
     return np.asarray(broadcast_one_to_all(given)).tobytes()
 
 
-# Where a run's files lie may differ from machine to machine.
-PLACES = {"--workdir", *(flag("data", name) for name in OF_A_MACHINE)}
-PACKAGES = ("taming_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-
-
-def installed_version(package: str) -> str:
-    """A package's version; that of a checkout on the path is not known."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def check_alike(config: Config) -> None:
-    """UserError where another process has other settings or other packages than process 0."""
-    if count() == 1:
-        return
-    versions = {name: installed_version(name) for name in PACKAGES}
-    versions["Python"] = platform.python_version()
-    sections = [field.name for field in dataclasses.fields(Config)]
-    every = exchanged((config, versions))
-    config0, versions0 = every[0]
-    for process, (other, packages) in enumerate(every):
-        found = [
-            phrase
-            for phrase in differences(other, config0, sections, also_free=True)
-            if phrase.split(" ")[0] not in PLACES
-        ]
-        found += [
-            f"{name} is {packages[name]}, not {versions0[name]}"
-            for name in versions0
-            if packages[name] != versions0[name]
-        ]
-        if found:
+def check_equal(
+    value: T, compare: Callable[[T, T], list[str]], advice: str = "Give all processes the same."
+) -> None:
+    """UserError, in every process, where one has another value than process 0. `compare` returns
+    how two values differ, as phrases; `advice` is a sentence that follows them."""
+    values = exchanged(value)
+    for process, other in enumerate(values):
+        if phrases := compare(other, values[0]):
             raise UserError(
-                f"process {process} differs from process 0: {'; '.join(found)}. Start all "
-                "processes with the same settings and the same packages."
+                f"process {process} differs from process 0: {'; '.join(phrases)}. {advice}"
             )
 
 
 def check_same_flags(flags: dict[str, Any]) -> None:
-    """UserError where another process was given other flags than process 0."""
-    every = exchanged(flags)
-    for process, other in enumerate(every):
-        found = [
-            f"{flag(name)} is {show(other[name])}, not {show(every[0][name])}"
-            for name in flags
-            if other[name] != every[0][name]
-        ]
-        if found:
-            raise UserError(
-                f"process {process} differs from process 0: {'; '.join(found)}. Start all "
-                "processes with the same settings."
-            )
+    """UserError where another process has other values of these names than process 0."""
+    check_equal(flags, different_values, "Start all processes with the same settings.")
+
+
+def different_values(left: dict[str, Any], right: dict[str, Any]) -> list[str]:
+    """The differing values of two dictionaries with the same keys, as phrases."""
+    return [f"{k} is {left[k]}, not {right[k]}" for k in right if left[k] != right[k]]
 
 
 def check_same_data(dataset: Any, compare: Callable[[Any, Any], list[str]]) -> None:
-    """UserError where another process reads other data than process 0, `compare` returning how two
-    datasets differ, one phrase for each difference."""
-    every = exchanged(dataset)
-    for process, other in enumerate(every):
-        found = compare(other, every[0])
-        if found:
-            raise UserError(
-                f"process {process} reads other data than process 0: {'; '.join(found)}. Give all "
-                "the same, by --data.path."
-            )
+    """UserError where another process reads other data than process 0."""
+    check_equal(dataset, compare, "Give all processes the same data, by --data.path.")

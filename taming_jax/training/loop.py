@@ -1,11 +1,13 @@
 """The one loop that trains either stage: data, steps, validation, checkpoints, figures, log.
 
-What it asks of a stage is `Stage`; nothing here knows which one it is.
+It knows a stage only by the protocol `Stage`.
 """
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import math
+import platform
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,40 +16,46 @@ from typing import Any, Protocol, cast
 import jax
 import numpy as np
 
-from taming_jax.config.load import read_config, validated, write_config
-from taming_jax.config.schema import Config, StageConfig
+from taming_jax.config.load import differences, read_config, validated, write_config
+from taming_jax.config.schema import OF_A_MACHINE, Config, StageConfig
+from taming_jax.config.validation import flag
 from taming_jax.data.batches import Batch, Feed
 from taming_jax.errors import Interrupted, RunFailed, UserError, say
-from taming_jax.files import hold, usable
+from taming_jax.files import run_lock, usable
 from taming_jax.parallel import distributed
 from taming_jax.parallel.devices import Devices
 from taming_jax.parallel.runtime import prepare
 from taming_jax.progress import Progress
-from taming_jax.training.log import Log, Silent
-from taming_jax.training.meter import Estimate, Meter, Tracer, advice_for_a_cpu
+from taming_jax.training.checkpoints import FD, Store
+from taming_jax.training.log import Log
+from taming_jax.training.meter import Meter, Tracer, advice_for_a_cpu
 from taming_jax.training.signals import Signals
 from taming_jax.training.state import TrainState, copied
-from taming_jax.training.store import FD, Store
-from taming_jax.training.weights import begun_from, other_meanings, said
+from taming_jax.training.weights import (
+    describe_loaded,
+    describe_other_meaning,
+    load_matching_weights,
+)
+from taming_jax.training.writers import open_writers, read_rows
 
 
 class Stage(Protocol):
     """A stage of the pipeline, as the loop needs it.
 
     `config` is what it was built from, with what is decided when a run is created. `dataset` is
-    the identity of its data (data/datasets.py), `learned` names the networks that it trains.
-    `monitor` names the metric of a validation that chooses the best checkpoint, lower being better.
-    `eval_step` returns sums over a batch, and `summarise` turns their
-    sum over the split into metrics: perplexity, say, cannot be averaged over batches. `distance` is
-    called only when the settings have `fd_every`. `compile` is called before the first step, with a
-    training batch and a validation batch; after that, `flops(step)` returns the operations that
-    this step, counted from 0, does on one device. The metrics of a step include `skipped`, the
-    number of steps skipped so far.
+    the fingerprint of its data (data/datasets.py), `learned` names the networks that it trains.
+    `best_metric` names the metric of a validation that chooses the best checkpoint, lower being
+    better. `eval_step` returns sums over a batch, and `summarise` turns their sum over the split
+    into metrics: perplexity, say, cannot be averaged over batches. `distance` is called only when
+    the settings have `fd_every`. `compile` is called before the first step, with a training batch
+    and a validation batch; after that, `flops(step)` returns the operations that this step, counted
+    from 0, does on one device. The metrics of a step include `skipped`, the number of steps skipped
+    so far; figures and logs take whatever else there is.
     """
 
     config: Config
     name: str
-    monitor: str
+    best_metric: str
     learned: tuple[str, ...]
     dataset: dict[str, Any]
 
@@ -62,6 +70,29 @@ class Stage(Protocol):
     def draw(
         self, state: TrainState, folder: Path, sums: dict[str, np.ndarray], rows: list[dict]
     ) -> None: ...
+
+
+# Settings that may differ from machine to machine.
+PLACES = {"--workdir", *(flag("data", name) for name in OF_A_MACHINE)}
+PACKAGES = ("taming_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+def installed_versions() -> dict[str, str]:
+    """The versions of Python and of the packages that decide what is computed."""
+    versions = {"Python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # a checkout on the path
+            versions[name] = "not installed"
+    return versions
+
+
+def different_settings(one: Config, other: Config) -> list[str]:
+    """How the settings of two processes of one run differ, as phrases."""
+    sections = [field.name for field in dataclasses.fields(Config)]
+    phrases = differences(one, other, sections, also_free=True)
+    return [phrase for phrase in phrases if phrase.split(" ")[0] not in PLACES]
 
 
 def train(build: Callable[[Config, Devices], Stage], config: Config, restart: bool = False) -> Path:
@@ -81,14 +112,15 @@ def train(build: Callable[[Config, Devices], Stage], config: Config, restart: bo
         if distributed.count() > 1:  # none of them may end before the others
             signals.listen()
         distributed.one_speaks()
-        distributed.check_alike(config)
+        distributed.check_equal(config, different_settings)
+        distributed.check_equal(installed_versions(), distributed.different_values)
         devices = Devices(config.devices)
         if sentence := advice_for_a_cpu(config, devices.list[0].platform):
             say(sentence)
-        distributed.from_first(lambda: hold(folder, stack))
+        distributed.from_first(lambda: stack.enter_context(run_lock(folder)) and None)
         stage = build(config, devices)
         config = stage.config
-        store = Store(folder, stage.name, stage.monitor, dataset=stage.dataset)
+        store = Store(folder, stage.name, stage.best_metric, stage.dataset)
 
         def begin(template: TrainState) -> Any:
             usable(folder)
@@ -98,7 +130,7 @@ def train(build: Callable[[Config, Devices], Stage], config: Config, restart: bo
                 begun = weights_of(Path(source), stage, config, template)
             if restart:
                 store.clear(config, sections)
-            return begun or store.restore(template, config, sections, stage.learned, say)
+            return begun or store.restore(template, config, sections, stage.learned)
 
         try:
             with Progress("initialising the networks", write=say):
@@ -125,20 +157,21 @@ def train(build: Callable[[Config, Devices], Stage], config: Config, restart: bo
 def weights_of(source: Path, stage: Stage, config: Config, template: TrainState) -> TrainState:
     """A fresh state with another run's weights; what there is to know of them is said. UserError
     where none of them fit."""
-    chosen, _ = Store(source, stage.name, stage.monitor, read_only=True).chosen()
-    begun = begun_from(stage.learned, template, chosen.arrays)
-    say(said(begun, source))
-    meanings = other_meanings(stage.learned, config, template, chosen.config, chosen.arrays)
-    for sentence in meanings:
+    other = Store(source, stage.name, stage.best_metric).chosen()
+    loaded = load_matching_weights(stage.learned, template, other.arrays)
+    say(describe_loaded(loaded, source))
+    for sentence in describe_other_meaning(
+        stage.learned, config, template, other.config, other.arrays
+    ):
         say(f"Warning: {sentence}")
-    return cast(TrainState, begun.state)
+    return cast(TrainState, loaded.state)
 
 
 def with_other_stage(config: Config, stage: str, restart: bool) -> Config:
     """The config as it is written into the run's folder: the section of the stage that is not
     trained now stays as it is there. Only where a run begins anew with stage 1, and has no prior
     yet, it is the given one."""
-    prior = Store(config.folder, "prior", "nll", read_only=True)
+    prior = Store(config.folder, "prior")
     if restart and stage == "vqgan" and not prior.steps():
         return config
     try:
@@ -195,13 +228,12 @@ class Loop:
     def run(self, state: TrainState) -> Path:
         start, self.skipped = (int(self.devices.fetch(x)) for x in (state.step, state.skipped))
         if start >= self.steps:
-            self.store.close()
             say(f"{self.folder} is trained already, to step {start}; see {self.folder}/figures.")
             return self.folder
-        self.log: Log | Silent = Silent()
-        if distributed.first():
-            meter = Meter(self.devices.list[0], self.config, say)
-            self.log = Log(self.folder, self.stage.name, start, self.steps, meter)
+        name, meter = self.stage.name, Meter(self.devices.list[0], self.config, say)
+        rows = read_rows(self.folder / "metrics" / f"{name}.jsonl")
+        writers = open_writers(self.folder, name) if distributed.first() else []
+        self.log = Log(name, start, self.steps, rows, writers, meter)
         self.store.say = self.log.say
         self._configure()
         count, kind = len(self.devices), self.devices.list[0].platform
@@ -220,7 +252,6 @@ class Loop:
             for feed in (self.training, self.validation):
                 stack.callback(feed.close)
             stack.callback(self.log.close)
-            stack.callback(self.store.close)
             stack.callback(self.store.wait)
             stack.callback(self.tracer.close)
             first = self.training.batch(start)
@@ -234,7 +265,7 @@ class Loop:
 
     def _steps(self, state: TrainState, start: int, first: Batch) -> None:
         self.signals.listen()  # until here nothing is lost where a signal ends the process
-        drawn, estimate = start, Estimate(start, self.steps)
+        drawn = start
         for step in range(start, self.steps):
             with self.log.waiting():
                 batch = self.training.batch(step) if step > start else first
@@ -247,8 +278,6 @@ class Loop:
                 jax.block_until_ready(self.unsettled[-3][1])
             done = step + 1
             self.log.advance(done)
-            if sentence := estimate.after(done, metrics):
-                self.log.say(sentence)
             last = done == self.steps
             take_fd = bool(self.fd_every) and (last or done % self.fd_every == 0)
             evaluate = last or take_fd or done % self.eval_every == 0

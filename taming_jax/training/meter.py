@@ -5,7 +5,6 @@ import contextlib
 import re
 import resource
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ import jax
 
 from taming_jax.config.presets import CPU_PRESETS
 from taming_jax.config.schema import Config
-from taming_jax.progress import duration
 
 # The most that a device does in a second, in 10^12 operations, as NVIDIA's data sheets have it,
 # without sparsity: float32 (in TF32, where there is one, as XLA multiplies float32), and bfloat16.
@@ -102,57 +100,27 @@ def advice_for_a_cpu(config: Config, platform: str) -> str:
     )
 
 
-class Estimate:
-    """Estimates from its first steps how long a run takes, once, if that is more than an hour."""
-
-    STEPS = 4
-
-    def __init__(self, start: int, steps: int):
-        self._start, self._steps, self._began = start, steps, 0.0
-
-    def after(self, done: int, metrics: Any) -> str:
-        """The sentence, after the steps it needs; nothing before and later. Waits for the step
-        whose metrics these are where its time counts."""
-        taken = done - self._start
-        if taken not in (1, self.STEPS):
-            return ""
-        jax.block_until_ready(metrics)
-        now = time.monotonic()
-        if taken == 1:
-            self._began = now
-            return ""
-        left = (now - self._began) / (self.STEPS - 1) * (self._steps - done)
-        if left < 3600:
-            return ""
-        return f"At the speed of its first steps the run takes at least {duration(left)}."
-
-
 class Tracer:
     """jax.profiler's trace of steps `first` to `last` of a run, in `folder`; of none where `steps`
     is None."""
 
     def __init__(self, steps: tuple[int, int] | None, folder: Path, say: Callable[[str], None]):
         self._first, self._last = steps or (0, 0)
-        self._traced = (0, 0)
         self._folder, self._say, self._running = folder, say, False
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
         """Around a step, by its number (the first is 1)."""
         if self._first <= number <= self._last and not self._running:
-            self._begin(number)
-        self._traced = (self._traced[0], number)
+            self._first = number
+            try:
+                jax.profiler.start_trace(self._folder, create_perfetto_trace=True)
+                self._running = True
+            except (OSError, RuntimeError) as error:  # another profiler is tracing
+                self._say(f"No step is traced ({error}); the run goes on.")
+                self._last = 0
         with jax.profiler.StepTraceAnnotation("step", step_num=number):
             yield
-
-    def _begin(self, number: int) -> None:
-        try:
-            jax.profiler.start_trace(self._folder, create_perfetto_trace=True)
-        except (OSError, RuntimeError) as error:  # another profiler's trace is under way
-            self._say(f"No step is traced ({error}); the run goes on.")
-            self._last = 0
-        else:
-            self._running, self._traced = True, (number, number)
 
     def after(self, number: int, results: Any) -> None:
         """After a step, with its results, for which the last traced step waits."""
@@ -161,14 +129,12 @@ class Tracer:
             self.close()
 
     def close(self) -> None:
-        """Ends a trace and writes it, where the disk takes it."""
+        """Ends a trace and writes it, if the disk allows."""
         if not self._running:
             return
         self._running = False
         try:
             jax.profiler.stop_trace()
+            self._say(f"Steps {self._first} to {self._last} are traced in {self._folder}.")
         except (OSError, RuntimeError) as error:
             self._say(f"The trace cannot be written to {self._folder} ({error}); the run goes on.")
-        else:
-            first, last = self._traced
-            self._say(f"Steps {first} to {last} are traced in {self._folder}.")

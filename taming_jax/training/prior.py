@@ -4,6 +4,7 @@ The generator whose codes the transformer speaks is part of its state, and so of
 training stage 1 on, or throwing its checkpoints away, changes nothing here.
 """
 
+import contextlib
 import dataclasses
 import functools
 from pathlib import Path
@@ -13,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import traverse_util
 
 from taming_jax import losses
 from taming_jax.config.load import differences
@@ -29,6 +29,7 @@ from taming_jax.parallel.devices import Devices, averaged, summed
 from taming_jax.priors.autoregressive import GPT, apply_train, build_gpt, teacher_forced
 from taming_jax.priors.decoding import micro_batch, sample, sample_keys
 from taming_jax.training.accumulate import mean_over_parts, repeated
+from taming_jax.training.checkpoints import Store, keep_settings
 from taming_jax.training.state import (
     CODES,
     DROPOUT,
@@ -41,7 +42,6 @@ from taming_jax.training.state import (
     schedule,
     stepped,
 )
-from taming_jax.training.store import Store, keep_settings
 from taming_jax.training.tokens import TokenFeed, Tokenizer
 
 
@@ -131,17 +131,13 @@ def chosen_generator(folder: Path, anew: bool = False) -> Generator:
 
     Raises UserError where the folder holds neither.
     """
-    prior = Store(folder, "prior", "nll", read_only=True)
+    prior = Store(folder, "prior")
     for step in [] if anew else reversed(prior.steps()):
-        try:
-            found = prior.read(step)
-        except ValueError:
-            continue
-        params = traverse_util.unflatten_dict(found.arrays)["nets"]["generator"]["params"]
-        return Generator(params, found.config, found.dataset)
-    found, _ = Store(folder, "vqgan", "nll", read_only=True).chosen()
-    net = traverse_util.unflatten_dict(found.arrays)["nets"]["generator"]
-    return Generator(net.get("ema", net["params"]), found.config, found.dataset)
+        with contextlib.suppress(ValueError):
+            checkpoint = prior.read(step)
+            return Generator(checkpoint.generator, checkpoint.config, checkpoint.dataset)
+    checkpoint = Store(folder, "vqgan").chosen()
+    return Generator(checkpoint.generator, checkpoint.config, checkpoint.dataset)
 
 
 class PriorStage:
@@ -151,7 +147,7 @@ class PriorStage:
     """
 
     name = "prior"
-    monitor = "nll"
+    best_metric = "nll"
     learned: tuple[str, ...] = ("transformer",)
 
     def __init__(self, config: Config, devices: Devices, restart: bool = False):

@@ -24,6 +24,7 @@ from taming_jax.models.vqgan import VQGAN, decode_indices, reconstruct
 from taming_jax.parallel import distributed
 from taming_jax.parallel.devices import Compiled, Devices
 from taming_jax.training.accumulate import repeated
+from taming_jax.training.checkpoints import Store
 from taming_jax.training.state import (
     AUGMENTATION,
     CODES,
@@ -37,13 +38,12 @@ from taming_jax.training.state import (
     schedule,
     stepped,
 )
-from taming_jax.training.store import Store
 from taming_jax.training.vqgan_step import Keys, Networks
 
 
 def build_stage(config: Config, devices: Devices, restart: bool = False) -> "VQGANStage":
     """Stage 1 of a new run, or of the one that its folder holds, unless that begins anew."""
-    store = Store(config.folder, VQGANStage.name, VQGANStage.monitor, read_only=True)
+    store = Store(config.folder, VQGANStage.name, VQGANStage.best_metric)
     return VQGANStage(
         config, devices, None if restart else distributed.from_first(store.last_config)
     )
@@ -74,7 +74,7 @@ class VQGANStage:
     resumed, None for a new one."""
 
     name = "vqgan"
-    monitor = "nll"
+    best_metric = "nll"
     learned: tuple[str, ...] = ("generator", "discriminator")
 
     def __init__(self, config: Config, devices: Devices, created: Config | None = None):

@@ -1,4 +1,4 @@
-"""Where the rows of a log go: JSON lines, which a run needs, and other destinations."""
+"""Where the metrics of a run go: destinations are classes like `Writer`, in `open_writers`."""
 
 import contextlib
 import json
@@ -18,57 +18,61 @@ class Writer(Protocol):
     written, and are called again with what comes next."""
 
     def resume(self, step: int) -> None:
-        """Hides what was logged after a step: the run goes on from there, and logs it again."""
+        """Discards what was logged after a step: the run resumes there, and logs it again."""
 
-    def scalars(self, step: int, group: str, values: dict[str, float]) -> None: ...
+    def scalars(self, step: int, group: str, values: dict[str, float]) -> None:
+        """Logs the metrics of a step. `group` is "train", "validation" or "speed"."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Writes what is left."""
+
+
+def open_writers(folder: Path, name: str) -> list[Writer]:
+    """The log destinations of a stage in a run's folder."""
+    return [JsonLines(folder / "metrics", name), TensorBoard(folder / "tensorboard" / name)]
 
 
 class JsonLines:
-    """A file of JSON objects, one per line. `rows` are those up to step `start`, after which the
-    file is cut."""
+    """One JSON object per line: NAME.jsonl holds the metrics, which are the same whenever and
+    wherever a run is computed, and NAME_speed.jsonl how fast that was."""
 
-    def __init__(self, path: Path, start: int):
-        self.path, self.rows = path, []
-        self._waiting: list[str] = []
-        self._size = 0
-        content = path.read_bytes() if path.exists() else b""
-        for row, end in whole_rows(content):
-            if row["step"] > start or content[end - 1 : end] != b"\n":
-                break
-            self.rows.append(row)
-            self._size = end
-        if len(content) > self._size:
-            os.truncate(path, self._size)
+    def __init__(self, folder: Path, name: str):
+        self._folder = folder
+        self._paths = {False: folder / f"{name}.jsonl", True: folder / f"{name}_speed.jsonl"}
+        self._unwritten = dict.fromkeys(self._paths.values(), "")
+        self._sizes = dict.fromkeys(self._unwritten, 0)
 
-    def write(self, row: dict[str, Any]) -> None:
-        """Adds a row. Raises OSError where it could not be written: it is written with the next."""
-        self.rows.append(row)
-        self._waiting.append(json.dumps(row) + "\n")
-        self.flush()
+    def resume(self, step: int) -> None:
+        for path in self._unwritten:
+            content = path.read_bytes() if path.exists() else b""
+            for row, end in complete_rows(content):
+                if row["step"] > step or content[end - 1 : end] != b"\n":
+                    break
+                self._sizes[path] = end
+            if len(content) > self._sizes[path]:
+                os.truncate(path, self._sizes[path])
 
-    @property
-    def complete(self) -> bool:
-        """Whether every row is in the file."""
-        return not self._waiting
+    def scalars(self, step: int, group: str, values: dict[str, float]) -> None:
+        speed = group == "speed"
+        row = {"step": step} | ({} if speed else {"split": group}) | values
+        self._unwritten[self._paths[speed]] += json.dumps(row) + "\n"
+        self.close()
 
-    def flush(self) -> None:
-        """Writes what could not be written before."""
-        content = "".join(self._waiting).encode()
-        if not content:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab") as file:
-            size = min(self._size, os.fstat(file.fileno()).st_size)
-            file.truncate(size)  # without what was written of a row in part
-            file.write(content)
-        self._size, self._waiting = size + len(content), []
+    def close(self) -> None:
+        """Writes all rows, including those that could not be written before."""
+        for path, rows in self._unwritten.items():
+            if not rows:
+                continue
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with path.open("ab") as file:
+                size = min(self._sizes[path], os.fstat(file.fileno()).st_size)
+                file.truncate(size)  # without the part of a row that was written
+                file.write(rows.encode())
+            self._sizes[path], self._unwritten[path] = size + len(rows.encode()), ""
 
 
-def whole_rows(content: bytes) -> Iterator[tuple[dict[str, Any], int]]:
-    """The rows of JSON lines, up to the first damaged line, each with the place where its line
-    ends."""
+def complete_rows(content: bytes) -> Iterator[tuple[dict[str, Any], int]]:
+    """The rows of JSON lines up to the first damaged line, each with the position of its end."""
     end = 0
     for line in content.splitlines(keepends=True):
         try:
@@ -83,17 +87,17 @@ def whole_rows(content: bytes) -> Iterator[tuple[dict[str, Any], int]]:
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a file of JSON lines, up to the first damaged one."""
-    return [row for row, _ in whole_rows(path.read_bytes())] if path.exists() else []
+    return [row for row, _ in complete_rows(path.read_bytes())] if path.exists() else []
 
 
 class TensorBoard:
-    """Writes event files into a folder, with tensorboardX's synchronous writer of records: a thread
-    that a full disk ends would be waited for."""
+    """Event files in a folder, by tensorboardX's synchronous writer of records: its SummaryWriter's
+    thread dies on a full disk, and the next call then waits for it forever."""
 
     def __init__(self, folder: Path):
         self._folder = folder
         self._records: RecordWriter | None = None
-        self._start: int | None = None  # where a run goes on, until that is written
+        self._start: int | None = None  # the step to resume from, until that is written
 
     def _write(self, step: int, **content: Any) -> None:
         events = [event_pb2.Event(wall_time=time.time(), step=step, **content)]
@@ -111,15 +115,11 @@ class TensorBoard:
             self._records.flush()
             self._start = None
         except OSError:
-            # The file may end in part of an event: the next one goes to another.
+            # The file may end in part of an event: the next one goes to another file.
             records, self._records = self._records, None
             with contextlib.suppress(OSError):
                 if records is not None:
-                    try:
-                        records.close()
-                    finally:
-                        if not os.path.getsize(records.path):
-                            os.unlink(records.path)
+                    records.close()
             raise
 
     def resume(self, step: int) -> None:

@@ -1,7 +1,6 @@
 """One step function on one device and on many."""
 
 import json
-import math
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +14,9 @@ from taming_jax.data import datasets
 from taming_jax.data.augment import augmented
 from taming_jax.data.batches import ResidentFeed, take, to_float
 from taming_jax.errors import UserError
-from taming_jax.parallel.devices import Devices, cgroup_memory
+from taming_jax.parallel.devices import Devices
+from taming_jax.training.checkpoints import Store
 from taming_jax.training.state import AUGMENTATION, copied, example_keys
-from taming_jax.training.store import Store
 from taming_jax.training.vqgan import VQGANStage
 from taming_jax.training.vqgan_step import Networks
 from tests import commands, golden, small_runs
@@ -165,7 +164,7 @@ def test_a_small_run_takes_the_same_step_on_several_devices(small, several):
     results = {}
     for count in (1, several):
         stage = small_runs.vqgan_stage(small_runs.small_config(None, devices=count, **SMALL))
-        store = Store(small, "vqgan", "nll", read_only=True)
+        store = Store(small, "vqgan")
         template = stage.init(jax.random.key(0))
         state = store.restore(template, stage.config, (), (), print)
         feed, _ = stage.feeds()
@@ -182,31 +181,3 @@ def test_a_small_run_takes_the_same_step_on_several_devices(small, several):
 
 
 GIB = 2**30
-
-
-@pytest.mark.parametrize(
-    ("groups", "files", "limit"),
-    [
-        ("0::/", {"memory.max": 3 * GIB}, 3 * GIB),
-        ("0::/a/b", {"memory.max": 9 * GIB, "a/memory.max": GIB, "a/b/memory.max": "max"}, GIB),
-        ("0::/outside/name", {"memory.max": 2 * GIB}, 2 * GIB),
-        ("5:cpu:/\n4:memory,hugetlb:/job", {"memory/job/memory.limit_in_bytes": 5 * GIB}, 5 * GIB),
-        ("0::/", {"memory.max": "max"}, math.inf),
-        ("4:memory:/", {}, math.inf),
-    ],
-)  # fmt: skip
-def test_a_containers_limit_is_that_of_its_control_groups(tmp_path, groups, files, limit):
-    """Of the kinds of systems that there are: version 2 and 1, nested, and seen from inside."""
-    contents = {"proc/self/cgroup": groups} | {f"sys/fs/cgroup/{k}": x for k, x in files.items()}
-    for name, content in contents.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(f"{content}\n")
-    assert cgroup_memory(tmp_path) == limit
-    assert cgroup_memory(tmp_path / "no such system") == math.inf
-
-
-def test_a_containers_limit_bounds_the_memory_of_a_cpu(monkeypatch):
-    monkeypatch.setattr("taming_jax.parallel.devices.cgroup_memory", lambda: 8 * 2**20)
-    assert Devices(1).memory == 8 * 2**20 and Devices(4).memory == 2 * 2**20
-    monkeypatch.setattr("taming_jax.parallel.devices.cgroup_memory", lambda: math.inf)
-    assert Devices(1).memory > 2**29

@@ -20,7 +20,7 @@ from taming_jax.data.datasets import unlike
 from taming_jax.errors import RunFailed, UserError
 from taming_jax.parallel import distributed
 from taming_jax.parallel.devices import Devices
-from taming_jax.training.store import Store
+from taming_jax.training.checkpoints import Store
 from tests import commands, golden, small_runs
 from tests.conftest import TINY
 
@@ -142,7 +142,7 @@ def test_a_lost_process_ends_the_other_and_both_resume(tmp_path, lost):
     assert time.monotonic() - began < 120
     assert started[1 - lost].returncode == -signal.SIGABRT, err  # by JAX
     started[lost].communicate(timeout=60)
-    saved = Store(tmp_path, "vqgan", "nll", read_only=True).steps()[-1]
+    saved = Store(tmp_path, "vqgan").steps()[-1]
     assert saved < 2000
     for status, _, err in run_two(*LONG, tmp_path, "--vqgan.steps", saved + 3, devices=1):
         assert status == 0, err
@@ -157,7 +157,7 @@ def test_a_signal_to_one_process_stops_and_saves_all_at_one_step(tmp_path):
     until(tmp_path / "checkpoints" / "vqgan" / "50", started)
     started[1].send_signal(signal.SIGTERM)
     ended = [process.communicate(timeout=60) for process in started]
-    saved = Store(tmp_path, "vqgan", "nll", read_only=True).steps()[-1]
+    saved = Store(tmp_path, "vqgan").steps()[-1]
     for process, (_, err) in zip(started, ended, strict=True):
         assert process.returncode == 143, err
         assert f"Stopped by SIGTERM after step {saved}, which is saved" in err

@@ -13,7 +13,7 @@ import pytest
 from taming_jax.config.load import load_config
 from taming_jax.parallel import runtime
 from taming_jax.parallel.runtime import prepare
-from taming_jax.training.store import Store
+from taming_jax.training.checkpoints import Store
 from tests import commands
 from tests.conftest import TINY
 
@@ -124,14 +124,14 @@ def test_programs_are_kept_in_the_user_s_folder(tmp_path):
 @pytest.mark.slow
 def test_a_run_of_kept_programs_is_the_same_bit_for_bit(stage1, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "environ", without_a_cache(tmp_path / "cache"))
-    expected = Store(stage1, "vqgan", "nll", read_only=True).read(3).arrays
+    expected = Store(stage1, "vqgan").read(3).arrays
     kept = []
     for name in ("cold", "warm"):
         # On one of four devices, as the tests' process: XLA rounds by how many there are.
         line = ("train_vqgan.py", *TINY, 3, "--workdir", tmp_path / name, "--devices", 1)
         status, _, err = commands.run(*line, devices=4)
         assert status == 0, err
-        arrays = Store(tmp_path / name, "vqgan", "nll", read_only=True).read(3).arrays
+        arrays = Store(tmp_path / name, "vqgan").read(3).arrays
         assert set(arrays) == set(expected) and len(arrays) > 100
         for path, array in expected.items():
             np.testing.assert_array_equal(arrays[path], array, err_msg=".".join(path))

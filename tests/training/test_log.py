@@ -14,18 +14,52 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_the_bar_counts_no_compilation(tmp_path, monkeypatch):
+def make_log(rows=(), writers=()):
+    meter = Meter(jax.devices()[0], load_config("mnist_tiny"), print)
+    return Log("vqgan", 20, 400, rows, writers, meter)
+
+
+def test_the_bar_counts_no_compilation(monkeypatch):
     screen = Terminal()
     monkeypatch.setattr(sys, "stderr", screen)
-    meter = Meter(jax.devices()[0], load_config("mnist_tiny"), print)
-    log = Log(tmp_path, "vqgan", 20, 400, meter)
+    log = make_log()
     time.sleep(0.5)  # compilation
     assert screen.getvalue() == ""
     log.begin()
     time.sleep(0.05)
     log.advance(21)
-    log._bar.refresh()
-    rate = log._bar.format_dict
+    bar = log._progress._bar
+    bar.refresh()
+    rate = bar.format_dict
     assert rate["n"] == 21 and rate["initial"] == 20 and rate["elapsed"] < 0.4
     log.close()
     assert "21/400" in screen.getvalue()
+
+
+def test_rows_after_the_step_that_is_resumed_are_left_out():
+    log = make_log([{"step": 10, "nll": 1.0}, {"step": 30, "nll": 0.5}])
+    assert log.rows == [{"step": 10, "nll": 1.0}]
+
+
+def test_a_new_metric_is_shown_and_goes_to_every_destination():
+    class Lines:
+        def __init__(self):
+            self.lines = []
+
+        def resume(self, step):
+            assert step == 20
+
+        def scalars(self, step, group, values):
+            self.lines.append((step, group, values.get("sharpness")))
+
+        def close(self):
+            self.lines.append("closed")
+
+    writers = [Lines(), Lines()]
+    log = make_log(writers=writers)
+    log.begin()
+    log.row(30, 1.0, "train", {"sharpness": 0.25, "loss": 2.0})
+    assert log._progress.note == "sharpness 0.25"
+    log.close()
+    for writer in writers:
+        assert writer.lines == [(30, "train", 0.25), (30, "speed", None), "closed"]

@@ -8,7 +8,7 @@ import pytest
 
 from taming_jax.config.load import load_config
 from taming_jax.parallel.devices import operations
-from taming_jax.training.meter import Estimate, Meter, peak_flops
+from taming_jax.training.meter import Meter, peak_flops
 
 
 def device(kind, platform="gpu"):
@@ -48,23 +48,6 @@ def test_a_device_that_is_not_known_is_said_so_once():
         assert "utilisation" not in meter(1e12, 2.0)
     assert len(told) == 1 and "NVIDIA Z9" in told[0]
     assert meter(None, 2.0) == {"memory_peak_bytes": 5}
-
-
-def test_a_long_run_says_how_long_from_its_first_steps(monkeypatch):
-    """It rests on the time between the ends of steps 1 and 4, and is said once."""
-    clock = [100.0]
-    monkeypatch.setattr("taming_jax.training.meter.time.monotonic", lambda: clock[0])
-
-    def sentences(seconds, steps):
-        estimate, found = Estimate(20, 20 + steps), []
-        for done in range(21, 20 + min(steps, 9)):
-            clock[0] += seconds
-            found.append(estimate.after(done, {}))
-        return [sentence for sentence in found if sentence]
-
-    says = "At the speed of its first steps the run takes at least 5 days."
-    assert sentences(10.0, 43_200 + 4) == [says]
-    assert sentences(10.0, 300) == [] and sentences(1.0, 3) == []
 
 
 def test_names_that_begin_alike_are_told_apart():

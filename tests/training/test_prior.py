@@ -13,6 +13,7 @@ from taming_jax.config.load import load_config
 from taming_jax.parallel.devices import Devices
 from taming_jax.priors.autoregressive import build_gpt, teacher_forced
 from taming_jax.training import accumulate
+from taming_jax.training.checkpoints import Store
 from taming_jax.training.prior import (
     PriorStage,
     adamw,
@@ -22,7 +23,6 @@ from taming_jax.training.prior import (
     training_step,
 )
 from taming_jax.training.state import CODES, LABELS, example_keys
-from taming_jax.training.store import Store
 from tests import commands, golden, small_runs
 from tests.conftest import TINY
 from tests.training.test_resume import stopped_after
@@ -175,7 +175,7 @@ def test_a_killed_prior_goes_on_bit_for_bit_and_keeps_its_own_generator(stage1, 
     status, out, err = commands.run(*COMMAND, whole, *settings)
     assert status == 0, err
     assert {f.name for f in (whole / "figures").iterdir()} >= {"prior_loss.png", "samples.png"}
-    stores = [Store(workdir, "prior", "nll", read_only=True) for workdir in (whole, broken)]
+    stores = [Store(workdir, "prior") for workdir in (whole, broken)]
     first = broken / "checkpoints" / "prior" / "50"
     status, _ = stopped_after([*COMMAND, broken, *settings], first, signal.SIGKILL)
     assert status == -signal.SIGKILL and stores[1].steps() and 300 not in stores[1].steps()
@@ -184,11 +184,11 @@ def test_a_killed_prior_goes_on_bit_for_bit_and_keeps_its_own_generator(stage1, 
     assert status == 0, err
     status, out, err = commands.run(*COMMAND, broken, *settings)
     assert status == 0, err
-    expected, arrays = (store.read(300)[0] for store in stores)
+    expected, arrays = (store.read(300).arrays for store in stores)
     assert set(arrays) == set(expected) and any("generator" in path for path in arrays)
     for path, array in expected.items():
         np.testing.assert_array_equal(arrays[path], array, err_msg=".".join(path))
-    last = Store(broken, "vqgan", "nll", read_only=True).read(5)[0]
+    last = Store(broken, "vqgan").read(5).arrays
     moved = [
         p for p in last if "ema" in p and (last[p] != expected[(*p[:2], "params", *p[3:])]).any()
     ]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from taming_jax.errors import Interrupted
-from taming_jax.training.store import Store
+from taming_jax.training.checkpoints import Store
 from tests import commands, small_runs
 from tests.small_runs import Killed, assert_same_run, kill_at, saved_steps, stop_at
 from tests.training.test_store import flip_byte, largest_file
@@ -27,7 +27,7 @@ HOST_DEVICES = 4  # as in the tests' process: XLA rounds by how many there are
 
 
 def last_arrays(workdir):
-    return Store(workdir, "vqgan", "nll", read_only=True).read(STEPS)[0]
+    return Store(workdir, "vqgan").read(STEPS).arrays
 
 
 def rows(workdir):
@@ -67,7 +67,7 @@ def killed(tmp_path_factory):
     status, _ = stopped_after(
         [*COMMAND, workdir], workdir / "checkpoints" / "vqgan" / "20", signal.SIGKILL, HOST_DEVICES
     )
-    steps = Store(workdir, "vqgan", "nll", read_only=True).steps()
+    steps = Store(workdir, "vqgan").steps()
     assert status == -signal.SIGKILL and 20 in steps and STEPS not in steps
     return workdir
 
@@ -87,7 +87,7 @@ def test_a_killed_run_goes_on_bit_for_bit(killed, unbroken, tmp_path):
 @pytest.mark.slow
 def test_a_flipped_byte_is_named_and_the_checkpoint_before_it_used(killed, unbroken, tmp_path):
     workdir = shutil.copytree(killed, tmp_path / "run")
-    steps = Store(workdir, "vqgan", "nll", read_only=True).steps()
+    steps = Store(workdir, "vqgan").steps()
     newest = workdir / "checkpoints" / "vqgan" / str(steps[-1])
     flip_byte(largest_file(newest))
     status, out, err = commands.run(*COMMAND, workdir, devices=HOST_DEVICES)
@@ -106,7 +106,7 @@ def test_a_stopped_run_saves_and_goes_on_bit_for_bit(unbroken, tmp_path):
     )
     assert returned == 143, err
     assert "Stopped by SIGTERM after step" in err and "Traceback" not in err
-    step = Store(tmp_path, "vqgan", "nll", read_only=True).steps()[-1]
+    step = Store(tmp_path, "vqgan").steps()[-1]
     assert 10 < step < STEPS and f"after step {step}," in err
     assert commands.run(*COMMAND, tmp_path, devices=HOST_DEVICES)[0] == 0
     assert_same_arrays(tmp_path, unbroken)

@@ -9,7 +9,7 @@ from taming_jax.config.load import load_config, read_config
 from taming_jax.errors import RunFailed, UserError
 from taming_jax.parallel.devices import Devices
 from taming_jax.training import loop
-from taming_jax.training.store import Store
+from taming_jax.training.checkpoints import Store
 from taming_jax.training.vqgan import VQGANStage, build_stage, with_fixed_start
 from taming_jax.training.vqgan_step import Networks
 from taming_jax.training.writers import read_rows
@@ -105,7 +105,7 @@ def test_a_resumed_stage_takes_the_discriminators_start_from_its_checkpoints(
     config_of, tmp_path, capsys
 ):
     """Also from those of older versions, which have the share only."""
-    store = Store(tmp_path, "vqgan", "nll")
+    store = Store(tmp_path, "vqgan")
     store.save(4, {"step": np.int32(4)}, config_of(4), None)
     store.require(4)
     check_longer_runs(config_of, capsys)

@@ -5,15 +5,18 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from flax import traverse_util
 
 import taming_jax
 from taming_jax.errors import UserError
+from taming_jax.training.checkpoints import Store
 from taming_jax.training.prior import PriorStage
 from taming_jax.training.state import Net, TrainState
-from taming_jax.training.store import Store
 from taming_jax.training.vqgan import VQGANStage
-from taming_jax.training.weights import begun_from, other_meanings, said
+from taming_jax.training.weights import (
+    describe_loaded,
+    describe_other_meaning,
+    load_matching_weights,
+)
 from tests import commands
 from tests.conftest import TINY
 
@@ -45,7 +48,7 @@ def arrays():
 
 
 def test_weights_of_the_same_names_and_shapes_are_kept():
-    begun = begun_from(VQGANStage.learned, state(ema=True), arrays())
+    begun = load_matching_weights(VQGANStage.learned, state(ema=True), arrays())
     generator, discriminator = (begun.state.nets[name] for name in ("generator", "discriminator"))
     for params in (generator.params, generator.ema):  # both begin as the average
         assert (params["layer"]["kernel"] == 3).all() and (params["layer"]["bias"] == 2).all()
@@ -53,8 +56,8 @@ def test_weights_of_the_same_names_and_shapes_are_kept():
     assert (discriminator.params["layer"]["bias"] == 4).all()
     assert (discriminator.extra["batch_stats"]["mean"] == 5).all()
     assert not generator.opt_state["layer"]["bias"].any() and begun.state.step == 0
-    assert begun.new == [("nets", "discriminator", "params", "layer", "kernel")]
-    sentence = said(begun, "runs/it")
+    assert begun.random == [("nets", "discriminator", "params", "layer", "kernel")]
+    sentence = describe_loaded(begun, "runs/it")
     assert sentence == (
         "Begins from runs/it: of its weights are kept discriminator.layer 1, generator.layer 2; "
         "new: discriminator.layer 1."
@@ -62,12 +65,14 @@ def test_weights_of_the_same_names_and_shapes_are_kept():
 
 
 def test_other_shapes_are_new_and_nothing_kept_is_refused():
-    begun = begun_from(VQGANStage.learned, state(shape=(5, 3)), arrays())
-    assert len(begun.new) == 2 and not begun.state.nets["generator"].params["layer"]["kernel"].any()
-    begun = begun_from(PriorStage.learned, state(), arrays())  # a prior's generator is its own
+    begun = load_matching_weights(VQGANStage.learned, state(shape=(5, 3)), arrays())
+    kernel = begun.state.nets["generator"].params["layer"]["kernel"]
+    assert len(begun.random) == 2 and not kernel.any()
+    # A prior's generator is its own.
+    begun = load_matching_weights(PriorStage.learned, state(), arrays())
     assert not begun.state.nets["generator"].params["layer"]["kernel"].any()
     with pytest.raises(UserError, match="no weight of runs/it has a name and shape"):
-        said(begun, "runs/it")
+        describe_loaded(begun, "runs/it")
 
 
 @pytest.mark.parametrize(
@@ -87,11 +92,9 @@ def test_a_run_begins_from_anothers_weights(script, both, stage1, tmp_path):
     assert status == 0, err
     assert f"Begins from {both}: of its weights are kept" in out
     assert ("new: discriminator.conv_0" in out) == (stage == "vqgan")
-    assert "spoke the codes of another" not in out
+    assert "the codes of another stage 1" not in out
     name = "generator" if stage == "vqgan" else "transformer"
-    (before, _), (after, _) = (
-        Store(folder, stage, "nll", read_only=True).chosen() for folder in (both, workdir)
-    )
+    before, after = (Store(folder, stage).chosen() for folder in (both, workdir))
     kept = 0
     for path, array in after.arrays.items():
         if path[:3] == ("nets", name, "params"):
@@ -154,17 +157,17 @@ def test_an_imported_run_goes_on(both, tmp_path):
 
 def test_weights_that_mean_something_else_are_named(both):
     """As another number of heads, or another stage 1, makes them."""
-    checkpoint, _ = Store(both, "prior", "nll", read_only=True).chosen()
+    checkpoint = Store(both, "prior").chosen()
     config = checkpoint.config
     other = taming_jax.load_config(both / "config.json", {"prior.heads": 2})
-    nets = traverse_util.unflatten_dict(checkpoint.arrays)["nets"]
+    nets = checkpoint.nets
     template = TrainState(np.zeros(()), {
         name: Net(jax.tree.map(np.copy, net["params"]), ()) for name, net in nets.items()
     })  # fmt: skip
     arguments = (config, template, other, checkpoint.arrays)
-    assert other_meanings(("transformer",), *arguments) == [
+    assert describe_other_meaning(("transformer",), *arguments) == [
         "--prior.heads was 2 there, and is 4 here."
     ]
     template.nets["generator"].params["quant_conv"]["bias"][0] += 1
-    assert "another stage 1" in other_meanings(("transformer",), *arguments)[1]
-    assert other_meanings(("generator", "discriminator"), *arguments) == []
+    assert "another stage 1" in describe_other_meaning(("transformer",), *arguments)[1]
+    assert describe_other_meaning(("generator", "discriminator"), *arguments) == []

@@ -10,37 +10,48 @@ from taming_jax.training.writers import JsonLines, TensorBoard, read_rows
 
 
 def rows(*steps):
-    return [{"step": step, "nll": 0.5} for step in steps]
+    return [{"step": step, "split": "train", "nll": 0.5} for step in steps]
+
+
+def write(writer, *steps):
+    for step in steps:
+        writer.scalars(step, "train", {"nll": 0.5})
 
 
 def test_rows_that_could_not_be_written_are_written_later(tmp_path, limited):
-    path = tmp_path / "folder" / "rows.jsonl"
-    file = JsonLines(path, 0)
-    for row in rows(1, 2):
-        file.write(row)
+    path = tmp_path / "folder" / "vqgan.jsonl"
+    writer = JsonLines(path.parent, "vqgan")
+    write(writer, 1, 2)
     limited(path.stat().st_size + 5)
-    for row in rows(3, 4):
+    for step in (3, 4):
         with pytest.raises(OSError, match="too large"):
-            file.write(row)
-    assert read_rows(path) == rows(1, 2) and file.rows == rows(1, 2, 3, 4)
+            write(writer, step)
+    assert read_rows(path) == rows(1, 2)
     limited(1000)
-    file.write(rows(5)[0])
+    write(writer, 5)
     assert read_rows(path) == rows(1, 2, 3, 4, 5)
 
 
 def test_a_resumed_run_cuts_later_rows_and_a_torn_line(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    file = JsonLines(path, 0)
-    for row in rows(1, 2, 3):
-        file.write(row)
+    path = tmp_path / "vqgan.jsonl"
+    write(JsonLines(tmp_path, "vqgan"), 1, 2, 3)
     with path.open("ab") as stream:
         stream.write(b'{"step": 4, "nl')
-    assert JsonLines(path, 3).rows == rows(1, 2, 3)
-    assert path.read_bytes().endswith(b"}\n")
-    again = JsonLines(path, 2)
-    assert again.rows == rows(1, 2) == read_rows(path)
-    again.write(rows(9)[0])
+    JsonLines(tmp_path, "vqgan").resume(3)
+    assert read_rows(path) == rows(1, 2, 3) and path.read_bytes().endswith(b"}\n")
+    again = JsonLines(tmp_path, "vqgan")
+    again.resume(2)
+    assert read_rows(path) == rows(1, 2)
+    write(again, 9)
     assert read_rows(path) == rows(1, 2, 9)
+
+
+def test_how_fast_a_run_is_goes_to_a_file_of_its_own(tmp_path):
+    writer = JsonLines(tmp_path, "prior")
+    writer.scalars(2, "validation", {"nll": 0.5})
+    writer.scalars(2, "speed", {"steps_per_second": 3.0})
+    assert read_rows(tmp_path / "prior.jsonl") == [{"step": 2, "split": "validation", "nll": 0.5}]
+    assert read_rows(tmp_path / "prior_speed.jsonl") == [{"step": 2, "steps_per_second": 3.0}]
 
 
 def test_tensorboard_goes_on_in_another_file_after_a_failure(tmp_path, limited):
@@ -79,11 +90,8 @@ def scalars(folder):
 
 
 def test_a_file_that_was_deleted_meanwhile_begins_anew(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    file = JsonLines(path, 0)
-    for row in rows(1, 2):
-        file.write(row)
-    path.unlink()
-    for row in rows(3, 4):
-        file.write(row)
-    assert read_rows(path) == rows(3, 4) and file.complete
+    writer = JsonLines(tmp_path, "vqgan")
+    write(writer, 1, 2)
+    (tmp_path / "vqgan.jsonl").unlink()
+    write(writer, 3, 4)
+    assert read_rows(tmp_path / "vqgan.jsonl") == rows(3, 4)

@@ -10,10 +10,10 @@ import pytest
 
 from taming_jax.config.load import load_config
 from taming_jax.config.migrations import FORMAT
-from taming_jax.errors import RunFailed, UserError
+from taming_jax.errors import UserError
 from taming_jax.files import text_hash
+from taming_jax.training.checkpoints import Store
 from taming_jax.training.state import Net, TrainState
-from taming_jax.training.store import Store
 from taming_jax.weights.arrays import named_arrays
 
 CONFIG = load_config("mnist_tiny")
@@ -28,7 +28,7 @@ def state(step, seed=0):
 
 def saved(folder, values):
     """A store with a checkpoint a step, each with its monitored value or None."""
-    store = Store(folder, "vqgan", "nll")
+    store = Store(folder, "vqgan")
     for step, value in values.items():
         store.save(step, state(step), CONFIG, None if value is None else {"nll": value})
     store.wait()
@@ -36,7 +36,8 @@ def saved(folder, values):
 
 
 def restored(store, say=lambda sentence: None, config=CONFIG):
-    return store.restore(state(0), config, SECTIONS, (), say)
+    store.say = say
+    return store.restore(state(0), config, SECTIONS, ())
 
 
 def assert_equal(left, right):
@@ -58,22 +59,21 @@ def flip_byte(file):
 
 
 def test_a_state_comes_back_bit_for_bit(tmp_path):
-    saved(tmp_path, {5: None}).close()
-    assert_equal(restored(Store(tmp_path, "vqgan", "nll")), state(5))
-    assert restored(Store(tmp_path, "other", "nll")) is None
+    saved(tmp_path, {5: None})
+    assert_equal(restored(Store(tmp_path, "vqgan")), state(5))
+    assert restored(Store(tmp_path, "other")) is None
 
 
 def test_the_last_two_and_the_best_are_kept(tmp_path):
     store = saved(tmp_path, {1: 0.5, 2: 0.1, 3: None, 4: 0.3, 5: None, 6: 0.2})
     assert store.steps() == [2, 5, 6]
-    store.close()
-    again = Store(tmp_path, "vqgan", "nll", read_only=True)
+    again = Store(tmp_path, "vqgan")
     assert again.best() == (2, 0.1)
 
 
 @pytest.mark.parametrize("harm", ["flip", "truncate", "remove", "hashes", "end"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path, harm):
-    saved(tmp_path, {1: None, 2: None}).close()
+    saved(tmp_path, {1: None, 2: None})
     newest = tmp_path / "checkpoints" / "vqgan" / "2"
     file = largest_file(newest / "state")
     if harm == "flip":
@@ -87,7 +87,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path, harm):
     else:
         shutil.rmtree(newest / "about")
     sentences = []
-    store = Store(tmp_path, "vqgan", "nll")
+    store = Store(tmp_path, "vqgan")
     assert_equal(restored(store, sentences.append), state(1))
     assert str(newest) in sentences[0] and "damaged" in sentences[0]
     assert any("step 1" in sentence for sentence in sentences)
@@ -100,22 +100,13 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path, harm):
 
 def test_a_new_run_saves_where_a_half_deleted_checkpoint_lies(tmp_path):
     """As after a kill within --restart."""
-    saved(tmp_path, {5: None, 9: None}).close()
+    saved(tmp_path, {5: None, 9: None})
     (tmp_path / "checkpoints" / "vqgan" / "9" / "_CHECKPOINT_METADATA").unlink()
-    store = Store(tmp_path, "vqgan", "nll")
+    store = Store(tmp_path, "vqgan")
     store.clear(CONFIG, SECTIONS)
     store.save(1, state(1), CONFIG, None)
     store.wait()
     assert_equal(restored(store), state(1))
-
-
-def test_a_checkpoint_that_orbax_does_not_take_is_told(tmp_path):
-    store, said = saved(tmp_path, {9: None}), []
-    store.say = said.append
-    store.save(4, state(4), CONFIG, None)  # Orbax keeps to ascending steps
-    with pytest.raises(RunFailed, match="step 4 could not be written"):
-        store.require(4)
-    assert len(said) == 1 and "step 4 could not be written" in said[0]
 
 
 @pytest.mark.parametrize(
@@ -124,18 +115,17 @@ def test_a_checkpoint_that_orbax_does_not_take_is_told(tmp_path):
         ("about/metadata", b'"code_dim"', b'"code_dhm"'),
         ("about/metadata", b'"codebook_size": 128', b'"codebook_size": 129'),
         ("about/metadata", f'"format": {FORMAT}'.encode(), b'"format": 6'),
-        ("metrics/metrics", b"0.25", b"0.15"),
-        ("metrics/metrics", b"{", b""),
+        ("about/metadata", b"0.25", b"0.15"),
     ],
 )
 def test_damage_to_what_a_checkpoint_says_of_itself_is_damage(tmp_path, file, before, after):
-    saved(tmp_path, {1: 0.5, 2: 0.25}).close()
+    saved(tmp_path, {1: 0.5, 2: 0.25})
     newest = tmp_path / "checkpoints" / "vqgan" / "2"
     content = (newest / file).read_bytes()
     assert before in content
     (newest / file).write_bytes(content.replace(before, after))
     sentences = []
-    store = Store(tmp_path, "vqgan", "nll")
+    store = Store(tmp_path, "vqgan")
     assert store.best() == (1, 0.5)
     assert_equal(restored(store, sentences.append), state(1))
     assert str(newest) in sentences[0]
@@ -156,13 +146,13 @@ def rewritten(folder, change):
 def test_a_checkpoint_of_the_first_format_is_read(tmp_path):
     """It carried no number, and its state did not count skipped steps."""
     kernel = np.arange(6, dtype=np.float32)
-    store = Store(tmp_path, "vqgan", "nll")
+    store = Store(tmp_path, "vqgan")
     store.save(3, {"step": np.int32(3), "kernel": kernel}, CONFIG, {"nll": 0.5})
     store.wait()
     rewritten(store.path / "3", lambda about: about.pop("format"))
     assert store.best() == (3, 0.5)
     template = {"step": np.int32(0), "skipped": np.int32(9), "kernel": np.zeros(6, np.float32)}
-    found = store.restore(template, CONFIG, SECTIONS, (), pytest.fail)
+    found = store.restore(template, CONFIG, SECTIONS, ())
     assert_equal(found, {"step": np.int32(3), "skipped": np.int32(0), "kernel": kernel})
     assert store.read(3).config == CONFIG
 
@@ -178,7 +168,7 @@ def test_a_checkpoint_of_a_newer_format_is_refused_and_left_where_it_is(tmp_path
 
 
 def test_the_last_config_is_that_of_the_newest_undamaged_checkpoint_of_training(tmp_path):
-    assert Store(tmp_path, "vqgan", "nll").last_config() is None
+    assert Store(tmp_path, "vqgan").last_config() is None
     store = saved(tmp_path, {1: None})
     longer = dataclasses.replace(CONFIG, vqgan=dataclasses.replace(CONFIG.vqgan, steps=99))
     store.save(2, state(2), longer, None)
@@ -189,16 +179,16 @@ def test_the_last_config_is_that_of_the_newest_undamaged_checkpoint_of_training(
     rewritten(store.path / "1", lambda about: about["config"].update(new=1))
     with pytest.raises(UserError, match="written by another version of this program: .* 'new'"):
         store.last_config()
-    imported = Store(tmp_path / "imported", "vqgan", "nll", imported=True)
-    imported.save(0, {"step": np.zeros((), np.int32)}, CONFIG, None)
+    imported = Store(tmp_path / "imported", "vqgan")
+    imported.save(0, {"step": np.zeros((), np.int32)}, CONFIG, None, weights_only=True)
     imported.require(0)
     assert imported.last_config() is None
 
 
 def test_older_damage_does_not_stop_a_run(tmp_path):
-    saved(tmp_path, {1: 0.25, 2: 0.5}).close()
-    (tmp_path / "checkpoints" / "vqgan" / "1" / "metrics" / "metrics").write_text("{")
-    store = Store(tmp_path, "vqgan", "nll")
+    saved(tmp_path, {1: 0.25, 2: 0.5})
+    (tmp_path / "checkpoints" / "vqgan" / "1" / "about" / "metadata").write_text("{")
+    store = Store(tmp_path, "vqgan")
     assert_equal(restored(store), state(2))
     store.save(3, state(3), CONFIG, {"nll": 0.4})
     store.wait()
@@ -206,19 +196,19 @@ def test_older_damage_does_not_stop_a_run(tmp_path):
 
 
 def test_the_choice_falls_back_with_a_sentence(tmp_path, capsys):
-    saved(tmp_path, {1: 0.2, 2: 0.5, 3: 0.4}).close()
-    store = Store(tmp_path, "vqgan", "nll", read_only=True)
-    assert store.chosen()[1] == 1
+    saved(tmp_path, {1: 0.2, 2: 0.5, 3: 0.4})
+    store = Store(tmp_path, "vqgan")
+    assert store.chosen().step == 1
     flip_byte(largest_file(store.path / "1" / "state"))
-    assert store.chosen()[1] == 3
+    assert store.chosen().step == 3
     assert f"{store.path / '1'} is damaged" in capsys.readouterr().out
 
 
 def test_when_every_checkpoint_is_damaged_the_user_is_asked(tmp_path):
-    saved(tmp_path, {1: None, 2: None}).close()
+    saved(tmp_path, {1: None, 2: None})
     for step in (1, 2):
         flip_byte(largest_file(tmp_path / "checkpoints" / "vqgan" / str(step) / "state"))
-    store = Store(tmp_path, "vqgan", "nll")
+    store = Store(tmp_path, "vqgan")
     with pytest.raises(UserError, match="every checkpoint .* damaged.*--restart"):
         restored(store)
     assert store.steps() == [1, 2]
@@ -240,7 +230,6 @@ def test_clear_deletes_checkpoints_and_nothing_else(tmp_path):
     notes = tmp_path / "checkpoints" / "vqgan" / "2024" / "notes.txt"
     notes.parent.mkdir()
     notes.write_text("mine")
-    assert store.steps() == [1, 2]
     store.clear(CONFIG, SECTIONS)
     assert store.steps() == [] and not notes.exists()
     aside = tmp_path / "checkpoints" / "vqgan-damaged" / "2024" / "notes.txt"
@@ -249,10 +238,9 @@ def test_clear_deletes_checkpoints_and_nothing_else(tmp_path):
 
 def test_clear_keeps_imported_weights_or_moves_them_aside(tmp_path):
     """Anew is from them, which no setting can delete."""
-    imported = Store(tmp_path, "vqgan", "nll", imported=True)
-    imported.save(0, {"step": np.zeros((), np.int32)}, CONFIG, None)
+    imported = Store(tmp_path, "vqgan")
+    imported.save(0, {"step": np.zeros((), np.int32)}, CONFIG, None, weights_only=True)
     imported.require(0)
-    imported.close()
     store = saved(tmp_path, {1: None})
     assert store.steps() == [0, 1]
     store.clear(CONFIG, SECTIONS)
@@ -264,8 +252,8 @@ def test_clear_keeps_imported_weights_or_moves_them_aside(tmp_path):
 
 
 def test_a_reader_leaves_a_save_under_way_alone(tmp_path):
-    saved(tmp_path, {1: 0.1}).close()
+    saved(tmp_path, {1: 0.1})
     under_way = tmp_path / "checkpoints" / "vqgan" / "2.orbax-checkpoint-tmp"
     under_way.mkdir()
-    assert Store(tmp_path, "vqgan", "nll", read_only=True).best() == (1, 0.1)
+    assert Store(tmp_path, "vqgan").best() == (1, 0.1)
     assert under_way.exists()
