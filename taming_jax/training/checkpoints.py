@@ -224,8 +224,7 @@ class Store:
         )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            for rest in self.path.glob("*.orbax-checkpoint-tmp*"):  # of a save that failed
-                shutil.rmtree(rest)
+            self._remove_partial()
             checkpointer.save(self.path / str(step), args=items)
             self._writing = step, checkpointer
         except (OSError, ValueError, RuntimeError) as error:
@@ -245,8 +244,14 @@ class Store:
         except (OSError, ValueError, RuntimeError) as error:  # a full disk alone raises all of them
             self._report(step, error)
 
+    def _remove_partial(self) -> None:
+        """Deletes what is left of saves that failed or were killed."""
+        for partial in self.path.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(partial, ignore_errors=True)
+
     def _report(self, step: int, error: Exception) -> None:
         self._failure, self._lowest = describe_failure(error), None
+        self._remove_partial()
         if step not in self.steps():  # else an old checkpoint could not be deleted
             self.say(
                 f"The checkpoint of step {step} could not be written to {self.path} "
