@@ -1,29 +1,24 @@
-"""How fast a preset trains on this machine, and what the step's shape gains.
+"""How fast a preset trains on this machine.
 
     taming-jax benchmark --config mnist --stage vqgan
-    taming-jax benchmark --config mnist --stage vqgan --batch-size 64 --compare-plain
     taming-jax benchmark --config mnist --stage prior
     taming-jax benchmark --stage sample
     taming-jax benchmark --config birds --stage data --data.path FOLDER
 
 The first prints, for the step before and after the discriminator's start: compile time, steps and
-images a second, floating-point operations a step, and peak memory. With `--compare-plain` it also
-compiles the same step written as the papers' code does it (tests/plain_step.py, in a checkout),
-with the adaptive weight on, compares the gradients, and times the two in turn. `--stage sample`
-times the sampling of grids of 16x16 codes by a prior of 8 layers of width 256, with its cache and
-without. `--stage data` times how pictures are decoded, by one core into a cache of its own, and how
-they are then streamed from there to the devices.
+images per second, floating-point operations per step, and peak memory. `--stage sample` times the
+sampling of grids of 16x16 codes by a prior of 8 layers of width 256. `--stage data` times how
+pictures are decoded, by one core into a cache of its own, and how they are then streamed from there
+to the devices.
 """
 
 import argparse
 import dataclasses
 import functools
-import sys
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,12 +27,10 @@ import numpy as np
 from taming_jax.config.load import load_config
 from taming_jax.config.schema import Config
 from taming_jax.data import datasets
-from taming_jax.data.batches import Feed, ResidentFeed, StreamingFeed, take, to_float
+from taming_jax.data.batches import Feed, ResidentFeed, StreamingFeed
 from taming_jax.data.datasets import Split
-from taming_jax.errors import UserError
-from taming_jax.models.lpips import load_lpips
 from taming_jax.parallel.devices import Compiled, Devices
-from taming_jax.priors.autoregressive import GPT, build_gpt, teacher_forced
+from taming_jax.priors.autoregressive import GPT, build_gpt
 from taming_jax.priors.decoding import sample
 from taming_jax.training.meter import Meter
 from taming_jax.training.prior import fresh_transformer, training_step
@@ -49,11 +42,6 @@ def timed(function: Callable, *arguments: Any) -> float:
     begin = time.perf_counter()
     jax.block_until_ready(function(*arguments))
     return time.perf_counter() - begin
-
-
-def flops(compiled: Any) -> float:
-    cost = compiled.cost_analysis()
-    return (cost[0] if isinstance(cost, list) else cost)["flops"]
 
 
 def rates(step: Compiled, median: float, config: Config, devices: Devices) -> str:
@@ -96,67 +84,6 @@ def measure(stage: VQGANStage, devices: Devices, steps: int) -> None:
         )
 
 
-def compare(stage: VQGANStage, steps: int) -> None:
-    """Our losses and gradients against the plain way's, from one state."""
-    sys.path.append(str(Path(__file__).parents[2]))
-    try:
-        from tests.plain_step import ONES, plain_gradients
-    except ImportError as error:
-        raise UserError("--compare-plain needs a checkout, with tests/plain_step.py.") from error
-    feed, _ = stage.feeds()
-    nets = stage.init(jax.random.key(0)).nets
-    images = to_float(take(feed.batch(0).arrays)[0])
-    frozen = load_lpips() if stage.config.vqgan.perceptual_weight else {}
-    params = jax.tree.map(jnp.asarray, frozen)
-    arguments = (nets["generator"], nets["discriminator"], images, params)
-    networks = stage.networks
-
-    def compiled(function: Callable, *more: Any) -> Any:
-        return jax.jit(function).lower(*arguments, *more).compile()
-
-    ours = compiled(lambda g, d, x, p: networks.gradients(g, d, x, p, adversarial=True))
-    plain = compiled(lambda *a: plain_gradients(networks, *a), ONES)
-    once = compiled(functools.partial(plain_gradients, networks, lpips_twice=False), ONES)
-
-    found, (gradient, discriminator_gradient, losses) = ours(*arguments), plain(*arguments, ONES)
-    pairs = jax.tree_util.tree_leaves_with_path((gradient, discriminator_gradient))
-    gradients = jax.tree.leaves((found.generator, found.discriminator))
-    differences = []
-    for (path, expected), actual in zip(pairs, gradients, strict=True):
-        difference, largest = (
-            float(jnp.abs(actual - expected).max()),
-            float(jnp.abs(expected).max()),
-        )
-        # Zero in theory, noise in practice: a bias before a GroupNorm of one channel a group.
-        if largest > 1e-6:
-            differences.append((difference / largest, jax.tree_util.keystr(path)))
-    weights = [float(m["adaptive_weight"]) for m in (found.metrics, losses)]
-    print("Our step and the plain way, adaptive weight on, from one state, on one device:")
-    print(
-        f"  gradients differ by at most {max(differences)[0]:.1e} of an array's largest value; "
-        f"adversarial weight {weights[0]:.7g}, plain {weights[1]:.7g}"
-    )
-    print(
-        f"  arithmetic: {flops(ours) / flops(plain):.3f} of the plain way's "
-        f"({flops(ours) / 1e9:.1f} of {flops(plain) / 1e9:.1f} GFLOP); "
-        f"{flops(ours) / flops(once):.3f} if that evaluated LPIPS only once"
-    )
-    times = []
-    for _ in range(steps + 1):
-        times.append(
-            (
-                timed(ours, *arguments),
-                timed(plain, *arguments, ONES),
-                timed(once, *arguments, ONES),
-            )
-        )
-    a, b, c = np.transpose(times[1:])
-    print(
-        f"  time, in turn: {np.median(a / b):.3f} of the plain way's ({np.median(a):.3f} s of "
-        f"{np.median(b):.3f} s, {steps} pairs); {np.median(a / c):.3f} with LPIPS only once"
-    )
-
-
 def measure_prior(config: Config, devices: Devices, steps: int) -> None:
     """The training step of stage 2 on codes made up for it."""
     devices.check_batch("prior", config.prior.batch_size, config.prior.micro_batches)
@@ -178,7 +105,7 @@ def measure_prior(config: Config, devices: Devices, steps: int) -> None:
 
 
 def measure_sampling(repeats: int) -> None:
-    """256 positions of 8 layers of width 256, with the cache and by the whole grid each time."""
+    """Sampling of 256 positions by 8 layers of width 256."""
     model = GPT(codebook_size=1024, classes=10, grid=(16, 16), layers=8, heads=8, width=256)
     tokens = jnp.zeros((1, model.length), jnp.int32)
     params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
@@ -186,12 +113,6 @@ def measure_sampling(repeats: int) -> None:
     @jax.jit
     def cached(labels: jax.Array, keys: jax.Array) -> jax.Array:
         return sample(model, params, labels, keys)
-
-    @jax.jit
-    def one_position(labels: jax.Array, codes: jax.Array, position: jax.Array) -> jax.Array:
-        tokens = teacher_forced(model, labels, codes)
-        logits = cast(jax.Array, model.apply({"params": params}, tokens))[:, position]
-        return codes.at[:, position].set(logits.argmax(-1).astype(codes.dtype))
 
     times: dict[int, list[float]] = {8: [], 64: []}
     for _ in range(repeats + 1):  # in turn, so that a slow moment meets both
@@ -204,17 +125,8 @@ def measure_sampling(repeats: int) -> None:
             f"batch {batch}: {seconds[batch]:.2f} s, {batch / seconds[batch]:.2f} images/s "
             f"(and {first - seconds[batch]:.1f} s to compile)"
         )
-    labels, codes = jnp.arange(8) % 10, jnp.zeros((8, model.length), jnp.int32)
-    one_position(labels, codes, jnp.int32(0))
-    # Every position costs the same, so a few of them tell of all.
-    few = [timed(one_position, labels, codes, jnp.int32(200)) for _ in range(4)]
-    whole = float(np.median(few)) * model.length
-    print(f"batch 8, the whole grid at every position: {whole:.1f} s (from {len(few)} positions)")
     growth = 8 * np.median(np.divide(times[8][1:], times[64][1:]))
-    print(
-        f"the cache is {whole / seconds[8]:.1f} times faster; throughput grows {growth:.2f} times "
-        "from batch 8 to 64"
-    )
+    print(f"throughput grows {growth:.2f} times from batch 8 to 64")
 
 
 def measure_data(config: Config, devices: Devices, steps: int) -> None:
@@ -252,12 +164,9 @@ def main() -> None:
     )
     parser.add_argument("--devices", type=int)
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each kind")
-    parser.add_argument("--compare-plain", action="store_true")
     given = parser.parse_args()
 
     overrides: dict[str, Any] = {"devices": given.devices, "data.path": given.data_path}
-    if given.compare_plain:
-        overrides |= {"vqgan.adaptive_weight": True, "devices": 1}
     if given.batch_size is not None:
         overrides |= {"vqgan.batch_size": given.batch_size, "prior.batch_size": given.batch_size}
     config = load_config(given.config, overrides)
@@ -274,7 +183,5 @@ def main() -> None:
         measure_data(config, devices, given.steps)
     elif given.stage == "prior":
         measure_prior(config, devices, given.steps)
-    elif given.compare_plain:
-        compare(VQGANStage(config, devices), given.steps)
     else:
         measure(VQGANStage(config, devices), devices, given.steps)

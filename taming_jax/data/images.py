@@ -33,7 +33,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from taming_jax.config.schema import DataConfig
-from taming_jax.errors import Interrupted, UserError
+from taming_jax.errors import UserError
 from taming_jax.files import text_hash, user_cache
 from taming_jax.progress import Progress
 
@@ -293,51 +293,17 @@ def fill(
 
 
 @contextlib.contextmanager
-def stoppable() -> Iterator[None]:
-    """While worker processes run: a signal that would end this process at once raises Interrupted,
-    so that the workers end with it and nothing half decoded is left."""
-
-    def stop(signum: int, _: object) -> None:
-        name = signal.Signals(signum).name
-        raise Interrupted(
-            signum, f"Stopped by {name} while pictures were decoded; the same command begins anew."
-        )
-
-    here = threading.current_thread() is threading.main_thread()
-    ending = [
-        each
-        for each in (signal.SIGINT, signal.SIGTERM)
-        if here and signal.getsignal(each) == signal.SIG_DFL
-    ]
-    for each in ending:
-        signal.signal(each, stop)
+def ignored_interrupts() -> Iterator[None]:
+    """While worker processes start: they inherit an ignored SIGINT. A terminal sends Ctrl-C to all
+    of them, and only their parent is to act on it: they end with it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
     finally:
-        for each in ending:
-            signal.signal(each, signal.SIG_DFL)
-
-
-@contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
-    """While workers begin, signals wait. SIGINT is blocked, which the workers inherit: a terminal
-    sends Ctrl-C to all of them, and their parent alone is to act on it. And since another thread
-    may take a signal, whose handler Python then runs here, between a worker's start and what it is
-    sent, handlers wait too.
-    """
-    came: list[int] = []
-    here = threading.current_thread() is threading.main_thread()
-    held = (signal.SIGINT, signal.SIGTERM) if here else ()
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    handlers = {each: signal.signal(each, lambda number, _: came.append(number)) for each in held}
-    try:
-        yield
-    finally:
-        for each, handler in handlers.items():
-            signal.signal(each, signal.SIG_DFL if handler is None else handler)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for number in came[:1]:
-            signal.raise_signal(number)
+        signal.signal(signal.SIGINT, before)
 
 
 def decode_all(
@@ -362,12 +328,11 @@ def decode_all(
             workers, multiprocessing.get_context("spawn"), begin_worker, (decoder,)
         )
         try:
-            with stoppable():
-                with undisturbed():
-                    futures = {pool.submit(work, *job): len(job[0]) for job in jobs}
-                for future in concurrent.futures.as_completed(futures):
-                    bad |= future.result()
-                    progress.update(futures[future])
+            with ignored_interrupts():
+                futures = {pool.submit(work, *job): len(job[0]) for job in jobs}
+            for future in concurrent.futures.as_completed(futures):
+                bad |= future.result()
+                progress.update(futures[future])
         except concurrent.futures.process.BrokenProcessPool as error:
             raise UserError(
                 f"a process that decodes pictures died; where memory is short, take fewer "

@@ -1,15 +1,12 @@
 """A dataset as grids of codes, encoded once and kept beside the checkpoints.
 
-`tokens/KEY/SPLIT/` holds an encoded split in files of some thousand images each. KEY is made of the
-generator's arrays, the images themselves and how they are augmented, so a file of another generator
-or of other images is never read; a file's name carries the hash of its content, so a damaged one is
-encoded again, and an encoding that was stopped goes on where it was.
+`tokens/KEY/SPLIT/` holds an encoded split in files of some thousand images each. KEY is a hash of
+the generator's arrays, the images themselves and how they are augmented, so a file of another
+generator or of other images is never read. A file that is missing or damaged is encoded again, so
+an encoding that was stopped resumes.
 """
 
 import functools
-import hashlib
-import io
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,23 +19,15 @@ from taming_jax.data.augment import augmented, centred
 from taming_jax.data.batches import ResidentFeed, StreamingFeed, take, to_float
 from taming_jax.data.datasets import Split
 from taming_jax.errors import say
-from taming_jax.files import write_whole
+from taming_jax.files import read_arrays, text_hash, write_arrays
 from taming_jax.models.vqgan import VQGAN, encode, images_at_once
 from taming_jax.parallel import distributed
 from taming_jax.parallel.devices import Devices
 from taming_jax.progress import Progress
 from taming_jax.training.state import AUGMENTATION, example_keys
-from taming_jax.weights.arrays import digest, named_arrays
+from taming_jax.weights.arrays import digest, hash_arrays
 
 FILE = 4096  # images a file
-
-
-def key_of(params: Any, images: str, seen: list[Any]) -> str:
-    """A name for what a generator makes of images, by their digest, and of how they are `seen`."""
-    arrays = named_arrays(params)
-    parts = ["/".join(path) + digest(np.asarray(arrays[path])) for path in sorted(arrays)]
-    whole = "".join([*parts, images, json.dumps(seen)])
-    return hashlib.sha256(whole.encode()).hexdigest()[:16]
 
 
 def smallest_unsigned(codebook_size: int) -> np.dtype:
@@ -88,9 +77,10 @@ class Tokenizer:
             seen += [data.random_crop, data.mirror, self._config.seed, version]
         if self._known[0] is not split.images:  # read through once, not for each version
             self._known = split.images, digest(split.images)
-        place = self._folder / key_of(self._params, self._known[1], seen) / name
+        key = text_hash([hash_arrays(self._params), self._known[1], seen])[:16]
         starts = range(0, len(split.images), FILE)
-        kept = distributed.from_first(lambda: {at: read(place, at, self._say) for at in starts})
+        files = {at: self._folder / key / name / f"{at:08d}.npz" for at in starts}
+        kept = distributed.from_first(lambda: {at: read_codes(files[at], at) for at in starts})
         missing = [start for start in starts if kept[start] is None]
         if missing:
             compiled = self.devices.compile(self._changed if version else self._plain)
@@ -108,7 +98,7 @@ class Tokenizer:
                     )
                     whole = np.concatenate(list(batches))[: len(part.images)]
                     if distributed.first():
-                        write(place, start, whole, self._say)
+                        write_arrays(files[start], {"codes": whole, "start": np.array(start)})
                     kept[start] = whole
         return Split(np.concatenate([kept[start] for start in starts]), split.labels)
 
@@ -168,32 +158,8 @@ class TokenFeed(ResidentFeed):
         return versions * np.int32(self.size) + index
 
 
-def hashed(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
-
-
-def write(place: Path, start: int, codes: np.ndarray, say: Callable[[str], None]) -> None:
-    """Writes the file that begins at image `start`; where the disk does not take it, says so."""
-    buffer = io.BytesIO()
-    np.save(buffer, codes)
-    content = buffer.getvalue()
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-        for old in place.glob(f"{start:08d}-*.npy"):
-            old.unlink()
-        write_whole(place / f"{start:08d}-{hashed(content)}.npy", content)
-    except OSError as error:
-        say(
-            f"The codes cannot be kept in {place} ({error.strerror}); the run goes on, and they "
-            "are encoded again when they are next needed."
-        )
-
-
-def read(place: Path, start: int, say: Callable[[str], None]) -> np.ndarray | None:
-    """The codes of the file that begins at image `start`; None where it is missing or damaged."""
-    for file in place.glob(f"{start:08d}-*.npy"):
-        content = file.read_bytes()
-        if file.stem.endswith(hashed(content)):
-            return np.load(io.BytesIO(content), allow_pickle=False)
-        say(f"The token file {file} is damaged; its images are encoded again.")
-    return None
+def read_codes(file: Path, start: int) -> np.ndarray | None:
+    """The codes of the images from `start` on, as `Tokenizer` wrote them; None where the file is
+    missing, damaged, or another one's."""
+    arrays = read_arrays(file)
+    return arrays["codes"] if arrays is not None and arrays.get("start") == start else None

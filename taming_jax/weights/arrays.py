@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from taming_jax.errors import UserError
+from taming_jax.files import text_hash
 
 
 def named_arrays(tree: Any) -> dict[tuple[str, ...], Any]:
@@ -28,6 +29,12 @@ def digest(array: np.ndarray) -> str:
     # Its own memory, since an array may be a mapped file larger than what there is.
     found.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return found.hexdigest()
+
+
+def hash_arrays(tree: Any) -> str:
+    """A hash of the names and arrays of a pytree, 16 hexadecimal digits."""
+    named = named_arrays(tree)
+    return text_hash({"/".join(path): digest(array) for path, array in named.items()})[:16]
 
 
 def fill(template: Any, arrays: dict[tuple[str, ...], np.ndarray]) -> Any:

@@ -12,7 +12,7 @@ from taming_jax.errors import Interrupted
 from taming_jax.training.checkpoints import Store
 from tests import commands, small_runs
 from tests.small_runs import Killed, assert_same_run, kill_at, saved_steps, stop_at
-from tests.training.test_store import flip_byte, largest_file
+from tests.training.test_checkpoints import flip_byte, largest_file
 
 COMMAND = [
     "train_vqgan.py", "--config", "mnist_tiny", "--data.name", "synthetic",

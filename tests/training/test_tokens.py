@@ -1,6 +1,4 @@
 import dataclasses
-import errno
-import os
 
 import jax
 import numpy as np
@@ -50,7 +48,7 @@ def encoded(folder, generator, split=SPLIT, count=1, say=print, config=CONFIG, v
 
 
 def files(folder):
-    return sorted(folder.rglob("*.npy"))
+    return sorted(folder.rglob("*.npz"))
 
 
 def test_codes_are_the_generators_in_raster_order(tmp_path, generator):
@@ -75,24 +73,19 @@ def test_what_is_encoded_is_read_and_only_what_is_missing_encoded(tmp_path, gene
     np.testing.assert_array_equal(encoded(tmp_path, generator).images, codes)
 
 
-@pytest.mark.parametrize("harm", ["flip", "header", "truncate", "swap"])
-def test_a_damaged_file_is_named_and_encoded_again(tmp_path, generator, harm):
+@pytest.mark.parametrize("harm", ["flip", "truncate", "swap"])
+def test_a_damaged_file_is_encoded_again(tmp_path, generator, harm):
     codes, _ = encoded(tmp_path, generator)
     first, second, _ = files(tmp_path)
     content = bytearray(first.read_bytes())
     if harm == "flip":
-        content[-1] ^= 1
-    if harm == "header":
-        content[20] ^= 2
+        content[len(content) // 3] ^= 1
     first.write_bytes(content[:-9] if harm == "truncate" else content)
     if harm == "swap":
         first.write_bytes(second.read_bytes())
     said = []
     np.testing.assert_array_equal(encoded(tmp_path, generator, say=said.append).images, codes)
-    assert said == [
-        f"The token file {first} is damaged; its images are encoded again.",
-        "Encoding train: 100 images.",
-    ]
+    assert said == ["Encoding train: 100 images."]
     said.clear()
     encoded(tmp_path, generator, say=said.append)
     assert said == [] and len(files(tmp_path)) == 3
@@ -110,18 +103,11 @@ def test_another_generator_or_other_images_never_read_what_is_stale(tmp_path, ge
     np.testing.assert_array_equal(codes[1:], encoded(tmp_path, generator).images[:-1])
 
 
-def test_a_disk_that_takes_no_codes_costs_a_sentence(tmp_path, generator, monkeypatch):
+def test_a_disk_that_takes_no_codes_is_no_trouble(tmp_path, generator, limited):
     expected = encoded(tmp_path / "kept", generator)
-
-    def full(path, content):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(tokens, "write_whole", full)
-    said = []
-    found = encoded(tmp_path / "full", generator, say=said.append)
-    np.testing.assert_array_equal(found.images, expected.images)
+    limited(1000)
+    np.testing.assert_array_equal(encoded(tmp_path / "full", generator).images, expected.images)
     assert files(tmp_path / "full") == []
-    assert "codes cannot be kept" in said[1] and "No space left" in said[1]
 
 
 def test_an_encoding_that_is_stopped_keeps_its_whole_files(tmp_path, generator, monkeypatch):
