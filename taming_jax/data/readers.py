@@ -2,13 +2,10 @@
 Datasets. Each function returns tables: by split, a reader and what a person would call its
 pictures, with the values of the class column."""
 
-import bisect
-import functools
 import hashlib
-import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +13,7 @@ from typing import Any, NamedTuple
 
 from taming_jax.config.schema import DataConfig
 from taming_jax.config.validation import flag
-from taming_jax.data.images import Reader
+from taming_jax.data.images import Reader, cache_folder
 from taming_jax.errors import UserError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
@@ -132,101 +129,36 @@ def is_picture(file: Path) -> bool:
     return file.suffix.lower() in SUFFIXES and not hidden and file.is_file()
 
 
-@dataclass(frozen=True)
-class ParquetColumn:
-    """Pictures in a column of parquet files: bytes, or the hub's struct of bytes and path."""
-
-    files: list[Path]
-    column: str
-    groups: list[tuple[int, int, int]]  # of every row group: file, number, rows before it
-
-    def __getitem__(self, number: int) -> bytes:
-        at = bisect.bisect_right(self.groups, number, key=lambda group: group[2]) - 1
-        file, group, before = self.groups[at]
-        rows = read_group(str(self.files[file]), group, self.column)
-        value = rows[number - before].as_py()
-        value = value["bytes"] if isinstance(value, dict) else value
-        if value is None:
-            raise ValueError("no bytes")
-        return value
-
-
-@functools.lru_cache(maxsize=4)
-def read_group(file: str, group: int, column: str) -> Any:
-    """A row group of a column. A few are kept, since neighbours are read together."""
-    import pyarrow.parquet as parquet
-
-    return parquet.ParquetFile(file).read_row_group(group, columns=[column]).column(0)
-
-
 def parquet(config: DataConfig) -> dict[str, Table]:
-    """Files `train*.parquet`, `validation*.parquet`, `test*.parquet` with the hub's schema."""
-    import pyarrow
-    import pyarrow.parquet as pq
-
+    """Files `train*.parquet`, `validation*.parquet`, `test*.parquet`, with or without the hub's
+    schema, by `datasets`."""
+    datasets = import_datasets(config)
     root = existing(config, "a folder with train*.parquet")
     if not list(root.glob("*.parquet")) and (root / "data").is_dir():
         root = root / "data"
-    tables = {}
-    for split, prefixes in SPLITS.items():
-        files = sorted({file for name in prefixes for file in root.glob(f"{name}*.parquet")})
-        if not files:
-            continue
-        try:
-            opened = [pq.ParquetFile(file) for file in files]
-            schema = opened[0].schema_arrow
-            features = described(schema)
-            kinds = {name: features.get(name, {}).get("_type") for name in schema.names}
-            image, label = columns(
-                config, schema.names,
-                [n for n in kinds if kinds[n] == "Image" or holds_bytes(schema.field(n).type)],
-                [n for n in kinds if kinds[n] == "ClassLabel"],
-            )  # fmt: skip
-            classes = names = None
-            for name, file in zip(files, opened, strict=True):
-                if not {image, label} - {None} <= set(file.schema_arrow.names):
-                    raise UserError(
-                        f"{name} has other columns than {files[0].name}: "
-                        f"{', '.join(file.schema_arrow.names)}; fetch them again."
-                    )
-            if label is not None:
-                read = [file.read(columns=[label]).column(0).to_pylist() for file in opened]
-                classes = [value for values in read for value in values]
-                names = features.get(label, {}).get("names")
-            groups, before = [], 0
-            for i, file in enumerate(opened):
-                for group in range(file.metadata.num_row_groups):
-                    groups.append((i, group, before))
-                    before += file.metadata.row_group(group).num_rows
-            content = hashed(files)
-        except (OSError, pyarrow.ArrowException) as error:
-            raise UserError(
-                f"the parquet files {files[0].name} … in {root} cannot be read ({error}); fetch "
-                "them again."
-            ) from error
-        rows = [f"{split}*.parquet, row {i}" for i in range(before)]
-        reader = ParquetColumn(files, image, groups)
-        content = f"{image} {content}"  # another column holds other pictures
-        tables[split] = Table(reader, rows, classes, tuple(names) if names else None, content)
-    if "train" not in tables:
+    files = {
+        split: sorted({file for name in names for file in root.glob(f"{name}*.parquet")})
+        for split, names in SPLITS.items()
+    }
+    if not files["train"]:
         raise UserError(f"{root} has no train*.parquet; put the dataset's parquet files there.")
-    return tables
-
-
-def described(schema: Any) -> dict[str, Any]:
-    """What the hub's metadata of a parquet file says of its columns."""
+    files = {split: of_split for split, of_split in files.items() if of_split}
+    names = {split: list(map(str, of_split)) for split, of_split in files.items()}
     try:
-        return json.loads(schema.metadata[b"huggingface"])["info"]["features"]
-    except (KeyError, TypeError, ValueError):
-        return {}
+        contents = {split: hashed(of_split) for split, of_split in files.items()}
+        folder = str(cache_folder(config) / "parquet")
+        loaded = datasets.load_dataset("parquet", data_files=names, cache_dir=folder)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(
+            f"the parquet files {files['train'][0].name} … in {root} cannot be read "
+            f"({first_line(error.__cause__ or error)}); fetch them again."
+        ) from error
+    return hub_tables(loaded, config, contents)
 
 
-def holds_bytes(kind: Any) -> bool:
-    import pyarrow
-
-    if pyarrow.types.is_struct(kind):
-        return any(field.name == "bytes" for field in kind)
-    return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its kind where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def columns(
@@ -266,15 +198,21 @@ class HubColumn:
         return value["bytes"] or Path(value["path"]).read_bytes()
 
 
-def hub(config: DataConfig) -> dict[str, Table]:
-    """A dataset of the Hugging Face hub, or of a local folder, by `datasets`."""
+def import_datasets(config: DataConfig) -> Any:
+    """The package `datasets`, without its progress bars. UserError where it is not installed."""
     try:
         import datasets
     except ImportError as error:
         raise UserError(
-            f"--data.name {config.name} needs the package datasets; pip install datasets, or name "
-            "a folder with its parquet files by --data.path."
+            f"--data.name {config.name} needs the package datasets; pip install datasets."
         ) from error
+    datasets.disable_progress_bars()
+    return datasets
+
+
+def hub(config: DataConfig) -> dict[str, Table]:
+    """A dataset of the Hugging Face hub, by `datasets`."""
+    datasets = import_datasets(config)
     print(
         f"Looking for {config.name} in the Hugging Face hub's cache, else in the hub.", flush=True
     )
@@ -283,12 +221,19 @@ def hub(config: DataConfig) -> dict[str, Table]:
     try:
         loaded = datasets.load_dataset(config.name)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"the dataset {config.name} cannot be had from the Hugging Face hub ({reason}); where "
-            "there is no network, download its parquet files elsewhere and name their folder by "
-            "--data.path."
+            f"the dataset {config.name} cannot be had from the Hugging Face hub "
+            f"({first_line(error)}); where there is no network, download its parquet files "
+            "elsewhere and name their folder by --data.path."
         ) from error
+    contents = {name: f"{config.name} {rows._fingerprint}" for name, rows in loaded.items()}
+    return hub_tables(loaded, config, contents)
+
+
+def hub_tables(loaded: Any, config: DataConfig, contents: Mapping[str, str]) -> dict[str, Table]:
+    """The splits of a `datasets.DatasetDict`, `contents` changing when a split's pictures do."""
+    import datasets
+
     tables = {}
     for split, names in SPLITS.items():
         name = next((name for name in names if name in loaded), None)
@@ -298,25 +243,29 @@ def hub(config: DataConfig) -> dict[str, Table]:
         features = rows.features
         image, label = columns(
             config, list(features),
-            [n for n, f in features.items()
-             if type(f) is datasets.Image or getattr(f, "dtype", None) == "binary"],
+            [n for n, f in features.items() if holds_images(f, datasets.Image)],
             [n for n, f in features.items() if type(f) is datasets.ClassLabel],
         )  # fmt: skip
         known = getattr(features[label], "names", None) if label is not None else None
+        encoded = rows.select_columns([image]).cast_column(image, datasets.Image(decode=False))
         tables[split] = Table(
-            HubColumn(
-                rows.select_columns([image]).cast_column(image, datasets.Image(decode=False)), image
-            ),
-            [f"{name}, row {i}" for i in range(len(rows))],
-            None if label is None else list(rows[label]),
-            tuple(known) if known else None,
-            f"{image} {config.name} {rows._fingerprint}",
-        )
+            HubColumn(encoded, image), [f"{name}, row {i}" for i in range(len(rows))],
+            None if label is None else list(rows[label]), tuple(known) if known else None,
+            f"{image} {contents[name]}",  # another column holds other pictures
+        )  # fmt: skip
     if "train" not in tables:
         raise UserError(
             f"the dataset {config.name} has no split 'train'; its splits are {', '.join(loaded)}."
         )
     return tables
+
+
+def holds_images(feature: Any, image_kind: type) -> bool:
+    """Whether a column holds pictures: by its kind, as bytes, or as the hub's structs of bytes."""
+    if isinstance(feature, dict):
+        return "bytes" in feature
+    binary = getattr(feature, "dtype", None) in ("binary", "large_binary")
+    return type(feature) is image_kind or binary
 
 
 @dataclass(frozen=True)
@@ -361,11 +310,10 @@ def tfds(config: DataConfig) -> dict[str, Table]:
     except UserError:
         raise
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"TensorFlow Datasets has no '{name}' prepared in {given or '~/tensorflow_datasets'} "
-            f"({reason}); prepare it with `tfds build {name} --file_format=array_record` and name "
-            "its folder by --data.path."
+            f"({first_line(error)}); prepare it with `tfds build {name} "
+            "--file_format=array_record` and name its folder by --data.path."
         ) from error
     tables = {}
     content = hashed(sorted(Path(builder.data_dir).glob("*.array_record*")))
