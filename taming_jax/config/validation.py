@@ -1,7 +1,8 @@
 """Which settings can work, and which can work together; a sentence where they cannot."""
 
+import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,46 +12,20 @@ from taming_jax.errors import UserError
 if TYPE_CHECKING:
     from taming_jax.config.schema import Config
 
-COUNTS = {
-    "vqgan": (
-        "channels", "blocks", "decoder_blocks", "latent_channels", "codebook_size", "code_dim",
-        "discriminator_filters", "discriminator_layers", "discriminator_every",
-    ),
-    "prior": (
-        "layers", "heads", "width", "mlp_width", "block_size", "vocabulary", "augmented_versions",
-    ),
-    "both": (
-        "batch_size", "micro_batches", "epochs", "steps", "eval_every", "fd_every",
-        "checkpoint_every", "log_every", "draw_every",
-    ),
-}  # fmt: skip
-NOT_NEGATIVE = {
-    "vqgan": (
-        "l1_weight", "perceptual_weight", "codebook_weight", "discriminator_weight",
-        "adaptive_weight_max", "lecam_weight", "commitment", "kl_weight",
-        "discriminator_start_step",
-    ),
-    "prior": ("weight_decay", "first_class"),
-    "both": ("warmup_steps", "skipped_in_a_row"),
-}  # fmt: skip
-POSITIVE = {
-    "vqgan": ("epsilon", "discriminator_learning_rate"),
-    "prior": (),
-    "both": ("learning_rate", "clip"),
-}
-SHARES = {
-    "vqgan": ("lecam_decay", "discriminator_start", "ema_decay"),
-    "prior": ("dropout", "label_dropout", "keep_codes"),
-    "both": ("final_learning_rate",),
-}
+
+def check_ranges(settings: Any, *names: str) -> None:
+    """UserError for the first setting, none left unset, that is out of its range (schema.py)."""
+    for field in dataclasses.fields(settings):
+        value, values = getattr(settings, field.name), field.metadata.get("range")
+        if dataclasses.is_dataclass(value):
+            check_ranges(value, *names, field.name)
+        elif values is not None and value is not None and not values.holds(value):
+            raise UserError(f"{flag(*names, field.name)} is {value}; it {values.words}.")
 
 
 def check(config: "Config") -> None:
     """UserError where the settings of a config cannot work, or not together."""
-    require(config, COUNTS, lambda value: value >= 1, "must be 1 or more")
-    require(config, NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "must be 0 or more")
-    require(config, POSITIVE, lambda value: 0 < value < math.inf, "must be above 0")
-    require(config, SHARES, lambda value: 0 <= value <= 1, "is a share, from 0 to 1")
+    check_ranges(config)
     data, vqgan, prior = config.data, config.vqgan, config.prior
     for name, stage in (("vqgan", vqgan), ("prior", prior)):
         if not all(0 <= beta < 1 for beta in stage.betas):
@@ -60,27 +35,12 @@ def check(config: "Config") -> None:
                 f"--{name}.profile is {stage.profile[0]} {stage.profile[1]}; name the first step "
                 "to trace, 1 or more, and the last."
             )
-    for name, seed in (("--seed", config.seed), ("--data.split-seed", data.split_seed)):
-        if not 0 <= seed < 2**32:
-            raise UserError(f"{name} is {seed}; it must be from 0 to {2**32 - 1}.")
-    if config.devices is not None and config.devices < 1:
-        raise UserError(f"--devices is {config.devices}; it must be 1 or more.")
-    for key in ("validation_share", "test_share"):
-        if not 0 < getattr(data, key) < 1:
-            value = getattr(data, key)
-            raise UserError(f"{flag('data', key)} is {value}; it is a share between 0 and 1.")
-    for key in ("bad_share", "resident_share"):
-        value = getattr(data, key)
-        if not 0 <= value <= 1:
-            raise UserError(f"{flag('data', key)} is {value}; it is a share, from 0 to 1.")
-    if data.workers is not None and data.workers < 1:
-        raise UserError(f"--data.workers is {data.workers}; it must be 1 or more.")
     if data.channels not in (1, 3):
         raise UserError(f"--data.channels is {data.channels}; it must be 1 (gray) or 3 (colour).")
     if not vqgan.multipliers or min(vqgan.multipliers) < 1:
         raise UserError("--vqgan.multipliers needs at least one number, each 1 or more.")
     halvings = 2 ** (len(vqgan.multipliers) - 1)
-    if data.image_size < 1 or data.image_size % halvings:
+    if data.image_size % halvings:
         raise UserError(
             f"--data.image-size {data.image_size} cannot be halved {len(vqgan.multipliers) - 1} "
             f"times, as the {len(vqgan.multipliers)} --vqgan.multipliers ask; "
@@ -140,17 +100,6 @@ def warnings_of(config: "Config") -> list[str]:
         f"{flag('vqgan', 'attention_resolutions')} {' '.join(map(str, unmatched))} has no effect: "
         f"the feature maps are {', '.join(map(str, sizes))} pixels high."
     ]
-
-
-def require(
-    config: "Config", keys: dict[str, tuple[str, ...]], holds: Callable[[Any], bool], says: str
-) -> None:
-    """UserError for the first of these settings, none left unset, for which something is not so."""
-    for name in ("vqgan", "prior"):
-        for key in (*keys["both"], *keys[name]):
-            value = getattr(getattr(config, name), key)
-            if value is not None and not holds(value):
-                raise UserError(f"{flag(name, key)} is {value}; it {says}.")
 
 
 def check_sampling(

@@ -78,7 +78,7 @@ def test_differences_name_what_is_trained_and_skip_what_may_change():
         ({"prior.steps": 0}, "--prior.steps is 0"),
         ({"prior.micro_batches": 0}, "--prior.micro-batches is 0"),
         ({"data.image_size": 30}, "--data.image-size 30 .* multiple of 4"),
-        ({"data.image_size": 0}, "--data.image-size 0"),
+        ({"data.image_size": 0}, "--data.image-size is 0"),
         (
             {"data.image_size": 8, "vqgan.discriminator_layers": 1},
             "--data.image-size 8 is too small for VGG16",
