@@ -4,7 +4,6 @@ A source is a function of the data settings that returns `Splits`. A new dataset
 function, its line in `SOURCES`, and a preset.
 """
 
-import functools
 import gzip
 import zlib
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from taming_jax.config.schema import UNKNOWN, DataConfig
 from taming_jax.data import readers
 from taming_jax.data.augment import centred, stored_size
 from taming_jax.data.images import Pictures, decoded
-from taming_jax.errors import UserError
+from taming_jax.errors import UserError, say
 
 
 class Split(NamedTuple):
@@ -171,14 +170,12 @@ def read_idx(folder: Traversable, name: str, dimensions: int) -> np.ndarray:
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{file} is truncated or damaged ({error}); replace it.") from error
     header = 4 + 4 * dimensions
-    shape = tuple(
-        int(n) for n in np.frombuffer(content[4:header], ">u4", len(content[4:header]) // 4)
-    )
-    if content[:4] != bytes([0, 0, 8, dimensions]) or len(shape) != dimensions:
+    shape = tuple(map(int, np.frombuffer(content[4:header].ljust(header - 4, b"\0"), ">u4")))
+    if content[:4] != bytes([0, 0, 8, dimensions]):
         raise UserError(f"{file} is no IDX file of {dimensions} dimensions; replace it.")
-    if len(content) != header + int(np.prod(shape)):
+    if len(content) != header + np.prod(shape):
         raise UserError(
-            f"{file} is truncated: it promises {int(np.prod(shape))} values and holds "
+            f"{file} is truncated: it promises {np.prod(shape)} values and holds "
             f"{len(content) - header}; replace it."
         )
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
@@ -215,9 +212,7 @@ def hub(config: DataConfig) -> Splits:
     return pictured(tables, config)
 
 
-def pictured(
-    tables: dict[str, readers.Table], config: DataConfig, say: Callable[[str], None] = print
-) -> Splits:
+def pictured(tables: dict[str, readers.Table], config: DataConfig) -> Splits:
     """Encoded pictures as Splits. What the data does not have as a split of its own is cut from
     its training split, by seed."""
     tables = {split: table for split, table in tables.items() if len(table.names)}
@@ -244,8 +239,7 @@ def pictured(
     parts, bad, of_all = {}, [], sum(map(len, pictures.values()))
     for split in ("train", "validation", "test"):
         size = stored_size(config) if split == "train" else config.image_size
-        of_split = functools.partial(_say_of, split, say)
-        found = decoded(pictures[split], size, config, of_split)
+        found = decoded(pictures[split], size, config, split)
         parts[split] = Split(found.images, found.labels)
         if found.bad:
             bad.append((found.bad, f"{split}: {found.says}"))
@@ -266,10 +260,6 @@ def pictured(
             "images, given their class, mean little."
         )
     return Splits(**parts, class_names=class_names)
-
-
-def _say_of(split: str, say: Callable[[str], None], sentence: str) -> None:
-    say(f"{split}: {sentence}")
 
 
 def numbered(

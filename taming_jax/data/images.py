@@ -11,7 +11,6 @@ import concurrent.futures
 import concurrent.futures.process
 import contextlib
 import errno
-import fcntl
 import functools
 import hashlib
 import io
@@ -24,16 +23,17 @@ import tempfile
 import threading
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+import filelock
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from taming_jax.config.schema import DataConfig
-from taming_jax.errors import UserError
+from taming_jax.errors import UserError, say
 from taming_jax.files import text_hash, user_cache
 from taming_jax.progress import Progress
 
@@ -173,11 +173,9 @@ class Decoded(NamedTuple):
     says: str
 
 
-def decoded(
-    pictures: Pictures, size: int, config: DataConfig, say: Callable[[str], None] = print
-) -> Decoded:
-    """Pictures as arrays: decoded into the cache, in parallel, unless they are there. Raises
-    UserError where a picture's file, or the cache, cannot be read or written."""
+def decoded(pictures: Pictures, size: int, config: DataConfig, split: str) -> Decoded:
+    """The pictures of a split as arrays: decoded into the cache, in parallel, unless they are
+    there. Raises UserError where a picture's file, or the cache, cannot be read or written."""
     seen = [VERSION, pictures.content, size, config.channels, config.squeeze]
     key = hashlib.sha256(json.dumps(seen).encode() + pictures.numbers.tobytes()).hexdigest()[:20]
     root = cache_folder(config)
@@ -187,13 +185,13 @@ def decoded(
         root.mkdir(parents=True, exist_ok=True)
         found = opened(place, pictures, shape)
         if found is None:
-            with locked(root / f".{key}.lock", say):
+            with locked(root / f".{key}.lock", split):
                 for left in root.glob(f"{key}-partial-*"):  # by a process that was killed
                     shutil.rmtree(left, ignore_errors=True)
                 found = opened(place, pictures, shape)  # another process may have been first
                 if found is None:
                     shutil.rmtree(place, ignore_errors=True)
-                    fill(place, pictures, shape, config, say)
+                    fill(place, pictures, shape, config, split)
                     found = opened(place, pictures, shape)
         if found is None:
             raise OSError(errno.EIO, "what was written is not what is read")
@@ -240,25 +238,27 @@ def checksums(images: np.ndarray) -> list[int]:
 
 
 @contextlib.contextmanager
-def locked(file: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """While no other process holds the lock of a file, which ends with its process."""
-    with file.open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            # Set while a worker runs its parent's script again in order to begin: it would wait
-            # for ever for what that parent holds.
-            if getattr(multiprocessing.current_process(), "_inheriting", False):
-                raise UserError(UNGUARDED) from error
-            say("another process decodes the same pictures; waiting for it.")
-            fcntl.flock(lock, fcntl.LOCK_EX)
+def locked(file: Path, split: str) -> Iterator[None]:
+    """Around work that one process at a time may do; the lock ends with its process."""
+    lock = filelock.FileLock(file)
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout as error:
+        # Set while a worker runs its parent's script again in order to start: it would wait forever
+        # for what that parent holds.
+        if getattr(multiprocessing.current_process(), "_inheriting", False):
+            raise UserError(UNGUARDED) from error
+        say(f"{split}: another process decodes the same pictures; waiting for it.")
+        lock.acquire()
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def fill(
-    place: Path, pictures: Pictures, shape: tuple[int, ...], config: DataConfig,
-    say: Callable[[str], None],
-) -> None:  # fmt: skip
+    place: Path, pictures: Pictures, shape: tuple[int, ...], config: DataConfig, split: str
+) -> None:
     """Decodes pictures into a new folder of the cache."""
     work = Path(tempfile.mkdtemp(prefix=f"{place.name}-partial-", dir=place.parent))
     try:
@@ -268,7 +268,7 @@ def fill(
                 os.posix_fallocate(raw.fileno(), 0, int(np.prod(shape)))
             else:
                 raw.truncate(int(np.prod(shape)))
-        bad = decode_all(pictures, file, shape, config, say)
+        bad = decode_all(pictures, file, shape, config, split)
         kept = [i for i in range(len(pictures)) if i not in bad]
         if bad:
             images = np.memmap(file, np.uint8, "r+", shape=shape)
@@ -307,13 +307,13 @@ def ignored_interrupts() -> Iterator[None]:
 
 
 def decode_all(
-    pictures: Pictures, file: Path, shape: tuple[int, ...], config: DataConfig,
-    say: Callable[[str], None],
-) -> dict[int, str]:  # fmt: skip
+    pictures: Pictures, file: Path, shape: tuple[int, ...], config: DataConfig, split: str
+) -> dict[int, str]:
     """Decodes pictures into a file, in worker processes where there are many."""
     starts = range(0, len(pictures), CHUNK)
     workers = min(config.workers or os.cpu_count() or 1, len(starts))
-    say(f"decoding {len(pictures)} pictures to {shape[1]}x{shape[2]} into {file.parent.parent}.")
+    folder = file.parent.parent
+    say(f"{split}: decoding {len(pictures)} pictures to {shape[1]}x{shape[2]} into {folder}.")
     jobs = [(pictures.numbers[start : start + CHUNK], start) for start in starts]
     decoder = Decoder(pictures.reader, str(file), shape, config.squeeze)
     bad: dict[int, str] = {}

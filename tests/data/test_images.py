@@ -93,27 +93,26 @@ def visible(folder):
     return [place for place in folder.iterdir() if not place.name.startswith(".")]
 
 
-def test_what_is_decoded_is_read_and_other_pictures_or_sizes_are_decoded(tmp_path):
-    root, said = pictures.write_folder(tmp_path / "data"), []
+def test_what_is_decoded_is_read_and_other_pictures_or_sizes_are_decoded(tmp_path, capsys):
+    root = pictures.write_folder(tmp_path / "data")
     config = config_of(tmp_path)
 
-    def load(config):
-        said.clear()
-        return datasets.pictured(datasets.readers.folder(config), config, said.append)
+    def lines():
+        return capsys.readouterr().out.splitlines()
 
-    first = load(config)
-    assert [line.split(" to ")[0] for line in said] == [
+    first = datasets.load(config)
+    assert [line.split(" to ")[0] for line in lines()] == [
         "train: decoding 42 pictures", "validation: decoding 9 pictures",
         "test: decoding 9 pictures",
     ]  # fmt: skip
-    np.testing.assert_array_equal(load(config).train.images, first.train.images)
-    assert said == []
-    cropped = load(replace(config, random_crop=True))
-    assert len(said) == 1 and cropped.train.images.shape == (42, 18, 18, 3)
+    np.testing.assert_array_equal(datasets.load(config).train.images, first.train.images)
+    assert lines() == []
+    cropped = datasets.load(replace(config, random_crop=True))
+    assert len(lines()) == 1 and cropped.train.images.shape == (42, 18, 18, 3)
     changed = next((root / "train").rglob("000.jpg"))
     changed.write_bytes(encoded(picture(77)))
-    other = load(config)
-    assert len(said) == 1 and (other.train.images[0] != first.train.images[0]).any()
+    other = datasets.load(config)
+    assert len(lines()) == 1 and (other.train.images[0] != first.train.images[0]).any()
 
 
 def test_many_processes_decode_what_one_does(tmp_path):
@@ -140,22 +139,22 @@ def harmed(root, share):
     return files, bad
 
 
-def test_unreadable_pictures_are_named_and_left_out(tmp_path):
+def test_unreadable_pictures_are_named_and_left_out(tmp_path, capsys):
     root = pictures.write_folder(tmp_path / "data")
     whole = datasets.load(config_of(tmp_path))
     files, bad = harmed(root, 1 / 9)
-    said, config = [], config_of(tmp_path, bad_share=0.2)
-    splits = datasets.pictured(datasets.readers.folder(config), config, said.append)
+    config = config_of(tmp_path, bad_share=0.2)
+    splits = datasets.load(config)
+    last = capsys.readouterr().out.splitlines()[-1]
     kept = [i for i, file in enumerate(files) if file not in bad]
     np.testing.assert_array_equal(splits.train.images, whole.train.images[kept])
     np.testing.assert_array_equal(splits.train.labels, whole.train.labels[kept])
-    assert f"{len(bad)} of 42 pictures cannot be read" in said[-1]
+    assert f"{len(bad)} of 42 pictures cannot be read" in last
     listed = next((tmp_path / "cache").glob("*-skipped.txt")).read_text().splitlines()
     assert [line.split("\t")[0] for line in listed] == [str(f.relative_to(root)) for f in bad]
     # The share is asked for each time, of all splits together, and what is left out is said.
-    again = []
-    datasets.pictured(datasets.readers.folder(config), config, again.append)
-    assert again == said[-1:]
+    datasets.load(config)
+    assert capsys.readouterr().out.splitlines() == [last]
     with pytest.raises(UserError, match="named in .*skipped.txt. Mend or remove them"):
         datasets.load(replace(config, bad_share=0.05))
 
