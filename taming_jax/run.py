@@ -233,7 +233,12 @@ class Run:
             raise UserError("no classes, or none of each, were asked for.")
         labels = np.repeat(numbers_of_classes, per_class)
         numbers = np.tile(np.arange(per_class, dtype=np.int32), len(numbers_of_classes))
-        known = None if prefix is None else self._sampler.known_of(prefix, len(labels))
+        known = None
+        if prefix is not None:
+            codes = np.asarray(prefix)
+            if codes.ndim != 1 or (codes < 0).any():
+                raise UserError("a prefix is one row of codes, from 0.")
+            known = np.broadcast_to(codes, (len(labels), len(codes)))
         return np.concatenate(list(self.drawn(labels, numbers, known=known, **settings)))
 
     def complete(
@@ -291,7 +296,8 @@ class Run:
         """The images of `sample`, in parts: image `numbers[i]`, int32 [n], of class `labels[i]`,
         int32 [n]; `settings` are those of `sample`, and `known` int [n,t], codes that are not to be
         drawn, with -1 where they are."""
-        return self._sampler.drawn(labels, numbers, **settings)
+        for part in self._sampler.drawn(labels, numbers, **settings):
+            yield part if part.ndim == 4 else self.decode(part)
 
     def sampling(self, **settings: Any) -> Settings:
         """The settings of `sample`, what is None as the run's config has it. UserError where they
@@ -302,7 +308,7 @@ class Run:
     def _sampler(self) -> Sampler:
         self._need_prior()
         params = {"transformer": self.transformer, "generator": self.params}
-        return Sampler(self.config, self.prior, self.model, params, self.decode)
+        return Sampler(self.config, self.prior, self.model, params)
 
     def log_likelihood(self, images: Any, labels: Any) -> np.ndarray:
         """The logarithm of the probability, in nats, that the prior gives the codes of images

@@ -1,7 +1,8 @@
 """A run's prior as a source of images: compiled once for each choice of what is compiled in, and
 shared over the devices."""
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,32 +27,13 @@ class Settings(NamedTuple):
     guidance_scale: float | Sequence[float] | None
 
 
-class Choice(NamedTuple):
-    """What is compiled into a sampler."""
-
-    devices: int
-    top_k: int | None
-    use_top_p: bool
-    use_guidance: bool
-    grid: tuple[int, int]
-    known: int  # so many codes
-
-
 class Sampler:
-    """Draws images of a run's config by its prior and generator. `decode` makes pictures of grids
-    that are too large to be decoded where they are drawn."""
+    """Draws images of a run's config by its prior and generator, on any number of devices."""
 
-    def __init__(
-        self,
-        config: Config,
-        prior: GPT,
-        generator: VQGAN,
-        params: dict[str, Any],
-        decode: Callable[[np.ndarray], np.ndarray],
-    ):
+    def __init__(self, config: Config, prior: GPT, generator: VQGAN, params: dict[str, Any]):
         self.preset, self.factor = config.prior, config.downsample_factor
-        self.prior, self.generator, self.params, self.decode = prior, generator, params, decode
-        self._compiled: dict[Choice, tuple[Devices, Compiled, Any]] = {}
+        self.prior, self.generator, self.params = prior, generator, params
+        self._compiled: dict[tuple, tuple[Devices, Compiled, Any]] = {}
 
     def settings(
         self,
@@ -73,17 +55,6 @@ class Sampler:
         if not 0 <= seed < 2**32:
             raise UserError(f"the seed is {seed}; it must be from 0 to {2**32 - 1}.")
         return found
-
-    def known_of(self, prefix: Any, n: int) -> np.ndarray:
-        """The first codes [p] of n images, int32 [n,p]. UserError for what is none."""
-        codes = np.asarray(prefix)
-        if codes.ndim != 1 or (codes.size and codes.min() < 0):
-            raise self._no_prefix(self.prior.length)
-        return np.broadcast_to(codes.astype(np.int32), (n, len(codes)))
-
-    def _no_prefix(self, length: int) -> UserError:
-        last = self.prior.codebook_size - 1
-        return UserError(f"a prefix holds at most {length} codes from 0 to {last}.")
 
     def grid_of(self, size: tuple[int, int] | None) -> tuple[int, int]:
         """The grid of images of a size in pixels. UserError where it is none, or too small."""
@@ -122,91 +93,77 @@ class Sampler:
         progress: bool = False,
         **settings: Any,
     ) -> Iterator[np.ndarray]:
-        """See `Run.drawn`."""
+        """See `Run.drawn`. Of a grid that is larger than the training images', whose images may be
+        too large to be decoded here, it yields the codes int32 [b,h',w']."""
         temperature, top_k, top_p, guidance_scale = self.settings(**settings, seed=seed)
-        grid, codes = self.grid_of(size), self.prior.codebook_size
-        length = grid[0] * grid[1]
-        if known is not None and (
-            known.ndim != 2 or known.shape[1] > length
-            or (known.size and not -1 <= known.min() <= known.max() < codes)
-        ):  # fmt: skip
-            raise self._no_prefix(length)
-        held = 0 if known is None else known.shape[1]
-        choice = (top_k, top_p is not None, guidance_scale is not None, grid, held)
-        used, draw, params = self._compile(devices, choice)
-        whole, micro = grid == self.prior.grid, micro_batch(used.list[0])
-        if not whole:
+        grid, n = self.grid_of(size), len(labels)
+        length, codes = grid[0] * grid[1], self.prior.codebook_size
+        given = np.full((n, length), -1, np.int32)
+        if known is not None:
+            if np.shape(known)[1] > length or not all(-1 <= x < codes for x in np.unique(known)):
+                raise UserError(f"a prefix holds at most {length} codes from 0 to {codes - 1}.")
+            given[:, : known.shape[1]] = known
+        used, draw, params = self._compile(devices, top_k, grid)
+        micro = micro_batch(used.list[0])
+        if grid != self.prior.grid:
             micro = images_at_once(length * self.factor**2, micro)
         batch = micro * len(used)
-        ends = np.ravel(0.0 if guidance_scale is None else guidance_scale)
+        scales = None
+        if guidance_scale is not None:
+            ends = np.ravel(guidance_scale)
+            scales = np.linspace(ends[0], ends[-1], length, dtype=np.float32)
         common = used.replicate({
-            "seed": np.uint32(seed),
-            "settings": np.array([temperature, top_p or 1.0], np.float32),
-            "scales": np.linspace(ends[0], ends[-1], length, dtype=np.float32),
+            "seed": np.uint32(seed), "temperature": np.float32(temperature),
+            "top_p": None if top_p is None else np.float32(top_p), "scales": scales,
         })  # fmt: skip
-        given = np.zeros((len(labels), 0), np.int32) if known is None else known.astype(np.int32)
-        most, left = -(-(batch_size or 1) // batch), len(labels)
+        most, left = -(-(batch_size or 1) // batch), n
         flying: list[jax.Array] = []
-        with Progress("sampling", len(labels), "images", enabled=progress) as shown:
-            for start in range(0, len(labels), batch):
-                places = np.minimum(np.arange(start, start + batch), len(labels) - 1)
-                own = places[used.own(batch)]
+        with Progress("sampling", n, "images", enabled=progress) as shown:
+            for start in range(0, n, batch):
+                own = np.minimum(np.arange(start, start + batch), n - 1)[used.own(batch)]
                 shards = used.shard({
                     "labels": labels[own], "numbers": numbers[own], "known": given[own]
                 })  # fmt: skip
                 flying.append(draw(params, shards | common))
-                if len(flying) == most or start + batch >= len(labels):
+                if len(flying) == most or start + batch >= n:
                     for part in map(used.gather, flying):
-                        yield self._finished(part[:left], whole)
+                        yield part[:left]
                         shown.update(len(part))
                         left -= len(part)
                     flying = []
 
-    def _finished(self, part: np.ndarray, whole: bool) -> np.ndarray:
-        """Images of what was drawn: itself, but for grids that are larger than the training
-        images', of which it is the codes."""
-        return part if whole else self.decode(part)
-
-    def _compile(self, count: int | None, settings: tuple) -> tuple[Devices, Compiled, Any]:
-        """The devices, the compiled sampler of one choice of what is compiled in, and the
-        parameters there."""
+    def _compile(
+        self, count: int | None, top_k: int | None, grid: tuple[int, int]
+    ) -> tuple[Devices, Compiled, Any]:
+        """The devices, the sampler compiled for them, and the parameters there."""
         devices = Devices(count)
-        choice = Choice(len(devices), *settings)
-        if choice in self._compiled:
-            return self._compiled[choice]
+        key = len(devices), top_k, grid
+        if key in self._compiled:
+            return self._compiled[key]
         prior, generator = self.prior, self.generator
-        windows = choice.grid != prior.grid or prior.window != prior.grid
+        windows = grid != prior.grid or prior.window != prior.grid
 
-        def draw(params: Any, arrays: dict[str, jax.Array]) -> jax.Array:
-            temperature, top_p = arrays["settings"]
-            labels, known = arrays["labels"], arrays["known"]
+        def draw(params: Any, arrays: dict[str, Any]) -> jax.Array:
+            labels = arrays["labels"]
             keys = sample_keys(arrays["seed"], labels, arrays["numbers"])
-            settings: dict[str, Any] = {
-                "temperature": temperature, "top_k": choice.top_k,
-                "top_p": top_p if choice.use_top_p else None,
-                "guidance_scale": arrays["scales"] if choice.use_guidance else None,
-                "known": known if choice.known else None,
-            }  # fmt: skip
+            draw_codes = functools.partial(sample_windows, grid=grid) if windows else sample
             with jax.default_matmul_precision("highest"):
-                transformer = params["transformer"]
-                if windows:
-                    codes = sample_windows(
-                        prior, transformer, labels, keys, choice.grid, **settings
-                    )
-                else:
-                    codes = sample(prior, transformer, labels, keys, **settings)
-                grids = codes.reshape(len(labels), *choice.grid)
-                if choice.grid != prior.grid:
-                    return grids
-                return decode_indices(generator, params["generator"], grids)
+                codes = draw_codes(
+                    prior, params["transformer"], labels, keys, temperature=arrays["temperature"],
+                    top_k=top_k, top_p=arrays["top_p"], guidance_scale=arrays["scales"],
+                    known=arrays["known"],
+                ).reshape(len(labels), *grid)  # fmt: skip
+                if grid != prior.grid:
+                    return codes
+                return decode_indices(generator, params["generator"], codes)
 
-        of_one_place = [made for made in self._compiled.values() if len(made[0]) == len(devices)]
-        if of_one_place:
-            devices, _, params = of_one_place[0]
+        same_devices = [made for (n, *_), made in self._compiled.items() if n == len(devices)]
+        if same_devices:
+            devices, _, params = same_devices[0]
         else:
             params = devices.replicate(jax.tree.map(np.asarray, self.params))
-        self._compiled[choice] = devices, devices.compile(draw), params
-        return self._compiled[choice]
+        self._compiled[key] = devices, devices.compile(draw), params
+        return self._compiled[key]
 
 
 def kept_codes(keep: float, mask: Any, grid: tuple[int, int], factor: int) -> np.ndarray:
