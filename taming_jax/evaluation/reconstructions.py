@@ -1,5 +1,7 @@
-"""The figures of a split's reconstructions."""
+"""How well a run reconstructs the images of a split."""
 
+from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,61 +12,52 @@ from taming_jax.data.batches import rounded, to_float
 from taming_jax.errors import UserError
 from taming_jax.evaluation.subject import Evaluation
 from taming_jax.metrics import distances, similarity
-from taming_jax.metrics.distances import Collector
-from taming_jax.metrics.features import MICRO, VGG_SIZES, fits_vgg
-from taming_jax.models.lpips import distance, load_lpips, vgg_features
-from taming_jax.models.vqgan import decode_indices, encode, images_at_once
+from taming_jax.metrics.distances import Moments
+from taming_jax.metrics.features import MICRO, VGG_LEAST
+from taming_jax.models.lpips import load_lpips, lpips
+from taming_jax.models.vqgan import VQGAN, decode_indices, encode, images_at_once
+from taming_jax.progress import Progress
 
 
 def reconstructions(evaluation: Evaluation) -> dict[str, Any]:
-    """The figures of the chosen images' reconstructions; `likelihood_bits_per_code` where there is
-    a prior."""
+    """The report of the reconstructions of the chosen images: means over the images, the Fréchet
+    distance to them, and how the codes are used; with a prior that fits the data also
+    `likelihood_bits_per_code`."""
     run, devices, chosen = evaluation.run, evaluation.devices, evaluation.chosen
     config = run.config
+    pixels = config.data.image_size**2
     params: dict[str, Any] = {"generator": jax.tree.map(np.asarray, run.params)}
-    least = VGG_SIZES[0]
-    if config.data.image_size < least:
-        evaluation.warnings.append(f"No LPIPS: its network sees {least} pixels and more.")
+    if config.data.image_size < VGG_LEAST:
+        evaluation.warnings.append(f"No LPIPS: its network sees {VGG_LEAST} pixels and more.")
     else:
         try:
             params["lpips"] = load_lpips()
         except UserError as error:
             evaluation.warnings.append(f"No LPIPS: {error}")
-    # Where LPIPS's VGG16 sees the images at the size that the features are of, it runs once.
-    of_vgg = evaluation.extractor.name == "VGG16" and fits_vgg(config.data.image_size)
-    shared = of_vgg and "lpips" in params
-    measure = devices.compile(measurement(evaluation, shared))
+    measure = devices.compile(measurement(run.model))
     params = devices.replicate(params)
-    size = images_at_once(config.data.image_size**2, MICRO) * len(devices)
-    sums: dict[str, float] = {}
-    counts, bits = np.zeros(config.vqgan.codes, np.int64), 0.0
-    made = Collector(len(chosen), 0)
-    real = None
-    if shared and len(chosen) > 1 and evaluation.kept(chosen) is None:
-        real = Collector(len(chosen), evaluation.protocol.kept)
-    for here, images in evaluation.parts(chosen, "reconstructions"):
-        decoded, indices, found, features = devices.in_batches(
+    size = images_at_once(pixels, MICRO) * len(devices)
+    sums: dict[str, float] = defaultdict(float)
+    counts, moments, bits = np.zeros(config.vqgan.codes, np.int64), Moments(), 0.0
+    for place, images in evaluation.parts(chosen, "reconstructions"):
+        decoded, indices, values = devices.in_batches(
             lambda part: measure(params, devices.shard(part)), images, size
         )
-        for name, values in found.items():
-            sums[name] = sums.get(name, 0.0) + float(values.astype(np.float64).sum())
+        for name, each in values.items():
+            sums[name] += float(each.sum(dtype=np.float64))
         counts += np.bincount(indices.ravel(), minlength=len(counts))
-        if real is not None:
-            real.add(features[0])
-        made.add(features[1] if shared else evaluation.features(decoded)[0])
+        moments.add(evaluation.features(decoded)[0])
         if evaluation.prior_fits:
-            likelihood = run.code_likelihood(indices, chosen.labels[here])
+            likelihood = run.code_likelihood(indices, chosen.labels[place])
             bits -= float(likelihood.sum() / np.log(2))
-    if real is not None:  # LPIPS's network saw them
-        evaluation.keep(chosen, real)
-    n, shares = len(chosen), counts[counts > 0] / counts.sum()
-    length, pixels = counts.sum() / n, config.data.image_size**2
-    entropy = float(-(shares * np.log2(shares)).sum())
+    n = len(chosen)
     report: dict[str, Any] = {name: total / n for name, total in sums.items()}
     if n > 1:
-        moments, reference = made.collected().moments, evaluation.reference_moments
-        with evaluation.phase("Fréchet distance of reconstructions"):
+        reference = evaluation.reference_moments
+        with Progress("Fréchet distance of reconstructions", enabled=evaluation.progress):
             report["fd"] = distances.frechet_distance(moments, reference)
+    length, shares = counts.sum() / n, counts[counts > 0] / counts.sum()
+    entropy = float(-(shares * np.log2(shares)).sum())
     report |= {
         "usage": float((counts > 0).mean()),
         "perplexity": 2**entropy,
@@ -77,28 +70,21 @@ def reconstructions(evaluation: Evaluation) -> dict[str, Any]:
     return report
 
 
-def measurement(evaluation: Evaluation, shared: bool) -> Any:
-    """The pass over a batch of images uint8: their reconstructions uint8, indices, figures [b],
-    and, where it is `shared` with LPIPS's network, the features of both."""
-    size, model = evaluation.run.config.data.image_size, evaluation.run.model
+def measurement(model: VQGAN) -> Callable[[Any, jax.Array], Any]:
+    """A function of parameters and a batch of images uint8 [b,h,w,c]: their reconstructions uint8,
+    their codes int32 [b,h',w'], and measures float32 [b] by name."""
 
-    def measure(params: Any, images: jax.Array) -> Any:
+    def measure(params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array, dict]:
         with jax.default_matmul_precision("highest"):
             real = to_float(images)
             indices = encode(model, params["generator"], real).indices
-            made = rounded(decode_indices(model, params["generator"], indices))
-            x, y = images / 255, made / 255
-            found = {"l1": losses.l1(x, y), "psnr": similarity.psnr(x, y)}
-            if size >= similarity.WINDOW:
-                found["ssim"] = similarity.ssim(x, y)
-            features: list[jax.Array] = []
+            decoded = rounded(decode_indices(model, params["generator"], indices))
+            x, y = images / 255, decoded / 255
+            values = {"l1": losses.l1(x, y), "psnr": similarity.psnr(x, y)}
+            if images.shape[1] >= similarity.WINDOW:
+                values["ssim"] = similarity.ssim(x, y)
             if "lpips" in params:
-                maps = [
-                    vgg_features(params["lpips"]["vgg"], each) for each in (real, to_float(made))
-                ]
-                found["lpips"] = distance(params["lpips"]["heads"], *maps)
-                if shared:
-                    features = [each[-1].mean((1, 2)) for each in maps]
-        return made, indices, found, features
+                values["lpips"] = lpips(params["lpips"], real, to_float(decoded))
+        return decoded, indices, values
 
     return measure

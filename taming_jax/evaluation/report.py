@@ -1,12 +1,10 @@
-"""What a run is worth, as numbers, and against what exactly."""
+"""The report of a run: how good it is, and against what that was measured."""
 
 import contextlib
-import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from taming_jax.errors import UserError
@@ -14,10 +12,10 @@ from taming_jax.evaluation.reconstructions import reconstructions
 from taming_jax.evaluation.samples import nearest, samples
 from taming_jax.evaluation.subject import Evaluation, Protocol
 from taming_jax.files import text_hash
-from taming_jax.metrics.features import hash_of
 from taming_jax.parallel import distributed
 from taming_jax.run import Run
 from taming_jax.training.checkpoints import Store
+from taming_jax.weights.arrays import hash_arrays
 
 SCHEMA = 1  # of the report
 
@@ -48,58 +46,60 @@ def finished(evaluation: Evaluation) -> dict[str, Any]:
         "samples": None,
     }
     if evaluation.draws:
-        report["samples"] = samples(evaluation)
+        report["samples"] = samples(evaluation, evaluation.protocol)
         if evaluation.sweep:
             report["sweep"] = [
-                changed | samples(evaluation, **changed) for changed in evaluation.sweep
+                {"guidance_scale": protocol.guidance_scale} | samples(evaluation, protocol)
+                for protocol in evaluation.sweep
             ]
-    return report | {"protocol": described(evaluation), "warnings": warned(evaluation)}
+    report["protocol"] = described(evaluation)
+    report["warnings"] = evaluation.warnings + small_counts(evaluation)
+    return report
 
 
 def draw(evaluation: Evaluation, folder: Path, report: dict[str, Any]) -> None:
-    """The figures of a report: how often each code is used; of samples, the training images
+    """Writes the figures of a report: how often each code is used; of samples, the training images
     that are nearest to them; and of a sweep, its curves. Raises OSError."""
     from taming_jax import figures
 
-    # All processes compute them, the first one writes.
-    drawing = [
-        functools.partial(
-            figures.codebook_usage, np.array(report["reconstruction"]["code_counts"]),
-            folder / "evaluation_codes.png", f"the {evaluation.protocol.split} split",
-        )
-    ]  # fmt: skip
-    if report["samples"] is not None:
-        images, closest, far = nearest(evaluation, 8)
-        train, name = len(evaluation.splits.train.images), evaluation.extractor.name
-        of = f"the nearest of {min(train, evaluation.protocol.kept)} of {train} training images"
-        drawing.append(
-            functools.partial(
-                figures.nearest_images, images, closest, far, f"{of}, by {name}'s features",
-                folder / "evaluation_nearest.png",
+    protocol = evaluation.protocol
+    counts = np.array(report["reconstruction"]["code_counts"])
+    # All processes compute the neighbours; the first one draws.
+    neighbours = None if report["samples"] is None else nearest(evaluation, 8)
+
+    def draw_all() -> None:
+        of = f"the {protocol.split} split"
+        figures.codebook_usage(counts, folder / "evaluation_codes.png", of)
+        if neighbours is not None:
+            train, name = len(evaluation.splits.train.images), evaluation.extractor.name
+            of = (
+                f"the nearest of {min(train, protocol.kept)} of {train} training images, "
+                f"by {name}'s features"
             )
-        )  # fmt: skip
-    if "sweep" in report:
-        file = folder / "evaluation_sweep.png"
-        drawing.append(functools.partial(figures.sweep, report["sweep"], report["features"], file))
-    for each in drawing:
-        distributed.from_first(each)
+            figures.nearest_images(*neighbours, of, folder / "evaluation_nearest.png")
+        if "sweep" in report:
+            file = folder / "evaluation_sweep.png"
+            figures.sweep(report["sweep"], report["features"], file)
+
+    distributed.from_first(draw_all)
 
 
 def described(evaluation: Evaluation) -> dict[str, Any]:
     """The protocol as the report has it: what was measured, against what, and how."""
     run, protocol, config = evaluation.run, evaluation.protocol, evaluation.run.config
     draws, classifier = evaluation.draws, evaluation.classifier
+    generator = hash_arrays(run.params)
     return {
         "run": str(run.workdir),
         "config": config.config,
-        "vqgan_step": stage1_step(run),
+        "vqgan_step": stage1_step(run, generator),
         "prior_step": None if run.transformer is None else run.step,
-        "generator": hash_of(jax.tree.map(np.asarray, run.params)),
+        "generator": generator,
         "dataset": config.data.name,
         "dataset_hash": text_hash(evaluation.identity)[:16],
         "split": protocol.split,
         "images": len(evaluation.chosen),
-        "images_hash": evaluation.chosen.hash,
+        "images_hash": evaluation.chosen.hash(),
         "reference_file": None if protocol.reference is None else str(protocol.reference),
         "reference": evaluation.reference_hash,
         "size": config.data.image_size,
@@ -117,28 +117,26 @@ def described(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def warned(evaluation: Evaluation) -> list[str]:
-    """What has to be known beside the figures."""
-    found, d = list(evaluation.warnings), evaluation.extractor.dimensions
+def small_counts(evaluation: Evaluation) -> list[str]:
+    """Warnings of sets that are too small for the features."""
+    extractor = evaluation.extractor
     counts = {"images of the split": len(evaluation.chosen)}
     if evaluation.draws:
         counts["samples"] = evaluation.protocol.samples
-    for name, count in counts.items():
-        if count <= d:
-            found.append(
-                f"{count} {name} are not more than the {d} dimensions of "
-                f"{evaluation.extractor.name}: covariances are singular, and the Fréchet distance "
-                "is biased upwards."
-            )
-    return found
+    return [
+        f"{count} {name} are not more than the {extractor.dimensions} dimensions of "
+        f"{extractor.name}: covariances are singular, and the Fréchet distance is biased upwards."
+        for name, count in counts.items()
+        if count <= extractor.dimensions
+    ]
 
 
-def stage1_step(run: Run) -> int | None:
-    """The step of stage 1's best checkpoint, where that is the generator of this run."""
+def stage1_step(run: Run, generator: str) -> int | None:
+    """The step of stage 1's best checkpoint, where that is the run's generator, by its hash."""
     if run.transformer is None:
         return run.step
     with contextlib.suppress(UserError):
         checkpoint = Store(run.workdir, "vqgan").chosen()
-        if hash_of(checkpoint.generator) == hash_of(jax.tree.map(np.asarray, run.params)):
+        if hash_arrays(checkpoint.generator) == generator:
             return checkpoint.step
     return None

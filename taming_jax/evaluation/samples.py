@@ -1,6 +1,5 @@
-"""The figures of new images."""
+"""How good the images that a run draws are."""
 
-import dataclasses
 from typing import Any
 
 import numpy as np
@@ -9,49 +8,48 @@ from taming_jax.data.datasets import spread
 from taming_jax.evaluation.subject import Evaluation, Protocol
 from taming_jax.figures import to_uint8
 from taming_jax.metrics import distances
-from taming_jax.metrics.distances import Collected, Collector
+from taming_jax.metrics.distances import FeatureStats
+from taming_jax.metrics.monitor import ranks
+from taming_jax.progress import Progress
 
 
-def samples(evaluation: Evaluation, **changed: Any) -> dict[str, Any]:
-    """The figures of new images, by the protocol, or by what of its sampling is `changed`."""
-    protocol = dataclasses.replace(evaluation.protocol, **changed)
+def samples(evaluation: Evaluation, protocol: Protocol) -> dict[str, Any]:
+    """The report of new images, drawn as `protocol` says: the evaluation's own, or one that differs
+    from it in how it samples."""
     reference, classifier = evaluation.reference, evaluation.classifier
     order = np.sort(evaluation.chosen.labels, kind="stable")
-    labels = order[evenly(len(order), protocol.samples)].astype(np.int32)
-    firsts = np.searchsorted(labels, labels)
-    numbers = (np.arange(len(labels)) - firsts).astype(np.int32)
-    collector = Collector(len(labels), protocol.kept)
-    probabilities, right = [], np.zeros(len(labels), bool)
-    done = 0
-    for part in evaluation.drawn(protocol, labels, numbers):
+    labels = order[np.arange(protocol.samples) * len(order) // protocol.samples].astype(np.int32)
+    stats = FeatureStats(len(labels), protocol.kept)
+    probabilities: list[np.ndarray] = []
+    predictions: list[np.ndarray] = []
+    for part in evaluation.drawn(protocol, labels, ranks(labels)):
         images = to_uint8(part)
         features, classes = evaluation.features(images)
-        collector.add(features)
-        if evaluation.extractor.name == "InceptionV3":
-            probabilities.append(classes)
+        stats.add(features)
+        probabilities.append(classes)
         if classifier is not None:
             own = classes if classifier is evaluation.features else classifier(images)[1]
-            right[done : done + len(part)] = own.argmax(1) == labels[done : done + len(part)]
-        done += len(part)
-    found = collector.collected()
-    moments = evaluation.reference_moments
-    with evaluation.phase("Fréchet distance of samples"):
-        fd = distances.frechet_distance(found.moments, moments)
-    with evaluation.phase("kernel distance, precision and recall of samples"):
-        apart = compared(protocol, reference.features, found.features)
-    report: dict[str, Any] = {"fd": fd} | apart
-    if probabilities:
-        score = distances.inception_score(np.concatenate(probabilities), seed=protocol.seed)
-        report |= dict(zip(("inception_score", "inception_score_deviation"), score, strict=True))
-    if classifier is not None:
-        report["accuracy"] = float(right.mean())
-    with evaluation.phase("distances of each class"):
-        report["per_class"] = per_class(evaluation, labels, right, found)
+            predictions.append(own.argmax(1))
+    correct = np.concatenate(predictions) == labels if predictions else None
+    with Progress("distances of samples", enabled=evaluation.progress):
+        report: dict[str, Any] = {
+            "fd": distances.frechet_distance(stats.moments, evaluation.reference_moments),
+            **feature_distances(protocol, reference.features, stats.features),
+        }
+        if evaluation.extractor.name == "InceptionV3":
+            mean, deviation = distances.inception_score(
+                np.concatenate(probabilities), seed=protocol.seed
+            )
+            report |= {"inception_score": mean, "inception_score_deviation": deviation}
+        if correct is not None:
+            report["accuracy"] = float(correct.mean())
+        report["per_class"] = per_class(evaluation, labels, correct, stats)
     return report
 
 
-def compared(protocol: Protocol, real: np.ndarray, fake: np.ndarray) -> dict[str, float]:
-    """What is taken from the features themselves, where there are enough of them."""
+def feature_distances(protocol: Protocol, real: np.ndarray, fake: np.ndarray) -> dict[str, float]:
+    """Kernel distance, precision, recall, density and coverage of features [m,d] to features
+    [n,d]; nothing where there are too few of them."""
     if min(len(real), len(fake)) <= protocol.neighbours:
         return {}
     kd, deviation = distances.kernel_distance(fake, real, protocol.seed)
@@ -60,40 +58,35 @@ def compared(protocol: Protocol, real: np.ndarray, fake: np.ndarray) -> dict[str
 
 
 def per_class(
-    evaluation: Evaluation, labels: np.ndarray, right: np.ndarray, found: Collected
+    evaluation: Evaluation, labels: np.ndarray, correct: np.ndarray | None, stats: FeatureStats
 ) -> dict[str, dict[str, Any]]:
-    """The same of each class that was drawn; `fd` where there are more images of it than
-    features have dimensions."""
+    """The same of each class that was drawn; `fd` where there are more images of it than features
+    have dimensions."""
     reference, report = evaluation.reference, {}
+    of_real, of_fake = evaluation.chosen.labels[reference.rows], labels[stats.rows]
+    all_real, all_fake = reference.features, stats.features
     for number in np.unique(labels):
+        real, fake = all_real[of_real == number], all_fake[of_fake == number]
         own: dict[str, Any] = {"samples": int((labels == number).sum())}
-        if evaluation.classifier is not None:
-            own["accuracy"] = float(right[labels == number].mean())
-        fake = found.features[labels[found.rows] == number]
-        real = reference.features[evaluation.chosen.labels[reference.rows] == number]
+        if correct is not None:
+            own["accuracy"] = float(correct[labels == number].mean())
         if min(len(fake), len(real)) > evaluation.extractor.dimensions:
             own["fd"] = distances.frechet_distance(distances.moments(fake), distances.moments(real))
-        own |= compared(evaluation.protocol, real, fake)
+        own |= feature_distances(evaluation.protocol, real, fake)
         report[evaluation.splits.class_names[number]] = own
     return report
 
 
 def nearest(evaluation: Evaluation, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """So many samples uint8 [n,h,w,c], which of the training images (of at most `kept` of them)
-    are nearest to them by their features, and how far these are, in units of what a training
-    image is from its nearest."""
-    train = evaluation.choice("train", evaluation.protocol.kept)
-    known = evaluation.collected(train, "training images")
-    classes = spread(len(evaluation.splits.class_names), count)
-    labels = np.resize(np.sort(classes), count).astype(np.int32)
-    numbers = (np.arange(count) // len(classes)).astype(np.int32)
-    images = to_uint8(np.concatenate(list(evaluation.drawn(evaluation.protocol, labels, numbers))))
-    found, squares = distances.nearest(evaluation.features(images)[0], known.features)
-    some = known.features[spread(len(known.features), 1000)]
-    apart = np.sqrt(np.median(distances.radii(known.features, 1, some)))
-    return images, train[known.rows[found]], np.sqrt(squares) / apart
-
-
-def evenly(n: int, count: int) -> np.ndarray:
-    """So many places of n things, evenly, each as often as the others."""
-    return (np.arange(count) * n) // count
+    """`count` samples uint8 [n,h,w,c], those training images (of at most `kept` of them) that are
+    nearest to them by their features, and how far these are, [n], in units of the distance of a
+    training image from its nearest."""
+    train = evaluation.subset("train", evaluation.protocol.kept)
+    features = evaluation.feature_stats(train, "training images").features
+    labels = np.resize(spread(len(evaluation.splits.class_names), count), count).astype(np.int32)
+    drawn = evaluation.drawn(evaluation.protocol, labels, ranks(labels))
+    images = to_uint8(np.concatenate(list(drawn)))
+    numbers, squares = distances.nearest(evaluation.features(images)[0], features)
+    some = features[spread(len(features), 1000)]
+    unit = np.sqrt(np.median(distances.radii(features, 1, some)))
+    return images, train[numbers], np.sqrt(squares) / unit

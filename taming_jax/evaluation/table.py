@@ -1,28 +1,24 @@
-"""Reports for the eye: one, or two beside each other."""
+"""Reports as text: one, or two beside each other."""
 
-from collections.abc import Iterator
 from typing import Any
 
 SUBJECT = ("run", "config", "vqgan_step", "prior_step", "generator", "reference_file")
-"""What of a protocol says whose figures they are; all else must be equal to compare two."""
-KINDS = ("reconstruction", "samples")
-NOT_SHOWN = ("code_counts", "per_class")
+"""The settings of a protocol that say what was measured; two reports can be compared only where
+all others are equal."""
 
 
-def figures_of(report: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
-    """The single figures of a report: whose, which, and what. Distances have their features'
-    name."""
-    named = {"fd": report["features"], "kd": report["features"].replace("FD", "KD")}
-    if report["features"] == "FID":
-        named["kd"] = "KID"
-    for kind in KINDS:
-        for name, value in (report[kind] or {}).items():
-            if name in NOT_SHOWN:
-                continue
-            for short, long in named.items():
-                if name == short or name.startswith(f"{short}_"):
-                    name = name.replace(short, long, 1)
-            yield kind, name, value
+def numbers(report: dict[str, Any]) -> dict[tuple[str, str], float]:
+    """The single numbers of a report by kind ("reconstruction" or "samples") and name. Distances
+    are named after their features."""
+    fd = report["features"]
+    kd = "KID" if fd == "FID" else fd.replace("FD", "KD")
+    names = {"fd": fd, "kd": kd, "kd_deviation": f"{kd}_deviation"}
+    return {
+        (kind, names.get(name, name)): value
+        for kind in ("reconstruction", "samples")
+        for name, value in (report[kind] or {}).items()
+        if isinstance(value, int | float)
+    }
 
 
 def shown(value: float) -> str:
@@ -30,51 +26,54 @@ def shown(value: float) -> str:
 
 
 def table(report: dict[str, Any]) -> str:
-    """One report: its figures, and under which protocol they hold."""
+    """A report: its numbers, and the protocol that they hold under."""
     protocol = report["protocol"]
+    headings = {
+        "reconstruction": f"{protocol['images']} images of the {protocol['split']} split",
+        "samples": str(protocol["samples"]),
+    }
     lines, last = [], ""
-    for kind, name, value in figures_of(report):
+    for (kind, name), value in numbers(report).items():
         if kind != last:
-            of = protocol["images" if kind == "reconstruction" else "samples"]
-            whose = f"{of} images of the {protocol['split']} split" if kind == KINDS[0] else f"{of}"
-            lines.append(f"{kind} ({whose})")
+            lines.append(f"{kind} ({headings[kind]})")
             last = kind
         lines.append(f"  {name:<30}{shown(value):>10}")
     if report["samples"] is None and protocol.get("prior_step") is None:
         lines.append("samples: the run has no prior yet; train one with train_prior.py.")
-    for found in report.get("sweep", []):
+    for samples in report.get("sweep", []):
+        precision, recall = (samples.get(name, float("nan")) for name in ("precision", "recall"))
         lines.append(
-            f"  guidance {found['guidance_scale']!s:<20}{report['features']:>14} "
-            f"{shown(found['fd'])}  precision {found.get('precision', float('nan')):.3f}  "
-            f"recall {found.get('recall', float('nan')):.3f}"
+            f"  guidance {samples['guidance_scale']!s:<20}{report['features']:>14} "
+            f"{shown(samples['fd'])}  precision {precision:.3f}  recall {recall:.3f}"
         )
     lines.append("protocol")
     lines += [f"  {name:<16}{value}" for name, value in protocol.items() if value is not None]
-    lines += [f"Warning: {each}" for each in report["warnings"]]
+    lines += [f"Warning: {warning}" for warning in report["warnings"]]
     return "\n".join(lines)
 
 
 def differences(left: dict[str, Any], right: dict[str, Any]) -> list[str]:
-    """Why two reports cannot be compared, a phrase a setting."""
+    """Why two reports cannot be compared, one phrase for each setting."""
     one, other = left["protocol"], right["protocol"]
-    found = []
-    for name in dict.fromkeys([*one, *other]):
-        if name not in SUBJECT and one.get(name) != other.get(name):
-            found.append(f"{name} is {one.get(name)} and {other.get(name)}")
+    phrases = [
+        f"{name} is {one.get(name)} and {other.get(name)}"
+        for name in one | other
+        if name not in SUBJECT and one.get(name) != other.get(name)
+    ]
     if left.get("schema") != right.get("schema"):
-        found.append(f"the schema is {left.get('schema')} and {right.get('schema')}")
-    return found
+        phrases.append(f"the schema is {left.get('schema')} and {right.get('schema')}")
+    return phrases
 
 
 def compared(left: dict[str, Any], right: dict[str, Any]) -> str:
     """Two reports in two columns."""
-    columns = [{(kind, name): x for kind, name, x in figures_of(each)} for each in (left, right)]
+    a, b = numbers(left), numbers(right)
     lines = [f"{'':<32}{'A':>12}{'B':>12}"]
-    for key in dict.fromkeys([*columns[0], *columns[1]]):
-        values = [shown(column[key]) if key in column else "-" for column in columns]
+    for key in a | b:
+        values = [shown(column[key]) if key in column else "-" for column in (a, b)]
         lines.append(f"{key[0][:6]:<8}{key[1]:<24}{values[0]:>12}{values[1]:>12}")
     for letter, report in zip("AB", (left, right), strict=True):
         subject = {name: report["protocol"].get(name) for name in SUBJECT}
-        said = ", ".join(f"{name} {value}" for name, value in subject.items() if value is not None)
-        lines.append(f"{letter}: {said}")
+        settings = [f"{name} {value}" for name, value in subject.items() if value is not None]
+        lines.append(f"{letter}: {', '.join(settings)}")
     return "\n".join(lines)

@@ -78,12 +78,11 @@ def trained(train: Split, classes: int) -> Any:
     return jax.tree.map(np.asarray, params)
 
 
-def kept(file: Path, train: Split, classes: int) -> Any:
+def load_or_train(file: Path, train: Split, classes: int) -> Any:
     """The parameters from a file, or trained and written into it. A file that is damaged is as
     none."""
-    found = read_arrays(file)
-    if found is None:
-        params = trained(train, classes)
-        found = {"/".join(k): v for k, v in traverse_util.flatten_dict(params).items()}
-        write_arrays(file, found)
-    return traverse_util.unflatten_dict({tuple(key.split("/")): x for key, x in found.items()})
+    arrays = read_arrays(file)
+    if arrays is None:
+        arrays = traverse_util.flatten_dict(trained(train, classes), sep="/")
+        write_arrays(file, arrays)
+    return traverse_util.unflatten_dict(arrays, sep="/")

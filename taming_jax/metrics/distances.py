@@ -5,9 +5,9 @@ Features are [n,d], one row an image; the functions do not know which network th
 
 import io
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 from zipfile import BadZipFile
 
 import numpy as np
@@ -133,33 +133,33 @@ def kernel_distance(
     return float(np.mean(found)), float(np.std(found))
 
 
-def squared_distances(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """The squares of the distances of rows [n,d] and rows [m,d], [n,m]."""
-    squares = np.square(left).sum(1)[:, None] + np.square(right).sum(1) - 2 * left @ right.T
-    return np.maximum(squares, 0)
+def distance_strips(left: np.ndarray, right: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """The squared distances of rows [n,d] to rows [m,d], in strips of at most `ROWS` rows: which
+    rows of `left`, and their distances float64 [rows,m]."""
+    right = right.astype(np.float64)
+    for start in range(0, len(left), ROWS):
+        rows = slice(start, start + ROWS)
+        x = left[rows].astype(np.float64)
+        squares = np.square(x).sum(1)[:, None] + np.square(right).sum(1) - 2 * x @ right.T
+        yield rows, np.maximum(squares, 0)
 
 
 def nearest(left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """For each row of left [n,d] the number of the nearest row of right [m,d], and the square of
     its distance."""
-    right = right.astype(np.float64)
-    parts = []
-    for start in range(0, len(left), ROWS):
-        squares = squared_distances(left[start : start + ROWS].astype(np.float64), right)
-        parts.append((squares.argmin(1), squares.min(1)))
-    return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
+    numbers, squares = zip(
+        *((strip.argmin(1), strip.min(1)) for _, strip in distance_strips(left, right)), strict=True
+    )
+    return np.concatenate(numbers), np.concatenate(squares)
 
 
 def radii(features: np.ndarray, neighbours: int, of: np.ndarray | None = None) -> np.ndarray:
     """The squared distance of each row (or of each row of `of`, which are among them) to the k-th
     nearest of the others."""
-    x = features.astype(np.float64)
-    y = x if of is None else of.astype(np.float64)
-    found = [
-        np.partition(squared_distances(y[start : start + ROWS], x), neighbours, 1)[:, neighbours]
-        for start in range(0, len(y), ROWS)
-    ]
-    return np.concatenate(found)
+    strips = distance_strips(features if of is None else of, features)
+    return np.concatenate(
+        [np.partition(strip, neighbours, 1)[:, neighbours] for _, strip in strips]
+    )
 
 
 def manifold(real: np.ndarray, fake: np.ndarray, neighbours: int = 5) -> dict[str, float]:
@@ -170,14 +170,12 @@ def manifold(real: np.ndarray, fake: np.ndarray, neighbours: int = 5) -> dict[st
     Needs more images of each kind than `neighbours`.
     """
     real_radii, fake_radii = radii(real, neighbours), radii(fake, neighbours)
-    y = fake.astype(np.float64)
     in_real, recalled, covered = np.zeros(len(fake), np.int64), 0, 0
-    for start in range(0, len(real), ROWS):
-        squares = squared_distances(real[start : start + ROWS].astype(np.float64), y)
-        own = real_radii[start : start + ROWS, None]
-        in_real += (squares < own).sum(0)
+    for rows, squares in distance_strips(real, fake):
+        radius = real_radii[rows, None]
+        in_real += (squares < radius).sum(0)
         recalled += int((squares < fake_radii).any(1).sum())
-        covered += int((squares.min(1, keepdims=True) < own).sum())
+        covered += int((squares.min(1, keepdims=True) < radius).sum())
     return {
         "precision": float((in_real > 0).mean()),
         "recall": recalled / len(real),
@@ -200,42 +198,21 @@ def inception_score(
     return float(np.mean(found)), float(np.std(found))
 
 
-class Collected(NamedTuple):
-    """The moments of all features, and some of them [m,d], which are those of `rows` int [m]."""
-
-    moments: Moments
-    features: np.ndarray
-    rows: np.ndarray
-
-    def packed(self) -> dict[str, np.ndarray]:
-        """As arrays that a file can hold."""
-        return {
-            "mu": np.asarray(self.moments.mean), "sigma": self.moments.covariance,
-            "count": np.array(self.moments.count), "features": self.features, "rows": self.rows,
-        }  # fmt: skip
-
-
-def unpacked(arrays: dict[str, np.ndarray]) -> Collected:
-    """From what `packed` returned."""
-    count = int(arrays["count"])
-    moments = Moments(count, arrays["mu"], arrays["sigma"] * (count - 1))
-    return Collected(moments, arrays["features"], arrays["rows"])
-
-
-class Collector:
-    """Takes in the features of `count` images, in parts, and keeps at most `kept` of them, evenly
-    spread."""
+class FeatureStats:
+    """What is kept of the features of `count` images, which come in parts: the moments of all of
+    them, and at most `kept` of them, evenly spread, those of `rows` int [m]."""
 
     def __init__(self, count: int, kept: int):
-        self._rows, self._seen = spread(count, kept), 0
-        self._moments = Moments()
+        self.moments, self.rows = Moments(), spread(count, kept)
         self._parts: list[np.ndarray] = []
 
     def add(self, features: np.ndarray) -> None:
-        self._moments.add(features)
-        here = self._rows - self._seen
-        self._parts.append(features[here[(here >= 0) & (here < len(features))]])
-        self._seen += len(features)
+        """Takes in the features [n,d] of the next images. RunFailed where they are not finite."""
+        rows = self.rows - self.moments.count
+        self._parts.append(features[rows[(rows >= 0) & (rows < len(features))]])
+        self.moments.add(features)
 
-    def collected(self) -> Collected:
-        return Collected(self._moments, np.concatenate(self._parts), self._rows)
+    @property
+    def features(self) -> np.ndarray:
+        """The features [m,d] of `rows`, as far as they have come."""
+        return np.concatenate(self._parts)

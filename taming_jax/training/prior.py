@@ -22,7 +22,7 @@ from taming_jax.data import datasets
 from taming_jax.data.augment import augments
 from taming_jax.data.batches import Batch, rounded, take
 from taming_jax.errors import UserError
-from taming_jax.metrics.monitor import Monitor
+from taming_jax.metrics.monitor import ValidationFD
 from taming_jax.models.vqgan import build_vqgan, decode_indices
 from taming_jax.parallel import distributed
 from taming_jax.parallel.devices import Devices, averaged, summed
@@ -192,7 +192,7 @@ class PriorStage:
         self._step = devices.compile(step, donate=True)
         self._evaluate = devices.compile(self.evaluation)
         validation = self.splits.validation
-        self._monitor = Monitor(validation, config, devices) if config.prior.fd_every else None
+        self._monitor = ValidationFD(validation, config, devices) if config.prior.fd_every else None
         self._made = devices.compile(self._making)
         self._sample = jax.jit(functools.partial(draw_codes, self.model, config.prior))
         self._decode = jax.jit(functools.partial(decode_indices, self.vqgan))

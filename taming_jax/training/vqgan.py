@@ -18,7 +18,7 @@ from taming_jax.data import datasets
 from taming_jax.data.augment import augmented
 from taming_jax.data.batches import Batch, Feed, feed, rounded, take, to_float
 from taming_jax.errors import UserError, say
-from taming_jax.metrics.monitor import Monitor
+from taming_jax.metrics.monitor import ValidationFD
 from taming_jax.models.lpips import load_lpips
 from taming_jax.models.vqgan import VQGAN, decode_indices, reconstruct
 from taming_jax.parallel import distributed
@@ -105,7 +105,7 @@ class VQGANStage:
         }
         self._evaluate = devices.compile(self._evaluation, frozen)
         self._monitor = (
-            Monitor(self.splits.validation, config, devices) if settings.fd_every else None
+            ValidationFD(self.splits.validation, config, devices) if settings.fd_every else None
         )
         self._made = devices.compile(self._making)
         self._reconstruct, self._decode = _drawing(self.networks.generator)

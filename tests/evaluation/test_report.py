@@ -110,8 +110,7 @@ def test_the_protocol_says_what_was_measured(run, report):
 
 
 @pytest.mark.slow
-def test_four_devices_and_kept_features_report_the_same(run, report, cache):
-    assert len(list((cache / "taming_jax" / "features").glob("*.npz"))) == 1
+def test_four_devices_report_the_same(run, report, cache):
     again = finished(Evaluation(run, PROTOCOL, devices=4))
     for kind in ("reconstruction", "samples"):
         for name, value in again[kind].items():

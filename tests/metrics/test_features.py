@@ -37,11 +37,11 @@ def test_features_do_not_depend_on_devices_or_on_what_else_is_measured():
 
 def test_resizing_is_pillows_of_each_channel_in_floats():
     images = np.random.default_rng(0).integers(0, 256, (2, 70, 80, 3)).astype(np.uint8)
-    found = resized_clean(images, 32, Image.Resampling.BICUBIC)
+    found = resized_clean(images, 32)
     plane = Image.fromarray(images[1, ..., 2].astype(np.float32))
     expected = np.asarray(plane.resize((32, 32), Image.Resampling.BICUBIC)).clip(0, 255)
     np.testing.assert_array_equal(found[1, ..., 2], expected)
-    assert resized_clean(images[:, :32, :32], 32, Image.Resampling.BICUBIC).dtype == np.uint8
+    assert resized_clean(images[:, :32, :32], 32).dtype == np.uint8
 
 
 @pytest.mark.slow
@@ -92,6 +92,6 @@ def test_weights_that_cannot_be_fetched(tmp_path, monkeypatch):
 
     monkeypatch.setattr(features.urllib.request, "urlopen", no_network)
     with pytest.raises(UserError, match=r"put it at .*pt_inception.* or take --features vgg"):
-        features.extractor_of("inception", None, False, None)
-    assert features.extractor_of("auto", None, False, None).name == "VGG16"
-    assert jax.tree.leaves(features.extractor_of("vgg", None, False, None).params)
+        features.pretrained("inception", None, False)
+    assert features.pretrained("auto", None, False).name == "VGG16"
+    assert jax.tree.leaves(features.pretrained("vgg", None, False).params)

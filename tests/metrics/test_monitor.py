@@ -58,7 +58,7 @@ def test_in_parts_of_a_large_split(monkeypatch):
     """More images than a batch, and fewer than there are: each of the chosen ones once."""
     monkeypatch.setattr(monitor, "MOST", 40)
     images = np.random.default_rng(0).integers(0, 256, (90, 28, 28, 1)).astype(np.uint8)
-    watch = monitor.Monitor(Split(images, np.zeros(90, np.int32)), SETTINGS, Devices(1))
+    watch = monitor.ValidationFD(Split(images, np.zeros(90, np.int32)), SETTINGS, Devices(1))
     seen = []
 
     def darker(batch):
@@ -76,7 +76,9 @@ def test_in_parts_of_a_large_split(monkeypatch):
 
 def test_one_image_has_no_distance():
     with pytest.raises(UserError, match="the validation split has 1 images"):
-        monitor.Monitor(Split(np.zeros((1, 8, 8, 1), np.uint8), np.zeros(1)), SETTINGS, Devices(1))
+        monitor.ValidationFD(
+            Split(np.zeros((1, 8, 8, 1), np.uint8), np.zeros(1)), SETTINGS, Devices(1)
+        )
 
 
 def test_samples_are_numbered_within_their_class():
