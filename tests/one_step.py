@@ -46,7 +46,7 @@ def work(given):
     stage = STAGES[given.stage](config, devices)
     store = Store(Path(given.workdir), stage.name, stage.best_metric, stage.dataset)
     template = stage.init(jax.random.key(config.seed))
-    restored = distributed.from_first(lambda: store.restore(template, config, (), (), print))
+    restored = distributed.from_first(lambda: store.restore(template, config, (), ()))
     before = jax.tree.map(np.array, moments(restored))
     step, feed = int(restored.step), stage.feeds()[0]
     batch = feed.batch(step)

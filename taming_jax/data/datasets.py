@@ -19,6 +19,7 @@ from taming_jax.data import readers
 from taming_jax.data.augment import centred, stored_size
 from taming_jax.data.images import Pictures, decoded
 from taming_jax.errors import UserError, say
+from taming_jax.parallel import distributed
 
 
 class Split(NamedTuple):
@@ -59,6 +60,16 @@ def load(config: DataConfig) -> Splits:
         f"--data.name {config.name} is unknown; the datasets are {', '.join(sorted(SOURCES))}, "
         "OWNER/NAME of the Hugging Face hub, and tfds:NAME of TensorFlow Datasets."
     )
+
+
+def load_same(load: Callable[[], Splits]) -> tuple[Splits, dict[str, Any]]:
+    """What `load` returns, and its fingerprint, which must be the same in all processes. Raises
+    UserError in all of them where it is not, or where one cannot load it."""
+    splits = distributed.agreed(load)
+    fingerprint = identity(splits)
+    advice = "Give all processes the same data, by --data.path."
+    distributed.check_equal(fingerprint, unlike, advice)
+    return splits, fingerprint
 
 
 def spread(n: int, most: int) -> np.ndarray:

@@ -115,9 +115,7 @@ class Evaluation:
         self.draws = run.transformer is not None and protocol.samples > 0
         self.warnings: list[str] = []
         self._check_sampling()
-        self.splits = distributed.agreed(run.load_data)
-        self.identity = datasets.identity(self.splits)
-        distributed.check_same_data(self.identity, datasets.unlike)
+        self.splits, self.identity = datasets.load_same(run.load_data)
         classes = len(self.splits.class_names)
         self.prior_fits = run.transformer is not None and run.prior.classes == classes
         self.chosen = self.subset(protocol.split, protocol.images)
@@ -214,9 +212,9 @@ class Evaluation:
     def reference_hash(self) -> str | None:
         """A hash of the moments in the file, where there is one."""
         moments = self._file_moments
-        return (
-            None if moments is None else hash_arrays((np.asarray(moments.mean), moments.covariance))
-        )
+        if moments is None:
+            return None
+        return hash_arrays((np.asarray(moments.mean), moments.covariance))
 
     def sampling(self, protocol: Protocol) -> dict[str, Any]:
         """The settings by which a protocol samples. What it leaves open is as in the run's config.

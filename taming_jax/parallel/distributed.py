@@ -216,7 +216,9 @@ def broadcast(content: bytes, left: int) -> bytes:
 
 
 def check_equal(
-    value: T, compare: Callable[[T, T], list[str]], advice: str = "Give all processes the same."
+    value: T,
+    compare: Callable[[T, T], list[str]],
+    advice: str = "Start all processes with the same settings and the same packages.",
 ) -> None:
     """UserError, in every process, where one has another value than process 0. `compare` returns
     how two values differ, as phrases; `advice` is a sentence that follows them."""
@@ -229,15 +231,12 @@ def check_equal(
 
 
 def check_same_flags(flags: dict[str, Any]) -> None:
-    """UserError where another process has other values of these names than process 0."""
-    check_equal(flags, different_values, "Start all processes with the same settings.")
+    """UserError where another process was given other flags, by their names, than process 0."""
+    check_equal(
+        {f"--{name.replace('_', '-')}": value for name, value in flags.items()}, different_values
+    )
 
 
 def different_values(left: dict[str, Any], right: dict[str, Any]) -> list[str]:
     """The differing values of two dictionaries with the same keys, as phrases."""
     return [f"{k} is {left[k]}, not {right[k]}" for k in right if left[k] != right[k]]
-
-
-def check_same_data(dataset: Any, compare: Callable[[Any, Any], list[str]]) -> None:
-    """UserError where another process reads other data than process 0."""
-    check_equal(dataset, compare, "Give all processes the same data, by --data.path.")

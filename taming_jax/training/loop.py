@@ -88,11 +88,16 @@ def installed_versions() -> dict[str, str]:
     return versions
 
 
-def different_settings(one: Config, other: Config) -> list[str]:
-    """How the settings of two processes of one run differ, as phrases."""
-    sections = [field.name for field in dataclasses.fields(Config)]
-    phrases = differences(one, other, sections, also_free=True)
-    return [phrase for phrase in phrases if phrase.split(" ")[0] not in PLACES]
+def check_alike(config: Config) -> None:
+    """UserError where another process has other settings or other packages than process 0."""
+
+    def different_settings(one: Config, other: Config) -> list[str]:
+        sections = [field.name for field in dataclasses.fields(Config)]
+        phrases = differences(one, other, sections, also_free=True)
+        return [phrase for phrase in phrases if phrase.split(" ")[0] not in PLACES]
+
+    distributed.check_equal(config, different_settings)
+    distributed.check_equal(installed_versions(), distributed.different_values)
 
 
 def train(build: Callable[[Config, Devices], Stage], config: Config, restart: bool = False) -> Path:
@@ -112,8 +117,7 @@ def train(build: Callable[[Config, Devices], Stage], config: Config, restart: bo
         if distributed.count() > 1:  # none of them may end before the others
             signals.listen()
         distributed.one_speaks()
-        distributed.check_equal(config, different_settings)
-        distributed.check_equal(installed_versions(), distributed.different_values)
+        check_alike(config)
         devices = Devices(config.devices)
         if sentence := advice_for_a_cpu(config, devices.list[0].platform):
             say(sentence)

@@ -163,9 +163,7 @@ class PriorStage:
                 f"{'; '.join(different)}. {keep_settings(config.folder)} If stage 1 was trained "
                 "anew, begin a prior on it with --restart."
             )
-        self.splits = distributed.agreed(lambda: datasets.load(config.data))
-        self.dataset = datasets.identity(self.splits)
-        distributed.check_same_data(self.dataset, datasets.unlike)
+        self.splits, self.dataset = datasets.load_same(lambda: datasets.load(config.data))
         others = datasets.unlike(self.dataset, seen)
         if others:
             raise UserError(

@@ -20,7 +20,7 @@ from taming_jax.data.batches import Batch, Feed, feed, rounded, take, to_float
 from taming_jax.errors import UserError, say
 from taming_jax.metrics.monitor import ValidationFD
 from taming_jax.models.lpips import load_lpips
-from taming_jax.models.vqgan import VQGAN, decode_indices, reconstruct
+from taming_jax.models.vqgan import decode_indices, reconstruct
 from taming_jax.parallel import distributed
 from taming_jax.parallel.devices import Compiled, Devices
 from taming_jax.training.accumulate import repeated
@@ -82,9 +82,7 @@ class VQGANStage:
         devices.check_batch(self.name, settings.batch_size, settings.micro_batches)
         frozen = devices.replicate(load_lpips() if settings.perceptual_weight else {})
         self.devices = devices
-        self.splits = distributed.agreed(lambda: datasets.load(config.data))
-        self.dataset = datasets.identity(self.splits)
-        distributed.check_same_data(self.dataset, datasets.unlike)
+        self.splits, self.dataset = datasets.load_same(lambda: datasets.load(config.data))
         examples = len(self.splits.train.images)
         self.steps = settings.total_steps(examples)
         self.config = config = with_fixed_start(config, examples, created)
@@ -108,7 +106,11 @@ class VQGANStage:
             ValidationFD(self.splits.validation, config, devices) if settings.fd_every else None
         )
         self._made = devices.compile(self._making)
-        self._reconstruct, self._decode = _drawing(self.networks.generator)
+        model = self.networks.generator
+        self._reconstruct = jax.jit(
+            lambda params, images: reconstruct(model, params, to_float(images)).images
+        )
+        self._decode = jax.jit(functools.partial(decode_indices, model))
 
     def feeds(self) -> tuple[Feed, Feed]:
         size, share = self.config.vqgan.batch_size, self.config.data.resident_share
@@ -260,7 +262,8 @@ class VQGANStage:
         rng = np.random.default_rng(self.config.seed)
         grid = self.config.grid_size
         random = rng.choice(len(counts), (32, grid, grid), p=counts / counts.sum())
-        order = np.argsort(-counts, kind="stable")[:256]
+        random = random.astype(np.int32)
+        order = np.argsort(-counts, kind="stable")[:256].astype(np.int32)
         solid = np.broadcast_to(order[:, None, None], (len(order), *[min(grid, 8)] * 2))
         decoded = [self._decode(params, solid[i : i + 32]) for i in range(0, len(solid), 32)]
 
@@ -277,13 +280,3 @@ class VQGANStage:
         figures.codebook(
             np.concatenate(decoded), counts[order], folder / "codebook.png", len(counts), step
         )
-
-
-def _drawing(model: VQGAN) -> tuple[Callable[..., np.ndarray], Callable[..., np.ndarray]]:
-    """Compiled reconstruction of uint8 images and decoding of indices, both to float in [-1, 1]."""
-    through = jax.jit(lambda params, images: reconstruct(model, params, to_float(images)).images)
-    decode = jax.jit(functools.partial(decode_indices, model))
-    return (
-        lambda params, images: np.asarray(through(params, images)),
-        lambda params, indices: np.asarray(decode(params, np.asarray(indices, np.int32))),
-    )

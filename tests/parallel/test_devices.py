@@ -166,7 +166,7 @@ def test_a_small_run_takes_the_same_step_on_several_devices(small, several):
         stage = small_runs.vqgan_stage(small_runs.small_config(None, devices=count, **SMALL))
         store = Store(small, "vqgan")
         template = stage.init(jax.random.key(0))
-        state = store.restore(template, stage.config, (), (), print)
+        state = store.restore(template, stage.config, (), ())
         feed, _ = stage.feeds()
         state = copied(stage.devices.replicate(state))
         state, metrics = stage.train_step(state, feed.batch(4))

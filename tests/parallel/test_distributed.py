@@ -16,10 +16,11 @@ import pytest
 
 from taming_jax.cli.arguments import Processes
 from taming_jax.config.load import load_config
-from taming_jax.data.datasets import unlike
+from taming_jax.data import datasets
 from taming_jax.errors import RunFailed, UserError
 from taming_jax.parallel import distributed
 from taming_jax.parallel.devices import Devices
+from taming_jax.training import loop
 from taming_jax.training.checkpoints import Store
 from tests import commands, golden, small_runs
 from tests.conftest import TINY
@@ -325,11 +326,11 @@ def test_other_settings_packages_flags_data_and_devices_are_refused(
 ):
     configs = [load_config("mnist_tiny", {"seed": 7 + process}) for process in range(2)]
     assert_both_refuse(
-        in_two_threads(lambda process: distributed.check_alike(configs[process])),
+        in_two_threads(lambda process: loop.check_alike(configs[process])),
         "process 1 differs from process 0: --seed is 8, not 7. Start all processes with the same",
     )
     places = [load_config("mnist_tiny", {"workdir": str(tmp_path / str(p))}) for p in range(2)]
-    assert in_two_threads(lambda process: distributed.check_alike(places[process])) == [None, None]
+    assert in_two_threads(lambda process: loop.check_alike(places[process])) == [None, None]
 
     versions = threading.local()
     own = importlib.metadata.version
@@ -340,14 +341,14 @@ def test_other_settings_packages_flags_data_and_devices_are_refused(
     def with_other_jax(process):
         if process == 1:
             versions.jax = "0.0.1"
-        distributed.check_alike(configs[0])
+        loop.check_alike(configs[0])
 
     assert_both_refuse(
         in_two_threads(with_other_jax),
         f"process 1 differs from process 0: jax is 0.0.1, not {jax.__version__}. Start all",
     )
-    monkeypatch.setattr(distributed, "PACKAGES", ("a package of a checkout", "numpy"))
-    assert in_two_threads(lambda process: distributed.check_alike(configs[0])) == [None, None]
+    monkeypatch.setattr(loop, "PACKAGES", ("a package of a checkout", "numpy"))
+    assert in_two_threads(lambda process: loop.check_alike(configs[0])) == [None, None]
     assert_both_refuse(
         in_two_threads(lambda process: distributed.check_same_flags({"per_class": 10 + process})),
         "process 1 differs from process 0: --per-class is 11, not 10. Start all",
@@ -358,17 +359,13 @@ def test_other_settings_packages_flags_data_and_devices_are_refused(
         "the processes have 1, 2 devices; all must have as many",
     )
 
-    stage = small_runs.vqgan_stage(small_runs.small_config(tmp_path))
-    other = stage.dataset | {"images": stage.dataset["images"] | {"training": 485}}
-    datasets = [stage.dataset, other]
+    splits = [datasets.load(load_config("mnist_tiny").data)] * 2
+    assert in_two_threads(lambda process: datasets.load_same(lambda: splits[process])[0]) == splits
+    splits[1] = splits[0]._replace(train=splits[0].validation)
     assert_both_refuse(
-        in_two_threads(lambda process: distributed.check_same_data(datasets[process], unlike)),
-        "process 1 reads other data than process 0: there are 485 training images, not 486. Give",
+        in_two_threads(lambda process: datasets.load_same(lambda: splits[process])),
+        "process 1 differs from process 0: there are 3000 training images, not 57000. Give all",
     )
-    assert in_two_threads(lambda process: distributed.check_same_data(other, unlike)) == [
-        None,
-        None,
-    ]
 
 
 def test_two_processes_compute_what_one_would_of_their_rows(in_two_threads):
