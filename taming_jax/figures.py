@@ -21,8 +21,8 @@ DPI = 110
 INK, ACCENT, FAINT = "#1f2933", "#c2410c", "#9aa5b1"
 # Losses that only fall, and are easier to read by their orders of magnitude.
 LOGARITHMIC = {"l1", "perceptual", "codebook", "adaptive_weight"}
-# The curves drawn, in this order, with what they are; other terms of the log are not drawn.
-TERMS = {
+# Titles of metrics, in the order of their curves; others follow, under their own names.
+TITLES = {
     "l1": "L1 (images in 0 to 1)",
     "perceptual": "perceptual (LPIPS)",
     "nll": "reconstruction loss",
@@ -32,6 +32,7 @@ TERMS = {
     "accuracy": "accuracy (share of codes)",
     "bits_per_dim": "bits a dimension",
     "psnr": "PSNR (dB)",
+    "fd_vgg16": "FD-VGG16",
     "loss": "generator's whole loss",
     "adversarial": "generator's adversarial loss",
     "adaptive_weight": "adaptive weight",
@@ -43,6 +44,7 @@ TERMS = {
     "discriminator_gradient": "norm of the discriminator's gradient",
     "transformer_gradient": "norm of the transformer's gradient",
 }
+NOT_DRAWN = ("step", "epoch", "split", "skipped")  # of a row of the log
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -92,10 +94,11 @@ def loss_curves(
     mark_name: str = "",
     names: Mapping[str, str] | None = None,
 ) -> None:
-    """Every term over the steps, training as a line and validation as dots. A dotted line marks
+    """Every metric over the steps, training as a line and validation as dots. A dotted line marks
     the step `mark`, where it lies within; `names` replaces titles of terms."""
     steps = [row["step"] for row in rows]
-    terms = [term for term in TERMS if any(term in row for row in rows)]
+    logged = dict.fromkeys(name for row in rows for name in row if name not in NOT_DRAWN)
+    terms = sorted(logged, key=lambda name: [*TITLES, name].index(name))
     columns = min(4, len(terms))
     lines = math.ceil(len(terms) / columns)
     size = 3.6 * columns, 2.5 * lines + 0.7
@@ -121,7 +124,7 @@ def loss_curves(
             else:
                 axes.plot(x, y, color=FAINT, linewidth=0.5)
                 axes.plot(x, smooth(y, len(y) // 50), color=INK, linewidth=1.2)
-        axes.set_title((names or {}).get(term, TERMS[term]), loc="left", fontsize=10)
+        axes.set_title((TITLES | dict(names or {})).get(term, term), loc="left", fontsize=10)
         first = min(row["step"] for row in rows if term in row)
         # What begins late, as the adversarial terms do, has the panel to itself.
         late = mark is not None and mark < first < max(steps)

@@ -1,4 +1,5 @@
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
@@ -24,11 +25,16 @@ def test_smoothing_is_a_centred_mean():
     np.testing.assert_allclose(figures.smooth(values, 4), expected)
 
 
-def test_loss_curves_of_any_terms(tmp_path):
+def test_loss_curves_of_any_metrics(tmp_path, monkeypatch):
     rows = [{"step": s, "split": "train", "l1": 1 / s, "epoch": 0.1} for s in range(1, 300)]
-    rows += [{"step": 299, "split": "validation", "l1": 0.1, "usage": 0.5}]
-    path = tmp_path / "curves.png"
+    rows += [{"step": 299, "split": "validation", "l1": 0.1, "usage": 0.5, "sharpness": 2.0}]
+    path, titles = tmp_path / "curves.png", []
+    set_title = Axes.set_title
+    monkeypatch.setattr(
+        Axes, "set_title", lambda axes, *a, **k: titles.append(a[0]) or set_title(axes, *a, **k)
+    )
     figures.loss_curves(rows, path, "title", mark=150, mark_name="discriminator")
+    assert titles == ["L1 (images in 0 to 1)", "share of codes in use", "sharpness"]
     with Image.open(path) as image:
         assert image.size[0] > image.size[1]
     assert [file.name for file in tmp_path.iterdir()] == ["curves.png"], "no partial file is left"
