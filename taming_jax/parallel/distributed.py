@@ -4,8 +4,10 @@ Where a process is lost, JAX ends the others with a message of its own. Everythi
 where there is one process only.
 """
 
+import importlib.metadata
 import os
 import pickle
+import platform
 import socket
 import sys
 import time
@@ -240,3 +242,17 @@ def check_same_flags(flags: dict[str, Any]) -> None:
 def different_values(left: dict[str, Any], right: dict[str, Any]) -> list[str]:
     """The differing values of two dictionaries with the same keys, as phrases."""
     return [f"{k} is {left[k]}, not {right[k]}" for k in right if left[k] != right[k]]
+
+
+PACKAGES = ("taming_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+def installed_versions() -> dict[str, str]:
+    """The versions of Python and of the packages that decide what is computed."""
+    versions = {"Python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # a checkout on the path
+            versions[name] = "not installed"
+    return versions

@@ -21,9 +21,10 @@ def train(config: "Config | str", stage: str = "vqgan", *, restart: bool = False
     from taming_jax.parallel.devices import Devices
     from taming_jax.training import loop
     from taming_jax.training.prior import PriorStage
+    from taming_jax.training.stage import Stage
     from taming_jax.training.vqgan import build_stage
 
-    stages: dict[str, Callable[[Config, Devices], loop.Stage]] = {
+    stages: dict[str, Callable[[Config, Devices], Stage]] = {
         "vqgan": functools.partial(build_stage, restart=restart),
         "prior": functools.partial(PriorStage, restart=restart),
     }

@@ -8,14 +8,9 @@ flipped byte silently: hence the hashes.
 
 import contextlib
 import json
-import logging
 import math
-import os
-import re
 import shlex
 import shutil
-import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +18,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
-from orbax.checkpoint import type_handlers
 
 from taming_jax.config.load import differences, settings
 from taming_jax.config.migrations import ARRAYS, FORMAT, MICRO_BATCHES, format_of, migrated
@@ -32,55 +26,11 @@ from taming_jax.config.serialization import to_dict
 from taming_jax.data.datasets import unlike
 from taming_jax.errors import RunFailed, UserError, say
 from taming_jax.files import text_hash
+from taming_jax.training.orbax_handlers import ALONE, arrays_handler, describe_failure
 from taming_jax.training.weights import describe_loaded, load_matching_weights
 from taming_jax.weights.arrays import digest, fill, named_arrays
 
 FD = "fd_vgg16"  # a Fréchet distance: a validation that has it is judged by it
-
-# Only the primary process writes checkpoints; Orbax must not wait for the others.
-ALONE = ocp.options.MultiprocessingOptions(
-    primary_host=0, active_processes={0}, barrier_sync_key_prefix="taming_jax"
-)
-
-
-def arrays_handler() -> ocp.PyTreeCheckpointHandler:
-    """Writes and reads trees of numpy arrays, without copying them first: they must not change
-    while they are written."""
-    handler = type_handlers.NumpyHandler(deepcopy_host_arrays=False)
-    return ocp.PyTreeCheckpointHandler(
-        multiprocessing_options=ALONE,
-        type_handler_registry=type_handlers.create_type_handler_registry((np.ndarray, handler)),
-    )
-
-
-def quiet_orbax() -> None:
-    """Hides the tracebacks that Orbax's and tensorstore's threads print in addition to raising an
-    error, which `Store` reports in a sentence."""
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    never = r"coroutine '(_create_paths|\w*Handler\.\w+)' was never awaited"
-    warnings.filterwarnings("ignore", never, RuntimeWarning)
-    hook = sys.unraisablehook
-
-    def others(unraisable: Any) -> None:
-        # An event loop is closed at the first error, and tensorstore reports the rest to it.
-        if str(unraisable.exc_value) != "Event loop is closed":
-            hook(unraisable)
-
-    sys.unraisablehook = others
-
-
-quiet_orbax()
-
-
-def describe_failure(error: Exception) -> str:
-    """Why something could not be written, in the operating system's words where it has any."""
-    number = re.search(r"os_error_code='(\d+)'", str(error))  # tensorstore's
-    if number:
-        return os.strerror(int(number[1]))
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def keep_settings(run: Path) -> str:

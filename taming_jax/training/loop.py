@@ -1,17 +1,15 @@
 """The one loop that trains either stage: data, steps, validation, checkpoints, figures, log.
 
-It knows a stage only by the protocol `Stage`.
+It knows a stage only by the protocol in stage.py.
 """
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import math
-import platform
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -19,7 +17,7 @@ import numpy as np
 from taming_jax.config.load import differences, read_config, validated, write_config
 from taming_jax.config.schema import OF_A_MACHINE, Config, StageConfig
 from taming_jax.config.validation import flag
-from taming_jax.data.batches import Batch, Feed
+from taming_jax.data.batches import Batch
 from taming_jax.errors import Interrupted, RunFailed, UserError, say
 from taming_jax.files import run_lock, usable
 from taming_jax.parallel import distributed
@@ -30,6 +28,7 @@ from taming_jax.training.checkpoints import FD, Store
 from taming_jax.training.log import Log
 from taming_jax.training.meter import Meter, Tracer, advice_for_a_cpu
 from taming_jax.training.signals import Signals
+from taming_jax.training.stage import Stage
 from taming_jax.training.state import TrainState, copied
 from taming_jax.training.weights import (
     describe_loaded,
@@ -38,54 +37,8 @@ from taming_jax.training.weights import (
 )
 from taming_jax.training.writers import open_writers, read_rows
 
-
-class Stage(Protocol):
-    """A stage of the pipeline, as the loop needs it.
-
-    `config` is what it was built from, with what is decided when a run is created. `dataset` is
-    the fingerprint of its data (data/datasets.py), `learned` names the networks that it trains.
-    `best_metric` names the metric of a validation that chooses the best checkpoint, lower being
-    better. `eval_step` returns sums over a batch, and `summarise` turns their sum over the split
-    into metrics: perplexity, say, cannot be averaged over batches. `distance` is called only when
-    the settings have `fd_every`. `compile` is called before the first step, with a training batch
-    and a validation batch; after that, `flops(step)` returns the operations that this step, counted
-    from 0, does on one device. The metrics of a step include `skipped`, the number of steps skipped
-    so far; figures and logs take whatever else there is.
-    """
-
-    config: Config
-    name: str
-    best_metric: str
-    learned: tuple[str, ...]
-    dataset: dict[str, Any]
-
-    def feeds(self) -> tuple[Feed, Feed]: ...
-    def init(self, key: jax.Array) -> TrainState: ...
-    def compile(self, state: TrainState, training: Batch, validation: Batch) -> None: ...
-    def flops(self, step: int) -> float | None: ...
-    def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]: ...
-    def eval_step(self, state: TrainState, batch: Batch) -> dict[str, Any]: ...
-    def summarise(self, sums: dict[str, np.ndarray]) -> dict[str, float]: ...
-    def distance(self, state: TrainState) -> float: ...
-    def draw(
-        self, state: TrainState, folder: Path, sums: dict[str, np.ndarray], rows: list[dict]
-    ) -> None: ...
-
-
 # Settings that may differ from machine to machine.
 PLACES = {"--workdir", *(flag("data", name) for name in OF_A_MACHINE)}
-PACKAGES = ("taming_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-
-
-def installed_versions() -> dict[str, str]:
-    """The versions of Python and of the packages that decide what is computed."""
-    versions = {"Python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:  # a checkout on the path
-            versions[name] = "not installed"
-    return versions
 
 
 def check_alike(config: Config) -> None:
@@ -97,7 +50,7 @@ def check_alike(config: Config) -> None:
         return [phrase for phrase in phrases if phrase.split(" ")[0] not in PLACES]
 
     distributed.check_equal(config, different_settings)
-    distributed.check_equal(installed_versions(), distributed.different_values)
+    distributed.check_equal(distributed.installed_versions(), distributed.different_values)
 
 
 def train(build: Callable[[Config, Devices], Stage], config: Config, restart: bool = False) -> Path:

@@ -347,7 +347,7 @@ def test_other_settings_packages_flags_data_and_devices_are_refused(
         in_two_threads(with_other_jax),
         f"process 1 differs from process 0: jax is 0.0.1, not {jax.__version__}. Start all",
     )
-    monkeypatch.setattr(loop, "PACKAGES", ("a package of a checkout", "numpy"))
+    monkeypatch.setattr(distributed, "PACKAGES", ("a package of a checkout", "numpy"))
     assert in_two_threads(lambda process: loop.check_alike(configs[0])) == [None, None]
     assert_both_refuse(
         in_two_threads(lambda process: distributed.check_same_flags({"per_class": 10 + process})),
