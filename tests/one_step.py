@@ -7,21 +7,23 @@ them), `extra` (statistics and averages afterwards), `seen` (the images, or code
 and `step`.
 """
 
-import argparse
 import pickle
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 import numpy as np
 import optax
+import tyro
 
-from taming_jax.cli.arguments import add_flags, processes
+from taming_jax.cli.arguments import parse, processes
 from taming_jax.config.load import load_config
 from taming_jax.data.batches import take
 from taming_jax.errors import report
 from taming_jax.parallel import distributed
 from taming_jax.parallel.devices import Devices
+from taming_jax.parallel.distributed import Processes
 from taming_jax.training.checkpoints import Store
 from taming_jax.training.prior import PriorStage
 from taming_jax.training.state import copied
@@ -69,13 +71,16 @@ def work(given):
         Path(given.out).write_bytes(pickle.dumps(jax.tree.map(np.asarray, found)))
 
 
+@dataclass(frozen=True, kw_only=True)
+class OneStep(Processes):
+    workdir: tyro.conf.Positional[str]
+    stage: tyro.conf.Positional[str]
+    out: tyro.conf.Positional[str]
+    devices: int | None = None
+
+
 def main():
-    parser = argparse.ArgumentParser()
-    for name in ("workdir", "stage", "out"):
-        parser.add_argument(name)
-    parser.add_argument("--devices", type=int)
-    add_flags(parser)
-    given = parser.parse_args()
+    given = parse(OneStep, __doc__)
     distributed.join(processes(given))
     work(given)
 

@@ -5,11 +5,12 @@ import argparse
 import dataclasses
 import os
 import shlex
+import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from taming_jax.config.load import (
     differences,
@@ -20,66 +21,72 @@ from taming_jax.config.load import (
     validated,
 )
 from taming_jax.config.schema import Config, DataConfig
-from taming_jax.config.validation import flag
 from taming_jax.errors import UserError
+from taming_jax.files import check_writable
 from taming_jax.parallel.distributed import Processes, checked
 
+T = TypeVar("T")
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The same settings as flags of a script that has few others."""
-    parser.add_argument("--distributed", action="store_true", help="with other processes")
-    for name, kind in (
-        ("coordinator-address", str), ("num-processes", int), ("process-id", int),
-    ):  # fmt: skip
-        parser.add_argument(f"--{name}", type=kind)
-    parser.add_argument("--initialization-timeout", type=int, default=300)
+
+def parse(command: type[T], description: str | None) -> T:
+    """The command line as the settings of a command, a dataclass whose docstrings are its help.
+    tyro ends the process with status 2, and a message of its own, where a flag is wrong."""
+    import tyro
+
+    return tyro.cli(command, description=description, args=sys.argv[1:])
 
 
 # Settings of a dataset that a run's networks fix, or that matter in training only.
 FIXED_OR_TRAINING_ONLY = ("image_size", "channels", "random_crop", "mirror")
-HELP = {
-    "name": "folder, OWNER/NAME of the Hugging Face hub, …; needed to use other data",
-    "path": "the folder that the data is in now",
-    "cache": "the folder of decoded images",
-}
+# The others as flags `--data.…`: only needed if the data has moved, or to use other data.
+DataFlags: Any = dataclasses.make_dataclass(
+    "DataFlags",
+    [
+        (name, kind | None, None)
+        for name, kind in typing.get_type_hints(DataConfig).items()
+        if name not in FIXED_OR_TRAINING_ONLY
+    ],
+    frozen=True,
+)
 
 
-def add_data_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags `--data.…` of a script that reads the dataset of a run."""
-    group = parser.add_argument_group(
-        "data", "only needed if the data has moved, or to measure on other data"
-    )
-    hints = typing.get_type_hints(DataConfig)
-    for name in (name for name in hints if name not in FIXED_OR_TRAINING_ONLY):
-        kinds = typing.get_args(hints[name]) or (hints[name],)
-        options: dict[str, Any] = {"dest": f"data.{name}", "default": None}
-        options["help"] = HELP.get(name, "as in training")
-        if bool in kinds:
-            group.add_argument(flag("data", name), action="store_true", **options)
-            group.add_argument(flag("data", f"no_{name}"), action="store_false", **options)
-        else:
-            group.add_argument(flag("data", name), type=kinds[0], metavar=name.upper(), **options)
-
-
-def data_settings(given: argparse.Namespace) -> dict[str, Any]:
+def data_settings(given: Any) -> dict[str, Any]:
     """The settings that were given by the flags `--data.…`, by their names in `DataConfig`."""
-    return {
-        name.removeprefix("data."): value
-        for name, value in vars(given).items()
-        if name.startswith("data.") and value is not None
-    }
+    return {name: value for name, value in vars(given).items() if value is not None}
 
 
-def processes(given: Any) -> Processes:
-    """What is said of processes in an object that has such attributes, checked; where it is only
-    the address, the numbers are Open MPI's (of which JAX knows version 4's address alone)."""
+def check_output(name: str, file: Path, suffixes: Sequence[str] = ()) -> None:
+    """UserError where a file cannot be written, or has none of the suffixes; `name` is the flag
+    that names it."""
+    if file.is_dir():
+        raise UserError(f"{name} {file} is a folder; name a file in it.")
+    if suffixes and file.suffix not in suffixes:
+        raise UserError(f"{name} {file}: name a {' or a '.join(suffixes)}.")
+    check_writable(name, file)
+
+
+def processes(given: Processes) -> Processes:
+    """How this process is one of several, from the settings of a command, checked. Where only the
+    address is given, the numbers are Open MPI's (of which JAX knows version 4's address alone)."""
     names = [field.name for field in dataclasses.fields(Processes)]
-    told = Processes(**{name: getattr(given, name) for name in names})
+    given = Processes(**{name: getattr(given, name) for name in names})
     size, rank = (os.environ.get(f"OMPI_COMM_WORLD_{name}") for name in ("SIZE", "RANK"))
-    alone = told.coordinator_address and told.num_processes is None and told.process_id is None
+    alone = given.coordinator_address and given.num_processes is None and given.process_id is None
     if alone and size is not None and rank is not None:
-        told = dataclasses.replace(told, num_processes=int(size), process_id=int(rank))
-    return checked(told)
+        given = dataclasses.replace(given, num_processes=int(size), process_id=int(rank))
+    return checked(given)
+
+
+def join_processes(given: Processes, own: Collection[str]) -> None:
+    """Joins the other processes of a command, if there are any, silences all but the first, and
+    checks that they were given the same settings, but for their `own`."""
+    from taming_jax.parallel import distributed
+
+    distributed.join(processes(given))
+    distributed.one_speaks()
+    flags = dataclasses.asdict(given)
+    flags |= {f"data.{name}": value for name, value in flags.pop("data", {}).items()}
+    distributed.check_same_flags({k: x for k, x in flags.items() if k not in own})
 
 
 @dataclass(frozen=True)

@@ -12,18 +12,19 @@ pictures are decoded, by one core into a cache of its own, and how they are then
 to the devices.
 """
 
-import argparse
 import dataclasses
 import functools
 import tempfile
 import time
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from taming_jax.cli.arguments import parse
 from taming_jax.config.load import load_config
 from taming_jax.config.schema import Config
 from taming_jax.data import datasets
@@ -154,19 +155,27 @@ def measure_data(config: Config, devices: Devices, steps: int) -> None:
         )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", default="mnist")
-    parser.add_argument("--stage", choices=["vqgan", "prior", "sample", "data"], default="vqgan")
-    parser.add_argument("--batch-size", type=int, help="default: the preset's")
-    parser.add_argument(
-        "--data.path", dest="data_path", help="local files, in place of the preset's download"
-    )
-    parser.add_argument("--devices", type=int)
-    parser.add_argument("--steps", type=int, default=5, help="timed steps of each kind")
-    given = parser.parse_args()
+@dataclass(frozen=True)
+class DataPath:
+    path: str | None = None
+    """Local files, in place of the preset's download."""
 
-    overrides: dict[str, Any] = {"devices": given.devices, "data.path": given.data_path}
+
+@dataclass(frozen=True)
+class Benchmark:
+    config: str = "mnist"
+    stage: Literal["vqgan", "prior", "sample", "data"] = "vqgan"
+    batch_size: int | None = None
+    """Default: the preset's."""
+    devices: int | None = None
+    steps: int = 5
+    """Timed steps of each kind."""
+    data: DataPath = DataPath()
+
+
+def main() -> None:
+    given = parse(Benchmark, __doc__)
+    overrides: dict[str, Any] = {"devices": given.devices, "data.path": given.data.path}
     if given.batch_size is not None:
         overrides |= {"vqgan.batch_size": given.batch_size, "prior.batch_size": given.batch_size}
     config = load_config(given.config, overrides)

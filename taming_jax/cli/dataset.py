@@ -12,10 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from taming_jax.cli.arguments import parse_arguments
+from taming_jax.cli.arguments import check_output, parse_arguments
 from taming_jax.data import datasets
 from taming_jax.data.datasets import Split, Splits
-from taming_jax.errors import UserError
 
 
 def describe(name: str, split: Split, class_names: tuple[str, ...]) -> str:
@@ -44,12 +43,8 @@ def main() -> None:
     if {"-h", "--help"} & set(rest):
         print(__doc__)
     out = None if given.out is None else Path(given.out)
-    if out is not None and out.suffix != ".png":
-        raise UserError(f"--out {out}: name a .png.")
-    if out is not None and not out.absolute().parent.is_dir():
-        raise UserError(f"--out {out}: the folder {out.absolute().parent} does not exist.")
-    if out is not None and out.is_dir():
-        raise UserError(f"--out {out} is a folder; name a .png.")
+    if out is not None:
+        check_output("--out", out, [".png"])
     config = parse_arguments(rest).config
     # All splits at one size, so that the same picture is the same array in each.
     splits: Splits = datasets.load(dataclasses.replace(config.data, random_crop=False))

@@ -6,34 +6,34 @@ The file holds `codes` [n,h',w'] in raster order and `labels` int32 [n]. To enco
 `taming_jax.load_run(...).encode`.
 """
 
-import argparse
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from taming_jax.cli.arguments import add_data_flags, data_settings
-from taming_jax.errors import RunFailed, UserError
-from taming_jax.files import check_writable, whole
+from taming_jax.cli.arguments import DataFlags, check_output, data_settings, parse
+from taming_jax.errors import RunFailed
+from taming_jax.files import whole
+
+
+@dataclass(frozen=True)
+class Encode:
+    workdir: Path
+    """The run's folder."""
+    out: Path
+    """FILE.npz."""
+    split: str = "train"
+    """train, validation or test."""
+    data: DataFlags = field(default_factory=DataFlags)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--workdir", required=True, help="the run's folder")
-    parser.add_argument("--split", default="train", help="train, validation or test")
-    parser.add_argument("--out", type=Path, required=True, help="FILE.npz")
-    add_data_flags(parser)
-    given = parser.parse_args()
-    if given.out.suffix != ".npz":
-        raise UserError(f"--out {given.out}: name a .npz.")
-    if not given.out.absolute().parent.is_dir():
-        folder = given.out.absolute().parent
-        raise UserError(f"--out {given.out}: the folder {folder} does not exist; make it.")
-    check_writable("--out", given.out)
+    given: Any = parse(Encode, __doc__)
+    check_output("--out", given.out, [".npz"])
     from taming_jax.run import load_run
 
-    run = load_run(given.workdir, data_settings(given))
+    run = load_run(given.workdir, data_settings(given.data))
     split, size = run.tokens(given.split), run.config.grid_size
     codes = split.images.reshape(-1, size, size)
     try:

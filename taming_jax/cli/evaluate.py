@@ -7,64 +7,71 @@
 What the figures mean, and against what they are taken: docs/evaluation.md.
 """
 
-import argparse
 import json
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from taming_jax.cli.arguments import add_data_flags, add_flags, data_settings, processes
+from taming_jax.cli.arguments import DataFlags, check_output, data_settings, join_processes, parse
 from taming_jax.config.schema import OF_A_MACHINE
 from taming_jax.errors import RunFailed, UserError
+from taming_jax.files import check_writable, write_whole
+from taming_jax.parallel.distributed import Processes
 
 # What may differ from process to process.
 OWN = {"process_id", "workdir", "weights", "reference", *(f"data.{name}" for name in OF_A_MACHINE)}
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--workdir", help="the run's folder")
-    parser.add_argument("--compare", nargs=2, metavar="JSON", help="two reports side by side")
-    parser.add_argument("--split", default="test", help="train, validation or test")
-    parser.add_argument(
-        "--images", type=int, help="how many of the split, evenly spread (default: all)"
-    )
-    parser.add_argument("--samples", type=int, default=5000, help="0 leaves them out")
-    parser.add_argument(
-        "--features", default="auto", help="inception, vgg, classifier; auto: inception, else vgg"
-    )
-    parser.add_argument("--weights", type=Path, help="InceptionV3's, pytorch-fid's .pth")
-    parser.add_argument("--reference", type=Path, help=".npz of mu and sigma, for the split's")
-    parser.add_argument("--save-reference", type=Path, help="where the split's are written")
-    parser.add_argument("--legacy-resize", action="store_true", help="bilinear, as the first FID")
-    parser.add_argument("--kept", type=int, default=10_000, help="features held, at most")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--temperature", type=float)
-    parser.add_argument("--top-k", type=int)
-    parser.add_argument("--top-p", type=float)
-    parser.add_argument("--guidance-scale", type=float, nargs="+")
-    parser.add_argument("--sweep", nargs="+", metavar="guidance-scale", help="and its values")
-    parser.add_argument("--devices", type=int, help="how many to use (default: all)")
-    parser.add_argument("--out", type=Path, help="the report, .json")
-    parser.add_argument("--figures", type=Path, help="a folder for figures; beside --out if not")
-    add_data_flags(parser)
-    add_flags(parser)
-    return parser.parse_args()
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(Processes):
+    workdir: Path | None = None
+    """The run's folder."""
+    compare: tuple[Path, Path] | None = None
+    """Two reports, to show side by side."""
+    split: str = "test"
+    """train, validation or test."""
+    images: int | None = None
+    """How many of the split, evenly spread. Default: all."""
+    samples: int = 5000
+    """How many are drawn; 0 leaves them out."""
+    features: str = "auto"
+    """inception, vgg or classifier; auto is inception where its weights are, else vgg."""
+    weights: Path | None = None
+    """InceptionV3's, pytorch-fid's .pth."""
+    reference: Path | None = None
+    """An .npz of mu and sigma, in place of the split's."""
+    save_reference: Path | None = None
+    """Where the split's are written."""
+    legacy_resize: bool = False
+    """Bilinear, as the first FID."""
+    kept: int = 10_000
+    """The most features that are held."""
+    seed: int = 0
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    guidance_scale: tuple[float, ...] = ()
+    """One number, or two: the first code's and the last's."""
+    sweep: tuple[str, ...] = ()
+    """guidance-scale and values of it, to measure samples at as well."""
+    devices: int | None = None
+    """How many to use. Default: all."""
+    out: Path | None = None
+    """The report, .json."""
+    figures: Path | None = None
+    """A folder for figures. Default: beside --out."""
+    data: DataFlags = field(default_factory=DataFlags)
 
 
 def main() -> None:
-    given = parse()
-    if given.compare:
-        compare(*map(Path, given.compare))
-        return
-    if given.workdir is None:
+    given = parse(Evaluate, __doc__)
+    if given.compare is not None:
+        compare(*given.compare)
+    elif given.workdir is None:
         raise UserError("name the run by --workdir, or two reports by --compare.")
-    from taming_jax.parallel.distributed import join
-
-    join(processes(given))
-    work(given)
+    else:
+        work(given, given.workdir)
 
 
 def read(file: Path) -> dict[str, Any]:
@@ -90,7 +97,7 @@ def compare(left: Path, right: Path) -> None:
     print("These two can be compared: their protocols are the same.")
 
 
-def scales_of(sweep: list[str] | None) -> list[float]:
+def scales_of(sweep: tuple[str, ...]) -> list[float]:
     """The values of --sweep. UserError for another setting, or what is no number."""
     if not sweep:
         return []
@@ -103,25 +110,11 @@ def scales_of(sweep: list[str] | None) -> list[float]:
         raise UserError(f"--sweep guidance-scale: {error}.") from error
 
 
-def scale_of(given: list[float] | None) -> float | tuple[float, float] | None:
-    if given is None:
-        return None
-    if len(given) > 2:
-        raise UserError("--guidance-scale takes one number, or two: the first code's, the last's.")
-    return given[0] if len(given) == 1 else (given[0], given[1])
-
-
-def check_outputs(given: argparse.Namespace) -> None:
+def check_outputs(given: Evaluate) -> None:
     """UserError where what is asked for cannot be written. Makes the folder of the figures."""
-    from taming_jax.files import check_writable
-
-    for name in ("out", "save_reference"):
-        file = getattr(given, name)
+    for name, file in (("--out", given.out), ("--save-reference", given.save_reference)):
         if file is not None:
-            flag = f"--{name.replace('_', '-')}"
-            if file.is_dir():
-                raise UserError(f"{flag} {file} is a folder; name a file in it.")
-            check_writable(flag, file)
+            check_output(name, file)
     if given.figures is not None:
         try:
             given.figures.mkdir(parents=True, exist_ok=True)
@@ -130,12 +123,13 @@ def check_outputs(given: argparse.Namespace) -> None:
         check_writable("--figures", given.figures)
 
 
-def work(given: argparse.Namespace) -> None:
+def work(given: Evaluate, workdir: Path) -> None:
     from taming_jax.parallel import distributed
 
-    distributed.one_speaks()
-    distributed.check_same_flags({name: x for name, x in vars(given).items() if name not in OWN})
-    sweep, scale = scales_of(given.sweep), scale_of(given.guidance_scale)
+    join_processes(given, OWN)
+    sweep, scale = scales_of(given.sweep), given.guidance_scale
+    if len(scale) > 2:
+        raise UserError("--guidance-scale takes one number, or two: the first code's, the last's.")
     distributed.from_first(lambda: check_outputs(given))
     from taming_jax.evaluation.report import draw, finished
     from taming_jax.evaluation.subject import Evaluation, Protocol
@@ -149,29 +143,29 @@ def work(given: argparse.Namespace) -> None:
         "split", "images", "samples", "features", "weights", "reference", "legacy_resize", "kept",
         "seed", "temperature", "top_k", "top_p",
     )  # fmt: skip
-    protocol = Protocol(**{name: getattr(given, name) for name in names}, guidance_scale=scale)
-    run = load_run(given.workdir, data_settings(given))
+    protocol = Protocol(
+        **{name: getattr(given, name) for name in names},
+        guidance_scale=(scale[0] if len(scale) == 1 else (scale[0], scale[1])) if scale else None,
+    )
+    run = load_run(workdir, data_settings(given.data))
     evaluation = Evaluation(run, protocol, given.devices, progress=True, sweep=sweep)
     results = finished(evaluation)
     print(table(results))
     folder = given.figures or (given.out.absolute().parent if given.out else None)
     try:
         if given.out is not None:
-            distributed.from_first(lambda: write(given.out, results))
+            content = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
+            out = given.out
+            distributed.from_first(lambda: write_whole(out, content.encode()))
         if given.save_reference is not None and len(evaluation.chosen) < 2:
             raise UserError("--save-reference needs two images at least; take more --images.")
         if given.save_reference is not None:
             moments = evaluation.reference.moments
-            distributed.from_first(lambda: save_moments(given.save_reference, moments))
+            file = given.save_reference
+            distributed.from_first(lambda: save_moments(file, moments))
         if folder is not None:
             draw(evaluation, folder, results)
     except OSError as error:
         raise RunFailed(f"{error.filename or given.out}: {error.strerror or error}.") from error
     memory = peak_memory(evaluation.devices.list[0]) / 2**20
     print(f"{time.monotonic() - begun:.0f} s, at most {memory:.0f} MiB.")
-
-
-def write(file: Path, results: dict[str, Any]) -> None:
-    from taming_jax.files import write_whole
-
-    write_whole(file, (json.dumps(results, indent=1, ensure_ascii=False) + "\n").encode())

@@ -7,7 +7,6 @@
 A row that was measured before is printed again; one that was interrupted goes on.
 """
 
-import argparse
 import json
 import math
 import shlex
@@ -15,9 +14,12 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+from taming_jax.cli.arguments import parse
+from taming_jax.errors import UserError
 from taming_jax.files import write_whole
 
 CPU_SETUP = Path(__file__).parents[2] / "scripts" / "cpu.sh"  # in a checkout
@@ -143,19 +145,22 @@ class Recipes:
         return f"| {name} | {settings} | {' | '.join(values)} | {found['seconds']:.0f} |"
 
 
+@dataclass(frozen=True)
+class Settings:
+    workdir: Path
+    config: Literal["mnist_tiny", "birds_tiny"] = "mnist_tiny"
+    data_path: Path | None = None
+    """The dataset, in place of a download."""
+    rows: tuple[str, ...] = ()
+    """By their names. Default: all."""
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--workdir", type=Path, required=True)
-    parser.add_argument("--config", choices=TABLES, default="mnist_tiny")
-    parser.add_argument("--data-path", type=Path, help="the dataset, in place of a download")
-    parser.add_argument("--rows", nargs="+", help="by their names (default: all)", metavar="ROW")
-    given = parser.parse_args()
+    given = parse(Settings, __doc__)
     workdir, rows = given.workdir.absolute(), TABLES[given.config].rows
-    if unknown := [name for name in given.rows or () if name not in rows]:
+    if unknown := [name for name in given.rows if name not in rows]:
         known = ", ".join(f"'{name}'" for name in rows)
-        parser.error(f"there is no row '{unknown[0]}'; there are {known}")
+        raise UserError(f"there is no row '{unknown[0]}'; there are {known}.")
     data_path = given.data_path and given.data_path.absolute()
     workdir.mkdir(parents=True, exist_ok=True)
     recipes = Recipes(given.config, workdir, data_path)

@@ -9,15 +9,17 @@ labelled grid, one row per class), or a folder (one PNG per image). By default i
 the run's preset says.
 """
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import tyro
 
-from taming_jax.cli.arguments import add_flags, processes
+from taming_jax.cli.arguments import check_output, join_processes, parse
 from taming_jax.errors import RunFailed, UserError
 from taming_jax.files import check_writable
+from taming_jax.parallel.distributed import Processes
 
 if TYPE_CHECKING:
     from taming_jax.run import Run
@@ -25,75 +27,63 @@ if TYPE_CHECKING:
 ROWS = 10  # of a grid, unless its classes are named
 
 
-def parse(completing: bool = False) -> argparse.Namespace:
-    """The settings. With `completing` the pictures to complete are given without a flag."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--workdir", required=True, help="the run's folder")
-    parser.add_argument(
-        "--classes",
-        nargs="+",
-        help=f"numbers or names (default: all, or {ROWS} of them for a grid)",
-    )
-    parser.add_argument("--per-class", type=int, default=8)
-    parser.add_argument("--temperature", type=float, help="0 is greedy")
-    parser.add_argument("--top-k", type=int)
-    parser.add_argument("--top-p", type=float)
-    parser.add_argument(
-        "--guidance-scale",
-        type=float,
-        nargs="+",
-        help="1 is none; 2 is much; two numbers are the first code's and the last's",
-    )
-    parser.add_argument(
-        "--size",
-        type=size_of,
-        help="WIDTHxHEIGHT in pixels, larger than the training images: drawn in windows as large",
-    )
-    parser.add_argument(
-        "complete" if completing else "--complete",
-        nargs="+",
-        metavar="IMAGE",
-        help="pictures whose rest is drawn, --per-class times each; --classes are theirs, one of "
-        "all or one of each",
-    )
-    parser.add_argument(
-        "--keep",
-        type=share_of,
-        help="what to keep of them: top, the upper half (the default), or a share",
-    )
-    parser.add_argument(
-        "--mask", help="in place of --keep: a picture that is white where pixels are kept"
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--devices", type=int, help="how many to use (default: all)")
-    parser.add_argument(
-        "--batch-size",
-        type=int,
-        help="images in flight, which bounds memory; the images do not depend on it",
-    )
-    parser.add_argument("--out", required=True)
-    add_flags(parser)
-    return parser.parse_args()
+@dataclass(frozen=True, kw_only=True)
+class Sample(Processes):
+    workdir: Path
+    """The run's folder."""
+    out: Path
+    """FILE.npz, FILE.png, or a folder."""
+    classes: tuple[str, ...] = ()
+    """Numbers or names. Default: all, or 10 of them for a grid."""
+    per_class: int = 8
+    """How many images of each class."""
+    temperature: float | None = None
+    """0 is greedy."""
+    top_k: int | None = None
+    """How many of the most likely codes are drawn from."""
+    top_p: float | None = None
+    """The share of probability that the codes that are drawn from have."""
+    guidance_scale: tuple[float, ...] = ()
+    """1 is none, 2 is much; two numbers are the first code's and the last's."""
+    size: str | None = None
+    """WIDTHxHEIGHT in pixels, larger than the training images: drawn in windows as large."""
+    complete: tuple[str, ...] = ()
+    """Pictures whose rest is drawn, --per-class times each; --classes are theirs, one of all or one
+    of each."""
+    keep: str | None = None
+    """What to keep of them: top, the upper half (the default), or a share."""
+    mask: Path | None = None
+    """In place of --keep: a picture that is white where pixels are kept."""
+    seed: int = 0
+    devices: int | None = None
+    """How many to use. Default: all."""
+    batch_size: int | None = None
+    """Images in flight, which bounds memory; the images do not depend on it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Complete(Sample):
+    complete: tyro.conf.Positional[tuple[str, ...]]
+    """Pictures whose rest is drawn, --per-class times each; --classes are theirs, one of all or one
+    of each."""
 
 
 def size_of(text: str) -> tuple[int, int]:
-    """HEIGHT, WIDTH of WIDTHxHEIGHT."""
+    """HEIGHT, WIDTH of WIDTHxHEIGHT. UserError for what is none."""
     wide, _, high = text.partition("x")
     if not (wide.isdecimal() and high.isdecimal() and int(wide) and int(high)):
-        raise argparse.ArgumentTypeError(f"{text} is not WIDTHxHEIGHT, such as 512x384")
+        raise UserError(f"--size {text} is not WIDTHxHEIGHT, such as 512x384.")
     return int(high), int(wide)
 
 
-def share_of(text: str) -> float:
-    """A share of the rows from the top."""
-    if text == "top":
+def share_of(text: str | None) -> float:
+    """A share of the rows from the top. UserError for what is none."""
+    if text in (None, "top"):
         return 0.5
     try:
-        return float(text)
+        return float(str(text))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text} is neither top nor a share") from None
+        raise UserError(f"--keep {text} is neither top nor a share.") from None
 
 
 class Drawn(NamedTuple):
@@ -119,26 +109,21 @@ def write_folder(out: Path, drawn: Drawn) -> None:
 
 
 def complete() -> None:
-    main(completing=True)
-
-
-def main(completing: bool = False) -> None:
-    given = parse(completing)
-    from taming_jax.parallel.distributed import join
-
-    join(processes(given))
+    given = parse(Complete, __doc__)
+    if not given.complete:
+        raise UserError("name the pictures to complete.")
     work(given)
 
 
-# What may differ from process to process.
-OWN = {"process_id", "workdir", "out"}
+def main() -> None:
+    work(parse(Sample, __doc__))
 
 
-def work(given: argparse.Namespace) -> None:
+def work(given: Sample) -> None:
     from taming_jax.parallel import distributed
 
-    distributed.one_speaks()
-    distributed.check_same_flags({name: x for name, x in vars(given).items() if name not in OWN})
+    join_processes(given, own=("process_id", "workdir", "out"))
+    size = None if given.size is None else size_of(given.size)
     out, kind = distributed.from_first(lambda: place_of(given))
     from taming_jax.data.datasets import spread
     from taming_jax.figures import to_uint8
@@ -147,8 +132,8 @@ def work(given: argparse.Namespace) -> None:
     run = load_run(given.workdir)
     settings = {
         "temperature": given.temperature, "top_k": given.top_k, "top_p": given.top_p,
-        "guidance_scale": given.guidance_scale, "seed": given.seed, "devices": given.devices,
-        "batch_size": given.batch_size, "progress": True,
+        "guidance_scale": given.guidance_scale or None, "size": size, "seed": given.seed,
+        "devices": given.devices, "batch_size": given.batch_size, "progress": True,
     }  # fmt: skip
     if given.complete:
         drawn = completed(run, given, settings)
@@ -158,39 +143,38 @@ def work(given: argparse.Namespace) -> None:
         unless_told = spread(known, ROWS if kind == ".png" else known)
         asked = run.labels(given.classes or unless_told)
         classes = list(dict.fromkeys(asked.tolist()))  # each once
-        images = run.sample(classes, given.per_class, size=given.size, **settings)
+        images = run.sample(classes, given.per_class, **settings)
         names = [run.class_names[i] for i in classes]
         labels = np.repeat(np.array(classes, np.int32), given.per_class)
         drawn = Drawn(to_uint8(images), labels, names, [f"{i:04d}" for i in classes])
         said = f"{len(images)} images of {len(classes)} classes are in {out}."
-        if given.classes is None and len(classes) < known:
+        if not given.classes and len(classes) < known:
             said += f"\nThere are {known} classes; --classes names others."
     # The others wait: one that was long alone would be taken for lost.
     distributed.from_first(lambda: write(out, kind, drawn))
     print(said)
 
 
-def completed(run: "Run", given: argparse.Namespace, settings: dict[str, Any]) -> Drawn:
+def completed(run: "Run", given: Sample, settings: dict[str, Any]) -> Drawn:
     """The completions of the given pictures, which the first of several processes reads. UserError
     for those that cannot be read."""
     from taming_jax.figures import to_uint8
     from taming_jax.parallel import distributed
 
     config = run.config.data
-    size = given.size or (config.image_size, config.image_size)
+    size = settings.pop("size") or (config.image_size, config.image_size)
     files = [Path(name) for name in given.complete]
 
     def read() -> tuple[np.ndarray, np.ndarray | None]:
         pictures = np.stack([picture(file, size, config.channels) for file in files])
-        mask = given.mask and picture(Path(given.mask), size, 1)[..., 0] > 127
-        return pictures, mask
+        if given.mask is None:
+            return pictures, None
+        return pictures, picture(given.mask, size, 1)[..., 0] > 127
 
     pictures, mask = distributed.from_first(read)
-    classes = given.classes
-    images = run.complete(
-        pictures, classes, given.per_class, keep=0.5 if given.keep is None else given.keep,
-        mask=mask, **settings,
-    )  # fmt: skip
+    classes = given.classes or None
+    keep = share_of(given.keep)
+    images = run.complete(pictures, classes, given.per_class, keep=keep, mask=mask, **settings)
     of_each = np.full(len(pictures), -1) if classes is None else run.labels(classes)
     labels = np.repeat(np.broadcast_to(of_each, len(pictures)), given.per_class)
     rows = [file.stem for file in files]
@@ -210,17 +194,17 @@ def picture(file: Path, size: tuple[int, int], channels: int) -> np.ndarray:
         raise UserError(f"{file} cannot be read as a picture; name a whole one.") from error
 
 
-def place_of(given: argparse.Namespace) -> tuple[Path, str]:
-    """Where the images go, and the ending that says how: .npz, .png, or none for a folder.
+def place_of(given: Sample) -> tuple[Path, str]:
+    """Where the images go, and the suffix that says how: .npz, .png, or none for a folder.
     UserError where they cannot."""
-    out = Path(given.out)
+    out = given.out
     kind = "" if out.is_dir() else out.suffix
-    if kind not in ("", ".npz", ".png"):
-        raise UserError(f"--out {out}: name a .npz, a .png, or a folder.")
-    if not out.absolute().parent.is_dir():
-        raise UserError(f"--out {out}: the folder {out.absolute().parent} does not exist; make it.")
-    if not kind and out.is_file():
+    if kind:
+        check_output("--out", out, [".npz", ".png"])
+    elif out.is_file():
         raise UserError(f"--out {out} is a file; name a folder, a .npz or a .png.")
+    else:
+        check_writable("--out", out)
     if given.per_class < 1:
         raise UserError(f"--per-class is {given.per_class}; it must be 1 or more.")
     if not given.complete and (given.keep is not None or given.mask is not None):
@@ -231,7 +215,6 @@ def place_of(given: argparse.Namespace) -> tuple[Path, str]:
         raise UserError("--keep and --mask both say what is kept; leave one out.")
     if given.batch_size is not None and given.batch_size < 1:
         raise UserError(f"--batch-size is {given.batch_size}; it must be 1 or more.")
-    check_writable("--out", out)
     return out, kind
 
 

@@ -1,10 +1,16 @@
-import argparse
 import dataclasses
+import sys
 from pathlib import Path
 
 import pytest
 
-from taming_jax.cli.arguments import Processes, add_data_flags, data_settings, parse_arguments
+from taming_jax.cli.arguments import (
+    DataFlags,
+    Processes,
+    data_settings,
+    parse,
+    parse_arguments,
+)
 from taming_jax.config.load import load_config, write_config
 from taming_jax.config.schema import DataConfig
 from taming_jax.errors import UserError
@@ -54,20 +60,24 @@ def test_help_of_stage_2_shows_the_settings_of_its_run(tmp_path, capsys):
     assert "77" in capsys.readouterr().out
 
 
-def test_settings_of_a_runs_dataset_are_flags():
+def test_settings_of_a_runs_dataset_are_flags(monkeypatch):
     """Those that are not given are None, so that processes can compare all of them."""
-    parser = argparse.ArgumentParser()
-    add_data_flags(parser)
-    given = parser.parse_args(
-        ["--data.path", "x", "--data.workers", "2", "--data.no-squeeze", "--data.test-share", "0.5"]
-    )
-    assert data_settings(given) == {
+    flags = "--data.path x --data.workers 2 --data.squeeze False --data.test-share 0.5"
+    monkeypatch.setattr(sys, "argv", ["encode.py", *flags.split()])
+    given = parse(DataOnly, None)
+    assert data_settings(given.data) == {
         "path": "x", "workers": 2, "squeeze": False, "test_share": 0.5,
     }  # fmt: skip
     fixed = {"image_size", "channels", "random_crop", "mirror"}
     names = {field.name for field in dataclasses.fields(DataConfig)} - fixed
-    assert vars(given).keys() == {f"data.{name}" for name in names}
-    assert data_settings(parser.parse_args([])) == {}
+    assert vars(given.data).keys() == names
+    monkeypatch.setattr(sys, "argv", ["encode.py"])
+    assert data_settings(parse(DataOnly, None).data) == {}
+
+
+@dataclasses.dataclass(frozen=True)
+class DataOnly:
+    data: DataFlags = dataclasses.field(default_factory=DataFlags)
 
 
 def test_processes_are_no_part_of_the_config():
