@@ -3,13 +3,12 @@
 
     taming-jax export compvis --workdir runs/birds --out birds.safetensors
 
-`--out` ends in .safetensors, or in .ckpt where PyTorch is installed; the YAML has the same name. An
-imported run keeps the names that it came with.
+`--out` ends in .safetensors, or in .ckpt where PyTorch is installed; the YAML has the same name.
 """
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from taming_jax.config.schema import Config
     from taming_jax.interop.compvis_config import Official
     from taming_jax.training.checkpoints import Checkpoint
-    from taming_jax.weights.state_dict import StateDict
 
 LOW = -50.0  # the logit of what is never to be drawn
 
@@ -45,6 +43,10 @@ def main() -> None:
 
 
 def work(given: argparse.Namespace) -> None:
+    import yaml
+
+    from taming_jax.interop.compvis_config import official
+    from taming_jax.interop.compvis_yaml import yaml_of
     from taming_jax.training.checkpoints import Store
     from taming_jax.weights.state_dict import write_state_dict
 
@@ -54,16 +56,11 @@ def work(given: argparse.Namespace) -> None:
     stage = given.stage or ("prior" if has_prior else "vqgan")
     checkpoint = Store(given.workdir, stage).chosen()
     config, nets, step = checkpoint.config, checkpoint.nets, checkpoint.step
-    theirs = counterpart(given.workdir, config, nets, classes_of(checkpoint, nets))
-    model, names = theirs.model, theirs.names
-    arrays = networks(model, nets, config.vqgan.l2_normalise)
-    judged = model.discriminator is not None and "discriminator" in nets
-    if not names or (judged and f"{model.discriminator}main.0.weight" not in names):
-        arrays = beside(model, config, nets, step) | arrays
-    arrays |= {name: np.asarray(array) for name, array in theirs.rest.items()}
-    known = set(names)
-    ordered = [name for name in names if name in arrays]
-    ordered += [name for name in arrays if name not in known]
+    classes, used = classes_of(checkpoint, nets), config.vqgan.used_codes
+    remap = f"{given.out.stem}_used.npy" if used else None
+    settings = yaml.safe_dump(yaml_of(config, "discriminator" in nets, classes, remap))
+    model = official(settings, given.workdir, classes, used)
+    arrays = networks(model, nets, config.vqgan.l2_normalise) | beside(model, config, nets, step)
     if config.vqgan.l2_normalise:
         say(
             "The codes are given in length one: their indices and pictures are the same, but the "
@@ -75,23 +72,13 @@ def work(given: argparse.Namespace) -> None:
             "out, since the official code knows no guidance."
         )
     try:
-        write_whole(given.out.with_suffix(".yaml"), theirs.settings.encode())
-        write_state_dict(
-            given.out, {name: arrays[name] for name in ordered}, {"global_step": int(step)}
-        )
+        write_whole(given.out.with_suffix(".yaml"), settings.encode())
+        if remap is not None:
+            np.save(given.out.with_name(remap), np.array(used))
+        write_state_dict(given.out, arrays, {"global_step": int(step)})
     except OSError as error:
         raise RunFailed(f"{given.out} could not be written: {error.strerror or error}.") from error
     print(f"{given.out} and {given.out.with_suffix('.yaml')} hold step {step} of {given.workdir}.")
-
-
-class Counterpart(NamedTuple):
-    """The official model of a run: what it is, its YAML, and of an imported run the names in the
-    file it came from, in their order, and what that held besides the networks."""
-
-    model: "Official"
-    settings: str
-    names: list[str]
-    rest: "StateDict"
 
 
 def classes_of(checkpoint: "Checkpoint", nets: dict[str, Any]) -> int | None:
@@ -102,29 +89,6 @@ def classes_of(checkpoint: "Checkpoint", nets: dict[str, Any]) -> int | None:
         tokens = len(nets["transformer"]["params"]["embedding"])
         return tokens - checkpoint.config.vqgan.codes - 1
     return len(checkpoint.dataset["class_names"]) if checkpoint.dataset else 1
-
-
-def counterpart(
-    workdir: Path, config: "Config", nets: dict[str, Any], classes: int | None
-) -> Counterpart:
-    """The one that a run was imported as, where that is of the same stage, or else one of its own.
-    UserError where there is none."""
-    import yaml
-
-    from taming_jax.interop.compvis import PROGRAM
-    from taming_jax.interop.compvis_config import official
-    from taming_jax.interop.compvis_yaml import yaml_of
-    from taming_jax.interop.imports import recorded
-
-    held = recorded(workdir)
-    if held is not None and held[0].program == PROGRAM:
-        record, rest = held
-        used = config.vqgan.used_codes or None
-        model = official(record.settings, workdir / "imported", classes, used)
-        if (model.transformer is None) == (classes is None):
-            return Counterpart(model, record.settings, record.names, rest)
-    settings = yaml.safe_dump(yaml_of(config, "discriminator" in nets, classes))
-    return Counterpart(official(settings, workdir, classes), settings, [], {})
 
 
 def networks(model: "Official", nets: dict[str, Any], normalised: bool) -> dict[str, np.ndarray]:
@@ -183,11 +147,13 @@ def beside(
     model: "Official", config: "Config", nets: dict[str, Any], step: int
 ) -> dict[str, np.ndarray]:
     """What the official modules hold besides, so that they load strictly: attention's masks, how
-    long BatchNorm ran, the perceptual loss."""
+    long BatchNorm ran, the perceptual loss, the codes that are used."""
     from taming_jax.interop.compvis import lpips_state_dict
     from taming_jax.models.lpips import load_lpips
 
     arrays: dict[str, np.ndarray] = {}
+    if config.vqgan.used_codes:
+        arrays[f"{model.generator}quantize.used"] = np.array(config.vqgan.used_codes)
     if model.transformer is not None:
         size = model.config.prior.block_size
         assert size is not None  # of an official model

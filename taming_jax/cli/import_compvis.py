@@ -33,7 +33,6 @@ def main() -> None:
 def work(given: argparse.Namespace) -> None:
     from taming_jax.interop import imports
     from taming_jax.interop.compvis import (
-        PROGRAM,
         discriminator_layout,
         gpt_layout,
         vqgan_layout,
@@ -71,10 +70,5 @@ def work(given: argparse.Namespace) -> None:
         given.checkpoint, state_dict, networks, lambda name: bool(BESIDE.search(name)),
         str(given.config),
     )  # fmt: skip
-    # A prior's checkpoints hold no discriminator, which then comes back as it is.
-    back = [networks[name] for name in networks if name != "discriminator" or not model.transformer]
-    known = {name for each in back for name in each.expected}
-    rest = {name: np.asarray(x) for name, x in state_dict.items() if name not in known}
-    record = imports.Record(PROGRAM, settings, list(state_dict))
-    imports.write_run(given.workdir, config, read, names, record, rest)
+    imports.write_run(given.workdir, config, read, names)
     print(imports.summary(given.workdir, config, networks, len(names), given.checkpoint))

@@ -11,8 +11,6 @@ import argparse
 import functools
 from pathlib import Path
 
-import numpy as np
-
 from taming_jax.errors import UserError
 
 # What the state dicts hold beside the networks: recently used codes, rotary frequencies.
@@ -62,8 +60,6 @@ def work(given: argparse.Namespace) -> None:
             given.gpt, of_gpt, {"transformer": transformer}, BESIDE.__contains__,
             "its own width and layers",
         )  # fmt: skip
-    record = imports.Record("FoundationVision/LlamaGen", "", [*of_tokenizer, *(of_gpt or {})])
-    rest = {name: np.asarray(x) for name, x in of_tokenizer.items() if name in BESIDE}
     names = tuple(map(str, range(classes)))
-    imports.write_run(given.workdir, config, networks, names, record, rest)
+    imports.write_run(given.workdir, config, networks, names)
     print(imports.summary(given.workdir, config, networks, classes, "LlamaGen's"))

@@ -10,8 +10,6 @@ import numpy as np
 from taming_jax.models.lpips import GROUPS, SCALE, SHIFT
 from taming_jax.weights.layout import Entry, Layout, Path, joined, kernel, parameter, same
 
-PROGRAM = "CompVis/taming-transformers"
-
 
 def vqgan_layout(paths: Iterable[Path]) -> Layout:
     """Of `VQGAN`'s parameters in a VQModel or GumbelVQ."""

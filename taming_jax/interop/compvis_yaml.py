@@ -9,12 +9,14 @@ from taming_jax.errors import UserError
 from taming_jax.interop.compvis_config import OURS
 
 
-def yaml_of(config: Config, discriminator: bool, classes: int | None) -> dict[str, Any]:
+def yaml_of(
+    config: Config, discriminator: bool, classes: int | None, remap: str | None
+) -> dict[str, Any]:
     """The official code's settings for a run of stage 1, or of both, whose prior has so many
     classes; and in a part of its own what those cannot say. UserError for what the official models
     cannot be."""
     check_stage1(config.vqgan)
-    model = stage1(config, discriminator)
+    model = stage1(config, discriminator, remap)
     # Where the weights came from is over.
     vqgan = dataclasses.replace(config.vqgan, init_from=None, discriminator_start_step=None)
     ours = {"vqgan": to_dict(vqgan)}
@@ -78,8 +80,6 @@ def check_stage1(vqgan: VQGANConfig) -> None:
             f"the official networks have multiples of 32 channels, not {vqgan.channels}; this run "
             "cannot be exported."
         )
-    if vqgan.used_codes:
-        raise UserError("a run that uses some of its codes only cannot be exported.")
     if vqgan.quantizer == "gumbel" and vqgan.code_dim != vqgan.latent_channels:
         raise UserError(
             f"the official GumbelVQ has codes of as many dimensions as latents have channels, not "
@@ -100,8 +100,8 @@ def check_stage2(config: Config) -> None:
             )
 
 
-def stage1(config: Config, discriminator: bool) -> dict[str, Any]:
-    """The section of a VQModel or GumbelVQ."""
+def stage1(config: Config, discriminator: bool, remap: str | None) -> dict[str, Any]:
+    """The section of a VQModel or GumbelVQ; `remap` names the file with the codes in use."""
     vqgan, data = config.vqgan, config.data
     params: dict[str, Any] = {
         "embed_dim": vqgan.code_dim,
@@ -127,6 +127,8 @@ def stage1(config: Config, discriminator: bool) -> dict[str, Any]:
                 "codebook_weight": vqgan.codebook_weight,
             },
         }  # fmt: skip
+    if remap is not None:
+        params |= {"remap": remap, "sane_index_shape": True}
     if vqgan.quantizer != "gumbel":
         return {"target": "taming.models.vqgan.VQModel", "params": params}
     first, last = vqgan.gumbel_temperature

@@ -1,8 +1,7 @@
-"""Runs of weights from elsewhere: what an import writes, and what of it an export gives back."""
+"""Runs of weights from elsewhere."""
 
 import contextlib
 import dataclasses
-import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -16,23 +15,14 @@ from flax import traverse_util
 from taming_jax.config.load import validated, write_config
 from taming_jax.config.schema import Config
 from taming_jax.errors import RunFailed, UserError, say
-from taming_jax.files import check_writable, write_whole
+from taming_jax.files import check_writable
 from taming_jax.models.discriminator import Discriminator
 from taming_jax.models.vqgan import build_vqgan
 from taming_jax.priors.autoregressive import build_gpt
 from taming_jax.progress import Progress
 from taming_jax.training.checkpoints import Store
 from taming_jax.weights.layout import Layout, expected, ours, paths
-from taming_jax.weights.state_dict import StateDict, check, open_state_dict, write_state_dict
-
-
-class Record(NamedTuple):
-    """What an import keeps of where it is from: the program, its own settings (a YAML, or nothing),
-    and the names in the file, in their order."""
-
-    program: str
-    settings: str
-    names: list[str]
+from taming_jax.weights.state_dict import StateDict, check
 
 
 class Network(NamedTuple):
@@ -134,12 +124,9 @@ def write_run(
     config: Config,
     networks: Mapping[str, Any],
     class_names: tuple[str, ...],
-    record: Record,
-    rest: Mapping[str, np.ndarray],
 ) -> None:
     """Writes a run that has trained nothing yet: a checkpoint of stage 1, and of stage 2 where
-    there is a transformer, of weights only; and in imported/ what an export gives back: the record,
-    and the `rest` of the file (a perceptual loss, masks, counts).
+    there is a transformer, of weights only.
 
     Raises UserError where the folder holds a run, RunFailed where the disk does not take it.
     """
@@ -156,12 +143,6 @@ def write_run(
             "transformer": {"params": networks["transformer"]},
         }
     with new_run(folder) as place:
-        imported = place / "imported"
-        imported.mkdir()
-        content = json.dumps(record._asdict(), indent=2) + "\n"
-        write_whole(imported / "record.json", content.encode())
-        if rest:
-            write_state_dict(imported / "rest.safetensors", rest, {})
         for name, nets in stages.items():
             dataset = {"class_names": list(class_names)} if name == "prior" else None
             store = Store(place, name, dataset=dataset)
@@ -206,13 +187,3 @@ def new_run(folder: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(place, ignore_errors=True)
-
-
-def recorded(folder: Path) -> tuple[Record, StateDict] | None:
-    """The record and the rest of an import; None of a run that is none."""
-    place = folder / "imported"
-    if not (place / "record.json").is_file():
-        return None
-    record = Record(**json.loads((place / "record.json").read_text(encoding="utf-8")))
-    rest = place / "rest.safetensors"
-    return record, open_state_dict(rest)[0] if rest.is_file() else {}
