@@ -7,28 +7,28 @@
 A row that was measured before is printed again; one that was interrupted goes on.
 """
 
+import contextlib
 import json
 import math
-import shlex
 import shutil
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import taming_jax
 from taming_jax.cli.arguments import parse
+from taming_jax.config.load import show
+from taming_jax.config.validation import flag
 from taming_jax.errors import UserError
 from taming_jax.files import write_whole
-
-CPU_SETUP = Path(__file__).parents[2] / "scripts" / "cpu.sh"  # in a checkout
 
 
 class Row(NamedTuple):
     """Settings of stage 1, of a prior where `of` is a stage 1, of sampling where it is a prior."""
 
-    settings: str = ""
+    settings: dict[str, Any]
     of: str = ""
 
 
@@ -40,33 +40,33 @@ class Table(NamedTuple):
     samples: int
 
 
-ADAPTIVE = "--vqgan.adaptive-weight"
-LATE = f"{ADAPTIVE} --vqgan.discriminator-start 0.75"
-BEFORE = f"{LATE} --vqgan.code-dim 8"  # as the preset was before this table
+ADAPTIVE = {"vqgan.adaptive_weight": True}
+LATE = ADAPTIVE | {"vqgan.discriminator_start": 0.75}
+BEFORE = LATE | {"vqgan.code_dim": 8}  # as the preset was before this table
 MNIST_TINY = {
-    "mnist_tiny": Row(),
-    "seed 1": Row("--seed 1"),
+    "mnist_tiny": Row({}),
+    "seed 1": Row({"seed": 1}),
     "adaptive": Row(ADAPTIVE),
-    "adaptive, seed 1": Row(f"{ADAPTIVE} --seed 1"),
+    "adaptive, seed 1": Row(ADAPTIVE | {"seed": 1}),
     "late": Row(LATE),
-    "codes of 8": Row(f"{ADAPTIVE} --vqgan.code-dim 8"),
-    "LeCAM": Row(f"{ADAPTIVE} --vqgan.lecam-weight 0.1"),
+    "codes of 8": Row(ADAPTIVE | {"vqgan.code_dim": 8}),
+    "LeCAM": Row(ADAPTIVE | {"vqgan.lecam_weight": 0.1}),
     "before": Row(BEFORE),
-    "before, 32 codes": Row(f"{BEFORE} --vqgan.codebook-size 32"),
-    "before, 512 codes": Row(f"{BEFORE} --vqgan.codebook-size 512"),
-    "before, not normalised": Row(f"{BEFORE} --vqgan.no-l2-normalise"),
-    "prior": Row(of="mnist_tiny"),
-    "prior, adaptive": Row(of="adaptive"),
-    "prior before": Row(of="before"),
-    "guidance 0, before": Row("--guidance-scale 0", "prior before"),
-    "guidance 1, before": Row("--guidance-scale 1", "prior before"),
-    "guidance 1.5, before": Row("--guidance-scale 1.5", "prior before"),
-    "guidance 3, before": Row("--guidance-scale 3", "prior before"),
+    "before, 32 codes": Row(BEFORE | {"vqgan.codebook_size": 32}),
+    "before, 512 codes": Row(BEFORE | {"vqgan.codebook_size": 512}),
+    "before, not normalised": Row(BEFORE | {"vqgan.l2_normalise": False}),
+    "prior": Row({}, "mnist_tiny"),
+    "prior, adaptive": Row({}, "adaptive"),
+    "prior before": Row({}, "before"),
+    "guidance 0, before": Row({"guidance_scale": 0.0}, "prior before"),
+    "guidance 1, before": Row({"guidance_scale": 1.0}, "prior before"),
+    "guidance 1.5, before": Row({"guidance_scale": 1.5}, "prior before"),
+    "guidance 3, before": Row({"guidance_scale": 3.0}, "prior before"),
 }
 BIRDS_TINY = {
-    "birds_tiny": Row(),
-    "no discriminator": Row("--vqgan.discriminator-start 1"),
-    "DiffAugment": Row("--vqgan.diff-augment color translation cutout"),
+    "birds_tiny": Row({}),
+    "no discriminator": Row({"vqgan.discriminator_start": 1.0}),
+    "DiffAugment": Row({"vqgan.diff_augment": ("color", "translation", "cutout")}),
 }
 TABLES = {
     "mnist_tiny": Table(MNIST_TINY, 2000, 2000),
@@ -78,28 +78,29 @@ COLUMNS = {
 }
 
 
-def run(*arguments: str) -> None:
-    """A subcommand of taming-jax, in a checkout as scripts/cpu.sh sets up a CPU. Ends this process
-    where it fails."""
-    command = shlex.join([sys.executable, "-m", "taming_jax.cli", *arguments])
-    print(command, file=sys.stderr, flush=True)
-    setup = f". {shlex.quote(str(CPU_SETUP))}; " if CPU_SETUP.exists() else ""
-    line = ["bash", "-c", f"set -e; {setup}exec {command}"]
-    if code := subprocess.run(line, stdout=sys.stderr, check=False).returncode:
-        sys.exit(code)
-
-
 class Recipes:
     """The rows of a preset, trained and measured in a folder. `data_path` is the preset's dataset,
     where that is not downloaded."""
 
     def __init__(self, preset: str, workdir: Path, data_path: Path | None):
         self.preset, self.workdir, self.table = preset, workdir, TABLES[preset]
-        self.data = ["--data.path", str(data_path)] if data_path else []
+        self.data = {"data.path": str(data_path)} if data_path else {}
+
+    def train(self, name: str, stage: str) -> float:
+        """Trains a stage of a row in its folder; returns the seconds that it took, or not a number
+        where it was interrupted before."""
+        folder = self.workdir / name
+        fresh, began = not (folder / "metrics" / f"{stage}.jsonl").exists(), time.monotonic()
+        row = self.table.rows[name]
+        settings = (self.table.rows[row.of].settings if row.of else {}) | row.settings
+        overrides = settings | self.data | {"workdir": str(folder)}
+        with contextlib.redirect_stdout(sys.stderr):  # stdout has the table alone
+            taming_jax.train(taming_jax.load_config(self.preset, overrides), stage)
+        return time.monotonic() - began if fresh else math.nan
 
     def measured(self, name: str) -> dict[str, Any]:
-        """A row's report, with the seconds its training took, where that was not interrupted;
-        trained and measured if it is not yet."""
+        """A row's report, with the seconds that its training took; trained and measured if it is
+        not yet."""
         row, file, folder = (
             self.table.rows[name],
             self.workdir / f"{name}.json",
@@ -107,31 +108,23 @@ class Recipes:
         )
         if file.exists():
             return json.loads(file.read_text())
-        command, sampling, settings = "", [], row.settings.split()
+        seconds, sampling = 0.0, {}
         if not row.of:
-            command, log = "train-vqgan", folder / "metrics" / "vqgan.jsonl"
+            seconds = self.train(name, "vqgan")
         elif not self.table.rows[row.of].of:
             self.measured(row.of)
-            command, log = "train-prior", folder / "metrics" / "prior.jsonl"
             if not folder.exists():
                 shutil.rmtree(self.workdir / "copying", ignore_errors=True)
                 shutil.copytree(self.workdir / row.of, self.workdir / "copying")
                 (self.workdir / "copying").rename(folder)
+            seconds = self.train(name, "prior")
         else:
             self.measured(row.of)
-            folder, sampling = self.workdir / row.of, settings
-        seconds = 0.0
-        if command:
-            begun, fresh = time.monotonic(), not log.exists()
-            run(command, "--config", self.preset, "--workdir", str(folder), *self.data, *settings)
-            seconds = time.monotonic() - begun if fresh else math.nan
-        out = self.workdir / "report.json"
-        run(
-            "evaluate", "--workdir", str(folder), "--features", "vgg", "--split", "test",
-            "--images", str(self.table.images), "--samples", str(self.table.samples), *sampling,
-            "--out", str(out),
-        )  # fmt: skip
-        report = json.loads(out.read_text()) | {"seconds": seconds}
+            folder, sampling = self.workdir / row.of, row.settings
+        report = taming_jax.evaluate(
+            taming_jax.load_run(folder), features="vgg", images=self.table.images,
+            samples=self.table.samples, **sampling,
+        ) | {"seconds": seconds}  # fmt: skip
         write_whole(file, json.dumps(report).encode())
         return report
 
@@ -141,7 +134,8 @@ class Recipes:
         kind = "samples" if row.of else "reconstruction"
         # Only what is known: a classifier reads digits alone.
         values = [f"{found[kind].get(column, math.nan):.3g}" for column in COLUMNS[kind]]
-        settings = f"`{row.settings}`" if row.settings else ""
+        given = " ".join(f"{flag(key)} {show(value)}" for key, value in row.settings.items())
+        settings = f"`{given}`" if given else ""
         return f"| {name} | {settings} | {' | '.join(values)} | {found['seconds']:.0f} |"
 
 
