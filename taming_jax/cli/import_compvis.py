@@ -7,8 +7,8 @@ The run is one like any other: load_run opens it, sample.py samples it, train_vq
 train_prior.py go on with it.
 """
 
-import argparse
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,18 +19,25 @@ from taming_jax.errors import UserError
 BESIDE = re.compile(r"(^|\.)loss\.|\.attn\.mask$|\.num_batches_tracked$|(^|\.)quantize\.used$")
 
 
+@dataclass(frozen=True)
+class Arguments:
+    checkpoint: Path
+    """The model's .ckpt or .safetensors."""
+    config: Path
+    """The model's YAML."""
+    workdir: Path
+    """The new run's folder."""
+    classes: int | None = None
+    """How many classes there are, where the YAML does not say."""
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--checkpoint", type=Path, required=True, help=".ckpt or .safetensors")
-    parser.add_argument("--config", type=Path, required=True, help="the model's YAML")
-    parser.add_argument("--workdir", type=Path, required=True, help="the new run's folder")
-    parser.add_argument("--classes", type=int, help="how many, where the YAML does not say")
-    work(parser.parse_args())
+    import tyro
+
+    work(tyro.cli(Arguments, description=__doc__))
 
 
-def work(given: argparse.Namespace) -> None:
+def work(given: Arguments) -> None:
     from taming_jax.interop import imports
     from taming_jax.interop.compvis import (
         discriminator_layout,

@@ -7,8 +7,8 @@ The run is one like any other: load_run opens it, sample.py samples it, train_vq
 train_prior.py go on with it.
 """
 
-import argparse
 import functools
+from dataclasses import dataclass
 from pathlib import Path
 
 from taming_jax.errors import UserError
@@ -17,21 +17,27 @@ from taming_jax.errors import UserError
 BESIDE = {"quantize.codebook_used", "freqs_cis"}
 
 
+@dataclass(frozen=True)
+class Arguments:
+    tokenizer: Path
+    """The tokenizer's .pt or .safetensors."""
+    workdir: Path
+    """The new run's folder."""
+    gpt: Path | None = None
+    """A class-conditional transformer's .pt or .safetensors."""
+    image_size: int = 256
+    """Height and width of the images; c2i also has 384."""
+    heads: int | None = None
+    """Attention heads of a transformer of an unusual width."""
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--tokenizer", type=Path, required=True, help=".pt or .safetensors")
-    parser.add_argument("--gpt", type=Path, help="a c2i transformer's .pt or .safetensors")
-    parser.add_argument("--workdir", type=Path, required=True, help="the new run's folder")
-    parser.add_argument(
-        "--image-size", type=int, default=256, help="default: 256; c2i also has 384"
-    )
-    parser.add_argument("--heads", type=int, help="of a transformer of an unusual width")
-    work(parser.parse_args())
+    import tyro
+
+    work(tyro.cli(Arguments, description=__doc__))
 
 
-def work(given: argparse.Namespace) -> None:
+def work(given: Arguments) -> None:
     from taming_jax.interop import imports, llamagen
     from taming_jax.weights.state_dict import open_state_dict
 
@@ -53,7 +59,7 @@ def work(given: argparse.Namespace) -> None:
         given.tokenizer, of_tokenizer, {"generator": generator}, BESIDE.__contains__,
         "its own codebook and levels",
     )  # fmt: skip
-    if of_gpt is not None and prior is not None:
+    if given.gpt is not None and of_gpt is not None and prior is not None:
         of_heads = functools.partial(llamagen.transformer_layout, heads=prior.heads, codes=codes)
         transformer = imports.network(of_heads, shapes["transformer"], "")
         networks |= imports.read_networks(
