@@ -17,12 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import taming_jax
 from taming_jax.cli.arguments import parse
-from taming_jax.config.load import show
+from taming_jax.config.load import load_config, show
 from taming_jax.config.validation import flag
 from taming_jax.errors import UserError
+from taming_jax.evaluation.report import evaluate
 from taming_jax.files import write_whole
+from taming_jax.run import load_run
+from taming_jax.training import train
 
 
 class Row(NamedTuple):
@@ -95,7 +97,7 @@ class Recipes:
         settings = (self.table.rows[row.of].settings if row.of else {}) | row.settings
         overrides = settings | self.data | {"workdir": str(folder)}
         with contextlib.redirect_stdout(sys.stderr):  # stdout has the table alone
-            taming_jax.train(taming_jax.load_config(self.preset, overrides), stage)
+            train(load_config(self.preset, overrides), stage)
         return time.monotonic() - began if fresh else math.nan
 
     def measured(self, name: str) -> dict[str, Any]:
@@ -121,8 +123,8 @@ class Recipes:
         else:
             self.measured(row.of)
             folder, sampling = self.workdir / row.of, row.settings
-        report = taming_jax.evaluate(
-            taming_jax.load_run(folder), features="vgg", images=self.table.images,
+        report = evaluate(
+            load_run(folder), features="vgg", images=self.table.images,
             samples=self.table.samples, **sampling,
         ) | {"seconds": seconds}  # fmt: skip
         write_whole(file, json.dumps(report).encode())

@@ -164,6 +164,7 @@ class VQGANConfig(StageConfig):
     """That trick's, at the first step and at the last, with a cosine between."""
     kl_weight: float = setting(5e-4, NOT_NEGATIVE)
     """The weight of the divergence of its distribution from all codes alike."""
+    # Only imported models need this one.
     used_codes: tuple[int, ...] = ()
     """The codes that are left of the codebook, by which the others count from 0; all unless told
     (the official code's remap)."""
@@ -237,6 +238,7 @@ class PriorConfig(StageConfig):
     positions: Literal["learned", "rotary", "llamagen"] = "learned"
     """Of codes in the sequence; or in the grid, by rotary embeddings, without any for the class, or
     as LlamaGen has them, where a class's queries and keys vanish."""
+    # Only imported models need these three, mlp_width, bias, and positions "llamagen".
     block_size: int | None = setting(None, COUNT)
     """The longest sequence there are learned positions for; the grid's unless told."""
     vocabulary: int | None = setting(None, COUNT)

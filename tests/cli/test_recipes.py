@@ -29,7 +29,7 @@ def test_a_stage_1_a_prior_and_a_way_of_sampling_are_rows(tmp_path, monkeypatch,
     assert names == ["| row", "| small", "| row", "| prior", "| guidance"]
     assert "`--vqgan.steps 2 " in lines[2] and "| `--prior.steps 3` |" in lines[-2]
     # What was measured is printed again, and nothing is trained.
-    monkeypatch.setattr("taming_jax.train", None)
+    monkeypatch.setattr(recipes, "train", None)
     recipes.main()
     again = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert again == lines
