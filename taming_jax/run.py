@@ -4,8 +4,6 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import math
-import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -22,15 +20,9 @@ from taming_jax.data import datasets
 from taming_jax.data.datasets import Split, Splits
 from taming_jax.errors import UserError, say
 from taming_jax.losses import next_token
-from taming_jax.models.vqgan import (
-    PIXELS,
-    build_vqgan,
-    decode_indices,
-    encode,
-    images_at_once,
-)
+from taming_jax.models.vqgan import build_vqgan, decode_indices, encode, images_at_once
 from taming_jax.parallel import distributed
-from taming_jax.parallel.devices import Devices
+from taming_jax.parallel.devices import Devices, in_batches
 from taming_jax.parallel.runtime import keep_programs
 from taming_jax.priors.autoregressive import build_gpt, teacher_forced
 from taming_jax.priors.decoding import window_likelihood
@@ -177,26 +169,8 @@ class Run:
         return f"The run was trained on other data: {'; '.join(others)}." if others else ""
 
     def labels(self, classes: int | str | Iterable[int | str]) -> np.ndarray:
-        """Classes by number or by name as numbers, int32 [n]; a string is a name before it is a
-        number. UserError for others."""
-        if isinstance(classes, int | str | np.integer):
-            classes = [classes]
-        names = self.class_names
-        numbers = {name: i for i, name in enumerate(names)}
-
-        def number(given: int | str) -> int:
-            if isinstance(given, str):
-                found = numbers.get(given, int(given) if given.isdecimal() else -1)
-            else:
-                found = operator.index(given)
-            if 0 <= found < len(names):
-                return found
-            shown = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
-            raise UserError(
-                f"there is no class '{given}'; the classes are 0 to {len(names) - 1}: {shown}."
-            )
-
-        return np.array([number(given) for given in classes], np.int32)
+        """Classes by number or by name as numbers, int32 [n]. UserError for others."""
+        return datasets.class_numbers(classes, self.class_names)
 
     def _need_prior(self) -> None:
         if self.transformer is None:
@@ -382,7 +356,7 @@ class Run:
                 "or images / 127.5 - 1."
             )
         encode = functools.partial(self._batched, self._encode)
-        images, side = images.astype(np.float32), self._tile(images.shape[1:3], tile)
+        images, side = images.astype(np.float32), tiles.side_of(images.shape[1:3], tile, factor)
         return encode(images) if side is None else tiles.encoded(encode, images, factor, side)
 
     def decode(self, indices: Any, tile: int | None = None) -> np.ndarray:
@@ -400,21 +374,8 @@ class Run:
             raise UserError(f"indices go from 0 to {codes - 1}; others were given.")
         decode, factor = functools.partial(self._batched, self._decode), self.factor
         pixels = indices.shape[1] * factor, indices.shape[2] * factor
-        indices, side = indices.astype(np.int32), self._tile(pixels, tile)
+        indices, side = indices.astype(np.int32), tiles.side_of(pixels, tile, factor)
         return decode(indices) if side is None else tiles.decoded(decode, indices, factor, side)
-
-    def _tile(self, size: tuple[int, ...], tile: int | None) -> int | None:
-        """The side of the tiles, in codes, that images of a size are taken in; None where they are
-        taken whole."""
-        whole = tile is None or isinstance(tile, int | np.integer)
-        if tile is not None and (not whole or tile < 4 * self.factor or tile % self.factor):
-            raise UserError(
-                f"tiles of {tile} pixels were asked for; take a multiple of {self.factor}, "
-                f"{4 * self.factor} or more."
-            )
-        if tile is None and size[0] * size[1] <= PIXELS:
-            return None
-        return (tile or math.isqrt(PIXELS)) // self.factor
 
     def reconstruct(self, images: Any) -> np.ndarray:
         """Images through the codes and back, uint8 as uint8 and floats as float32. UserError as
@@ -435,10 +396,5 @@ class Run:
         pixels = values.shape[1] * values.shape[2] * across**2 if values.ndim > 2 else 1
         many = images_at_once(pixels, BATCH)
         size = many if len(values) > FEW else min(FEW, many)
-        parts = []
         with jax.default_matmul_precision("highest"):
-            for start in range(0, len(values), size):
-                part = values[start : start + size]
-                filled = np.concatenate([part, np.repeat(part[-1:], size - len(part), 0)])
-                parts.append(np.asarray(function(params, filled))[: len(part)])
-        return np.concatenate(parts)
+            return in_batches(functools.partial(function, params), values, size)

@@ -7,7 +7,24 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from taming_jax.errors import UserError
+from taming_jax.models.vqgan import PIXELS
+
 Function = Callable[[np.ndarray], np.ndarray]
+
+
+def side_of(size: tuple[int, ...], tile: int | None, factor: int) -> int | None:
+    """The side, in codes, of the tiles for images of a size in pixels: that of `tile` pixels, or
+    None where images are small enough to be taken as they are. UserError for other tiles."""
+    whole = tile is None or isinstance(tile, int | np.integer)
+    if tile is not None and (not whole or tile < 4 * factor or tile % factor):
+        raise UserError(
+            f"tiles of {tile} pixels were asked for; take a multiple of {factor}, {4 * factor} or "
+            "more."
+        )
+    if tile is None and size[0] * size[1] <= PIXELS:
+        return None
+    return (tile or math.isqrt(PIXELS)) // factor
 
 
 def starts(size: int, tile: int, overlap: int) -> list[int]:

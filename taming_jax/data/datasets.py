@@ -5,8 +5,9 @@ function, its line in `SOURCES`, and a preset.
 """
 
 import gzip
+import operator
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -60,6 +61,28 @@ def load(config: DataConfig) -> Splits:
         f"--data.name {config.name} is unknown; the datasets are {', '.join(sorted(SOURCES))}, "
         "OWNER/NAME of the Hugging Face hub, and tfds:NAME of TensorFlow Datasets."
     )
+
+
+def class_numbers(classes: int | str | Iterable[int | str], names: Sequence[str]) -> np.ndarray:
+    """Classes by number or by name as numbers, int32 [n]; a string is a name before it is a number.
+    UserError for others."""
+    numbers = {name: i for i, name in enumerate(names)}
+
+    def number(given: int | str) -> int:
+        if isinstance(given, str):
+            value = numbers.get(given, int(given) if given.isdecimal() else -1)
+        else:
+            value = operator.index(given)
+        if 0 <= value < len(names):
+            return value
+        shown = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
+        raise UserError(
+            f"there is no class '{given}'; the classes are 0 to {len(names) - 1}: {shown}."
+        )
+
+    if isinstance(classes, int | str | np.integer):
+        classes = [classes]
+    return np.array([number(given) for given in classes], np.int32)
 
 
 def load_same(load: Callable[[], Splits]) -> tuple[Splits, dict[str, Any]]:

@@ -43,6 +43,17 @@ def operations(lowered: Any) -> float | None:
     return found.get("flops")
 
 
+def in_batches(apply: Callable[[Any], Any], arrays: Any, size: int) -> Any:
+    """What `apply` returns of arrays [n, ...], a tree, in batches of one size, of which the last is
+    filled up with its last row: a tree of numpy arrays [n, ...]."""
+    n, parts = len(jax.tree.leaves(arrays)[0]), []
+    for start in range(0, n, size):
+        rows = np.minimum(np.arange(start, start + size), n - 1)
+        batch = jax.tree.map(lambda x, rows=rows: x[rows], arrays)
+        parts.append(jax.tree.map(np.asarray, apply(batch)))
+    return jax.tree.map(lambda *each: np.concatenate(each)[:n], *parts)
+
+
 class Compiled:
     """A function of state and arrays with its frozen arguments in place, compiled when it is first
     called, or by `prepare`."""
@@ -194,17 +205,15 @@ class Devices:
         )
 
     def in_batches(self, apply: Callable[[Any], Any], arrays: Any, size: int) -> Any:
-        """What `apply` returns of arrays [n, ...], a tree that all processes have, gathered.
+        """`in_batches` over all processes, which have the same arrays: `apply` is given this
+        process's rows of each batch, and returns a tree of what a compiled function returned for
+        them, sharded."""
 
-        It is given this process's rows of batches of one size, of which the last is filled up, and
-        returns trees of what a compiled function returned for them, sharded.
-        """
-        n, parts = len(jax.tree.leaves(arrays)[0]), []
-        for start in range(0, n, size):
-            rows = np.minimum(np.arange(start, start + size), n - 1)[self.own(size)]
-            returned = apply(jax.tree.map(lambda x, rows=rows: x[rows], arrays))
-            parts.append(jax.tree.map(self.gather, returned))
-        return jax.tree.map(lambda *each: np.concatenate(each)[:n], *parts)
+        def of_all(batch: Any) -> Any:
+            own = jax.tree.map(lambda x: x[self.own(size)], batch)
+            return jax.tree.map(self.gather, apply(own))
+
+        return in_batches(of_all, arrays, size)
 
     def fetch(self, tree: Any) -> Any:
         """A replicated tree as numpy arrays of one device's, in memory of their own (on a CPU
