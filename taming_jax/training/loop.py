@@ -112,8 +112,8 @@ def train(build: Callable[[Config, Devices], Stage], config: Config, restart: bo
 
 
 def weights_of(source: Path, stage: Stage, config: Config, template: TrainState) -> TrainState:
-    """A fresh state with another run's weights; what there is to know of them is said. UserError
-    where none of them fit."""
+    """A fresh state with another run's weights, which are described to the user. UserError where
+    none of them fit."""
     other = Store(source, stage.name, stage.best_metric).chosen()
     loaded = load_matching_weights(stage.learned, template, other.arrays)
     say(describe_loaded(loaded, source))
