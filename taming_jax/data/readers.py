@@ -15,6 +15,7 @@ from taming_jax.config.schema import DataConfig
 from taming_jax.config.validation import flag
 from taming_jax.data.images import Reader, cache_folder
 from taming_jax.errors import UserError
+from taming_jax.files import text_hash
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
 SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val"), "test": ("test",)}
@@ -146,7 +147,8 @@ def parquet(config: DataConfig) -> dict[str, Table]:
     names = {split: list(map(str, of_split)) for split, of_split in files.items()}
     try:
         contents = {split: hashed(of_split) for split, of_split in files.items()}
-        folder = str(cache_folder(config) / "parquet")
+        # It takes files of one name, size and time for the same, whatever they hold.
+        folder = str(cache_folder(config) / "parquet" / text_hash(contents)[:16])
         loaded = datasets.load_dataset("parquet", data_files=names, cache_dir=folder)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(

@@ -25,7 +25,7 @@ from taming_jax.errors import UserError
 from taming_jax.metrics.monitor import ValidationFD
 from taming_jax.models.vqgan import build_vqgan, decode_indices
 from taming_jax.parallel import distributed
-from taming_jax.parallel.devices import Devices, averaged, summed
+from taming_jax.parallel.devices import Devices, averaged, in_batches, summed
 from taming_jax.priors.autoregressive import GPT, apply_train, build_gpt, teacher_forced
 from taming_jax.priors.decoding import micro_batch, sample, sample_keys
 from taming_jax.training.accumulate import mean_over_parts, repeated
@@ -274,13 +274,13 @@ class PriorStage:
         )
         labels = np.repeat(classes, columns)
         numbers = np.tile(np.arange(columns, dtype=np.int32), len(classes))
-        codes, size, seed = [], micro_batch(self.devices.list[0]), np.uint32(self.config.seed)
-        for start in range(0, len(labels), size):
-            places = np.minimum(np.arange(start, start + size), len(labels) - 1)
-            codes.append(self._sample(transformer, labels[places], numbers[places], seed))
+        seed = np.uint32(self.config.seed)
+        codes = in_batches(
+            lambda part: self._sample(transformer, *part, seed), (labels, numbers),
+            micro_batch(self.devices.list[0]),
+        )  # fmt: skip
         # A row at a time: all of them at 256 px are more than many a device's memory holds.
-        rows_of_codes = np.split(np.concatenate(codes)[: len(labels)], len(classes))
-        images = np.concatenate([self._decode(generator, row) for row in rows_of_codes])
+        images = in_batches(functools.partial(self._decode, generator), codes, columns)
         step = int(self.devices.fetch(state.step))
         figures.loss_curves(
             rows, folder / "prior_loss.png", "Prior", names={"nll": "loss (nats a code)"}

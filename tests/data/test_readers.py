@@ -57,6 +57,21 @@ def test_another_column_of_images_is_another_cache(tmp_path):
     assert (first.train.images != second.train.images).any()
 
 
+def test_a_parquet_file_that_is_replaced_is_read_again(tmp_path):
+    """Also where its name, size and time are the same, as rsync leaves them."""
+    root = pictures.write_parquet(tmp_path / "parquet")
+    first = datasets.load(config_of(tmp_path, "a/b", root)).train.images[0].copy()
+    file = next(root.glob("train*"))
+    times = file.stat()
+    content, labels = pictures.SPLITS["train"]
+    other = {"train": (content[::-1], labels)}
+    pictures.write_parquet(tmp_path / "other", other)
+    file.write_bytes(next((tmp_path / "other").glob("train*")).read_bytes())
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    second = datasets.load(config_of(tmp_path, "a/b", root)).train.images[0]
+    assert (first != second).any()
+
+
 def test_hidden_folders_are_no_classes(tmp_path):
     contents, _ = pictures.split(10)
     (tmp_path / "flat" / ".thumbs").mkdir(parents=True)
