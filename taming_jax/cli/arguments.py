@@ -10,7 +10,9 @@ import typing
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
+
+import tyro
 
 from taming_jax.config.load import (
     differences,
@@ -31,18 +33,21 @@ T = TypeVar("T")
 def parse(command: type[T], description: str | None) -> T:
     """The command line as the settings of a command, a dataclass whose docstrings are its help.
     tyro ends the process with status 2, and a message of its own, where a flag is wrong."""
-    import tyro
-
     return tyro.cli(command, description=description, args=sys.argv[1:])
 
 
 # Settings of a dataset that a run's networks fix, or that matter in training only.
 FIXED_OR_TRAINING_ONLY = ("image_size", "channels", "random_crop", "mirror")
+HELP = {
+    "name": "folder, OWNER/NAME of the Hugging Face hub, …; needed to use other data",
+    "path": "the folder that the data is in now",
+    "cache": "the folder of decoded images",
+}
 # The others as flags `--data.…`: only needed if the data has moved, or to use other data.
 DataFlags: Any = dataclasses.make_dataclass(
     "DataFlags",
     [
-        (name, kind | None, None)
+        (name, Annotated[kind | None, tyro.conf.arg(help=HELP.get(name, "as in training"))], None)
         for name, kind in typing.get_type_hints(DataConfig).items()
         if name not in FIXED_OR_TRAINING_ONLY
     ],
@@ -110,8 +115,6 @@ def parse_arguments(arguments: Sequence[str], stage: str = "vqgan") -> Command:
     and its own message where a flag is wrong. Stage "prior" takes the data and stage 1's settings
     from the run in its workdir; flags that contradict them raise UserError.
     """
-    import tyro
-
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--config")
     first.add_argument("--workdir")
