@@ -198,7 +198,7 @@ def test_decoding_that_is_killed_is_begun_again_and_leaves_nothing(place, tmp_pa
     assert list((tmp_path / "cache").glob("*-partial-*"))
     trained_here(tmp_path, tmp_path / "run", *settings)
     assert len(visible(tmp_path / "cache")) == 3
-    data = Store(tmp_path / "run", "vqgan").read(1)[1].data
+    data = Store(tmp_path / "run", "vqgan").read(1).config.data
     kept = datasets.load(data).train.images
     shutil.rmtree(tmp_path / "cache")
     np.testing.assert_array_equal(datasets.load(data).train.images, kept)
