@@ -177,6 +177,7 @@ def test_the_recorded_vqgan_and_gpt(command, tmp_path):
 def test_an_export_is_the_model_that_was_imported(command, tmp_path, model, monkeypatch):
     torch = types.ModuleType("torch")
     torch.__spec__ = importlib.machinery.ModuleSpec("torch", None)
+    torch.device = type("device", (), {})  # tyro asks for it
     torch.from_numpy, torch.save = lambda x: x, lambda content, file: write_tensors(file, content)
     monkeypatch.setitem(sys.modules, "torch", torch)
     weights = with_rest(model)
