@@ -7,7 +7,7 @@ import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,13 +19,11 @@ from taming_jax.config.validation import flag
 from taming_jax.data import datasets
 from taming_jax.data.datasets import Split, Splits
 from taming_jax.errors import UserError, say
-from taming_jax.losses import next_token
 from taming_jax.models.vqgan import build_vqgan, decode_indices, encode, images_at_once
 from taming_jax.parallel import distributed
 from taming_jax.parallel.devices import Devices, in_batches
 from taming_jax.parallel.runtime import keep_programs
-from taming_jax.priors.autoregressive import build_gpt, teacher_forced
-from taming_jax.priors.decoding import window_likelihood
+from taming_jax.priors.registry import build_prior
 from taming_jax.sampler import Sampler, Settings, kept_codes
 from taming_jax.training.checkpoints import Store
 from taming_jax.training.tokens import Tokenizer
@@ -101,10 +99,7 @@ class Run:
         self.transformer = None
         if transformer is not None:
             self.transformer = jax.device_put(transformer)
-            classes = len(transformer["embedding"]) - config.vqgan.codes - 1
-            if config.prior.vocabulary is not None:  # classes are among the codes
-                classes = len(self.class_names)
-            self.prior = build_gpt(config, classes)
+            self.prior = build_prior(config, len(self.class_names))
             self._likelihood = jax.jit(self._of_codes, static_argnums=0)
 
     def __repr__(self) -> str:
@@ -304,12 +299,7 @@ class Run:
 
     def _of_codes(self, grid: tuple[int, int], params: Any, both: jax.Array) -> jax.Array:
         """Log-likelihoods [b] of rows of a class and its codes [b,1+t], as they would be drawn."""
-        labels, codes = both[:, 0], both[:, 1:]
-        if grid != self.prior.window:
-            return window_likelihood(self.prior, params, labels, codes.reshape(-1, *grid))
-        tokens = teacher_forced(self.prior, labels, codes)
-        logits = cast(jax.Array, self.prior.apply({"params": params}, tokens))
-        return -next_token(logits, codes) * self.prior.length
+        return self.prior.log_likelihood(params, both[:, 0], both[:, 1:].reshape(-1, *grid))
 
     def tokens(self, split: str = "train", data: Mapping[str, Any] | None = None) -> Split:
         """A split of the run's dataset as codes, unsigned [n, h' * w'], not augmented, with its

@@ -1,7 +1,6 @@
 """A run's prior as a source of images: compiled once for each choice of what is compiled in, and
 shared over the devices."""
 
-import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -13,8 +12,8 @@ from taming_jax.config.validation import check_sampling
 from taming_jax.errors import UserError
 from taming_jax.models.vqgan import VQGAN, decode_indices, images_at_once
 from taming_jax.parallel.devices import Compiled, Devices
-from taming_jax.priors.autoregressive import GPT
-from taming_jax.priors.decoding import micro_batch, sample, sample_keys, sample_windows
+from taming_jax.priors.decoding import micro_batch, sample_keys
+from taming_jax.priors.registry import Prior
 from taming_jax.progress import Progress
 
 
@@ -30,7 +29,7 @@ class Settings(NamedTuple):
 class Sampler:
     """Draws images of a run's config by its prior and generator, on any number of devices."""
 
-    def __init__(self, config: Config, prior: GPT, generator: VQGAN, params: dict[str, Any]):
+    def __init__(self, config: Config, prior: Prior, generator: VQGAN, params: dict[str, Any]):
         self.preset, self.factor = config.prior, config.downsample_factor
         self.prior, self.generator, self.params = prior, generator, params
         self._compiled: dict[tuple, tuple[Devices, Compiled, Any]] = {}
@@ -141,18 +140,16 @@ class Sampler:
         if key in self._compiled:
             return self._compiled[key]
         prior, generator = self.prior, self.generator
-        windows = grid != prior.grid or prior.window != prior.grid
 
         def draw(params: Any, arrays: dict[str, Any]) -> jax.Array:
             labels = arrays["labels"]
             keys = sample_keys(arrays["seed"], labels, arrays["numbers"])
-            draw_codes = functools.partial(sample_windows, grid=grid) if windows else sample
             with jax.default_matmul_precision("highest"):
-                codes = draw_codes(
-                    prior, params["transformer"], labels, keys, temperature=arrays["temperature"],
+                codes = prior.sample(
+                    params["transformer"], labels, keys, temperature=arrays["temperature"],
                     top_k=top_k, top_p=arrays["top_p"], guidance_scale=arrays["scales"],
-                    known=arrays["known"],
-                ).reshape(len(labels), *grid)  # fmt: skip
+                    known=arrays["known"], grid=grid,
+                )  # fmt: skip
                 if grid != prior.grid:
                     return codes
                 return decode_indices(generator, params["generator"], codes)

@@ -31,8 +31,7 @@ from taming_jax.data import datasets
 from taming_jax.data.batches import Feed, ResidentFeed, StreamingFeed
 from taming_jax.data.datasets import Split
 from taming_jax.parallel.devices import Compiled, Devices
-from taming_jax.priors.autoregressive import GPT, build_gpt
-from taming_jax.priors.decoding import sample
+from taming_jax.priors.autoregressive import GPT
 from taming_jax.training.meter import Meter
 from taming_jax.training.prior import fresh_transformer, training_step
 from taming_jax.training.state import copied
@@ -88,7 +87,7 @@ def measure(stage: VQGANStage, devices: Devices, steps: int) -> None:
 def measure_prior(config: Config, devices: Devices, steps: int) -> None:
     """The training step of stage 2 on codes made up for it."""
     devices.check_batch("prior", config.prior.batch_size, config.prior.micro_batches)
-    model = build_gpt(config, 10)
+    model = GPT.build(config, 10)
     rng = np.random.default_rng(0)
     codes = rng.integers(0, model.codebook_size, (2048, model.length)).astype(np.int32)
     split = Split(codes, rng.integers(0, 10, 2048).astype(np.int32))
@@ -113,7 +112,7 @@ def measure_sampling(repeats: int) -> None:
 
     @jax.jit
     def cached(labels: jax.Array, keys: jax.Array) -> jax.Array:
-        return sample(model, params, labels, keys)
+        return model.sample(params, labels, keys)
 
     times: dict[int, list[float]] = {8: [], 64: []}
     for _ in range(repeats + 1):  # in turn, so that a slow moment meets both

@@ -222,8 +222,10 @@ class VQGANConfig(StageConfig):
 
 @dataclass(frozen=True)
 class PriorConfig(StageConfig):
-    """Stage 2: the transformer over code grids."""
+    """Stage 2: the prior over grids of codes."""
 
+    kind: Literal["autoregressive"] = "autoregressive"
+    """The kind of prior; an autoregressive one draws codes one after the other, in raster order."""
     layers: int = setting(6, COUNT)
     heads: int = setting(8, COUNT)
     width: int = setting(256, COUNT)

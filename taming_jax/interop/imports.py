@@ -18,7 +18,7 @@ from taming_jax.errors import RunFailed, UserError, say
 from taming_jax.files import check_writable
 from taming_jax.models.discriminator import Discriminator
 from taming_jax.models.vqgan import build_vqgan
-from taming_jax.priors.autoregressive import build_gpt
+from taming_jax.priors.autoregressive import GPT
 from taming_jax.progress import Progress
 from taming_jax.training.checkpoints import Store
 from taming_jax.weights.layout import Layout, expected, ours, paths
@@ -82,7 +82,7 @@ def shapes_of(config: Config, classes: int, discriminator: bool) -> dict[str, An
         found["discriminator"] = dict(jax.eval_shape(lambda: net.init(key, image, train=False)))
     if classes:
         tokens = jnp.zeros((1, 1), jnp.int32)
-        found["transformer"] = jax.eval_shape(build_gpt(config, classes).init, key, tokens)[
+        found["transformer"] = jax.eval_shape(GPT.build(config, classes).init, key, tokens)[
             "params"
         ]
     return found

@@ -1,129 +1,28 @@
-"""The prior of stage 2: a causal transformer over grids of codes, in raster order.
+"""The autoregressive prior: a causal transformer over grids of codes, in raster order.
 
 Its sequence begins with the image's class, or "none", so that the first code is learned as well:
 logits at position i are those of code i, given the class and the codes before it. One table embeds
-the codes, then the classes, then "none"; the head speaks codes only.
+the codes, then the classes, then "none"; the head predicts codes only.
 """
 
+import functools
+import itertools
 import math
+from collections.abc import Mapping
 from typing import Any, Literal, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from taming_jax.config.schema import Config
-from taming_jax.models.layers import Dense, Dtype
+from taming_jax.errors import UserError
+from taming_jax.losses import next_token, per_example
+from taming_jax.models.layers import Dtype
 from taming_jax.models.quantizers import select
-
-# Keys and values of each layer, [b, heads, t, width / heads] each.
-Cache = list[tuple[jax.Array, jax.Array]]
-init = nn.initializers.normal(0.02)  # GPT-2's
-
-
-class RMSNorm(nn.Module):
-    """Scales to root mean square one (arXiv 1910.07467); statistics in float32."""
-
-    dtype: Dtype = jnp.float32
-    epsilon: float = 1e-5
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        x = x.astype(jnp.float32)
-        inverse = jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.epsilon)
-        return (x * (inverse * scale)).astype(self.dtype)
-
-
-def make_norm(kind: str, dtype: Dtype, name: str | None = None) -> nn.Module:
-    """LayerNorm with PyTorch's epsilon, or RMSNorm."""
-    if kind == "rms":
-        return RMSNorm(dtype, name=name)
-    return nn.LayerNorm(epsilon=1e-5, dtype=dtype, name=name)
-
-
-def dense(features: int, bias: bool, dtype: Dtype, name: str) -> Dense:
-    return Dense(features, use_bias=bias, dtype=dtype, kernel_init=init, name=name)
-
-
-def rotate(x: jax.Array, places: jax.Array) -> jax.Array:
-    """Rotary positions in two dimensions (arXiv 2104.09864): of a head's channels [b,heads,t,d],
-    the first half turns with the row, the second with the column; `places` [t,2]. d is a multiple
-    of four."""
-    quarter = x.shape[-1] // 4
-    frequencies = 10_000.0 ** (-jnp.arange(quarter) / quarter)
-    angles = (places[:, :, None] * frequencies).reshape(len(places), 2 * quarter)
-    # The channels pair up across the halves of each half.
-    halves = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, 2, quarter)
-    first, second = (halves[..., i, :].reshape(*x.shape[:-1], 2 * quarter) for i in (0, 1))
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    turned = first * cos - second * sin, first * sin + second * cos
-    pairs = [part.reshape(*x.shape[:-1], 2, 1, quarter) for part in turned]
-    return jnp.concatenate(pairs, -2).reshape(x.shape).astype(x.dtype)
-
-
-class Block(nn.Module):
-    """Attention and a two-layer network, each behind a norm and beside a shortcut."""
-
-    heads: int
-    dropout: float
-    norm: Literal["layer", "rms"]
-    mlp: Literal["gelu", "swiglu"]
-    mlp_width: int | None
-    bias: bool
-    qk_norm: bool
-    dtype: Dtype
-
-    @nn.compact
-    def __call__(
-        self,
-        x: jax.Array,
-        cache: tuple[jax.Array, jax.Array] | None,
-        position: jax.Array | int,
-        places: jax.Array | None,
-        train: bool,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """x [b,t,width] at positions `position` ... with the keys and values of those before them
-        in `cache`; `places` [t,2] are their rows and columns where positions are rotary, negative
-        where there is nothing to attend with."""
-        b, t, width = x.shape
-
-        def dropout(x: jax.Array) -> jax.Array:
-            return nn.Dropout(self.dropout)(x, deterministic=not train)
-
-        normed = make_norm(self.norm, self.dtype, "norm1")(x)
-        qkv = dense(3 * width, self.bias, self.dtype, "qkv")(normed)
-        q, k, v = qkv.reshape(b, t, 3, self.heads, -1).transpose(2, 0, 3, 1, 4)
-        if self.qk_norm:
-            q = RMSNorm(self.dtype, name="query_norm")(q)
-            k = RMSNorm(self.dtype, name="key_norm")(k)
-        if places is not None:
-            placed = (places >= 0).all(-1, keepdims=True)
-            q, k = (jnp.where(placed, rotate(x, places), 0) for x in (q, k))
-        if cache is not None:
-            k, v = (
-                jax.lax.dynamic_update_slice_in_dim(old, new, position, 2)
-                for old, new in zip(cache, (k, v), strict=True)
-            )
-        scores = jnp.einsum("bhid,bhjd->bhij", q, k, preferred_element_type=jnp.float32)
-        scores *= q.shape[-1] ** -0.5
-        seen = jnp.arange(k.shape[2]) <= position + jnp.arange(t)[:, None]
-        weights = nn.softmax(jnp.where(seen, scores, -jnp.inf)).astype(self.dtype)
-        attended = jnp.einsum("bhij,bhjd->bhid", dropout(weights), v)
-        attended = attended.transpose(0, 2, 1, 3).reshape(b, t, width)
-        x = x + dropout(dense(width, self.bias, self.dtype, "projection")(attended))
-
-        normed = make_norm(self.norm, self.dtype, "norm2")(x)
-        if self.mlp == "swiglu":
-            # Two thirds as wide, so that three matrices hold what two would.
-            hidden = self.mlp_width or -(-8 * width // 3 // 8) * 8
-            gate = nn.silu(dense(hidden, self.bias, self.dtype, "mlp_gate")(normed))
-            h = gate * dense(hidden, self.bias, self.dtype, "mlp_in")(normed)
-        else:
-            hidden = self.mlp_width or 4 * width
-            h = dense(hidden, self.bias, self.dtype, "mlp_in")(normed)
-            h = nn.gelu(h, approximate=False)
-        return x + dropout(dense(width, self.bias, self.dtype, "mlp_out")(h)), (k, v)
+from taming_jax.priors.decoding import Choose, guided, token_choice
+from taming_jax.priors.transformer import Block, Cache, init, make_norm
 
 
 class GPT(nn.Module):
@@ -149,7 +48,21 @@ class GPT(nn.Module):
     first_class: int = 0
     qk_norm: bool = False
     remat: bool = False
+    keep_codes: float = 1.0
     dtype: Dtype = jnp.float32
+
+    @classmethod
+    def build(cls, config: Config, classes: int) -> "GPT":
+        """The prior that a config describes, for a dataset with that many classes."""
+        prior, grid = config.prior, config.grid_size
+        return cls(
+            codebook_size=config.vqgan.codes, classes=classes, grid=(grid, grid),
+            layers=prior.layers, heads=prior.heads, width=prior.width, dropout=prior.dropout,
+            norm=prior.norm, mlp=prior.mlp, mlp_width=prior.mlp_width, bias=prior.bias,
+            positions=prior.positions, block_size=prior.block_size, vocabulary=prior.vocabulary,
+            first_class=prior.first_class, qk_norm=prior.qk_norm, remat=prior.remat,
+            keep_codes=prior.keep_codes, dtype=jnp.dtype(config.dtype),
+        )  # fmt: skip
 
     @property
     def length(self) -> int:
@@ -243,33 +156,274 @@ class GPT(nn.Module):
         shape = (batch, self.heads, length, self.width // self.heads)
         return [(jnp.zeros(shape, self.dtype),) * 2 for _ in range(self.layers)]
 
+    @nn.nowrap
+    def check_trainable(self) -> None:
+        """UserError where this prior can draw codes, but not be trained."""
+        if self.vocabulary is not None and self.first + self.classes > self.vocabulary:
+            raise UserError(
+                f"--prior.vocabulary {self.vocabulary} has no room for {self.classes} classes from "
+                f"token {self.first}; take a larger one, or another --prior.first-class."
+            )
+        if self.length > self.longest:
+            raise UserError(
+                f"--prior.block-size {self.longest} does not hold the {self.length} codes of an "
+                "image; such a prior draws in windows, and is not trained on whole images."
+            )
 
-def build_gpt(config: Config, classes: int) -> GPT:
-    """The prior that a config describes, for a dataset of so many classes."""
-    prior, grid = config.prior, config.grid_size
-    return GPT(
-        codebook_size=config.vqgan.codes, classes=classes, grid=(grid, grid),
-        layers=prior.layers, heads=prior.heads, width=prior.width, dropout=prior.dropout,
-        norm=prior.norm, mlp=prior.mlp, mlp_width=prior.mlp_width, bias=prior.bias,
-        positions=prior.positions, block_size=prior.block_size, vocabulary=prior.vocabulary,
-        first_class=prior.first_class, qk_norm=prior.qk_norm, remat=prior.remat,
-        dtype=jnp.dtype(config.dtype),
-    )  # fmt: skip
+    @nn.nowrap
+    def teacher_forced(self, labels: jax.Array, codes: jax.Array) -> jax.Array:
+        """The tokens [b,t] from which codes int [b,t] are predicted: the class, then all codes but
+        the last."""
+        return jnp.concatenate([self.class_tokens(labels)[:, None], codes[:, :-1]], 1)
+
+    @nn.nowrap
+    def logits(self, params: Any, labels: jax.Array, codes: jax.Array) -> jax.Array:
+        """The logits [b,t,spoken] of codes int [b,t], each given the class and those before it."""
+        tokens = self.teacher_forced(labels, codes)
+        return cast(jax.Array, self.apply({"params": params}, tokens))
+
+    @nn.nowrap
+    def loss(
+        self, params: Any, labels: jax.Array, codes: jax.Array, keys: Mapping[str, jax.Array]
+    ) -> jax.Array:
+        """The training loss, float32 [b], of codes int [b,t] of classes int [b]. One key [b] per
+        example, so that neither dropout ("dropout") nor corrupted codes ("codes") depend on what
+        else is in the batch, or on which device it is."""
+        tokens = self.teacher_forced(labels, codes)
+        if self.keep_codes < 1:
+            corrupt = functools.partial(corrupted, self.keep_codes, self.codebook_size)
+            rest = jax.vmap(corrupt)(keys["codes"], tokens[:, 1:])
+            tokens = jnp.concatenate([tokens[:, :1], rest], 1)
+        return next_token(self.train_logits(params, tokens, keys["dropout"]), codes)
+
+    @nn.nowrap
+    def train_logits(self, params: Any, tokens: jax.Array, keys: jax.Array) -> jax.Array:
+        """The logits [b,t,spoken] of tokens [b,t] with dropout, by one key [b] per example."""
+        if not self.dropout:
+            return cast(jax.Array, self.apply({"params": params}, tokens))
+
+        def one(tokens: jax.Array, key: jax.Array) -> jax.Array:
+            logits = self.apply({"params": params}, tokens[None], True, rngs={"dropout": key})
+            return cast(jax.Array, logits)[0]
+
+        return jax.vmap(one)(tokens, keys)
+
+    @nn.nowrap
+    def evaluate(self, params: Any, labels: jax.Array, codes: jax.Array) -> dict[str, jax.Array]:
+        """The metrics of a validation, each float32 [b]."""
+        logits = self.logits(params, labels, codes)
+        correct = (logits.argmax(-1) == codes).astype(jnp.float32)
+        return {"nll": next_token(logits, codes), "accuracy": per_example(correct)}
+
+    @nn.nowrap
+    def log_likelihood(self, params: Any, labels: jax.Array, codes: jax.Array) -> jax.Array:
+        """The logarithm of the probability, in nats, float32 [b], that grids of codes int [b,h,w]
+        are drawn by `sample`."""
+        if codes.shape[1:] != self.window:
+            return window_likelihood(self, params, labels, codes)
+        flat = codes.reshape(len(codes), -1)
+        return -next_token(self.logits(params, labels, flat), flat) * flat.shape[1]
+
+    @nn.nowrap
+    def sample(
+        self,
+        params: Any,
+        labels: jax.Array,
+        keys: jax.Array,
+        *,
+        temperature: jax.Array | float = 1.0,
+        top_k: int | None = None,
+        top_p: jax.Array | float | None = None,
+        guidance_scale: jax.Array | float | None = None,
+        known: jax.Array | None = None,
+        grid: tuple[int, int] | None = None,
+        pieces: int | None = None,
+    ) -> jax.Array:
+        """Grids of codes int32 [b,h,w] of classes int32 [b], with one key [b] per image.
+
+        A label of `classes` means no class. `temperature` is 0 (the most likely code) or more;
+        `top_k` is from 1 to the codebook's size, `top_p` above 0, up to 1. `guidance_scale` is one
+        number of 0 or more, or one per position [h*w]; without it there is no unconditional pass.
+        `known` int [b,p], p up to h*w, holds codes that are not to be drawn, and -1 where they are.
+
+        The grid is the training images' by default. The codes of a larger one are drawn one by one
+        in windows; otherwise the positions are scanned in so many `pieces` (default: one per 32
+        positions, at most eight), each with a cache no longer than it needs.
+        """
+        height, width = grid = grid or self.grid
+        choose = token_choice(keys, temperature, top_k, top_p)
+        given = jnp.full((len(labels), height * width), -1, jnp.int32)
+        if known is not None:
+            given = given.at[:, : known.shape[1]].set(known)
+        scales = guidance_scale
+        if scales is not None:
+            scales = jnp.broadcast_to(scales, (height * width,))
+        inputs = jnp.arange(height * width), scales, given.T
+        if grid == self.window:
+            codes = scan_positions(self, params, labels, choose, inputs, pieces)
+        else:
+            codes = scan_windows(self, params, labels, choose, inputs, grid)
+        return codes.reshape(-1, height, width)
 
 
-def teacher_forced(model: GPT, labels: jax.Array, codes: jax.Array) -> jax.Array:
-    """The tokens [b,t] from which codes int [b,t] are learned: the class, then all codes but the
-    last. `labels` int [b] counts from 0; `classes` stands for "none"."""
-    return jnp.concatenate([model.class_tokens(labels)[:, None], codes[:, :-1]], 1)
+# What the scans over positions read: the positions [t], their guidance scales [t] or None, and
+# known codes [t,b], -1 where one is to be drawn.
+Inputs = tuple[jax.Array, jax.Array | None, jax.Array]
 
 
-def apply_train(model: GPT, params: Any, tokens: jax.Array, keys: jax.Array) -> jax.Array:
-    """Training logits [b,t,k] with a key [b] an example for dropout, so that an example's mask does
-    not depend on what else is in the batch, or on which device it is."""
-    if not model.dropout:
-        return cast(jax.Array, model.apply({"params": params}, tokens))
+def corrupted(keep: float, codebook_size: int, key: jax.Array, codes: jax.Array) -> jax.Array:
+    """Codes [t] of which a share `keep` stays and the others are drawn anew, as the official code's
+    `pkeep`."""
+    which, what = jax.random.split(key)
+    drawn = jax.random.randint(what, codes.shape, 0, codebook_size)
+    return jnp.where(jax.random.bernoulli(which, keep, codes.shape), codes, drawn)
 
-    def one(tokens: jax.Array, key: jax.Array) -> jax.Array:
-        return model.apply({"params": params}, tokens[None], True, rngs={"dropout": key})[0]
 
-    return jax.vmap(one)(tokens, keys)
+def with_unconditional(model: GPT, labels: jax.Array, scale: Any) -> jax.Array:
+    """Labels [b], followed for guidance by as many of no class."""
+    if scale is None:
+        return labels
+    return jnp.concatenate([labels, jnp.full_like(labels, model.classes)])
+
+
+def apply_guidance(logits: jax.Array, scale: jax.Array | float | None) -> jax.Array:
+    """With a guidance scale, of logits [2b,n], the conditional ones and then the unconditional
+    ones: [b,n]."""
+    if scale is None:
+        return logits
+    conditional, unconditional = jnp.split(logits, 2)
+    return guided(conditional, unconditional, scale)
+
+
+def scan_positions(
+    model: GPT,
+    params: Any,
+    labels: jax.Array,
+    choose: Choose,
+    inputs: Inputs,
+    pieces: int | None = None,
+) -> jax.Array:
+    """Codes int32 [b,t] of the training images' grid, by one scan with a cache."""
+    length, scales = len(inputs[0]), inputs[1]
+
+    def step(carry: tuple[jax.Array, Cache], at: Any) -> tuple[tuple[jax.Array, Cache], jax.Array]:
+        (tokens, cache), (position, scale, given) = carry, at
+        logits, cache = next_logits(model, params, tokens, cache, position, scale)
+        codes = jnp.where(given < 0, choose(logits[:, : model.codebook_size], position), given)
+        tokens = codes if scale is None else jnp.concatenate([codes, codes])
+        return (tokens, cache), codes
+
+    pieces = min(-(-length // 32), 8) if pieces is None else pieces
+    bounds = [length * i // pieces for i in range(pieces + 1)]
+    tokens, parts = model.class_tokens(with_unconditional(model, labels, scales)), []
+    cache = model.empty_cache(len(tokens), 0)
+    for start, stop in itertools.pairwise(bounds):
+        longer = ((0, 0), (0, 0), (0, stop - start), (0, 0))
+        cache = jax.tree.map(lambda x, longer=longer: jnp.pad(x, longer), cache)
+        here = jax.tree.map(lambda x, part=slice(start, stop): x[part], inputs)
+        (tokens, cache), codes = lax.scan(step, (tokens, cache), here)
+        parts.append(codes)
+    return jnp.concatenate(parts).T
+
+
+def next_logits(
+    model: GPT,
+    params: Any,
+    tokens: jax.Array,
+    cache: Cache,
+    position: jax.Array | int,
+    scale: jax.Array | float | None,
+) -> tuple[jax.Array, Cache]:
+    """Logits [b,spoken] of the code at a position, given the token before it, and the cache with
+    that token. With a guidance scale, tokens [2b] and the cache hold the conditional sequences and
+    then the unconditional ones."""
+    logits, cache = cast(
+        tuple[jax.Array, Cache],
+        model.apply({"params": params}, tokens[:, None], cache, position, method=GPT.decode),
+    )
+    return apply_guidance(logits[:, 0], scale), cache
+
+
+def scan_windows(
+    model: GPT,
+    params: Any,
+    labels: jax.Array,
+    choose: Choose,
+    inputs: Inputs,
+    grid: tuple[int, int],
+) -> jax.Array:
+    """Codes int32 [b, h * w] of a grid at least as large as the model's window: each given those
+    before it in a window about it (arXiv 2012.09841, section 3.3). Windows move, and positions with
+    them, so that nothing of a code's pass serves the next; but each sees no more of its window than
+    has been drawn, in quarters of it.
+    """
+    (height, width), high = grid, model.window[0]
+    quarter = -(-high // 4)
+
+    def visible_rows(row: int) -> int:
+        """How many rows of their window the codes of a row see."""
+        top = min(max(row - high // 2, 0), height - high)
+        return min(-(-(row - top + 1) // quarter) * quarter, high)
+
+    def step(rows: int, codes: jax.Array, at: Any) -> tuple[jax.Array, None]:
+        position, scale, known = at
+        row, column = jnp.divmod(position, width)
+        grids = codes.reshape(-1, height, width)
+        logits = window_logits(model, params, labels, grids, row, column, rows, scale)
+        chosen = jnp.where(known < 0, choose(logits[:, : model.codebook_size], position), known)
+        return codes.at[:, position].set(chosen), None
+
+    codes = inputs[2].T
+    for rows, group in itertools.groupby(range(height), visible_rows):
+        members = list(group)
+        part = slice(members[0] * width, (members[-1] + 1) * width)
+        here = jax.tree.map(lambda x, part=part: x[part], inputs)
+        codes, _ = lax.scan(functools.partial(step, rows), codes, here)
+    return codes
+
+
+def window_start(at: jax.Array | int, window: int, size: int) -> jax.Array:
+    """Where the window of a code begins, along an axis of so many codes: half of it before the
+    code, but for the edges."""
+    return jnp.clip(jnp.asarray(at) - window // 2, 0, size - window)
+
+
+def window_logits(
+    model: GPT,
+    params: Any,
+    labels: jax.Array,
+    codes: jax.Array,
+    row: jax.Array | int,
+    column: jax.Array | int,
+    rows: int | None = None,
+    scale: jax.Array | float | None = None,
+) -> jax.Array:
+    """Logits [b,spoken] of the code at a row and column of a grid [b,h,w] at least as large as the
+    model's window, given those before it in its window. Of the window only the first `rows` are
+    looked at, which hold that code; all unless told."""
+    high, wide = model.window
+    rows = high if rows is None else rows
+    top = window_start(row, high, codes.shape[1])
+    left = window_start(column, wide, codes.shape[2])
+    seen = lax.dynamic_slice(codes, (0, top, left), (len(codes), rows, wide))
+    seen = jnp.maximum(seen, 0).reshape(len(codes), -1)  # what comes later is not looked at
+    if scale is not None:
+        seen = jnp.concatenate([seen, seen])
+    logits = model.logits(params, with_unconditional(model, labels, scale), seen)
+    here = (row - top) * wide + column - left
+    logits = lax.dynamic_index_in_dim(logits, here, 1, keepdims=False)
+    return apply_guidance(logits, scale)
+
+
+def window_likelihood(model: GPT, params: Any, labels: jax.Array, codes: jax.Array) -> jax.Array:
+    """The logarithm of the probability, in nats, float32 [b], that grids of codes int [b,h,w] are
+    drawn by `sample_windows`."""
+    height, width = codes.shape[1:]
+
+    def step(total: jax.Array, position: jax.Array) -> tuple[jax.Array, None]:
+        row, column = jnp.divmod(position, width)
+        logits = window_logits(model, params, labels, codes, row, column)
+        code = lax.dynamic_slice(codes, (0, row, column), (len(codes), 1, 1))[:, 0]
+        return total - next_token(logits[:, None], code), None
+
+    return lax.scan(step, jnp.zeros(len(codes)), jnp.arange(height * width))[0]

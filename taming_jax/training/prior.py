@@ -8,16 +8,15 @@ import contextlib
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from taming_jax import losses
 from taming_jax.config.load import differences
-from taming_jax.config.schema import Config, PriorConfig
+from taming_jax.config.schema import Config
 from taming_jax.data import datasets
 from taming_jax.data.augment import augments
 from taming_jax.data.batches import Batch, rounded, take
@@ -26,8 +25,8 @@ from taming_jax.metrics.monitor import ValidationFD
 from taming_jax.models.vqgan import build_vqgan, decode_indices
 from taming_jax.parallel import distributed
 from taming_jax.parallel.devices import Devices, averaged, in_batches, summed
-from taming_jax.priors.autoregressive import GPT, apply_train, build_gpt, teacher_forced
-from taming_jax.priors.decoding import micro_batch, sample, sample_keys
+from taming_jax.priors.decoding import micro_batch, sample_keys
+from taming_jax.priors.registry import Prior, build_prior
 from taming_jax.training.accumulate import mean_over_parts, repeated
 from taming_jax.training.checkpoints import Store, keep_settings
 from taming_jax.training.state import (
@@ -65,9 +64,9 @@ def learning_rate(config: Config, steps: int) -> optax.Schedule:
     return schedule(prior, steps, prior.learning_rate)
 
 
-def fresh_transformer(config: Config, model: GPT, key: jax.Array) -> TrainState:
+def fresh_transformer(config: Config, model: Prior, key: jax.Array) -> TrainState:
     """A transformer that has learned nothing, on one device."""
-    tokens = jnp.zeros((1, model.length), jnp.int32)
+    tokens = jnp.zeros((1, model.grid[0] * model.grid[1]), jnp.int32)
     params = jax.jit(model.init)(key, tokens)["params"]
     net = Net(params, jax.jit(adamw(config).init)(params))
     # In buffers of their own, since the state is donated.
@@ -77,7 +76,7 @@ def fresh_transformer(config: Config, model: GPT, key: jax.Array) -> TrainState:
 
 def training_step(
     config: Config,
-    model: GPT,
+    model: Prior,
     steps: int,
     axis_name: str | None,
     state: TrainState,
@@ -87,27 +86,18 @@ def training_step(
     prior, seed = config.prior, config.seed
     codes, labels = take(arrays)
     codes = codes.astype(jnp.int32)
-    keys = [
-        example_keys(seed, purpose, state.step, arrays["place"])
-        for purpose in (DROPOUT, LABELS, CODES)
-    ]
-    dropped = jax.vmap(lambda key: jax.random.bernoulli(key, prior.label_dropout))(keys[LABELS])
-    tokens = teacher_forced(model, jnp.where(dropped, model.classes, labels), codes)
-    if prior.keep_codes < 1:
-        corrupt = functools.partial(corrupted, prior.keep_codes, model.codebook_size)
-        rest = jax.vmap(corrupt)(keys[CODES], tokens[:, 1:])
-        tokens = jnp.concatenate([tokens[:, :1], rest], 1)
+    keys = {
+        name: example_keys(seed, purpose, state.step, arrays["place"])
+        for name, purpose in (("dropout", DROPOUT), ("labels", LABELS), ("codes", CODES))
+    }
+    drop = functools.partial(jax.random.bernoulli, p=prior.label_dropout)
+    labels = jnp.where(jax.vmap(drop)(keys.pop("labels")), model.classes, labels)
     net = state.nets["transformer"]
 
     def part(arrays: Any) -> tuple[jax.Array, Any]:
-        tokens, codes, keys = arrays
+        return jax.value_and_grad(lambda params: model.loss(params, *arrays).mean())(net.params)
 
-        def loss(params: Any) -> jax.Array:
-            return losses.next_token(apply_train(model, params, tokens, keys), codes).mean()
-
-        return jax.value_and_grad(loss)(net.params)
-
-    means = mean_over_parts(part, (tokens, codes, keys[DROPOUT]), prior.micro_batches)
+    means = mean_over_parts(part, (labels, codes, keys), prior.micro_batches)
     nll, gradient = averaged(means, axis_name)
     metrics = {"nll": nll, "transformer_gradient": optax.tree.norm(gradient)}
     rate = learning_rate(config, steps)(state.step)
@@ -172,28 +162,16 @@ class PriorStage:
             )
         # In float32 whatever the transformer computes in: the codes are the data.
         self.vqgan = build_vqgan(dataclasses.replace(config, dtype="float32"))
-        self.model = build_gpt(config, len(self.splits.class_names))
-        tokens = self.model.vocabulary
-        if tokens is not None and self.model.first + self.model.classes > tokens:
-            raise UserError(
-                f"--prior.vocabulary {tokens} has no room for {self.model.classes} classes from "
-                f"token {self.model.first}; take a larger one, or another --prior.first-class."
-            )
-        if self.model.length > self.model.longest:
-            raise UserError(
-                f"--prior.block-size {self.model.longest} does not hold the "
-                f"{self.model.length} codes of an image; such a prior draws in windows, and is not "
-                "trained on whole images."
-            )
+        self.model = build_prior(config, len(self.splits.class_names))
+        self.model.check_trainable()
         self.steps = config.prior.total_steps(len(self.splits.train.images))
         step = functools.partial(training_step, config, self.model, self.steps, devices.axis_name)
         self._step = devices.compile(step, donate=True)
         self._evaluate = devices.compile(self.evaluation)
         validation = self.splits.validation
         self._monitor = ValidationFD(validation, config, devices) if config.prior.fd_every else None
-        self._made = devices.compile(self._making)
-        self._sample = jax.jit(functools.partial(draw_codes, self.model, config.prior))
-        self._decode = jax.jit(functools.partial(decode_indices, self.vqgan))
+        self._make_images = devices.compile(self.make_images)
+        self._draw_images = jax.jit(self.make_images)  # of the first process alone
 
     def feeds(self) -> tuple[TokenFeed, TokenFeed]:
         folder, settings = self.config.folder / "tokens", self.config.prior
@@ -225,41 +203,40 @@ class PriorStage:
         codes, weight = codes.astype(jnp.int32), arrays["weight"]
         params = state.nets["transformer"].params
         with jax.default_matmul_precision("highest"):
-            tokens = teacher_forced(self.model, labels, codes)
-            logits = cast(jax.Array, self.model.apply({"params": params}, tokens))
-        nll = losses.next_token(logits, codes)
-        right = losses.per_example((logits.argmax(-1) == codes).astype(jnp.float32))
-        sums = {"nll": nll * weight, "accuracy": right * weight, "examples": weight}
-        return summed(jax.tree.map(jnp.sum, sums), self.devices.axis_name)
+            metrics = self.model.evaluate(params, labels, codes)
+        sums = {name: (values * weight).sum() for name, values in metrics.items()}
+        return summed(sums | {"examples": weight.sum()}, self.devices.axis_name)
 
     def eval_step(self, state: TrainState, batch: Batch) -> dict[str, Any]:
         return self._evaluate(state, batch.arrays)
 
     def summarise(self, sums: dict[str, np.ndarray]) -> dict[str, float]:
-        """`nll` in nats a code; the same in bits a dimension of the image; and how often the most
-        likely code is the right one."""
-        data = self.config.data
-        nll = float(sums["nll"] / sums["examples"])
-        dimensions = data.image_size**2 * data.channels
-        return {
-            "nll": nll,
-            "bits_per_dim": nll * self.model.length / dimensions / float(np.log(2)),
-            "accuracy": float(sums["accuracy"] / sums["examples"]),
-        }
+        """The means of the prior's metrics, of which `nll` is in nats per code, and that in bits
+        per dimension of the image."""
+        data, examples = self.config.data, sums["examples"]
+        means = {name: float(x / examples) for name, x in sums.items() if name != "examples"}
+        codes, dimensions = self.config.grid_size**2, data.image_size**2 * data.channels
+        nll = means.pop("nll")
+        return {"nll": nll, "bits_per_dim": nll * codes / dimensions / float(np.log(2)), **means}
 
-    def _making(self, state: TrainState, arrays: dict[str, jax.Array]) -> jax.Array:
-        transformer, generator = (state.nets[name].params for name in ("transformer", "generator"))
-        codes = draw_codes(
-            self.model, self.config.prior, transformer, arrays["labels"], arrays["numbers"],
-            np.uint32(self.config.seed),
-        )  # fmt: skip
+    def make_images(self, params: dict[str, Any], arrays: dict[str, jax.Array]) -> jax.Array:
+        """Images uint8 [b,h,w,c] of `labels` and `numbers` int32 [b], drawn as the config says, by
+        the keys that `Run.sample` has for the same seed, classes and numbers."""
+        settings, labels = self.config.prior, arrays["labels"]
         with jax.default_matmul_precision("highest"):
-            return rounded(decode_indices(self.vqgan, generator, codes))
+            codes = self.model.sample(
+                params["transformer"], labels,
+                sample_keys(np.uint32(self.config.seed), labels, arrays["numbers"]),
+                temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p,
+                guidance_scale=settings.guidance_scale,
+            )  # fmt: skip
+            return rounded(decode_indices(self.vqgan, params["generator"], codes))
 
     def distance(self, state: TrainState) -> float:
         """The Fréchet distance of samples, of the validation split's classes, to that split."""
         assert self._monitor is not None
-        return self._monitor.distance(functools.partial(self._made, state))
+        params = {name: net.params for name, net in state.nets.items()}
+        return self._monitor.distance(functools.partial(self._make_images, params))
 
     def draw(
         self, state: TrainState, folder: Path, sums: dict[str, np.ndarray], rows: list[dict]
@@ -269,47 +246,17 @@ class PriorStage:
 
         names, columns = self.splits.class_names, 8
         classes = datasets.spread(len(names), 10).astype(np.int32)
-        transformer, generator = (
-            self.devices.fetch(state.nets[name].params) for name in ("transformer", "generator")
+        params = self.devices.fetch({name: net.params for name, net in state.nets.items()})
+        arrays = {
+            "labels": np.repeat(classes, columns),
+            "numbers": np.tile(np.arange(columns, dtype=np.int32), len(classes)),
+        }
+        images = in_batches(
+            functools.partial(self._draw_images, params), arrays, micro_batch(self.devices.list[0])
         )
-        labels = np.repeat(classes, columns)
-        numbers = np.tile(np.arange(columns, dtype=np.int32), len(classes))
-        seed = np.uint32(self.config.seed)
-        codes = in_batches(
-            lambda part: self._sample(transformer, *part, seed), (labels, numbers),
-            micro_batch(self.devices.list[0]),
-        )  # fmt: skip
-        # A row at a time: all of them at 256 px are more than many a device's memory holds.
-        images = in_batches(functools.partial(self._decode, generator), codes, columns)
         step = int(self.devices.fetch(state.step))
         figures.loss_curves(
             rows, folder / "prior_loss.png", "Prior", names={"nll": "loss (nats a code)"}
         )
         drawn = [names[i] for i in classes]
         figures.class_samples(images, drawn, folder / "samples.png", step)
-
-
-def corrupted(keep: float, codebook_size: int, key: jax.Array, codes: jax.Array) -> jax.Array:
-    """Codes [t] of which a share `keep` stays and the others are drawn anew, as the official code's
-    `pkeep`."""
-    which, what = jax.random.split(key)
-    drawn = jax.random.randint(what, codes.shape, 0, codebook_size)
-    return jnp.where(jax.random.bernoulli(which, keep, codes.shape), codes, drawn)
-
-
-def draw_codes(
-    model: GPT,
-    prior: PriorConfig,
-    transformer: Any,
-    labels: jax.Array,
-    numbers: jax.Array,
-    seed: jax.Array | np.uint32,
-) -> jax.Array:
-    """Grids of codes int32 [b,h',w'] of classes int [b], drawn as the preset says, by the keys
-    that `Run.sample` has for the same seed, classes and numbers."""
-    with jax.default_matmul_precision("highest"):
-        codes = sample(
-            model, transformer, labels, sample_keys(seed, labels, numbers), prior.temperature,
-            prior.top_k, prior.top_p, prior.guidance_scale,
-        )  # fmt: skip
-    return codes.reshape(len(labels), *model.grid)

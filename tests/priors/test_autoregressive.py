@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from taming_jax.interop.compvis import gpt_layout
-from taming_jax.priors.autoregressive import GPT, apply_train, rotate, teacher_forced
+from taming_jax.priors.autoregressive import GPT
+from taming_jax.priors.transformer import rotate
 from tests import golden
 
 MODERN = {"norm": "rms", "mlp": "swiglu", "positions": "rotary", "qk_norm": True}
@@ -71,15 +72,15 @@ def test_rotary_positions_depend_on_differences_only():
 def test_teacher_forcing_puts_the_class_first():
     model, _, _ = small()
     codes = jnp.arange(12)[None] % 11
-    tokens = teacher_forced(model, jnp.array([2]), codes)
+    tokens = model.teacher_forced(jnp.array([2]), codes)
     assert tokens.tolist() == [[13, *codes[0, :-1].tolist()]]
-    assert teacher_forced(model, jnp.array([3]), codes)[0, 0] == model.none
+    assert model.teacher_forced(jnp.array([3]), codes)[0, 0] == model.none
 
 
 def test_an_examples_dropout_does_not_depend_on_its_batch():
     model, params, tokens = small(dropout=0.5)
     keys = jax.random.split(jax.random.key(5), 4)
-    apply = jax.jit(functools.partial(apply_train, model))
+    apply = jax.jit(model.train_logits)
     together = apply(params, tokens, keys)
     alone = apply(params, tokens[2:3], keys[2:3])
     np.testing.assert_allclose(alone, together[2:3], atol=1e-5)
@@ -93,7 +94,7 @@ def test_recomputing_activations_changes_no_gradient():
     for remat in (False, True):
         model, params, tokens = small(dropout=0.2, remat=remat)
         loss = jax.jit(
-            jax.grad(lambda p, m=model, t=tokens: (apply_train(m, p, t, keys) ** 2).mean())
+            jax.grad(lambda p, m=model, t=tokens: (m.train_logits(p, t, keys) ** 2).mean())
         )
         gradients.append(loss(params))
     golden.assert_trees_close(gradients[1], gradients[0], "gradient ", 1e-4)

@@ -7,25 +7,29 @@ import optax
 import pytest
 
 from taming_jax.losses import next_token
-from taming_jax.priors import decoding
-from taming_jax.priors.autoregressive import teacher_forced
-from taming_jax.priors.decoding import guided, keep_top_k, keep_top_p
+from taming_jax.priors import autoregressive
+from taming_jax.priors.autoregressive import GPT
+from taming_jax.priors.decoding import guided, keep_top_k, keep_top_p, token_choice
 from tests import golden
 from tests.priors.test_autoregressive import MODERN, small
 
-# Compiled in two pieces, with one seam between them, unless told.
-compiled = jax.jit(decoding.sample, static_argnums=0, static_argnames=("top_k", "pieces"))
-sample = functools.partial(compiled, pieces=2)
+compiled = jax.jit(GPT.sample, static_argnums=0, static_argnames=("top_k", "grid", "pieces"))
+
+
+def sample(model, params, labels, keys, pieces=2, **settings):
+    """Codes [b,t]; by default in two pieces, with one seam between them."""
+    codes = compiled(model, params, labels, keys, pieces=pieces, **settings)
+    return codes.reshape(len(labels), -1)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def uncached(model, params, labels, codes, scale=None):
     """Logits [b,t,k] by one forward pass over the whole grid, guidance included."""
-    logits = model.apply({"params": params}, teacher_forced(model, labels, codes))
+    logits = model.logits(params, labels, codes)
     if scale is None:
         return logits
     none = jnp.full_like(labels, model.classes)
-    without = model.apply({"params": params}, teacher_forced(model, none, codes))
+    without = model.logits(params, none, codes)
     return guided(logits, without, scale)
 
 
@@ -54,11 +58,11 @@ def test_logits_with_the_cache_equal_those_of_the_whole_sequence(settings, scale
     model, params, _ = small(**settings)
     codes = jax.random.randint(jax.random.key(4), (4, 12), 0, 11)
     expected = uncached(model, params, LABELS, codes, scale)
-    tokens, cache = teacher_forced(model, LABELS, codes), model.empty_cache(4, 12)
+    tokens, cache = model.teacher_forced(LABELS, codes), model.empty_cache(4, 12)
     if scale is not None:
-        none = teacher_forced(model, jnp.full_like(LABELS, model.classes), codes)
+        none = model.teacher_forced(jnp.full_like(LABELS, model.classes), codes)
         tokens, cache = jnp.concatenate([tokens, none]), model.empty_cache(8, 12)
-    step = jax.jit(decoding.next_logits, static_argnums=0)
+    step = jax.jit(autoregressive.next_logits, static_argnums=0)
     for position in range(12):
         logits, cache = step(model, params, tokens[:, position], cache, position, scale)
         golden.assert_close(logits, expected[:, position], f"position {position}", 1e-4, 1e-6)
@@ -102,7 +106,7 @@ def test_draws_have_the_models_probabilities():
     model, params, _ = small(layers=1)
     n = 4000
     labels = jnp.ones(n, jnp.int32)
-    codes = sample(model, params, labels, jax.random.split(jax.random.key(3), n), 0.7)
+    codes = sample(model, params, labels, jax.random.split(jax.random.key(3), n), temperature=0.7)
     logits = uncached(model, params, labels[:1], codes[:1])[0, 0]
     expected = jax.nn.softmax(logits / 0.7)
     drawn = np.bincount(codes[:, 0], minlength=11) / n
@@ -140,7 +144,7 @@ def test_guidance_raises_a_classifiers_agreement():
         seen = jnp.where(jax.random.bernoulli(for_drop, 0.2, (256,)), model.classes, labels)
 
         def loss(params):
-            tokens = teacher_forced(model, seen, codes)
+            tokens = model.teacher_forced(seen, codes)
             return next_token(model.apply({"params": params}, tokens), codes).mean()
 
         updates, state = adam.update(jax.grad(loss)(params), state)
@@ -210,7 +214,7 @@ def test_logits_in_a_window_are_those_of_a_plain_forward_pass(settings, scale):
     assert model.window == ((3, 3) if "block_size" in settings else (3, 4))
     codes = jax.random.randint(jax.random.key(2), (4, 7, 9), 0, 11)
     logits = jax.jit(
-        lambda row, column: decoding.window_logits(
+        lambda row, column: autoregressive.window_logits(
             model, params, LABELS, codes, row, column, scale=scale
         )
     )
@@ -222,9 +226,8 @@ def test_logits_in_a_window_are_those_of_a_plain_forward_pass(settings, scale):
 
 def test_greedy_codes_of_a_large_grid_are_the_most_likely_in_their_windows():
     model, params, _ = small()
-    draw = jax.jit(decoding.sample_windows, static_argnums=(0, 4))
     known = jnp.full((4, 63), -1).at[:, 20:30].set(5)
-    codes = draw(model, params, LABELS, KEYS, (7, 9), temperature=0.0, known=known)
+    codes = sample(model, params, LABELS, KEYS, grid=(7, 9), temperature=0.0, known=known)
     np.testing.assert_array_equal(codes[:, 20:30], 5)
     grids = codes.reshape(4, 7, 9)
     total = 0
@@ -233,13 +236,15 @@ def test_greedy_codes_of_a_large_grid_are_the_most_likely_in_their_windows():
         total += jax.nn.log_softmax(logits)[jnp.arange(4), codes[:, place]]
         if known[0, place] < 0:
             np.testing.assert_array_equal(codes[:, place], logits.argmax(-1))
-    found = decoding.window_likelihood(model, params, LABELS, grids)
+    found = model.log_likelihood(params, LABELS, grids)
     np.testing.assert_allclose(found, total, rtol=1e-5)
 
 
 def test_a_window_as_large_as_the_grid_draws_what_the_cache_does():
     model, params, _ = small()
-    draw = jax.jit(decoding.sample_windows, static_argnums=(0, 4))
-    codes = draw(model, params, LABELS, KEYS, (3, 4), top_p=0.9, guidance_scale=1.5)
+    choose = token_choice(KEYS, 1.0, None, 0.9)
+    inputs = jnp.arange(12), jnp.full(12, 1.5), jnp.full((12, 4), -1)
+    draw = jax.jit(autoregressive.scan_windows, static_argnums=(0, 3, 5))
+    codes = draw(model, params, LABELS, choose, inputs, (3, 4))
     expected = sample(model, params, LABELS, KEYS, top_p=0.9, guidance_scale=1.5)
     np.testing.assert_array_equal(codes, expected)

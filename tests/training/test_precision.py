@@ -16,7 +16,7 @@ from taming_jax.models.discriminator import Discriminator
 from taming_jax.models.lpips import load_lpips, lpips
 from taming_jax.models.vqgan import build_vqgan
 from taming_jax.parallel.devices import Devices
-from taming_jax.priors.autoregressive import GPT, build_gpt
+from taming_jax.priors.autoregressive import GPT
 from taming_jax.training.prior import fresh_transformer, training_step
 from taming_jax.training.state import Net
 from taming_jax.training.vqgan_step import Keys, Networks
@@ -200,7 +200,7 @@ def stage_2(dtype, count=1):
     devices = Devices(count)
     overrides = {"prior.batch_size": 16, "prior.layers": 1, "dtype": dtype}
     config = load_config("mnist_tiny", overrides)
-    model = build_gpt(config, 10)
+    model = GPT.build(config, 10)
     rng = np.random.default_rng(0)
     codes = rng.integers(0, model.codebook_size, (64, model.length)).astype(np.uint8)
     feed = ResidentFeed(Split(codes, rng.integers(0, 10, 64).astype(np.int32)), 16, 0, devices)

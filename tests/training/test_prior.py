@@ -11,13 +11,12 @@ import pytest
 
 from taming_jax.config.load import load_config
 from taming_jax.parallel.devices import Devices
-from taming_jax.priors.autoregressive import build_gpt, teacher_forced
+from taming_jax.priors.autoregressive import GPT, corrupted
 from taming_jax.training import accumulate
 from taming_jax.training.checkpoints import Store
 from taming_jax.training.prior import (
     PriorStage,
     adamw,
-    corrupted,
     fresh_transformer,
     learning_rate,
     training_step,
@@ -88,7 +87,7 @@ def test_a_step_learns_from_dropped_labels_and_corrupted_codes(stage1):
         for key in example_keys(stage.config.seed, LABELS, jnp.int32(0), place)
     ]
     assert 0 < sum(dropped) < 8
-    tokens = teacher_forced(stage.model, np.where(dropped, stage.model.classes, labels), codes)
+    tokens = stage.model.teacher_forced(np.where(dropped, stage.model.classes, labels), codes)
     keys = example_keys(stage.config.seed, CODES, jnp.int32(0), place)
     rest = [corrupted(0.7, 128, key, row) for key, row in zip(keys, tokens[:, 1:], strict=True)]
     tokens = jnp.concatenate([tokens[:, :1], jnp.stack(rest)], 1)
@@ -142,7 +141,7 @@ def test_cosine_warms_up_and_decays_to_nothing():
 def test_a_step_does_no_encoding_and_little_else():
     """At the mnist sizes: 6 flops a parameter and code, and attention's products."""
     config = load_config("mnist")
-    model = build_gpt(config, 10)
+    model = GPT.build(config, 10)
     b, t, width, layers = 256, model.length, 256, 6
     arrays = {
         "images": jax.ShapeDtypeStruct((57000, t), jnp.uint8),
