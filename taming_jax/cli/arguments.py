@@ -10,7 +10,7 @@ import typing
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
@@ -95,76 +95,78 @@ def join_processes(given: Processes, own: Collection[str]) -> None:
 
 
 @dataclass(frozen=True)
-class CommandLine(Processes, Config):
-    restart: bool = False
-    """Begin anew in a workdir that holds a run of this stage."""
-
-
-class Command(NamedTuple):
+class Training:
     """What to train, whether to begin anew, and with which other processes."""
 
-    config: Config
-    restart: bool
-    processes: Processes
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    restart: bool = False
+    """Begin anew in a workdir that holds a run of this stage."""
+    processes: Annotated[Processes, tyro.conf.arg(name="")] = Processes()
 
 
-def parse_arguments(arguments: Sequence[str], stage: str = "vqgan") -> Command:
-    """The command line of both training scripts.
+Command = TypeVar("Command", bound=Training)
+
+
+def parse_training(command: type[Command], arguments: Sequence[str], stage: str) -> Command:
+    """The command line of a training script, or of a command with the same settings.
 
     `--config` is read first and names the defaults; tyro reads the rest, and exits with status 2
     and its own message where a flag is wrong. Stage "prior" takes the data and stage 1's settings
     from the run in its workdir; flags that contradict them raise UserError.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    first.add_argument("--config")
-    first.add_argument("--workdir")
-    wants_help = bool({"-h", "--help"} & set(arguments))
-    known, rest = argparse.Namespace(config=None, workdir=None), list[str]()
-    try:
-        others = [word for word in arguments if word not in ("-h", "--help")]
-        known, rest = first.parse_known_args(others)
-    except argparse.ArgumentError as error:
-        if not wants_help:
-            raise UserError(f"{error}; --config NAME and --workdir DIR need a value.") from error
-    if wants_help:
-        rest.append("--help")
-    elif known.config is None:
-        raise UserError(
-            f"say which --config to train; the presets are {', '.join(preset_names())}."
-        )
-    try:
-        base = load_config(known.config or "mnist")
-    except UserError:
-        if not wants_help:
-            raise
-        base = load_config("mnist")
-    if known.workdir is not None:
-        base = dataclasses.replace(base, workdir=known.workdir)
-    run, has_run = base, (base.folder / "config.json").exists()
-    if stage == "prior" and (has_run or not wants_help):
-        if not has_run:
-            into = "" if known.workdir is None else f" --workdir {shlex.quote(str(known.workdir))}"
-            raise UserError(
-                f"{base.folder} holds no stage 1 to learn the codes of; train it first, with "
-                f"python train_vqgan.py --config {known.config}{into}"
-            )
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", nargs="?")
+    first.add_argument("--workdir", nargs="?", const="")
+    words = [word for word in arguments if word not in ("-h", "--help")]
+    known, rest = first.parse_known_args(words)
+    wants_help = len(words) < len(arguments)
+    base = run = default_config(known.config, known.workdir, wants_help)
+    if stage == "prior" and (base.folder / "config.json").exists():
         run = read_config(base.folder / "config.json")
         base = dataclasses.replace(
             base, seed=run.seed, dtype=run.dtype, data=run.data, vqgan=run.vqgan
         )
-    shallow = {f.name: getattr(base, f.name) for f in dataclasses.fields(Config)}
-    line = tyro.cli(CommandLine, default=CommandLine(**shallow), args=rest)
-    config = Config(**{name: getattr(line, name) for name in shallow})
-    different = differences(config, run, ("data", "vqgan")) if stage == "prior" else []
+    elif stage == "prior" and not wants_help:
+        into = "" if known.workdir is None else f" --workdir {shlex.quote(known.workdir)}"
+        raise UserError(
+            f"{base.folder} holds no stage 1 to learn the codes of; train it first, with "
+            f"python train_vqgan.py --config {known.config}{into}"
+        )
+    line = tyro.cli(
+        command, default=command(base), args=["--help"] if wants_help else rest,
+        description=command.__doc__,
+    )  # fmt: skip
+    different = differences(line.config, run, ("data", "vqgan")) if stage == "prior" else []
     if different:
         raise UserError(
             f"the run in {base.folder} was trained otherwise: {'; '.join(different)}. Leave these "
             "settings out, or train a stage 1 with them."
         )
-    # The run may be used from another folder.
-    if config.data.path is not None:
-        config = replaced(config, "data", path=str(Path(config.data.path).absolute()))
-    for name in ("vqgan", "prior"):
-        if (source := getattr(config, name).init_from) is not None:
-            config = replaced(config, name, init_from=str(Path(source).absolute()))
-    return Command(validated(config), line.restart, processes(line))
+    config = with_absolute_paths(line.config)
+    return dataclasses.replace(line, config=validated(config), processes=processes(line.processes))
+
+
+def default_config(name: str | None, workdir: str | None, wants_help: bool) -> Config:
+    """The config that --config and --workdir name, and flags change; mnist's, to show its help,
+    where it does not exist."""
+    if name is None and not wants_help:
+        raise UserError(
+            f"say which --config to train; the presets are {', '.join(preset_names())}."
+        )
+    try:
+        config = load_config(name or "mnist")
+    except UserError:
+        if not wants_help:
+            raise
+        config = load_config("mnist")
+    if workdir == "" and not wants_help:
+        raise UserError("--workdir needs a value, the run's folder.")
+    return dataclasses.replace(config, workdir=workdir or config.workdir)
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """The config of a run that may be used from another folder later."""
+    for section, name in (("data", "path"), ("vqgan", "init_from"), ("prior", "init_from")):
+        if (path := getattr(getattr(config, section), name)) is not None:
+            config = replaced(config, section, **{name: str(Path(path).absolute())})
+    return config

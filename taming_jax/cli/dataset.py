@@ -5,14 +5,15 @@
 Takes the settings of the training scripts, of which only those of the data matter.
 """
 
-import argparse
 import dataclasses
 import hashlib
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from taming_jax.cli.arguments import check_output, parse_arguments
+from taming_jax.cli.arguments import Training, check_output, parse_training
 from taming_jax.data import datasets
 from taming_jax.data.datasets import Split, Splits
 
@@ -36,16 +37,20 @@ def hashes(split: Split) -> set[bytes]:
     return {hashlib.sha256(image.tobytes()).digest() for image in split.images}
 
 
+@dataclass(frozen=True)
+class Dataset(Training):
+    out: Path | None = None
+    """A sheet of training images, .png."""
+
+
+Dataset.__doc__ = __doc__
+
+
 def main() -> None:
-    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    own.add_argument("--out")
-    given, rest = own.parse_known_args()
-    if {"-h", "--help"} & set(rest):
-        print(__doc__)
-    out = None if given.out is None else Path(given.out)
+    given = parse_training(Dataset, sys.argv[1:], "vqgan")
+    config, out = given.config, given.out
     if out is not None:
         check_output("--out", out, [".png"])
-    config = parse_arguments(rest).config
     # All splits at one size, so that the same picture is the same array in each.
     splits: Splits = datasets.load(dataclasses.replace(config.data, random_crop=False))
     named = {name: getattr(splits, name) for name in ("train", "validation", "test")}

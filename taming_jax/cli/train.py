@@ -2,7 +2,7 @@
 
 import sys
 
-from taming_jax.cli.arguments import parse_arguments
+from taming_jax.cli.arguments import Training, parse_training
 
 
 def train_vqgan() -> None:
@@ -14,7 +14,7 @@ def train_prior() -> None:
 
 
 def _train(stage: str) -> None:
-    given = parse_arguments(sys.argv[1:], stage)
+    given = parse_training(Training, sys.argv[1:], stage)
     # Heavy, and not needed to refuse a wrong flag.
     from taming_jax.parallel.distributed import join
     from taming_jax.training import train

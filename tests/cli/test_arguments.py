@@ -7,20 +7,25 @@ import pytest
 from taming_jax.cli.arguments import (
     DataFlags,
     Processes,
+    Training,
     data_settings,
     parse,
-    parse_arguments,
+    parse_training,
 )
 from taming_jax.config.load import load_config, write_config
 from taming_jax.config.schema import DataConfig
 from taming_jax.errors import UserError
 
 
+def parse_arguments(arguments, stage="vqgan"):
+    return parse_training(Training, arguments, stage)
+
+
 def test_a_written_config_can_be_named(tmp_path):
     config = load_config("birds")
     write_config(config, tmp_path / "config.json")
     given = parse_arguments(["--config", str(tmp_path / "config.json")])
-    assert given == (config, False, Processes())
+    assert given == Training(config, False, Processes())
 
 
 def test_the_command_line_overrides_the_preset():
