@@ -8,7 +8,7 @@ import shlex
 import sys
 import typing
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -101,7 +101,7 @@ class Training:
     config: Annotated[Config, tyro.conf.arg(name="")]
     restart: bool = False
     """Begin anew in a workdir that holds a run of this stage."""
-    processes: Annotated[Processes, tyro.conf.arg(name="")] = Processes()
+    processes: Annotated[Processes, tyro.conf.arg(name="")] = field(default_factory=Processes)
 
 
 Command = TypeVar("Command", bound=Training)

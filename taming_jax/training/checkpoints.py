@@ -11,7 +11,7 @@ import json
 import math
 import shlex
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -273,24 +273,27 @@ class Store:
             about.get("dataset"), about.get("weights_only", False), number,
         )  # fmt: skip
 
-    def chosen(self) -> Checkpoint:
-        """The best checkpoint (the newest where none was validated). Where it is damaged, which is
-        reported, the newest that can be read.
+    def readable(self, steps: Iterable[int]) -> Iterator[Checkpoint]:
+        """The undamaged checkpoints of some steps; damaged ones are reported. Raises UserError as
+        `read`."""
+        for step in steps:
+            try:
+                yield self.read(step)
+            except ValueError as error:
+                self.say(f"The checkpoint {self.path / str(step)} is damaged: {error}.")
 
-        Raises UserError where there is none.
-        """
-        steps = self.steps()
+    def chosen(self) -> Checkpoint:
+        """The best checkpoint (the newest where none was validated), or where it is damaged the
+        newest that can be read. Raises UserError where there is none."""
+        steps, best = self.steps(), self.best()[0]
         if not steps:
             raise UserError(
                 f"{self.run} holds no {self.path.name} checkpoint; train one with "
                 f"train_{self.path.name}.py."
             )
-        best = self.best()[0]
-        for step in dict.fromkeys([*([] if best is None else [best]), *reversed(steps)]):
-            try:
-                return self.read(step)
-            except ValueError as error:
-                self.say(f"The checkpoint {self.path / str(step)} is damaged: {error}.")
+        order = dict.fromkeys([*([] if best is None else [best]), *reversed(steps)])
+        for checkpoint in self.readable(order):
+            return checkpoint
         raise UserError(f"every checkpoint in {self.path} is damaged; bring one back from a copy.")
 
     def restore(
@@ -303,30 +306,25 @@ class Store:
         Raises UserError where the checkpoints are of a run that trains something else, or where
         none of them can be read.
         """
-        damaged = []
-        for step in reversed(self.steps()):
-            try:
-                checkpoint = self.read(step)
-            except ValueError as error:
-                damaged.append(step)
-                self.say(f"The checkpoint {self.path / str(step)} is damaged: {error}.")
-                continue
-            self._check_same(checkpoint, config, sections)
-            for other in damaged:
-                self.say(f"The damaged one was moved to {self._move(other, 'damaged')}.")
-            if damaged:
-                self.say(f"The one before it, of step {step}, is used.")
-            if not checkpoint.weights_only:
-                return fill(template, checkpoint.arrays)
-            loaded = load_matching_weights(learned, template, checkpoint.arrays)
-            self.say(describe_loaded(loaded, self.run))
-            return loaded.state
-        if damaged:
+        steps = self.steps()
+        checkpoint = next(self.readable(reversed(steps)), None)
+        if checkpoint is None and steps:
             raise UserError(
                 f"every checkpoint in {self.path} is damaged; bring one back from a copy, or begin "
                 "anew with --restart."
             )
-        return None
+        if checkpoint is None:
+            return None
+        self._check_same(checkpoint, config, sections)
+        for damaged in steps[steps.index(checkpoint.step) + 1 :]:
+            self.say(f"The damaged one was moved to {self._move(damaged, 'damaged')}.")
+        if checkpoint.step != steps[-1]:
+            self.say(f"The one before it, of step {checkpoint.step}, is used.")
+        if not checkpoint.weights_only:
+            return fill(template, checkpoint.arrays)
+        loaded = load_matching_weights(learned, template, checkpoint.arrays)
+        self.say(describe_loaded(loaded, self.run))
+        return loaded.state
 
     def _check_same(
         self, checkpoint: Checkpoint, config: Config, sections: tuple[str, ...]

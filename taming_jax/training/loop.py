@@ -139,6 +139,17 @@ def with_other_stage(config: Config, stage: str, restart: bool) -> Config:
     return dataclasses.replace(config, **{other: getattr(written, other)})
 
 
+def mean_metrics(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The mean of each metric over the steps in which it is finite. One that is not, in a step that
+    was not skipped, only describes the step."""
+    means = {}
+    for term in dict.fromkeys(term for row in rows for term in row):
+        values = [row[term] for row in rows if np.isfinite(row.get(term, np.nan))]
+        if values:
+            means[term] = float(np.mean(values, dtype=np.float64))
+    return means
+
+
 def derived(term: str) -> tuple[bool, bool]:
     """Sorts a step's metrics: terms first, then sums of them, then gradients of the sums."""
     return term.endswith("_gradient"), term in ("nll", "loss")
@@ -180,7 +191,6 @@ class Loop:
         self.unsettled: list[tuple[int, dict[str, Any]]] = []
         self.votes: list[jax.Array] = []
         self.skipped = self.skipped_in_a_row = 0
-        self.unloggable: set[str] = set()
 
     def run(self, state: TrainState) -> Path:
         start, self.skipped = (int(self.devices.fetch(x)) for x in (state.step, state.skipped))
@@ -314,23 +324,21 @@ class Loop:
 
     def _settle(self) -> None:
         """Reads the metrics of the steps since the last line of the log, says which of them were
-        skipped, stops the run where too many were in a row, and logs the means of the others.
-        Metrics that are not finite in a step that was not skipped are left out of the means."""
+        skipped, stops the run where too many were in a row, and logs the means of the others."""
         window = [(step, self.devices.fetch(metrics)) for step, metrics in self.unsettled]
         self.unsettled = []
         if not window:
             return
-        whole: list[dict[str, Any]] = []
+        taken: list[dict[str, Any]] = []
         broken: list[tuple[int, str]] = []
         for step, metrics in window:
-            terms = [term for term, value in metrics.items() if not np.isfinite(value)]
             before, self.skipped = self.skipped, int(metrics["skipped"])
             if self.skipped == before:
                 self.skipped_in_a_row = 0
-                self._name_unloggable(step, terms)
-                whole.append({term: x for term, x in metrics.items() if term not in terms})
+                taken.append(metrics)
                 continue
             self.skipped_in_a_row += 1
+            terms = [term for term, value in metrics.items() if not np.isfinite(value)]
             broken.append((step, ", ".join(sorted(terms, key=derived))))
             if self.skipped_in_a_row > self.settings.skipped_in_a_row:
                 self._stop(*broken[-1])
@@ -338,31 +346,16 @@ class Loop:
             (first, terms_of_first), more = broken[0], len(broken) - 1
             also = f", and {more} more up to step {broken[-1][0]}" if more else ""
             self.log.say(f"Step {first} was skipped{also}: not finite in {terms_of_first}.")
-        means: dict[str, float] = {
-            term: float(np.mean([m[term] for m in whole if term in m], dtype=np.float64))
-            for term in dict.fromkeys(term for m in whole for term in m)
-        }
         last = window[-1][0]
-        means["skipped"] = self.skipped
+        means = mean_metrics(taken) | {"skipped": self.skipped}
         self.log.row(last, self._epoch(last), "train", means, self.stage.flops(last - 1))
-
-    def _name_unloggable(self, step: int, terms: Sequence[str]) -> None:
-        """Says, once for each metric, that it was not finite and is not logged then."""
-        new = [term for term in terms if term not in self.unloggable]
-        self.unloggable.update(new)
-        if new:
-            self.log.say(
-                f"Not finite at step {step}: {', '.join(new)}. The log leaves such values out; "
-                "training goes on, since losses and gradients are finite."
-            )
 
     def _stop(self, step: int, terms: str) -> None:
         self.store.wait()
-        saved = self.store.steps()
+        saved, allowed = self.store.steps(), self.settings.skipped_in_a_row
         where = "no checkpoint had been written"
         if saved:
             where = f"the last good checkpoint is {self.store.path / str(saved[-1])}"
-        allowed = self.settings.skipped_in_a_row
         after = f", after {allowed} steps skipped in a row" if allowed else ""
         raise RunFailed(
             f"not finite at step {step}{after}: {terms}; {where}. Lower the learning rate or "

@@ -1,10 +1,9 @@
-"""Stage 2: the transformer over the codes of stage 1, as the loop wants a stage.
+"""Stage 2: the prior over the codes of stage 1.
 
 The generator whose codes the transformer speaks is part of its state, and so of its checkpoints:
 training stage 1 on, or throwing its checkpoints away, changes nothing here.
 """
 
-import contextlib
 import dataclasses
 import functools
 from pathlib import Path
@@ -19,16 +18,16 @@ from taming_jax.config.load import differences
 from taming_jax.config.schema import Config
 from taming_jax.data import datasets
 from taming_jax.data.augment import augments
-from taming_jax.data.batches import Batch, rounded, take
+from taming_jax.data.batches import rounded, take
 from taming_jax.errors import UserError
-from taming_jax.metrics.monitor import ValidationFD
 from taming_jax.models.vqgan import build_vqgan, decode_indices
 from taming_jax.parallel import distributed
-from taming_jax.parallel.devices import Devices, averaged, in_batches, summed
+from taming_jax.parallel.devices import Compiled, Devices, averaged, in_batches, summed
 from taming_jax.priors.decoding import micro_batch, sample_keys
 from taming_jax.priors.registry import Prior, build_prior
-from taming_jax.training.accumulate import mean_over_parts, repeated
+from taming_jax.training.accumulate import mean_over_parts
 from taming_jax.training.checkpoints import Store, keep_settings
+from taming_jax.training.stage import Stage
 from taming_jax.training.state import (
     CODES,
     DROPOUT,
@@ -122,27 +121,20 @@ def chosen_generator(folder: Path, anew: bool = False) -> Generator:
     Raises UserError where the folder holds neither.
     """
     prior = Store(folder, "prior")
-    for step in [] if anew else reversed(prior.steps()):
-        with contextlib.suppress(ValueError):
-            checkpoint = prior.read(step)
-            return Generator(checkpoint.generator, checkpoint.config, checkpoint.dataset)
-    checkpoint = Store(folder, "vqgan").chosen()
+    checkpoint = None if anew else next(prior.readable(reversed(prior.steps())), None)
+    if checkpoint is None:
+        checkpoint = Store(folder, "vqgan").chosen()
     return Generator(checkpoint.generator, checkpoint.config, checkpoint.dataset)
 
 
-class PriorStage:
-    """Stage 2, as training/loop.py wants a stage.
-
-    Raises UserError where the run's folder holds no stage 1, or one that speaks other codes.
-    """
+class PriorStage(Stage):
+    """Stage 2. Raises UserError where the run's folder holds no stage 1, or one of other codes."""
 
     name = "prior"
     best_metric = "nll"
-    learned: tuple[str, ...] = ("transformer",)
+    learned = ("transformer",)
 
     def __init__(self, config: Config, devices: Devices, restart: bool = False):
-        devices.check_batch(self.name, config.prior.batch_size, config.prior.micro_batches)
-        self.config, self.devices = config, devices
         self.generator, trained, seen = distributed.from_first(
             lambda: chosen_generator(config.folder, anew=restart)
         )
@@ -153,7 +145,7 @@ class PriorStage:
                 f"{'; '.join(different)}. {keep_settings(config.folder)} If stage 1 was trained "
                 "anew, begin a prior on it with --restart."
             )
-        self.splits, self.dataset = datasets.load_same(lambda: datasets.load(config.data))
+        super().__init__(config, devices)
         others = datasets.unlike(self.dataset, seen)
         if others:
             raise UserError(
@@ -164,13 +156,9 @@ class PriorStage:
         self.vqgan = build_vqgan(dataclasses.replace(config, dtype="float32"))
         self.model = build_prior(config, len(self.splits.class_names))
         self.model.check_trainable()
-        self.steps = config.prior.total_steps(len(self.splits.train.images))
         step = functools.partial(training_step, config, self.model, self.steps, devices.axis_name)
         self._step = devices.compile(step, donate=True)
-        self._evaluate = devices.compile(self.evaluation)
-        validation = self.splits.validation
-        self._monitor = ValidationFD(validation, config, devices) if config.prior.fd_every else None
-        self._make_images = devices.compile(self.make_images)
+        self.evaluation = devices.compile(self._evaluate)
         self._draw_images = jax.jit(self.make_images)  # of the first process alone
 
     def feeds(self) -> tuple[TokenFeed, TokenFeed]:
@@ -182,23 +170,15 @@ class PriorStage:
         return train, validation
 
     def init(self, key: jax.Array) -> TrainState:
-        """A fresh state, on one device."""
         state = fresh_transformer(self.config, self.model, key)
         generator = Net(copied(self.generator), ())
         return state.replace(nets=state.nets | {"generator": generator})
 
-    def compile(self, state: TrainState, training: Batch, validation: Batch) -> None:
-        self._step.prepare(state, training.arrays)
-        self._evaluate.prepare(state, validation.arrays)
+    def compiled_step(self, step: int) -> Compiled:
+        return self._step
 
-    def flops(self, step: int) -> float | None:
-        flops = self._step.flops
-        return flops and flops * repeated(self.config.prior.micro_batches)
-
-    def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
-        return self._step(state, batch.arrays)
-
-    def evaluation(self, state: TrainState, arrays: dict[str, Any]) -> dict[str, jax.Array]:
+    def _evaluate(self, state: TrainState, arrays: dict[str, Any]) -> dict[str, jax.Array]:
+        """Sums over a batch of codes."""
         codes, labels = take(arrays)
         codes, weight = codes.astype(jnp.int32), arrays["weight"]
         params = state.nets["transformer"].params
@@ -206,9 +186,6 @@ class PriorStage:
             metrics = self.model.evaluate(params, labels, codes)
         sums = {name: (values * weight).sum() for name, values in metrics.items()}
         return summed(sums | {"examples": weight.sum()}, self.devices.axis_name)
-
-    def eval_step(self, state: TrainState, batch: Batch) -> dict[str, Any]:
-        return self._evaluate(state, batch.arrays)
 
     def summarise(self, sums: dict[str, np.ndarray]) -> dict[str, float]:
         """The means of the prior's metrics, of which `nll` is in nats per code, and that in bits
@@ -232,16 +209,9 @@ class PriorStage:
             )  # fmt: skip
             return rounded(decode_indices(self.vqgan, params["generator"], codes))
 
-    def distance(self, state: TrainState) -> float:
-        """The Fréchet distance of samples, of the validation split's classes, to that split."""
-        assert self._monitor is not None
-        params = {name: net.params for name, net in state.nets.items()}
-        return self._monitor.distance(functools.partial(self._make_images, params))
-
     def draw(
         self, state: TrainState, folder: Path, sums: dict[str, np.ndarray], rows: list[dict]
     ) -> None:
-        """The figures of stage 2."""
         from taming_jax import figures  # not before: matplotlib is a second to import
 
         names, columns = self.splits.class_names, 8

@@ -1,4 +1,4 @@
-"""Stage 1: generator and discriminator trained against each other, as the loop wants a stage."""
+"""Stage 1: generator and discriminator trained against each other."""
 
 import functools
 from collections.abc import Callable
@@ -14,17 +14,15 @@ from taming_jax import losses
 from taming_jax.config.load import replaced
 from taming_jax.config.schema import Config
 from taming_jax.config.validation import warnings_of
-from taming_jax.data import datasets
 from taming_jax.data.augment import augmented
-from taming_jax.data.batches import Batch, Feed, feed, rounded, take, to_float
+from taming_jax.data.batches import Feed, feed, rounded, take, to_float
 from taming_jax.errors import UserError, say
-from taming_jax.metrics.monitor import ValidationFD
 from taming_jax.models.lpips import load_lpips
 from taming_jax.models.vqgan import decode_indices, reconstruct
 from taming_jax.parallel import distributed
 from taming_jax.parallel.devices import Compiled, Devices
-from taming_jax.training.accumulate import repeated
 from taming_jax.training.checkpoints import Store
+from taming_jax.training.stage import Stage
 from taming_jax.training.state import (
     AUGMENTATION,
     CODES,
@@ -69,23 +67,20 @@ def with_fixed_start(config: Config, examples: int, created: Config | None) -> C
     return replaced(config, "vqgan", discriminator_start_step=start)
 
 
-class VQGANStage:
-    """Stage 1, as training/loop.py wants a stage. `created` is the config of the run that is
+class VQGANStage(Stage):
+    """Stage 1. `created` is the config of the run that is
     resumed, None for a new one."""
 
     name = "vqgan"
     best_metric = "nll"
-    learned: tuple[str, ...] = ("generator", "discriminator")
+    learned = ("generator", "discriminator")
 
     def __init__(self, config: Config, devices: Devices, created: Config | None = None):
         settings = config.vqgan
-        devices.check_batch(self.name, settings.batch_size, settings.micro_batches)
         frozen = devices.replicate(load_lpips() if settings.perceptual_weight else {})
-        self.devices = devices
-        self.splits, self.dataset = datasets.load_same(lambda: datasets.load(config.data))
-        examples = len(self.splits.train.images)
-        self.steps = settings.total_steps(examples)
-        self.config = config = with_fixed_start(config, examples, created)
+        super().__init__(config, devices)
+        config = with_fixed_start(config, len(self.splits.train.images), created)
+        self.config = config
         start = config.vqgan.discriminator_start_step
         self.start = self.steps if start is None else start
         for sentence in warnings_of(config):
@@ -101,11 +96,7 @@ class VQGANStage:
             adversarial: devices.compile(self.step_function(adversarial), frozen, donate=True)
             for adversarial in (False, True)
         }
-        self._evaluate = devices.compile(self._evaluation, frozen)
-        self._monitor = (
-            ValidationFD(self.splits.validation, config, devices) if settings.fd_every else None
-        )
-        self._made = devices.compile(self._making)
+        self.evaluation = devices.compile(self._evaluate, frozen)
         model = self.networks.generator
         self._reconstruct = jax.jit(
             lambda params, images: reconstruct(model, params, to_float(images)).images
@@ -121,7 +112,6 @@ class VQGANStage:
         return train, validation
 
     def init(self, key: jax.Array) -> TrainState:
-        """A fresh state, on one device."""
         settings, data = self.config.vqgan, self.config.data
         images = jnp.zeros((1, data.image_size, data.image_size, data.channels))
         for_generator, for_discriminator = jax.random.split(key)
@@ -205,25 +195,14 @@ class VQGANStage:
         """The step before (False) or after (True) the discriminator's start, on the devices."""
         return self._steps[adversarial]
 
-    def compile(self, state: TrainState, training: Batch, validation: Batch) -> None:
-        for adversarial in {training.step >= self.start, self.steps > self.start}:
-            self.compiled(adversarial).prepare(state, training.arrays)
-        self._evaluate.prepare(state, validation.arrays)
+    def compiled_step(self, step: int) -> Compiled:
+        return self.compiled(step >= self.start)
 
-    def flops(self, step: int) -> float | None:
-        flops = self.compiled(step >= self.start).flops
-        return flops and flops * repeated(self.config.vqgan.micro_batches)
-
-    def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
-        return self.compiled(batch.step >= self.start)(state, batch.arrays)
-
-    def _evaluation(self, state: TrainState, arrays: Any, lpips_params: Any) -> dict[str, Any]:
+    def _evaluate(self, state: TrainState, arrays: Any, lpips_params: Any) -> dict[str, Any]:
+        """Sums over a batch, with the discriminator's losses once it has started."""
         with jax.default_matmul_precision("highest"):
             started = (state.step > self.start).astype(jnp.float32)
             return self.networks.evaluate(state, arrays, lpips_params, started)
-
-    def eval_step(self, state: TrainState, batch: Batch) -> dict[str, Any]:
-        return self._evaluate(state, batch.arrays)
 
     def summarise(self, sums: dict[str, np.ndarray]) -> dict[str, float]:
         """The metrics of a split. `usage` is the share of codes used at all."""
@@ -239,20 +218,15 @@ class VQGANStage:
         metrics["usage"] = float((counts > 0).mean())
         return metrics
 
-    def _making(self, state: TrainState, arrays: Any) -> jax.Array:
+    def make_images(self, params: dict[str, Any], arrays: dict[str, jax.Array]) -> jax.Array:
+        """The reconstructions of images."""
         with jax.default_matmul_precision("highest"):
-            params, images = state.nets["generator"].chosen, to_float(arrays["images"])
-            return rounded(reconstruct(self.networks.generator, params, images).images)
-
-    def distance(self, state: TrainState) -> float:
-        """The Fréchet distance of the validation split's reconstructions to it."""
-        assert self._monitor is not None
-        return self._monitor.distance(functools.partial(self._made, state))
+            images = to_float(arrays["images"])
+            return rounded(reconstruct(self.networks.generator, params["generator"], images).images)
 
     def draw(
         self, state: TrainState, folder: Path, sums: dict[str, np.ndarray], rows: list[dict]
     ) -> None:
-        """The figures of stage 1, from the state, a validation's sums, and the log's rows."""
         from taming_jax import figures  # not before: matplotlib is a second to import
 
         counts = sums["counts"]

@@ -11,7 +11,8 @@ from taming_jax.errors import UserError
 from taming_jax.metrics import distances, monitor
 from taming_jax.models.vqgan import decode_indices, reconstruct
 from taming_jax.parallel.devices import Devices
-from taming_jax.training.prior import PriorStage, draw_codes
+from taming_jax.priors.decoding import sample_keys
+from taming_jax.training.prior import PriorStage
 from taming_jax.training.vqgan import VQGANStage
 
 SETTINGS = load_config("mnist_tiny")
@@ -44,9 +45,11 @@ def test_of_samples(both):
     split, params = stage.splits.validation, state.nets["transformer"].params
     # Numbered within their classes, as `Run.sample` numbers them.
     numbers = np.array([(split.labels[:i] == c).sum() for i, c in enumerate(split.labels)])
-    codes = draw_codes(
-        stage.model, config.prior, params, split.labels, numbers, np.uint32(config.seed)
-    )
+    codes = stage.model.sample(
+        params, split.labels, sample_keys(np.uint32(config.seed), split.labels, numbers),
+        temperature=config.prior.temperature, top_k=config.prior.top_k, top_p=config.prior.top_p,
+        guidance_scale=config.prior.guidance_scale,
+    )  # fmt: skip
     made = decode_indices(stage.vqgan, state.nets["generator"].params, codes)
     found = stage.distance(devices.replicate(state))
     assert found == pytest.approx(

@@ -1,5 +1,3 @@
-import pickle
-
 import jax
 import numpy as np
 import pytest
@@ -37,20 +35,8 @@ def test_gray_is_the_same_image_in_three_channels_and_flat_images_have_a_finite_
     assert np.isfinite(gradient).all() and np.abs(gradient[0]).max() > 0
 
 
-class Malicious:
-    def __reduce__(self):
-        import os
-
-        return os.system, ("touch pwned",)
-
-
-def test_a_file_that_would_run_something_is_refused(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_damaged_file_is_a_sentence(tmp_path):
     file = tmp_path / "vgg16.ckpt"
-    file.write_bytes(pickle.dumps({"VGG16_0": Malicious()}))
-    with pytest.raises(UserError, match="system"):
-        load_lpips(file)
-    assert not (tmp_path / "pwned").exists()
     file.write_bytes(b"\x80\x03}")
     with pytest.raises(UserError, match="cannot be used"):
         load_lpips(file)

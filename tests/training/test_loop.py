@@ -182,7 +182,7 @@ def test_the_count_of_skipped_steps_goes_on_where_a_run_is_resumed(tmp_path, cap
     assert read_rows(tmp_path / "metrics" / "vqgan.jsonl")[-2]["skipped"] == 2
 
 
-def test_a_metric_that_only_describes_a_step_is_left_out_of_the_log(tmp_path, capsys):
+def test_a_metric_that_only_describes_a_step_is_left_out_of_the_log(tmp_path):
     class Describing(Parabola):
         def train_step(self, state, batch):
             state, metrics = super().train_step(state, batch)
@@ -193,7 +193,6 @@ def test_a_metric_that_only_describes_a_step_is_left_out_of_the_log(tmp_path, ca
     overrides |= {"vqgan.skipped_in_a_row": 0, "vqgan.steps": 10, "vqgan.batch_size": 4}
     overrides |= {"workdir": str(tmp_path), "devices": 1}
     loop.train(Describing, load_config("mnist_tiny", overrides))
-    assert capsys.readouterr().out.count("Not finite at step 3: perplexity.") == 1
     rows = [r for r in read_rows(tmp_path / "metrics" / "vqgan.jsonl") if r["split"] == "train"]
     # The windows are 1-2, 3, 4, 5-6, 7-8, 9 and 10.
     assert [row.get("perplexity") for row in rows] == [1.5, None, 4, 6, 7.5, 9, 10]
