@@ -23,7 +23,7 @@ from taming_jax.models.vqgan import build_vqgan, decode_indices, encode, images_
 from taming_jax.parallel import distributed
 from taming_jax.parallel.devices import Devices, in_batches
 from taming_jax.parallel.runtime import keep_programs
-from taming_jax.priors.registry import build_prior
+from taming_jax.priors.registry import Prior, build_prior
 from taming_jax.sampler import Sampler, Settings, kept_codes
 from taming_jax.training.checkpoints import Store
 from taming_jax.training.tokens import Tokenizer
@@ -96,11 +96,7 @@ class Run:
         self.model = build_vqgan(dataclasses.replace(config, dtype="float32"))
         self._encode = jax.jit(lambda params, images: encode(self.model, params, images).indices)
         self._decode = jax.jit(functools.partial(decode_indices, self.model))
-        self.transformer = None
-        if transformer is not None:
-            self.transformer = jax.device_put(transformer)
-            self.prior = build_prior(config, len(self.class_names))
-            self._likelihood = jax.jit(self._of_codes, static_argnums=0)
+        self.transformer = None if transformer is None else jax.device_put(transformer)
 
     def __repr__(self) -> str:
         stage = "stage 1" if self.transformer is None else "both stages"
@@ -167,9 +163,21 @@ class Run:
         """Classes by number or by name as numbers, int32 [n]. UserError for others."""
         return datasets.class_numbers(classes, self.class_names)
 
-    def _need_prior(self) -> None:
+    @functools.cached_property
+    def prior(self) -> Prior:
+        """The prior's module. UserError where the run has none."""
         if self.transformer is None:
             raise UserError(f"{self.workdir} has no prior yet; train one with train_prior.py.")
+        return build_prior(self.config, len(self.class_names))
+
+    @functools.cached_property
+    def _sampler(self) -> Sampler:
+        params = {"transformer": self.transformer, "generator": self.params}
+        return Sampler(self.config, self.prior, self.model, params)
+
+    @functools.cached_property
+    def _likelihood(self) -> Callable[..., jax.Array]:
+        return jax.jit(self.prior.log_likelihood)
 
     def sample(
         self,
@@ -196,13 +204,11 @@ class Run:
         - `seed`; `devices`, all unless told; `batch_size`, which bounds how many images are in
           flight, in whole micro-batches; `progress`, a bar.
         """
-        self._need_prior()
-        numbers_of_classes = self.labels(classes)
-        if per_class < 1 or not len(numbers_of_classes):
+        each, known = self.labels(classes), None
+        if per_class < 1 or not len(each):
             raise UserError("no classes, or none of each, were asked for.")
-        labels = np.repeat(numbers_of_classes, per_class)
-        numbers = np.tile(np.arange(per_class, dtype=np.int32), len(numbers_of_classes))
-        known = None
+        labels = np.repeat(each, per_class)
+        numbers = np.tile(np.arange(per_class, dtype=np.int32), len(each))
         if prefix is not None:
             codes = np.asarray(prefix)
             if codes.ndim != 1 or (codes < 0).any():
@@ -245,7 +251,6 @@ class Run:
 
     def _labels_of(self, classes: int | str | Iterable[int | str] | None, n: int) -> np.ndarray:
         """The classes of n images, int32 [n]: one of all, or one of each, or none of any."""
-        self._need_prior()
         if classes is None:
             none = 0 if self.prior.classes == 1 else self.prior.classes
             if none and not self.config.prior.label_dropout:
@@ -273,16 +278,9 @@ class Run:
         cannot be."""
         return self._sampler.settings(**settings)
 
-    @functools.cached_property
-    def _sampler(self) -> Sampler:
-        self._need_prior()
-        params = {"transformer": self.transformer, "generator": self.params}
-        return Sampler(self.config, self.prior, self.model, params)
-
     def log_likelihood(self, images: Any, labels: Any) -> np.ndarray:
         """The logarithm of the probability, in nats, that the prior gives the codes of images
         [n,h,w,c] of classes int [n] (or names): float32 [n]."""
-        self._need_prior()
         numbers = self.labels(np.asarray(labels).tolist())
         if len(numbers) != len(images):
             raise UserError(f"{len(images)} images and {len(numbers)} labels were given.")
@@ -292,14 +290,7 @@ class Run:
         """The same of code indices int32 [n,h',w'] and classes int32 [n]."""
         grid = indices.shape[1] * self.factor, indices.shape[2] * self.factor
         self._sampler.grid_of(grid)  # UserError for images that are too small
-        codes = indices.reshape(len(indices), -1)
-        both = np.concatenate([numbers[:, None], codes], 1)
-        of_grid = functools.partial(self._likelihood, indices.shape[1:])
-        return self._batched(of_grid, both, self.transformer)
-
-    def _of_codes(self, grid: tuple[int, int], params: Any, both: jax.Array) -> jax.Array:
-        """Log-likelihoods [b] of rows of a class and its codes [b,1+t], as they would be drawn."""
-        return self.prior.log_likelihood(params, both[:, 0], both[:, 1:].reshape(-1, *grid))
+        return self._batched(self._likelihood, (numbers, indices), 1, self.transformer)
 
     def tokens(self, split: str = "train", data: Mapping[str, Any] | None = None) -> Split:
         """A split of the run's dataset as codes, unsigned [n, h' * w'], not augmented, with its
@@ -345,9 +336,12 @@ class Run:
                 "images of type float must lie in [-1, 1]; others, or NaN, were given. Pass uint8, "
                 "or images / 127.5 - 1."
             )
-        encode = functools.partial(self._batched, self._encode)
-        images, side = images.astype(np.float32), tiles.side_of(images.shape[1:3], tile, factor)
-        return encode(images) if side is None else tiles.encoded(encode, images, factor, side)
+
+        def encode(images: np.ndarray) -> np.ndarray:
+            pixels = images.shape[1] * images.shape[2]
+            return self._batched(self._encode, (images,), pixels, self.params)
+
+        return tiles.encoded(encode, images.astype(np.float32), factor, tile)
 
     def decode(self, indices: Any, tile: int | None = None) -> np.ndarray:
         """Code indices int [n,h',w'], a grid of any size, to images float32 [n,h,w,c] in [-1, 1];
@@ -362,10 +356,12 @@ class Run:
             raise UserError("no codes were given.")
         if indices.min() < 0 or indices.max() >= codes:
             raise UserError(f"indices go from 0 to {codes - 1}; others were given.")
-        decode, factor = functools.partial(self._batched, self._decode), self.factor
-        pixels = indices.shape[1] * factor, indices.shape[2] * factor
-        indices, side = indices.astype(np.int32), tiles.side_of(pixels, tile, factor)
-        return decode(indices) if side is None else tiles.decoded(decode, indices, factor, side)
+
+        def decode(indices: np.ndarray) -> np.ndarray:
+            pixels = indices[0].size * self.factor**2
+            return self._batched(self._decode, (indices,), pixels, self.params)
+
+        return tiles.decoded(decode, indices.astype(np.int32), self.factor, tile)
 
     def reconstruct(self, images: Any) -> np.ndarray:
         """Images through the codes and back, uint8 as uint8 and floats as float32. UserError as
@@ -376,15 +372,15 @@ class Run:
             return np.rint((reconstruction + 1) * 127.5).astype(np.uint8)
         return reconstruction
 
-    def _batched(self, function: Callable, values: np.ndarray, params: Any = None) -> np.ndarray:
-        """Applies a compiled function in batches of one size, so that it is compiled once for
-        images of a size."""
-        if not len(values):
+    @staticmethod
+    def _batched(
+        function: Callable[..., jax.Array], arrays: tuple[np.ndarray, ...], pixels: int, params: Any
+    ) -> np.ndarray:
+        """Applies a compiled function to parameters and arrays [n, ...] in batches of one size, so
+        that it is compiled once for images of so many pixels."""
+        n, most = len(arrays[0]), images_at_once(pixels, BATCH)
+        if not n:
             raise UserError("nothing was given: the first dimension is 0.")
-        params = self.params if params is None else params
-        across = 1 if function is self._encode else self.factor
-        pixels = values.shape[1] * values.shape[2] * across**2 if values.ndim > 2 else 1
-        many = images_at_once(pixels, BATCH)
-        size = many if len(values) > FEW else min(FEW, many)
+        size = most if n > FEW else min(FEW, most)
         with jax.default_matmul_precision("highest"):
-            return in_batches(functools.partial(function, params), values, size)
+            return in_batches(lambda rows: function(params, *rows), arrays, size)

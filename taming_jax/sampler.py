@@ -1,6 +1,7 @@
 """A run's prior as a source of images: compiled once for each choice of what is compiled in, and
 shared over the devices."""
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -32,28 +33,17 @@ class Sampler:
     def __init__(self, config: Config, prior: Prior, generator: VQGAN, params: dict[str, Any]):
         self.preset, self.factor = config.prior, config.downsample_factor
         self.prior, self.generator, self.params = prior, generator, params
-        self._compiled: dict[tuple, tuple[Devices, Compiled, Any]] = {}
+        self._placed = functools.cache(self._place)
+        self._compiled = functools.cache(self._compile)
 
-    def settings(
-        self,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        guidance_scale: float | Sequence[float] | None = None,
-        seed: int = 0,
-    ) -> Settings:
+    def settings(self, seed: int = 0, **given: Any) -> Settings:
         """What is None as the run's config has it. UserError where the settings cannot be."""
-        preset = self.preset
-        found = Settings(
-            preset.temperature if temperature is None else temperature,
-            preset.top_k if top_k is None else top_k,
-            preset.top_p if top_p is None else top_p,
-            preset.guidance_scale if guidance_scale is None else guidance_scale,
-        )
-        check_sampling(self.prior.codebook_size, *found, preset.label_dropout)
+        preset = Settings(*(getattr(self.preset, name) for name in Settings._fields))
+        settings = preset._replace(**{k: value for k, value in given.items() if value is not None})
+        check_sampling(settings, self.prior.codebook_size, self.preset.label_dropout)
         if not 0 <= seed < 2**32:
             raise UserError(f"the seed is {seed}; it must be from 0 to {2**32 - 1}.")
-        return found
+        return settings
 
     def grid_of(self, size: tuple[int, int] | None) -> tuple[int, int]:
         """The grid of images of a size in pixels. UserError where it is none, or too small."""
@@ -102,7 +92,7 @@ class Sampler:
             if np.shape(known)[1] > length or not all(-1 <= x < codes for x in np.unique(known)):
                 raise UserError(f"a prefix holds at most {length} codes from 0 to {codes - 1}.")
             given[:, : known.shape[1]] = known
-        used, draw, params = self._compile(devices, top_k, grid)
+        (used, params), draw = self._placed(devices), self._compiled(devices, top_k, grid)
         micro = micro_batch(used.list[0])
         if grid != self.prior.grid:
             micro = images_at_once(length * self.factor**2, micro)
@@ -131,14 +121,14 @@ class Sampler:
                         left -= len(part)
                     flying = []
 
-    def _compile(
-        self, count: int | None, top_k: int | None, grid: tuple[int, int]
-    ) -> tuple[Devices, Compiled, Any]:
-        """The devices, the sampler compiled for them, and the parameters there."""
+    def _place(self, count: int | None) -> tuple[Devices, Any]:
+        """So many devices, and the parameters there."""
         devices = Devices(count)
-        key = len(devices), top_k, grid
-        if key in self._compiled:
-            return self._compiled[key]
+        return devices, devices.replicate(jax.tree.map(np.asarray, self.params))
+
+    def _compile(self, count: int | None, top_k: int | None, grid: tuple[int, int]) -> Compiled:
+        """A function that draws images [b,h,w,c]; of a larger grid than the training images', codes
+        [b,h',w']."""
         prior, generator = self.prior, self.generator
 
         def draw(params: Any, arrays: dict[str, Any]) -> jax.Array:
@@ -154,13 +144,7 @@ class Sampler:
                     return codes
                 return decode_indices(generator, params["generator"], codes)
 
-        same_devices = [made for (n, *_), made in self._compiled.items() if n == len(devices)]
-        if same_devices:
-            devices, _, params = same_devices[0]
-        else:
-            params = devices.replicate(jax.tree.map(np.asarray, self.params))
-        self._compiled[key] = devices, devices.compile(draw), params
-        return self._compiled[key]
+        return self._placed(count)[0].compile(draw)
 
 
 def kept_codes(keep: float, mask: Any, grid: tuple[int, int], factor: int) -> np.ndarray:

@@ -3,7 +3,7 @@ normalise and attend over all they are given, so that a tile's codes are near th
 image, and not the same."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from taming_jax.models.vqgan import PIXELS
 Function = Callable[[np.ndarray], np.ndarray]
 
 
-def side_of(size: tuple[int, ...], tile: int | None, factor: int) -> int | None:
+def side_of(size: Sequence[int], tile: int | None, factor: int) -> int | None:
     """The side, in codes, of the tiles for images of a size in pixels: that of `tile` pixels, or
     None where images are small enough to be taken as they are. UserError for other tiles."""
     whole = tile is None or isinstance(tile, int | np.integer)
@@ -53,13 +53,15 @@ def nearness(place: slice, size: int) -> np.ndarray:
     return np.minimum(np.minimum(before, after), float(size))
 
 
-def encoded(encode: Function, images: np.ndarray, factor: int, tile: int) -> np.ndarray:
-    """Codes int32 [n,h/factor,w/factor] of images [n,h,w,c], by tiles of so many codes a side: each
-    code from the tile in whose middle it is nearest to be."""
+def encoded(encode: Function, images: np.ndarray, factor: int, tile: int | None) -> np.ndarray:
+    """Codes int32 [n,h/factor,w/factor] of images [n,h,w,c], by tiles of so many pixels a side (see
+    `side_of`): each code from the tile in whose middle it is nearest to be."""
     n, height, width = images.shape[:3]
-    grid = height // factor, width // factor
+    grid, side = (height // factor, width // factor), side_of((height, width), tile, factor)
+    if side is None:
+        return encode(images)
     codes, best = np.zeros((n, *grid), np.int32), np.zeros(grid)
-    for rows, columns in places(grid, tile):
+    for rows, columns in places(grid, side):
         pixels = [slice(s.start * factor, s.stop * factor) for s in (rows, columns)]
         found = encode(images[:, pixels[0], pixels[1]])
         near = np.minimum.outer(nearness(rows, grid[0]), nearness(columns, grid[1]))
@@ -69,16 +71,19 @@ def encoded(encode: Function, images: np.ndarray, factor: int, tile: int) -> np.
     return codes
 
 
-def decoded(decode: Function, codes: np.ndarray, factor: int, tile: int) -> np.ndarray:
-    """Images float32 [n,h*factor,w*factor,c] of codes [n,h,w], by tiles of so many codes a side,
-    which run into one another where they overlap."""
+def decoded(decode: Function, codes: np.ndarray, factor: int, tile: int | None) -> np.ndarray:
+    """Images float32 [n,h*factor,w*factor,c] of codes [n,h,w], by tiles of so many pixels a side
+    (see `side_of`), which run into one another where they overlap."""
     n, *grid = codes.shape
+    side = side_of([size * factor for size in grid], tile, factor)
+    if side is None:
+        return decode(codes)
     total, weights = None, np.zeros([size * factor for size in grid], np.float32)
-    for rows, columns in places((grid[0], grid[1]), tile):
+    for rows, columns in places((grid[0], grid[1]), side):
         found = decode(codes[:, rows, columns])
         pixels = [slice(s.start * factor, s.stop * factor) for s in (rows, columns)]
         near = np.multiply.outer(*(
-            np.minimum(nearness(place, size * factor), tile * factor / 4)
+            np.minimum(nearness(place, size * factor), side * factor / 4)
             for place, size in zip(pixels, grid, strict=True)
         )).astype(np.float32)  # fmt: skip
         if total is None:

@@ -41,7 +41,7 @@ def workdir(tmp_path):
     [
         ("--config mnist_tny", "did you mean 'mnist_tiny'?"),
         ("", "say which --config to train"),
-        ("--config", "--config NAME and --workdir DIR need a value"),
+        ("--config", "say which --config to train"),
         ("--config nowhere/config.json", "nowhere/config.json cannot be read"),
         ("--config mnist_tiny --vqgan.batch-size 0", "--vqgan.batch-size is 0"),
         ("--config mnist_tiny --devices 4 --vqgan.batch-size 6", "divided among 4 devices"),

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -80,14 +79,7 @@ def check(config: "Config") -> None:
         raise UserError(
             "--prior.warmup-steps belongs to --prior.schedule cosine; one cycle has its own."
         )
-    check_sampling(
-        vqgan.codes,
-        prior.temperature,
-        prior.top_k,
-        prior.top_p,
-        prior.guidance_scale,
-        prior.label_dropout,
-    )
+    check_sampling(prior, vqgan.codes, prior.label_dropout)
 
 
 def warnings_of(config: "Config") -> list[str]:
@@ -102,32 +94,27 @@ def warnings_of(config: "Config") -> list[str]:
     ]
 
 
-def check_sampling(
-    codebook_size: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    guidance_scale: float | Sequence[float] | None,
-    label_dropout: float,
-) -> None:
-    """UserError for settings that no sampling can have, from a prior trained with a share
-    `label_dropout` of examples without their class."""
-    if not 0 <= temperature < math.inf:
-        raise UserError(f"the temperature is {temperature}; it must be 0 (greedy) or more.")
+def check_sampling(settings: Any, codebook_size: int, label_dropout: float) -> None:
+    """UserError where the `temperature`, `top_k`, `top_p` or `guidance_scale` of settings cannot
+    be, for a prior trained with a share `label_dropout` of examples without their class."""
+    top_k, top_p, scale = settings.top_k, settings.top_p, settings.guidance_scale
+    if not 0 <= settings.temperature < math.inf:
+        raise UserError(
+            f"the temperature is {settings.temperature}; it must be 0 (greedy) or more."
+        )
     if top_k is not None and not 1 <= top_k <= codebook_size:
         raise UserError(f"top-k is {top_k}; there are 1 to {codebook_size} codes to keep.")
     if top_p is not None and not 0 < top_p <= 1:
         raise UserError(f"top-p is {top_p}; it is a share above 0, up to 1.")
-    scales = [1.0] if guidance_scale is None else np.ravel(guidance_scale).tolist()
-    if len(scales) not in (1, 2) or not all(0 <= scale < math.inf for scale in scales):
+    scales = [1.0] if scale is None else np.ravel(scale).tolist()
+    if len(scales) not in (1, 2) or not all(0 <= x < math.inf for x in scales):
         raise UserError(
-            f"the guidance scale is {guidance_scale}; it must be one number of 0 or more, or two "
-            "(the first code's and the last's)."
+            f"the guidance scale is {scale}; it must be one number of 0 or more, or two (the first "
+            "code's and the last's)."
         )
-    if not label_dropout and any(scale != 1 for scale in scales):
+    if not label_dropout and any(x != 1 for x in scales):
         raise UserError(
-            f"a guidance scale of {guidance_scale} needs a prior trained with "
-            "--prior.label-dropout above 0."
+            f"a guidance scale of {scale} needs a prior trained with --prior.label-dropout above 0."
         )
 
 
