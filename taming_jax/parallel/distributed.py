@@ -83,7 +83,7 @@ def join(given: Processes) -> None:
         return
     import jax
 
-    check_coordinator(given)
+    wait_for_coordinator(given)
     count = "all" if given.num_processes is None else f"all {given.num_processes}"
     say(
         f"Waiting for {count} processes, for up to {given.initialization_timeout} seconds "
@@ -111,23 +111,11 @@ def join(given: Processes) -> None:
         ) from error
 
 
-def check_coordinator(given: Processes) -> None:
-    """UserError where the coordinator's port cannot be opened by process 0, or is not open to
-    another process within the timeout. JAX would abort the process."""
-    if given.coordinator_address is None:
+def wait_for_coordinator(given: Processes) -> None:
+    """UserError where process 0 cannot be reached within the timeout; JAX would abort this one."""
+    if given.coordinator_address is None or given.process_id == 0:
         return
     host, _, port = given.coordinator_address.rpartition(":")
-    if given.process_id == 0:
-        with socket.socket() as own:
-            own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                own.bind(("", int(port)))
-            except OSError as error:
-                raise UserError(
-                    f"port {port} of --coordinator-address {given.coordinator_address} cannot be "
-                    f"opened ({error.strerror or error}); name a port that is free."
-                ) from error
-        return
     deadline = time.monotonic() + given.initialization_timeout
     while True:
         try:
@@ -136,10 +124,9 @@ def check_coordinator(given: Processes) -> None:
         except OSError as error:
             if time.monotonic() > deadline:
                 raise UserError(
-                    f"process 0 at --coordinator-address {given.coordinator_address} did not "
-                    f"answer within {given.initialization_timeout} seconds "
-                    f"({error.strerror or error}); "
-                    "start all processes with the same address, which each must be able to reach."
+                    f"process 0 cannot be reached at --coordinator-address "
+                    f"{given.coordinator_address} within {given.initialization_timeout} seconds "
+                    f"({error.strerror or error}); start all processes with the same address."
                 ) from error
             time.sleep(0.2)
 

@@ -30,11 +30,6 @@ from taming_jax.weights.arrays import digest, hash_arrays
 FILE = 4096  # images a file
 
 
-def smallest_unsigned(codebook_size: int) -> np.dtype:
-    """The narrowest unsigned integers that hold every code."""
-    return np.min_scalar_type(codebook_size - 1)
-
-
 class Tokenizer:
     """A generator that encodes splits of a dataset into `folder` (a run's tokens/), or reads them
     from there."""
@@ -50,7 +45,7 @@ class Tokenizer:
     ):
         self.devices, self.seed = devices, config.seed
         self._folder, self._params, self._config = folder, params, config
-        self._dtype, self._say = smallest_unsigned(config.vqgan.codes), say
+        self._dtype, self._say = np.min_scalar_type(config.vqgan.codes - 1), say
         self._known: tuple[np.ndarray | None, str] = None, ""  # the last images, and their digest
 
         def codes(params: Any, images: jax.Array) -> jax.Array:
@@ -80,9 +75,9 @@ class Tokenizer:
         key = text_hash([hash_arrays(self._params), self._known[1], seen])[:16]
         starts = range(0, len(split.images), FILE)
         files = {at: self._folder / key / name / f"{at:08d}.npz" for at in starts}
-        kept = distributed.from_first(lambda: {at: read_codes(files[at], at) for at in starts})
-        missing = [start for start in starts if kept[start] is None]
-        if missing:
+        arrays = distributed.from_first(lambda: {at: read_arrays(files[at]) for at in starts})
+        codes = {at: kept["codes"] for at, kept in arrays.items() if kept is not None}
+        if missing := [at for at in starts if at not in codes]:
             compiled = self.devices.compile(self._changed if version else self._plain)
             state = {"params": self._params, "version": np.int32(version)}
             state = self.devices.replicate(state)
@@ -96,11 +91,10 @@ class Tokenizer:
                     batches = self._encode(
                         part, start, size, functools.partial(compiled, state), progress
                     )
-                    whole = np.concatenate(list(batches))[: len(part.images)]
+                    codes[start] = np.concatenate(list(batches))[: len(part.images)]
                     if distributed.first():
-                        write_arrays(files[start], {"codes": whole, "start": np.array(start)})
-                    kept[start] = whole
-        return Split(np.concatenate([kept[start] for start in starts]), split.labels)
+                        write_arrays(files[start], {"codes": codes[start]})
+        return Split(np.concatenate([codes[start] for start in starts]), split.labels)
 
     def _encode(
         self,
@@ -156,10 +150,3 @@ class TokenFeed(ResidentFeed):
         if missing:
             self._resident |= self._devices.replicate({"images": self._rows()})
         return versions * np.int32(self.size) + index
-
-
-def read_codes(file: Path, start: int) -> np.ndarray | None:
-    """The codes of the images from `start` on, as `Tokenizer` wrote them; None where the file is
-    missing, damaged, or another one's."""
-    arrays = read_arrays(file)
-    return arrays["codes"] if arrays is not None and arrays.get("start") == start else None

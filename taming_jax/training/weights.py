@@ -8,16 +8,16 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from taming_jax.config.load import differences
 from taming_jax.config.schema import Config
-from taming_jax.config.validation import flag
 from taming_jax.errors import UserError
 from taming_jax.weights.arrays import named_arrays
 
-# Settings that change a network's meaning, and not the shapes of its weights.
-MEANING = {
-    "vqgan": ("l2_normalise", "quantizer", "used_codes"),
-    "prior": ("heads", "positions", "vocabulary", "first_class"),
-}
+# Settings that change the meaning of weights, and not their shapes.
+MEANING = (
+    "--vqgan.l2-normalise", "--vqgan.quantizer", "--vqgan.used-codes", "--prior.heads",
+    "--prior.positions", "--prior.vocabulary", "--prior.first-class",
+)  # fmt: skip
 Name = tuple[str, ...]
 
 
@@ -79,17 +79,18 @@ def describe_other_meaning(
 ) -> list[str]:
     """What makes weights of the same shapes mean something else, as sentences: settings of another
     run, or another generator, whose codes its prior predicted."""
-    sentences = []
-    for section, names in MEANING.items():
-        for name in names:
-            here, there = (getattr(getattr(x, section), name) for x in (config, other))
-            if here != there and (section == "vqgan" or "transformer" in learned):
-                sentences.append(f"{flag(section, name)} was {there} there, and is {here} here.")
-    for path, leaf in named_arrays(template).items():
-        frozen = path[:1] == ("nets",) and path[1] not in learned and path[2] == "params"
-        if frozen and not np.array_equal(np.asarray(leaf), arrays.get(path, np.empty(0))):
-            sentences.append(
-                "those weights predicted the codes of another stage 1, which mean something else."
-            )
-            break
+    sections = ("vqgan", "prior") if "transformer" in learned else ("vqgan",)
+    sentences = [
+        f"{phrase}, as in the run of those weights."
+        for phrase in differences(config, other, sections)
+        if phrase.split(" ")[0] in MEANING
+    ]
+    frozen = {
+        path: leaf for path, leaf in named_arrays(template).items()
+        if path[0] == "nets" and path[1] not in learned and path[2] == "params"
+    }  # fmt: skip
+    if any(not np.array_equal(x, arrays.get(path, np.empty(0))) for path, x in frozen.items()):
+        sentences.append(
+            "those weights predicted the codes of another stage 1, which mean something else."
+        )
     return sentences
