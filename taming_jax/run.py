@@ -206,7 +206,7 @@ class Run:
         """
         each, known = self.labels(classes), None
         if per_class < 1 or not len(each):
-            raise UserError("no classes, or none of each, were asked for.")
+            raise UserError(f"nothing is to be drawn: {per_class} images of {len(each)} classes.")
         labels = np.repeat(each, per_class)
         numbers = np.tile(np.arange(per_class, dtype=np.int32), len(each))
         if prefix is not None:
@@ -242,7 +242,7 @@ class Run:
         labels = self._labels_of(classes, n)
         known = np.where(kept_codes(keep, mask, (grid[0], grid[1]), self.factor), codes, -1)
         if per_image < 1:
-            raise UserError("no completions were asked for.")
+            raise UserError(f"nothing is to be drawn: {per_image} completions per image.")
         return np.concatenate(list(self.drawn(
             np.repeat(labels, per_image), np.tile(np.arange(per_image, dtype=np.int32), n),
             known=np.repeat(known.reshape(n, -1), per_image, 0),

@@ -84,6 +84,8 @@ class Sampler:
     ) -> Iterator[np.ndarray]:
         """See `Run.drawn`. Of a grid that is larger than the training images', whose images may be
         too large to be decoded here, it yields the codes int32 [b,h',w']."""
+        if batch_size is not None and batch_size < 1:
+            raise UserError(f"the batch size is {batch_size}; it must be 1 or more.")
         temperature, top_k, top_p, guidance_scale = self.settings(**settings, seed=seed)
         grid, n = self.grid_of(size), len(labels)
         length, codes = grid[0] * grid[1], self.prior.codebook_size

@@ -11,7 +11,7 @@ the run's preset says.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import tyro
@@ -50,7 +50,7 @@ class Sample(Processes):
     complete: tuple[str, ...] = ()
     """Pictures whose rest is drawn, --per-class times each; --classes are theirs, one of all or one
     of each."""
-    keep: str | None = None
+    keep: float | Literal["top"] | None = None
     """What to keep of them: top, the upper half (the default), or a share."""
     mask: Path | None = None
     """In place of --keep: a picture that is white where pixels are kept."""
@@ -74,16 +74,6 @@ def size_of(text: str) -> tuple[int, int]:
     if not (wide.isdecimal() and high.isdecimal() and int(wide) and int(high)):
         raise UserError(f"--size {text} is not WIDTHxHEIGHT, such as 512x384.")
     return int(high), int(wide)
-
-
-def share_of(text: str | None) -> float:
-    """A share of the rows from the top. UserError for what is none."""
-    if text in (None, "top"):
-        return 0.5
-    try:
-        return float(str(text))
-    except ValueError:
-        raise UserError(f"--keep {text} is neither top nor a share.") from None
 
 
 class Drawn(NamedTuple):
@@ -124,56 +114,60 @@ def work(given: Sample) -> None:
 
     join_processes(given, own=("process_id", "workdir", "out"))
     size = None if given.size is None else size_of(given.size)
-    out, kind = distributed.from_first(lambda: place_of(given))
-    from taming_jax.data.datasets import spread
-    from taming_jax.figures import to_uint8
+    kind = distributed.from_first(lambda: check_place(given))
     from taming_jax.run import load_run
 
     run = load_run(given.workdir)
     settings = {
         "temperature": given.temperature, "top_k": given.top_k, "top_p": given.top_p,
-        "guidance_scale": given.guidance_scale or None, "size": size, "seed": given.seed,
+        "guidance_scale": given.guidance_scale or None, "seed": given.seed,
         "devices": given.devices, "batch_size": given.batch_size, "progress": True,
     }  # fmt: skip
     if given.complete:
-        drawn = completed(run, given, settings)
-        said = f"{len(drawn.images)} completions of {len(drawn.rows)} pictures are in {out}."
+        drawn = complete_pictures(run, given, size, settings)
+        summary = f"{len(drawn.images)} completions of {len(drawn.rows)} pictures"
     else:
-        known = len(run.class_names)
-        unless_told = spread(known, ROWS if kind == ".png" else known)
-        asked = run.labels(given.classes or unless_told)
-        classes = list(dict.fromkeys(asked.tolist()))  # each once
-        images = run.sample(classes, given.per_class, **settings)
-        names = [run.class_names[i] for i in classes]
-        labels = np.repeat(np.array(classes, np.int32), given.per_class)
-        drawn = Drawn(to_uint8(images), labels, names, [f"{i:04d}" for i in classes])
-        said = f"{len(images)} images of {len(classes)} classes are in {out}."
-        if not given.classes and len(classes) < known:
-            said += f"\nThere are {known} classes; --classes names others."
+        drawn = sample_classes(run, given, ROWS if kind == ".png" else None, size=size, **settings)
+        summary = f"{len(drawn.images)} images of {len(drawn.rows)} classes"
     # The others wait: one that was long alone would be taken for lost.
-    distributed.from_first(lambda: write(out, kind, drawn))
-    print(said)
+    distributed.from_first(lambda: write(given.out, kind, drawn))
+    print(f"{summary} are in {given.out}.")
+    if not given.complete and not given.classes and len(drawn.rows) < len(run.class_names):
+        print(f"There are {len(run.class_names)} classes; --classes names others.")
 
 
-def completed(run: "Run", given: Sample, settings: dict[str, Any]) -> Drawn:
+def sample_classes(run: "Run", given: Sample, most: int | None, **settings: Any) -> Drawn:
+    """New images of the given classes, each class once, or of all or at most so many."""
+    from taming_jax.data.datasets import spread
+    from taming_jax.figures import to_uint8
+
+    count = len(run.class_names)
+    numbers = run.labels(given.classes or spread(count, most or count))
+    classes = list(dict.fromkeys(numbers.tolist()))
+    images = run.sample(classes, given.per_class, **settings)
+    labels = np.repeat(np.array(classes, np.int32), given.per_class)
+    names = [run.class_names[i] for i in classes]
+    return Drawn(to_uint8(images), labels, names, [f"{i:04d}" for i in classes])
+
+
+def complete_pictures(
+    run: "Run", given: Sample, size: tuple[int, int] | None, settings: dict[str, Any]
+) -> Drawn:
     """The completions of the given pictures, which the first of several processes reads. UserError
     for those that cannot be read."""
     from taming_jax.figures import to_uint8
     from taming_jax.parallel import distributed
 
-    config = run.config.data
-    size = settings.pop("size") or (config.image_size, config.image_size)
-    files = [Path(name) for name in given.complete]
+    config, files = run.config.data, [Path(name) for name in given.complete]
+    shape = size or (config.image_size, config.image_size)
 
     def read() -> tuple[np.ndarray, np.ndarray | None]:
-        pictures = np.stack([picture(file, size, config.channels) for file in files])
-        if given.mask is None:
-            return pictures, None
-        return pictures, picture(given.mask, size, 1)[..., 0] > 127
+        pictures = np.stack([picture(file, shape, config.channels) for file in files])
+        return pictures, None if given.mask is None else picture(given.mask, shape, 1)[..., 0] > 127
 
     pictures, mask = distributed.from_first(read)
     classes = given.classes or None
-    keep = share_of(given.keep)
+    keep = given.keep if isinstance(given.keep, float) else 0.5
     images = run.complete(pictures, classes, given.per_class, keep=keep, mask=mask, **settings)
     of_each = np.full(len(pictures), -1) if classes is None else run.labels(classes)
     labels = np.repeat(np.broadcast_to(of_each, len(pictures)), given.per_class)
@@ -194,9 +188,9 @@ def picture(file: Path, size: tuple[int, int], channels: int) -> np.ndarray:
         raise UserError(f"{file} cannot be read as a picture; name a whole one.") from error
 
 
-def place_of(given: Sample) -> tuple[Path, str]:
-    """Where the images go, and the suffix that says how: .npz, .png, or none for a folder.
-    UserError where they cannot."""
+def check_place(given: Sample) -> str:
+    """The suffix of --out, which says how images are written: .npz, .png, or none for a folder.
+    UserError where they cannot be, and for flags that contradict each other."""
     out = given.out
     kind = "" if out.is_dir() else out.suffix
     if kind:
@@ -205,17 +199,13 @@ def place_of(given: Sample) -> tuple[Path, str]:
         raise UserError(f"--out {out} is a file; name a folder, a .npz or a .png.")
     else:
         check_writable("--out", out)
-    if given.per_class < 1:
-        raise UserError(f"--per-class is {given.per_class}; it must be 1 or more.")
     if not given.complete and (given.keep is not None or given.mask is not None):
         raise UserError(
             "--keep and --mask are for pictures that are completed; name some with --complete."
         )
     if given.keep is not None and given.mask is not None:
         raise UserError("--keep and --mask both say what is kept; leave one out.")
-    if given.batch_size is not None and given.batch_size < 1:
-        raise UserError(f"--batch-size is {given.batch_size}; it must be 1 or more.")
-    return out, kind
+    return kind
 
 
 def write(out: Path, kind: str, drawn: Drawn) -> None:

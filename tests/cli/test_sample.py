@@ -181,8 +181,8 @@ def test_the_log_likelihood_is_that_of_the_codes(run):
         ("--temperature -1", "the temperature is -1.0"),
         ("--guidance-scale -1", "the guidance scale is"),
         ("--guidance-scale 1 2 3", "the guidance scale is"),
-        ("--per-class 0", "--per-class is 0"),
-        ("--batch-size 0", "--batch-size is 0"),
+        ("--per-class 0", "nothing is to be drawn: 0 images of 4 classes"),
+        ("--batch-size 0", "the batch size is 0"),
         ("--devices 64", "--devices is 64, but there are"),
         ("--devices 0", "--devices is 0"),
         ("--out /proc/s.npz", "/proc/s.npz cannot be written"),
@@ -302,7 +302,7 @@ def test_what_cannot_be_completed_is_a_sentence(run):
         ({"keep": 1.5}, "a share of 1.5 of 8 rows"),
         ({"keep": 0.01}, "a share of 0.01 of 8 rows"),
         ({"mask": np.ones((3, 3))}, "a mask of 3x3 was given; it is of 8x8 codes, or of 16x16"),
-        ({"per_image": 0}, "no completions"),
+        ({"per_image": 0}, "nothing is to be drawn: 0 completions"),
         ({"size": (16, 16)}, "multiple values"),
     ):
         with pytest.raises((UserError, TypeError), match=says):
