@@ -3,7 +3,6 @@ of a run, and where this process stands among several."""
 
 import argparse
 import dataclasses
-import os
 import shlex
 import sys
 import typing
@@ -25,7 +24,7 @@ from taming_jax.config.load import (
 from taming_jax.config.schema import Config, DataConfig
 from taming_jax.errors import UserError
 from taming_jax.files import check_writable
-from taming_jax.parallel.distributed import Processes, checked
+from taming_jax.parallel.distributed import Processes
 
 T = TypeVar("T")
 
@@ -70,24 +69,12 @@ def check_output(name: str, file: Path, suffixes: Sequence[str] = ()) -> None:
     check_writable(name, file)
 
 
-def processes(given: Processes) -> Processes:
-    """How this process is one of several, from the settings of a command, checked. Where only the
-    address is given, the numbers are Open MPI's (of which JAX knows version 4's address alone)."""
-    names = [field.name for field in dataclasses.fields(Processes)]
-    given = Processes(**{name: getattr(given, name) for name in names})
-    size, rank = (os.environ.get(f"OMPI_COMM_WORLD_{name}") for name in ("SIZE", "RANK"))
-    alone = given.coordinator_address and given.num_processes is None and given.process_id is None
-    if alone and size is not None and rank is not None:
-        given = dataclasses.replace(given, num_processes=int(size), process_id=int(rank))
-    return checked(given)
-
-
 def join_processes(given: Processes, own: Collection[str]) -> None:
     """Joins the other processes of a command, if there are any, silences all but the first, and
     checks that they were given the same settings, but for their `own`."""
     from taming_jax.parallel import distributed
 
-    distributed.join(processes(given))
+    distributed.join(given)
     distributed.one_speaks()
     flags = dataclasses.asdict(given)
     flags |= {f"data.{name}": value for name, value in flags.pop("data", {}).items()}
@@ -143,7 +130,7 @@ def parse_training(command: type[Command], arguments: Sequence[str], stage: str)
             "settings out, or train a stage 1 with them."
         )
     config = with_absolute_paths(line.config)
-    return dataclasses.replace(line, config=validated(config), processes=processes(line.processes))
+    return dataclasses.replace(line, config=validated(config))
 
 
 def default_config(name: str | None, workdir: str | None, wants_help: bool) -> Config:

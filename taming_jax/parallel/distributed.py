@@ -44,90 +44,53 @@ class Processes:
     """Seconds to wait for the others."""
 
 
-def checked(given: Processes) -> Processes:
-    """The settings themselves; UserError where they cannot work."""
-    told = (given.coordinator_address, given.num_processes, given.process_id)
-    names = "--coordinator-address, --num-processes and --process-id"
-    if not given.distributed:
-        if any(value is not None for value in told):
-            raise UserError(f"{names} belong to --distributed; add it, or leave them out.")
-        return given
-    if any(value is None for value in told) and any(value is not None for value in told):
-        raise UserError(
-            f"{names} belong together; give all of them, or none where Slurm, Open MPI or "
-            "Kubernetes started the processes."
-        )
-    if given.initialization_timeout < 1:
-        raise UserError("--initialization-timeout must be 1 second or more.")
-    if given.coordinator_address is None:
-        return given
-    host, _, port = given.coordinator_address.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise UserError(
-            f"--coordinator-address {given.coordinator_address} is not HOST:PORT; name a machine "
-            "and a free port of it, such as 10.0.0.1:8476."
-        )
-    count, number = given.num_processes or 0, given.process_id or 0
-    if not 0 <= number < count:
-        raise UserError(
-            f"--process-id is {number} of --num-processes {count}; processes are counted from 0 "
-            "to one less than there are."
-        )
-    return given
-
-
 def join(given: Processes) -> None:
     """Joins the other processes, if there are to be any; called before JAX starts. UserError where
-    it is not known who they are."""
+    the settings cannot work, or the others cannot be reached."""
+    address, own = given.coordinator_address, (given.num_processes, given.process_id)
     if not given.distributed:
+        if any(value is not None for value in (address, *own)):
+            raise UserError(
+                "--coordinator-address, --num-processes and --process-id belong to --distributed; "
+                "add it, or leave them out."
+            )
         return
+    if address is not None and own == (None, None) and "OMPI_COMM_WORLD_RANK" in os.environ:
+        # Of Open MPI's variables JAX knows version 4's alone, which name the address.
+        own = int(os.environ["OMPI_COMM_WORLD_SIZE"]), int(os.environ["OMPI_COMM_WORLD_RANK"])
     import jax
 
-    wait_for_coordinator(given)
-    count = "all" if given.num_processes is None else f"all {given.num_processes}"
-    say(
-        f"Waiting for {count} processes, for up to {given.initialization_timeout} seconds "
-        "(--initialization-timeout)."
-    )
-    # It would take SIGTERM for itself; this program saves at one.
+    # JAX would take SIGTERM for itself; this program saves at one.
     jax.config.update("jax_enable_preemption_service", False)
+    say(f"Waiting for the other processes, for up to {given.initialization_timeout} seconds.")
     try:
+        if own[1]:
+            wait_for_coordinator(given)
         jax.distributed.initialize(
-            given.coordinator_address, given.num_processes, given.process_id,
-            initialization_timeout=given.initialization_timeout,
+            address, *own, initialization_timeout=given.initialization_timeout,
             heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=HEARTBEAT,
         )  # fmt: skip
-    except (ValueError, RuntimeError) as error:
-        said = next(iter(str(error).splitlines()), type(error).__name__)
-        if given.coordinator_address is not None:
-            raise UserError(
-                f"the processes cannot be joined at {given.coordinator_address} ({said}); name an "
-                "address of process 0 that each can reach, and a port of it that is free."
-            ) from error
+    except (ValueError, LookupError, RuntimeError, OSError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
-            "--distributed finds no launcher (Slurm, Open MPI, Kubernetes) that tells of other "
-            f"processes ({said}); give --coordinator-address HOST:PORT, --num-processes and "
-            "--process-id."
+            f"the processes cannot be joined ({reason}). Give each the same --coordinator-address "
+            "HOST:PORT, a free port of process 0, --num-processes and its own --process-id; or "
+            "none of them, where Slurm, Open MPI or Kubernetes started the processes."
         ) from error
 
 
 def wait_for_coordinator(given: Processes) -> None:
-    """UserError where process 0 cannot be reached within the timeout; JAX would abort this one."""
-    if given.coordinator_address is None or given.process_id == 0:
-        return
-    host, _, port = given.coordinator_address.rpartition(":")
+    """Raises OSError where process 0 cannot be reached within the timeout, ValueError where its
+    address is none. JAX would abort this process."""
+    host, _, port = str(given.coordinator_address).rpartition(":")
     deadline = time.monotonic() + given.initialization_timeout
     while True:
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
             return
-        except OSError as error:
+        except OSError:
             if time.monotonic() > deadline:
-                raise UserError(
-                    f"process 0 cannot be reached at --coordinator-address "
-                    f"{given.coordinator_address} within {given.initialization_timeout} seconds "
-                    f"({error.strerror or error}); start all processes with the same address."
-                ) from error
+                raise
             time.sleep(0.2)
 
 

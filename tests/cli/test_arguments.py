@@ -14,7 +14,6 @@ from taming_jax.cli.arguments import (
 )
 from taming_jax.config.load import load_config, write_config
 from taming_jax.config.schema import DataConfig
-from taming_jax.errors import UserError
 
 
 def parse_arguments(arguments, stage="vqgan"):
@@ -91,33 +90,3 @@ def test_processes_are_no_part_of_the_config():
     assert given.config == load_config("mnist")
     assert given.processes == Processes(True, "node1:8476", 2, 1)
     assert parse_arguments(["--config", "mnist", "--distributed"]).processes == Processes(True)
-
-
-def test_an_address_is_enough_where_mpirun_numbers_the_processes(monkeypatch):
-    told = ["--config", "mnist", "--distributed", "--coordinator-address", "node1:8476"]
-    with pytest.raises(UserError, match="belong together"):
-        parse_arguments(told)
-    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
-    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "3")
-    assert parse_arguments(told).processes == Processes(True, "node1:8476", 4, 3)
-
-
-@pytest.mark.parametrize(
-    ("told", "says"),
-    [
-        ("--process-id 1", "belong to --distributed"),
-        ("--distributed --num-processes 2", "belong together"),
-        (
-            "--distributed --coordinator-address node1 --num-processes 2 --process-id 0",
-            "node1 is not HOST:PORT",
-        ),
-        (
-            "--distributed --coordinator-address node1:8476 --num-processes 2 --process-id 2",
-            "--process-id is 2 of --num-processes 2",
-        ),
-        ("--distributed --initialization-timeout 0", "--initialization-timeout must be 1"),
-    ],
-)
-def test_processes_that_cannot_be_are_refused(told, says):
-    with pytest.raises(UserError, match=says):
-        parse_arguments(["--config", "mnist", *told.split()])
