@@ -187,34 +187,36 @@ class Loop:
         self.checkpoint_every = self.settings.checkpoint_every or epoch
         self.log_every = self.settings.log_every or max(self.steps // 1000, 1)
         self.draw_every = self.settings.draw_every or max(self.steps // 20, 1)
-        self.restart, self.configured = restart, False
+        self.restart = restart
         self.unsettled: list[tuple[int, dict[str, Any]]] = []
         self.votes: list[jax.Array] = []
         self.skipped = self.skipped_in_a_row = 0
 
     def run(self, state: TrainState) -> Path:
         start, self.skipped = (int(self.devices.fetch(x)) for x in (state.step, state.skipped))
+        folder = self.folder
         if start >= self.steps:
-            say(f"{self.folder} is trained already, to step {start}; see {self.folder}/figures.")
-            return self.folder
+            say(f"{folder} is trained already, to step {start}; see {folder}/figures.")
+            return folder
         name, meter = self.stage.name, Meter(self.devices.list[0], self.config, say)
-        rows = read_rows(self.folder / "metrics" / f"{name}.jsonl")
-        writers = open_writers(self.folder, name) if distributed.first() else []
+        rows = read_rows(folder / "metrics" / f"{name}.jsonl")
+        writers = open_writers(folder, name) if distributed.first() else []
         self.log = Log(name, start, self.steps, rows, writers, meter)
         self.store.say = self.log.say
-        self._configure()
+        if distributed.first():
+            write_config(with_other_stage(self.config, name, self.restart), folder / "config.json")
         count, kind = len(self.devices), self.devices.list[0].platform
         of = f" of {distributed.count()} processes" if distributed.count() > 1 else ""
         size = self.settings.batch_size
         parts = shares(size, count, self.settings.micro_batches)
         self.log.say(
-            f"Training stage {self.stage.name} of {self.config.config} into {self.folder}: "
+            f"Training stage {self.stage.name} of {self.config.config} into {folder}: "
             f"{self.training.size} images, {size} a step{parts}, "
             f"step {start + 1} to {self.steps}, on {count} {kind} device{'s' * (count > 1)}{of}. "
             "Compiling takes a while."
         )
         traced = self.settings.profile if distributed.first() else None
-        self.tracer = Tracer(traced, self.folder / "profile", self.log.say)
+        self.tracer = Tracer(traced, folder / "profile", self.log.say)
         with contextlib.ExitStack() as stack:
             for feed in (self.training, self.validation):
                 stack.callback(feed.close)
@@ -228,7 +230,7 @@ class Loop:
                 self.stage.compile(state, first, batch)
             self.log.begin()
             self._steps(state, start, first)
-        return self.folder
+        return folder
 
     def _steps(self, state: TrainState, start: int, first: Batch) -> None:
         self.signals.listen()  # until here nothing is lost where a signal ends the process
@@ -295,23 +297,13 @@ class Loop:
         return int(self.devices.fetch(self.votes.pop(0))) or None
 
     def _save(self, state: TrainState, done: int, chosen: dict[str, float] | None) -> None:
-        if not distributed.first():
-            return
-        self.store.save(done, self.devices.fetch(state), self.config, chosen)
-        self._configure()
+        if distributed.first():
+            self.store.save(done, self.devices.fetch(state), self.config, chosen)
 
     def _require(self, step: int) -> None:
         """Waits, in every process, for the checkpoint of a step. RunFailed where there is none."""
         with Progress(f"writing the checkpoint of step {step}", write=self.log.say):
             distributed.from_first(lambda: self.store.require(step))
-
-    def _configure(self) -> None:
-        """Writes the config, unless the disk took it before."""
-        if distributed.first() and not self.configured:
-            with self.log.tolerating(str(self.folder / "config.json")):
-                config = with_other_stage(self.config, self.stage.name, self.restart)
-                write_config(config, self.folder / "config.json")
-                self.configured = True
 
     def _draw(self, state: TrainState, sums: dict[str, np.ndarray]) -> None:
         if not distributed.first():

@@ -160,24 +160,6 @@ def test_a_disk_that_stays_full_is_the_status_and_the_run_can_go_on(disk, tmp_pa
     assert left(run) == left(tmp_path / "whole")
 
 
-def test_a_config_that_the_disk_did_not_take_is_written_later(disk, capsys):
-    run = disk.folder / "run"
-    for name in ("checkpoints", "metrics", "figures"):
-        (run / name).mkdir(parents=True)
-    disk.fill()
-
-    def on_step(step):
-        assert not (run / "config.json").exists()
-        if step == 10:
-            disk.free()
-            stage["on_step"] = None
-
-    stage = {"on_step": lambda step: on_step(step) if step <= 10 else None}
-    train(run, stage=stage, **MANY)
-    assert f"{run}/config.json cannot be written" in capsys.readouterr().out
-    assert json.loads((run / "config.json").read_text())["vqgan"]["steps"] == 120
-
-
 def test_a_signal_whose_checkpoint_cannot_be_written_is_a_failure(disk):
     run = disk.folder / "run"
     fill = filling(disk, run)
