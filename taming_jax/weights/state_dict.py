@@ -1,6 +1,7 @@
 """State dicts in files: PyTorch's (`.ckpt`, `.pt`, `.pth`) and safetensors, whose arrays are read
 one by one when they are asked for; and what is said of one that is not as it should be."""
 
+import functools
 import importlib.util
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from taming_jax.errors import UserError
+from taming_jax.errors import UserError, say
 from taming_jax.files import whole
 from taming_jax.weights.torch_file import DAMAGE, Tensor, damaged, open_tensors
 
@@ -29,7 +30,7 @@ StateDict = dict[str, Held]
 
 def open_state_dict(file: Path) -> tuple[StateDict, dict[str, Any]]:
     """The arrays of a file by their names, and what else it holds. In a file of PyTorch's they are
-    in its `state_dict` or `model`, or all there is.
+    in its `ema`, `state_dict` or `model`, or all there is.
 
     Raises UserError for a file that is missing, damaged, or holds no arrays.
     """
@@ -39,23 +40,23 @@ def open_state_dict(file: Path) -> tuple[StateDict, dict[str, Any]]:
     if not isinstance(content, Mapping):
         raise UserError(f"{file} holds no state dict.")
     # As Lightning, LlamaGen and DeepSpeed call it.
-    named = [content[key] for key in ("state_dict", "model", "module") if key in content]
-    inner = named[0] if named and isinstance(named[0], Mapping) else content
+    keys = [k for k in ("ema", "state_dict", "model", "module") if isinstance(content.get(k), dict)]
+    inner = content[keys[0]] if keys else content
     tensors = {str(name): x for name, x in inner.items() if isinstance(x, Tensor)}
     if not tensors:
         raise UserError(f"{file} holds no state dict.")
+    if keys[:1] == ["ema"]:
+        say(f"{file} holds a moving average of its weights, which is used.")
+
+    def read(tensor: Tensor) -> np.ndarray:
+        try:
+            return tensor.array()
+        except DAMAGE as error:
+            raise damaged(file, error) from error
+
     rest = {str(key): x for key, x in content.items() if isinstance(x, int | float | str)}
-
-    def held(tensor: Tensor) -> Held:
-        def read() -> np.ndarray:
-            try:
-                return tensor.array()
-            except DAMAGE as error:
-                raise damaged(file, error) from error
-
-        return Held(tuple(tensor.shape), read)
-
-    return {name: held(tensor) for name, tensor in tensors.items()}, rest
+    held = {k: Held(tuple(x.shape), functools.partial(read, x)) for k, x in tensors.items()}
+    return held, rest
 
 
 def open_safetensors(file: Path) -> tuple[StateDict, dict[str, Any]]:
@@ -66,25 +67,22 @@ def open_safetensors(file: Path) -> tuple[StateDict, dict[str, Any]]:
         content = safetensors.safe_open(file, "numpy")
         names = list(content.keys())
         shapes = {name: tuple(content.get_slice(name).get_shape()) for name in names}
-        rest = dict(content.metadata() or {})
     except FileNotFoundError:
         raise UserError(f"there is no file {file}.") from None
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise UserError(f"{file} is not a whole safetensors file ({error}).") from error
 
-    def held(name: str) -> Held:
-        def read() -> np.ndarray:
-            try:
-                return content.get_tensor(name)
-            except (AttributeError, TypeError, ValueError, safetensors.SafetensorError) as error:
-                raise UserError(
-                    f"{file} holds {name} in a type that is not read here ({error}); write it in "
-                    "float32 or float16."
-                ) from error
+    def read(name: str) -> np.ndarray:
+        try:
+            return content.get_tensor(name)
+        except (AttributeError, TypeError, ValueError, safetensors.SafetensorError) as error:
+            raise UserError(
+                f"{file} holds {name} in a type that is not read here ({error}); write it in "
+                "float32 or float16."
+            ) from error
 
-        return Held(shapes[name], read)
-
-    return {name: held(name) for name in names}, rest
+    held = {name: Held(shape, functools.partial(read, name)) for name, shape in shapes.items()}
+    return held, dict(content.metadata() or {})
 
 
 def check_kind(file: Path) -> None:

@@ -1,9 +1,9 @@
 """Reads PyTorch's files (`.pth`, `.pt`, `.ckpt`) without PyTorch, in the present format (a zip) and
 in the one before version 1.6.
 
-They are pickles. Only tensors and plain containers are admitted: a file that names anything else is
-refused, and none of its code runs. Arrays are views of the mapped file, so only what is used of it
-is in memory.
+They are pickles. Tensors and plain containers are read; in place of everything else that a file
+names stands an object that does nothing, so none of its code runs. Arrays are views of the mapped
+file, so only what is used of it is in memory.
 """
 
 import collections
@@ -17,7 +17,7 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any, ClassVar
+from typing import IO, Any
 
 import numpy as np
 
@@ -29,10 +29,6 @@ DTYPES = {
     "LongStorage": "<i8", "IntStorage": "<i4", "ShortStorage": "<i2", "CharStorage": "|i1",
     "ByteStorage": "|u1", "BoolStorage": "|b1",
 }  # fmt: skip
-LARGEST_PICKLE = 2**23  # bytes; what tensors hold is not in it
-
-# In Python, because the unpickler in C makes room for as many objects as a file claims to have.
-PythonUnpickler: Any = pickle._Unpickler
 
 DAMAGE = (
     OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, ImportError,
@@ -84,72 +80,40 @@ class Tensor:
         return view
 
 
-class Refused(Exception):
-    """A file asks for more than tensors and containers."""
+class Inert:
+    """Stands in place of what a file names besides tensors and containers, such as the arguments of
+    a training script: it takes everything and does nothing."""
+
+    def __init__(self, *_: Any, **__: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+    def append(self, value: Any) -> None:
+        pass
 
 
-class Name:
-    """A class that PyTorch Lightning's files name and nobody here calls."""
-
-    def __init__(self, module: str, name: str):
-        self.module, self.name = module, name
-
-    def __call__(self, *arguments: Any) -> Any:
-        raise Refused(f"it asks for {self.module}.{self.name}")
+READ: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("torch._utils", "_rebuild_tensor_v2"): Tensor,
+    ("torch._utils", "_rebuild_tensor"): Tensor,
+    ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
+} | {("torch", name): name for name in DTYPES}
 
 
-class TensorUnpickler(PythonUnpickler):
-    """Admits tensors, their storages, and plain containers."""
+class TensorUnpickler(pickle.Unpickler):
+    """Reads tensors, whose storages `storage` returns by their persistent names, and containers."""
 
     def __init__(self, stream: IO[bytes], storage: Callable[[Any], Storage]):
         super().__init__(stream)
         self.storage = storage
 
-    def load_setitem(self) -> None:
-        self._check_keys(self.stack[-2:-1])
-        super().load_setitem()
-
-    def load_setitems(self) -> None:
-        self._check_keys(self.stack[::2])
-        super().load_setitems()
-
-    def load_dict(self) -> None:
-        self._check_keys(self.stack[::2])
-        super().load_dict()
-
-    def _check_keys(self, keys: list[Any]) -> None:
-        """Refuses what is long to hash: a tuple of tuples of the same, and so on."""
-        for key in keys:
-            if not isinstance(key, str | int | float | Name | None):
-                raise Refused(f"it has {type(key).__name__} as a key")
-
-    def load_set(self) -> None:
-        raise Refused("it asks for a set")
-
-    dispatch: ClassVar[Any] = {
-        **PythonUnpickler.dispatch,
-        pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems,
-        pickle.DICT[0]: load_dict, pickle.EMPTY_SET[0]: load_set, pickle.FROZENSET[0]: load_set,
-    }  # fmt: skip
-
     def find_class(self, module: str, name: str) -> Any:
-        admitted: dict[tuple[str, str], Any] = {
-            ("collections", "OrderedDict"): self.ordered,
-            ("torch._utils", "_rebuild_tensor_v2"): lambda *view: Tensor(*view),
-            ("torch._utils", "_rebuild_tensor"): lambda *view: Tensor(*view),
-            ("torch._utils", "_rebuild_parameter"): lambda tensor, *rest: tensor,
-        }
-        if (module, name) in admitted:
-            return admitted[module, name]
-        if module == "torch" and name in DTYPES:
-            return name
-        if module.split(".")[0] in ("pytorch_lightning", "lightning"):
-            return Name(module, name)
-        raise Refused(f"it asks for {module}.{name}")
-
-    def ordered(self, pairs: Any = ()) -> Any:
-        self._check_keys([key for key, _ in pairs])
-        return collections.OrderedDict(pairs)
+        return READ.get((module, name), Inert)
 
     def persistent_load(self, pid: Any) -> Storage:
         kind, key, count = pid[1], pid[2], pid[4]
@@ -161,8 +125,7 @@ class TensorUnpickler(PythonUnpickler):
 def open_tensors(file: Path) -> Any:
     """What a file holds, its containers as they are and its tensors as `Tensor`s.
 
-    Raises UserError for a file that is missing, damaged, none of PyTorch's, or asks for more than
-    tensors and containers.
+    Raises UserError for a file that is missing, damaged, or none of PyTorch's.
     """
     try:
         with file.open("rb") as stream:
@@ -172,10 +135,6 @@ def open_tensors(file: Path) -> Any:
             return from_zip(stream, mapped) if zipped else from_stream(mapped)
     except FileNotFoundError:
         raise UserError(f"there is no file {file}.") from None
-    except Refused as error:
-        raise UserError(
-            f"{file} is refused: {error}; only tensors and plain containers are read."
-        ) from error
     except DAMAGE as error:
         raise damaged(file, error) from error
 
@@ -199,8 +158,6 @@ def from_zip(stream: IO[bytes], mapped: mmap.mmap) -> Any:
                 storages[key].raw = functools.cache(lambda: piece(mapped, part))
             return storages[key]
 
-        if content.getinfo(name).file_size > LARGEST_PICKLE:
-            raise ValueError("its pickle is too large to be one of tensors")
         if any(part.compress_type != zipfile.ZIP_STORED for part in content.infolist()):
             raise ValueError("it is compressed, as PyTorch's files are not")
         return TensorUnpickler(io.BytesIO(content.read(name)), storage).load()
@@ -223,12 +180,12 @@ def from_stream(mapped: mmap.mmap) -> Any:
     if mapped[:1] != b"\x80":
         raise ValueError("it does not begin as one")
     storages: dict[str, Storage] = {}
-    pickles = io.BytesIO(mapped[:LARGEST_PICKLE])
+    pickles = io.BytesIO(mapped)
 
     def storage(pid: Any) -> Storage:
         _, kind, key, _, count, *view = pid
         if any(view):
-            raise Refused("it has views of storages, of PyTorch before 0.4")
+            raise ValueError("it has views of storages, of PyTorch before 0.4")
         return storages.setdefault(key, Storage(kind, count))
 
     def load() -> Any:

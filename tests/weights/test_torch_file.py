@@ -1,7 +1,7 @@
 """Files as PyTorch writes them, made here without it, in both of its formats."""
 
+import argparse
 import collections
-import contextlib
 import io
 import pickle
 import struct
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from taming_jax.errors import UserError
-from taming_jax.weights.torch_file import DAMAGE, MAGIC, damaged, open_tensors
+from taming_jax.weights.torch_file import DAMAGE, MAGIC, Inert, damaged, open_tensors
 from taming_jax.weights.torch_file import Tensor as Held
 from tests.weights.torch_writer import write_tensors
 
@@ -159,9 +159,11 @@ class Malicious:
 
 @pytest.mark.parametrize("write", [write_zip, write_older])
 def test_nothing_of_a_file_is_run(torch, tmp_path, write):
-    write(tmp_path / "model.pth", {"state_dict": Malicious(tmp_path)}, {})
-    with pytest.raises(UserError, match=r"model.pth is refused: it asks for posix.mkdir"):
-        load_tensors(tmp_path / "model.pth")
+    args = argparse.Namespace(lr=1e-4, ema=False)
+    others = {"run": Malicious(tmp_path), "args": args, "seen": {3}, "rng": np.float64(2.0)}
+    write(tmp_path / "model.pth", others | {"epoch": 3}, {})
+    found = load_tensors(tmp_path / "model.pth")
+    assert found.pop("epoch") == 3 and {type(x) for x in found.values()} == {Inert}
     assert not (tmp_path / "run").exists()
 
 
@@ -172,7 +174,7 @@ def test_files_that_are_not_whole(torch, tmp_path):
         whole = file.read_bytes()
         for share in (0, 0.3, 0.6, 0.98):
             file.write_bytes(whole[: int(share * len(whole))])
-            with pytest.raises(UserError, match=r"is (not a whole file|refused)"):
+            with pytest.raises(UserError, match="is not a whole file"):
                 load_tensors(file)
     for view, says in (
         ((20, (2, 3), (3, 1)), "reaches beyond its storage"),
@@ -223,39 +225,16 @@ def test_a_changed_byte_is_noticed(torch, tmp_path):
         load_tensors(tmp_path / "m.pth")
 
 
-def test_names_of_lightning_may_stand_in_a_file_but_not_be_called(tmp_path):
+def test_names_of_lightning_may_stand_in_a_file(tmp_path):
     name = b"cpytorch_lightning.callbacks.model_checkpoint\nModelCheckpoint\n"
-
-    def write(pickled):
+    for pickled in (b"\x80\x02}(" + name + b"K\x01u.", b"\x80\x02" + name + b")R."):
         with zipfile.ZipFile(tmp_path / "m.ckpt", "w") as archive:
             archive.writestr("archive/data.pkl", pickled)
-        return tmp_path / "m.ckpt"
-
-    assert list(load_tensors(write(b"\x80\x02}(" + name + b"K\x01u."))) != []
-    with pytest.raises(UserError, match=r"asks for pytorch_lightning.callbacks"):
-        load_tensors(write(b"\x80\x02" + name + b")R."))
+        load_tensors(tmp_path / "m.ckpt")
 
 
-def test_bombs_take_neither_memory_nor_time(tmp_path):
-    lists = b"]q\x00"  # a list that holds the one before it twice, and so on
-    for i in range(60):
-        lists += b"](h" + bytes([i]) + b"h" + bytes([i]) + b"eq" + bytes([i + 1])
-    bombs = {
-        "nested": b"\x80\x02" + lists + b".",
-        "memo": b"\x80\x02K\x01r\xff\xff\xff\x7f.",  # "remember this as number 2 ** 31 - 1"
-        "long": b"\x80\x04\x8e" + b"\xff" * 7 + b"\x7f.",
-        "hash": b"\x80\x02})" + b"2\x86" * 60 + b"Ns.",
-        "ordered": b"\x80\x02ccollections\nOrderedDict\n]]()" + b"2\x86" * 60 + b"Neaa\x85R.",
-        "deep": b"\x80\x02" + b"(" * 100_000 + b"t" * 100_000 + b".",
-    }
-    for name, pickled in bombs.items():
-        with zipfile.ZipFile(tmp_path / name, "w") as archive:
-            archive.writestr("archive/data.pkl", pickled)
-        with contextlib.suppress(UserError):
-            load_tensors(tmp_path / name)
-    compressed = zipfile.ZIP_DEFLATED
-    for name, content, how in (("large", bytes(2**24), 0), ("packed", b"\x80\x02N.", compressed)):
-        with zipfile.ZipFile(tmp_path / name, "w", how) as archive:
-            archive.writestr("archive/data.pkl", content)
-        with pytest.raises(UserError, match=r"its pickle is too large|it is compressed"):
-            load_tensors(tmp_path / name)
+def test_a_compressed_file_is_a_sentence(tmp_path):
+    with zipfile.ZipFile(tmp_path / "packed", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02N.")
+    with pytest.raises(UserError, match="it is compressed"):
+        load_tensors(tmp_path / "packed")
