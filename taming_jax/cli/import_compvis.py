@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from taming_jax.cli.arguments import parse
 from taming_jax.errors import UserError
 
 # What a state dict holds beside the networks: the perceptual loss, attention's masks, counts.
@@ -20,7 +21,7 @@ BESIDE = re.compile(r"(^|\.)loss\.|\.attn\.mask$|\.num_batches_tracked$|(^|\.)qu
 
 
 @dataclass(frozen=True)
-class Arguments:
+class ImportCompVis:
     checkpoint: Path
     """The model's .ckpt or .safetensors."""
     config: Path
@@ -32,25 +33,16 @@ class Arguments:
 
 
 def main() -> None:
-    import tyro
-
-    work(tyro.cli(Arguments, description=__doc__))
-
-
-def work(given: Arguments) -> None:
-    from taming_jax.interop import imports
-    from taming_jax.interop.compvis import (
-        discriminator_layout,
-        gpt_layout,
-        vqgan_layout,
-    )
-    from taming_jax.interop.compvis_config import codes_in, official, read_text
+    given = parse(ImportCompVis, __doc__)
+    from taming_jax.interop.compvis import tables_of
+    from taming_jax.interop.compvis_config import codes_in, official, read_yaml
+    from taming_jax.interop.imports import Part, check_new, import_run
     from taming_jax.weights.state_dict import open_state_dict
 
     if given.classes is not None and given.classes < 1:
         raise UserError(f"--classes is {given.classes}; it must be 1 or more.")
-    imports.check_new(given.workdir)
-    settings = read_text(given.config)
+    check_new(given.workdir)
+    content = read_yaml(given.config)
     state_dict, metadata = open_state_dict(given.checkpoint)
     used = [np.asarray(x) for name, x in state_dict.items() if name.endswith("quantize.used")]
     try:
@@ -59,23 +51,12 @@ def work(given: Arguments) -> None:
         raise UserError(f"{given.checkpoint}: quantize.used holds no codes ({error}).") from error
     step = metadata.get("global_step", 0)
     step = step if isinstance(step, int) and step > 0 else 0
-    model = official(settings, given.config, given.classes, codes, step)
-    below, names = model.discriminator, model.class_names
-    judged = below is not None and any(name.startswith(below) for name in state_dict)
-    config = imports.fitted(model.config, judged)
-    shapes = imports.shapes_of(config, len(names), judged)
-    tables = {"generator": (vqgan_layout, model.generator)}
-    if judged and below is not None:
-        tables["discriminator"] = (discriminator_layout, below)
-    if model.transformer:
-        tables["transformer"] = (gpt_layout, model.transformer)
-    networks = {
-        name: imports.network(table, shapes[name], prefix)
-        for name, (table, prefix) in tables.items()
-    }
-    read = imports.read_networks(
-        given.checkpoint, state_dict, networks, lambda name: bool(BESIDE.search(name)),
+    model = official(content, given.config, given.classes, codes, step)
+    if model.discriminator:
+        _, prefix = tables_of(model)["discriminator"]
+        model = model._replace(discriminator=any(name.startswith(prefix) for name in state_dict))
+    part = Part(
+        given.checkpoint, state_dict, tables_of(model), lambda name: bool(BESIDE.search(name)),
         str(given.config),
     )  # fmt: skip
-    imports.write_run(given.workdir, config, read, names)
-    print(imports.summary(given.workdir, config, networks, len(names), given.checkpoint))
+    import_run(given.workdir, model, [part], given.checkpoint)

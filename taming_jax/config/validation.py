@@ -60,9 +60,11 @@ def check(config: "Config") -> None:
     if min(vqgan.gumbel_temperature) <= 0:
         raise UserError("--vqgan.gumbel-temperature is two numbers above 0.")
     used = vqgan.used_codes
-    if used and not 0 <= min(used) <= max(used) < vqgan.codebook_size:
+    if used and not (
+        len(set(used)) == len(used) and 0 <= min(used) <= max(used) < vqgan.codebook_size
+    ):
         raise UserError(
-            f"--vqgan.used-codes name codes beyond the {vqgan.codebook_size} of the codebook."
+            f"--vqgan.used-codes must be different ones of the {vqgan.codebook_size} codes."
         )
     if prior.vocabulary is not None and prior.vocabulary < vqgan.codes:
         raise UserError(

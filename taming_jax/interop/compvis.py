@@ -7,8 +7,20 @@ from typing import Any
 
 import numpy as np
 
+from taming_jax.interop.imports import Model, Tables
 from taming_jax.models.lpips import GROUPS, SCALE, SHIFT
 from taming_jax.weights.layout import Entry, Layout, Path, joined, kernel, parameter, same
+
+
+def tables_of(model: Model) -> Tables:
+    """Where the networks of a VQModel, GumbelVQ or Net2NetTransformer stand in its file."""
+    below = "first_stage_model." if model.class_names else ""
+    tables: dict[str, Any] = {"generator": (vqgan_layout, below)}
+    if model.discriminator:
+        tables["discriminator"] = discriminator_layout, f"{below}loss.discriminator."
+    if model.class_names:
+        tables["transformer"] = gpt_layout, "transformer."
+    return tables
 
 
 def vqgan_layout(paths: Iterable[Path]) -> Layout:

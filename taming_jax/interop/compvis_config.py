@@ -1,128 +1,105 @@
-"""The official code's YAML files as our settings; compvis_yaml.py has the way back."""
+"""Our settings and those of the official code's YAML files: both ways."""
 
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from taming_jax.config.load import settings
+from taming_jax.config.migrations import FORMAT
 from taming_jax.config.schema import UNKNOWN, Config, DataConfig, PriorConfig, VQGANConfig
 from taming_jax.config.serialization import from_dict, to_dict
 from taming_jax.errors import UserError, say
+from taming_jax.interop.imports import Model
 
 IMAGENET = 1000  # classes, where a file does not say how many
 OURS = "taming_jax"  # the part of an exported YAML that the official code does not look at
-WARMUP = 200  # steps in which fresh optimisers get to know weights that are trained
+# What our models are, where the official ones have a choice.
+ENCODER = {
+    "double_z": False, "resamp_with_conv": True, "give_pre_end": False, "tanh_out": False,
+    "use_linear_attn": False, "attn_type": "vanilla",
+}  # fmt: skip
+TRANSFORMER = {
+    "norm": "layer", "mlp": "gelu", "positions": "learned", "qk_norm": False, "bias": True,
+    "mlp_width": None,
+}  # fmt: skip
 
 
-class Official(NamedTuple):
-    """A YAML's settings as ours, and what of the file they are of: the prefixes of the names of the
-    generator, of the discriminator (None where it has none) and of the transformer."""
+def read_yaml(file: Path) -> dict[str, Any]:
+    """The content of a model's YAML file. UserError where it is none."""
+    import yaml
 
-    config: Config
-    generator: str
-    discriminator: str | None
-    transformer: str | None
-    class_names: tuple[str, ...]
-
-
-def read_text(file: Path) -> str:
-    """A YAML file's text. UserError where it cannot be read."""
     try:
-        return file.read_text(encoding="utf-8")
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(
             f"{file} cannot be read ({error.strerror}); name the model's YAML."
         ) from error
-    except ValueError as error:
-        raise UserError(f"{file} is not YAML ({error}).") from error
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"{file} is not YAML ({' '.join(str(error).split())}).") from error
+    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+        raise UserError(f"{file} has no `model`; name the YAML that belongs to the checkpoint.")
+    return content
 
 
 def official(
-    text: str,
+    content: dict[str, Any],
     file: Path,
     classes: int | None = None,
     used: tuple[int, ...] | None = None,
     step: int = 0,
-) -> Official:
-    """What a YAML's text describes; `file` is where it is from. `classes` is how many classes there
-    are, where it does not say; `used` the codes that its `remap` names, where they are known; and
-    `step` how far the model was trained.
+) -> Model:
+    """What a YAML's content describes; `file` is where it is from. `classes` is how many classes
+    there are, where it does not say; `used` the codes that its `remap` names, where they are known;
+    and `step` how far the model was trained.
 
-    Raises UserError for what is no YAML of a model, for other models than VQModel, GumbelVQ and
-    Net2NetTransformer, and for those of them that ours cannot be.
+    Raises UserError for other models than VQModel, GumbelVQ and Net2NetTransformer, and for those
+    of them that ours cannot be.
     """
-    import yaml
-
     try:
-        content = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise UserError(f"{file} is not YAML ({' '.join(str(error).split())}).") from error
-    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        raise UserError(f"{file} has no `model`; name the YAML that belongs to the checkpoint.")
-    try:
-        found = described(content, file, classes, used, step)
+        if OURS in content:
+            part = content[OURS]
+            config = settings(part["config"], part["format"])
+            config = dataclasses.replace(config, config=file.stem)
+            return Model(config, tuple(part["class_names"]), part["discriminator"])
+        model = described(content, file, classes, used, step)
         # As it is read again, types and all.
-        return found._replace(config=from_dict(Config, to_dict(found.config)))
+        return model._replace(config=from_dict(Config, to_dict(model.config)))
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         missing = f"it does not say {error}" if isinstance(error, KeyError) else error
         raise UserError(f"{file} cannot be understood: {missing}.") from error
 
 
 def described(
-    content: dict[str, Any],
-    file: Path,
-    classes: int | None,
-    used: tuple[int, ...] | None,
-    step: int,
-) -> Official:
-    model, ours = content["model"], content.get(OURS) or {}
-    kind, params = kind_of(model), model["params"]
-    data_params = (content.get("data") or {}).get("params") or {}
-    batch_size = number(data_params.get("batch_size", 4))
-    rate = float(model.get("base_learning_rate", 4.5e-6)) * batch_size
-    if kind in ("VQModel", "GumbelVQ"):
-        data, vqgan = stage1(model, file, used, step)
-        settings = dataclasses.replace(
-            vqgan, batch_size=batch_size, learning_rate=rate, discriminator_learning_rate=rate
-        )
-        settings = told("vqgan", settings, ours)
-        with_discriminator = discriminator_of(params) is not None
-        return Official(
-            Config(config=file.stem, data=data, vqgan=settings), "",
-            "loss.discriminator." if with_discriminator else None, None, (),
-        )  # fmt: skip
-    if kind != "Net2NetTransformer":
-        raise UserError(
-            f"{file} is of {model.get('target')}; VQModel, GumbelVQ and Net2NetTransformer are "
-            "read."
-        )
-    first = params["first_stage_config"]
+    content: dict[str, Any], file: Path, classes: int | None, used: Any, step: int
+) -> Model:
+    """See `official`; raises the errors of a dictionary that is not as expected."""
+    model, data = content["model"], (content.get("data") or {}).get("params") or {}
+    kind, first = kind_of(model), model
+    if kind == "Net2NetTransformer":
+        first = model["params"]["first_stage_config"]
     if kind_of(first) not in ("VQModel", "GumbelVQ"):
         raise UserError(
-            f"{file} has a first stage {first.get('target')}; VQModel and GumbelVQ are read."
+            f"{file} is of {first.get('target')}; VQModel, GumbelVQ and Net2NetTransformer are "
+            "read."
         )
-    data, vqgan = stage1(first, file, used, step)
-    vqgan = told("vqgan", vqgan, ours)
-    prior, names = stage2(params, file, classes, ours.get("prior") or {})
-    prior = dataclasses.replace(prior, batch_size=batch_size, learning_rate=rate)
-    prior = told("prior", prior, ours)
-    config = Config(config=file.stem, data=data, vqgan=vqgan, prior=prior)
-    held = discriminator_of(first["params"]) is not None
-    below = "first_stage_model."
-    return Official(
-        config, below, f"{below}loss.discriminator." if held else None, "transformer.", names
-    )
-
-
-def told(section: str, settings: Any, ours: dict[str, Any]) -> Any:
-    """A section's settings, over which those stand that an export wrote down, but for a warm-up
-    shorter than fresh optimisers need (one cycle begins with its own)."""
-    found = from_dict(type(settings), to_dict(settings) | (ours.get(section) or {}), f"{section}.")
-    if getattr(found, "schedule", None) == "one-cycle":
-        return found
-    return dataclasses.replace(found, warmup_steps=max(found.warmup_steps, settings.warmup_steps))
+    config = stage1(first, file, used, step)
+    batch_size = number(data.get("batch_size", 4))
+    rate = float(model.get("base_learning_rate", 4.5e-6)) * batch_size
+    names: tuple[str, ...] = ()
+    if first is model:
+        section = dataclasses.replace(
+            config.vqgan, batch_size=batch_size, learning_rate=rate,
+            discriminator_learning_rate=rate,
+        )  # fmt: skip
+        config = dataclasses.replace(config, vqgan=section)
+    else:
+        prior, names = stage2(model["params"], file, classes)
+        prior = dataclasses.replace(prior, batch_size=batch_size, learning_rate=rate)
+        config = dataclasses.replace(config, prior=prior)
+    return Model(config, names, discriminator_of(first["params"]) is not None)
 
 
 def number(value: Any) -> int:
@@ -145,21 +122,13 @@ def discriminator_of(params: dict[str, Any]) -> dict[str, Any] | None:
     return settings if kind_of(loss) == "VQLPIPSWithDiscriminator" and not other else None
 
 
-def stage1(
-    section: dict[str, Any],
-    file: Path,
-    used: tuple[int, ...] | None,
-    step: int,
-) -> tuple[DataConfig, VQGANConfig]:
+def stage1(section: dict[str, Any], file: Path, used: Any, step: int) -> Config:
     """A VQModel's or GumbelVQ's settings."""
     params = section["params"]
     dd = params["ddconfig"]
-    for key, plain in (
-        ("double_z", False), ("resamp_with_conv", True), ("give_pre_end", False),
-        ("tanh_out", False), ("use_linear_attn", False), ("attn_type", "vanilla"),
-    ):  # fmt: skip
-        if dd.get(key, plain) != plain:
-            raise UserError(f"{file} sets {key} to {dd[key]}; only {plain} is read.")
+    for key, only in ENCODER.items():
+        if dd.get(key, only) != only:
+            raise UserError(f"{file} sets {key} to {dd[key]}; only {only} is read.")
     if dd["in_channels"] != dd["out_ch"] or dd["in_channels"] not in (1, 3):
         raise UserError(
             f"{file} is of images of {dd['in_channels']} channels to {dd['out_ch']}; only gray or "
@@ -167,42 +136,38 @@ def stage1(
         )
     if dd.get("dropout"):
         say(f"{file} has a dropout of {dd['dropout']}, which this one trains on without.")
-    data = DataConfig(
-        name=UNKNOWN, image_size=number(dd["resolution"]), channels=int(dd["in_channels"])
-    )
-    vqgan = VQGANConfig(
-        channels=number(dd["ch"]), multipliers=tuple(map(number, dd["ch_mult"])),
-        blocks=number(dd["num_res_blocks"]),
-        attention_resolutions=tuple(map(number, dd["attn_resolutions"])),
-        latent_channels=number(dd["z_channels"]),
-        codebook_size=number(params["n_embed"]), code_dim=number(params["embed_dim"]),
-        commitment=float(params.get("beta", 0.25)),
+    values: dict[str, Any] = {
+        "channels": number(dd["ch"]), "multipliers": tuple(map(number, dd["ch_mult"])),
+        "blocks": number(dd["num_res_blocks"]),
+        "attention_resolutions": tuple(map(number, dd["attn_resolutions"])),
+        "latent_channels": number(dd["z_channels"]),
+        "codebook_size": number(params["n_embed"]), "code_dim": number(params["embed_dim"]),
+        "commitment": float(params.get("beta", 0.25)),
         # The official VQModel leaves the misplaced weight on.
-        legacy_commitment=bool(params.get("legacy", True)), warmup_steps=WARMUP,
-        used_codes=used_codes(params, file) if used is None else used,
-    )  # fmt: skip
-    check_codes(vqgan, file)
+        "legacy_commitment": bool(params.get("legacy", True)),
+        "used_codes": used_codes(params, file) if used is None else used,
+    }  # fmt: skip
     if kind_of(section) == "GumbelVQ":
         if dd["z_channels"] != params["embed_dim"]:
             raise UserError(f"{file}: a GumbelVQ's z_channels and embed_dim must be the same.")
         temperature = temperature_at(step, params.get("temperature_scheduler_config") or {})
-        vqgan = dataclasses.replace(
-            vqgan, quantizer="gumbel", kl_weight=float(params.get("kl_weight", 1e-8)),
-            gumbel_temperature=(temperature, temperature),
-        )  # fmt: skip
+        values |= {
+            "quantizer": "gumbel", "kl_weight": float(params.get("kl_weight", 1e-8)),
+            "gumbel_temperature": (temperature, temperature),
+        }  # fmt: skip
     loss = discriminator_of(params)
-    if loss is None:
-        return data, vqgan
-    return data, dataclasses.replace(
-        vqgan,
-        perceptual_weight=float(loss.get("perceptual_weight", 1.0)),
-        codebook_weight=float(loss.get("codebook_weight", 1.0)),
-        discriminator_weight=float(loss.get("disc_weight", 1.0))
-        * float(loss.get("disc_factor", 1.0)),
-        discriminator_layers=int(loss.get("disc_num_layers", 3)),
-        discriminator_filters=int(loss.get("disc_ndf", 64)),
-        discriminator_loss=loss.get("disc_loss", "hinge"),
-    )
+    if loss is not None:
+        weight = float(loss.get("disc_weight", 1.0)) * float(loss.get("disc_factor", 1.0))
+        values |= {
+            "perceptual_weight": float(loss.get("perceptual_weight", 1.0)),
+            "codebook_weight": float(loss.get("codebook_weight", 1.0)),
+            "discriminator_weight": weight,
+            "discriminator_layers": int(loss.get("disc_num_layers", 3)),
+            "discriminator_filters": int(loss.get("disc_ndf", 64)),
+            "discriminator_loss": loss.get("disc_loss", "hinge"),
+        }
+    data = DataConfig(UNKNOWN, image_size=number(dd["resolution"]), channels=dd["in_channels"])
+    return Config(config=file.stem, data=data, vqgan=VQGANConfig(**values))
 
 
 def temperature_at(step: int, section: dict[str, Any]) -> float:
@@ -211,22 +176,6 @@ def temperature_at(step: int, section: dict[str, Any]) -> float:
     most, least = float(schedule.get("lr_max", 1.0)), float(schedule.get("lr_min", 1e-6))
     share = min(step / float(schedule.get("max_decay_steps", 1_000_001)), 1.0)
     return max(least + (most - least) * (1 + math.cos(math.pi * share)) / 2, 1e-6)
-
-
-def check_codes(vqgan: VQGANConfig, file: Path) -> None:
-    """UserError where the codes that are used are none of the codebook's, or not each once."""
-    used = vqgan.used_codes
-    if used and not (
-        len(set(used)) == len(used) and 0 <= min(used) <= max(used) < vqgan.codebook_size
-    ):
-        raise UserError(f"{file}: the codes that are used are not some of {vqgan.codebook_size}.")
-
-
-def codes_in(array: np.ndarray) -> tuple[int, ...]:
-    """An array of codes. ValueError for what is none."""
-    if array.dtype.kind not in "iu" or not array.size:
-        raise ValueError(f"it holds {array.size} values of {array.dtype}")
-    return tuple(int(code) for code in array.reshape(-1))
 
 
 def used_codes(params: dict[str, Any], file: Path) -> tuple[int, ...]:
@@ -247,8 +196,15 @@ def used_codes(params: dict[str, Any], file: Path) -> tuple[int, ...]:
         raise UserError(f"{place} is no array of codes ({error}).") from error
 
 
+def codes_in(array: np.ndarray) -> tuple[int, ...]:
+    """An array of codes. ValueError for what is none."""
+    if array.dtype.kind not in "iu" or not array.size:
+        raise ValueError(f"it holds {array.size} values of {array.dtype}")
+    return tuple(int(code) for code in array.reshape(-1))
+
+
 def stage2(
-    params: dict[str, Any], file: Path, classes: int | None, ours: dict[str, Any]
+    params: dict[str, Any], file: Path, classes: int | None
 ) -> tuple[PriorConfig, tuple[str, ...]]:
     """A Net2NetTransformer's settings, and the names of its classes."""
     section = params["transformer_config"]
@@ -260,19 +216,16 @@ def stage2(
     permuter = params.get("permuter_config")
     if permuter and kind_of(permuter) != "Identity":
         raise UserError(f"{file} permutes its codes by {permuter['target']}; that is not read.")
-    vocabulary = number(gpt["vocab_size"])
+    vocabulary, first = number(gpt["vocab_size"]), 0
+    names: tuple[str, ...] = ("image",)
     condition = params.get("cond_stage_config")
     kind = condition if isinstance(condition, str) else kind_of(condition or {})
-    first = int(ours.get("first_class", 0))
-    names: tuple[str, ...] = ("image",)
+    of_class = kind == "DummyCondStage" and "class" in str(params.get("cond_stage_key"))
     if params.get("unconditional") or kind in ("__is_unconditional__", "SOSProvider"):
         first = int(params.get("sos_token", 0))
-    elif kind == "Labelator" or (
-        kind == "DummyCondStage" and "class" in str(params.get("cond_stage_key"))
-    ):
-        said = ((condition or {}).get("params") or {}).get("n_classes")
-        count = classes or said or min(IMAGENET, vocabulary)
-        names = tuple(str(i) for i in range(int(count)))
+    elif kind == "Labelator" or of_class:
+        count = classes or ((condition or {}).get("params") or {}).get("n_classes")
+        names = tuple(map(str, range(int(count or min(IMAGENET, vocabulary)))))
     else:
         raise UserError(
             f"{file} conditions images on what {kind} makes of others; only transformers without "
@@ -282,12 +235,142 @@ def stage2(
         raise UserError(
             f"{file} has {len(names)} classes from token {first}, and only {vocabulary} tokens."
         )
-    drops = {float(gpt.get(f"{part}_pdrop", 0.0)) for part in ("embd", "resid", "attn")}
     prior = PriorConfig(
         layers=number(gpt.get("n_layer", 12)), heads=number(gpt.get("n_head", 8)),
-        width=number(gpt.get("n_embd", 256)), dropout=max(drops),
-        block_size=number(gpt["block_size"]),
-        vocabulary=vocabulary, first_class=first, keep_codes=float(params.get("pkeep", 1.0)),
-        label_dropout=0.0, schedule="cosine", final_learning_rate=1.0, warmup_steps=WARMUP,
+        width=number(gpt.get("n_embd", 256)),
+        dropout=max(float(gpt.get(f"{part}_pdrop", 0.0)) for part in ("embd", "resid", "attn")),
+        block_size=number(gpt["block_size"]), vocabulary=vocabulary, first_class=first,
+        keep_codes=float(params.get("pkeep", 1.0)), label_dropout=0.0, schedule="cosine",
+        final_learning_rate=1.0,
     )  # fmt: skip
     return prior, names
+
+
+def exported(config: Config, classes: int) -> Config:
+    """The config of a run as that of an official model, where classes are tokens after the codes,
+    and nothing is known of the run's data. UserError for what the official models cannot be."""
+    vqgan, prior = config.vqgan, config.prior
+    check_exportable(vqgan)
+    vqgan = dataclasses.replace(vqgan, init_from=None, discriminator_start_step=None)
+    if classes:
+        for name, only in TRANSFORMER.items():
+            if getattr(prior, name) != only:
+                raise UserError(
+                    f"the official transformer knows no {name} but {only}; this run's is "
+                    f"{getattr(prior, name)}, and it cannot be exported."
+                )
+        shared = prior.vocabulary is not None
+        prior = dataclasses.replace(
+            prior, init_from=None, label_dropout=0.0, guidance_scale=None,
+            vocabulary=prior.vocabulary or vqgan.codes + classes,
+            first_class=prior.first_class if shared else vqgan.codes,
+            block_size=prior.block_size or config.grid_size**2,
+        )  # fmt: skip
+    data = DataConfig(UNKNOWN, image_size=config.data.image_size, channels=config.data.channels)
+    return dataclasses.replace(config, workdir=None, data=data, vqgan=vqgan, prior=prior)
+
+
+def check_exportable(vqgan: VQGANConfig) -> None:
+    """UserError for a stage 1 that the official models cannot be."""
+    if vqgan.decoder_blocks not in (None, vqgan.blocks + 1):
+        raise UserError(
+            f"the official decoder has one block a level more than the encoder, not "
+            f"{vqgan.decoder_blocks} and {vqgan.blocks}; this run cannot be exported (one of "
+            f"--vqgan.decoder-blocks {vqgan.blocks + 1} can)."
+        )
+    if any(vqgan.channels * multiplier % 32 for multiplier in vqgan.multipliers):
+        raise UserError(
+            f"the official networks have multiples of 32 channels, not {vqgan.channels}; this run "
+            "cannot be exported."
+        )
+    if vqgan.quantizer == "gumbel" and vqgan.code_dim != vqgan.latent_channels:
+        raise UserError(
+            f"the official GumbelVQ has codes of as many dimensions as latents have channels, not "
+            f"{vqgan.code_dim} and {vqgan.latent_channels}; this run cannot be exported."
+        )
+
+
+def yaml_of(model: Model, remap: str | None) -> dict[str, Any]:
+    """The official code's YAML of an `exported` model, and in a part of its own what that cannot
+    say. `remap` names the file with the codes in use."""
+    config, section = model.config, stage1_section(model, remap)
+    settings: Any = config.prior if model.class_names else config.vqgan
+    if model.class_names:
+        prior, classes = config.prior, len(model.class_names)
+        condition: dict[str, Any] = {
+            "cond_stage_config": "__is_unconditional__", "sos_token": prior.first_class
+        }  # fmt: skip
+        if classes > 1:
+            labelator = {"target": "taming.modules.util.Labelator"}
+            condition = {"cond_stage_config": labelator | {"params": {"n_classes": classes}}}
+        gpt = {
+            "vocab_size": prior.vocabulary, "block_size": prior.block_size,
+            "n_layer": prior.layers, "n_head": prior.heads, "n_embd": prior.width,
+            "embd_pdrop": prior.dropout, "resid_pdrop": prior.dropout, "attn_pdrop": prior.dropout,
+        }  # fmt: skip
+        section = {
+            "target": "taming.models.cond_transformer.Net2NetTransformer",
+            "params": condition | {
+                "cond_stage_key": "class_label", "pkeep": prior.keep_codes,
+                "transformer_config": {
+                    "target": "taming.modules.transformer.mingpt.GPT", "params": gpt,
+                },
+                "first_stage_config": section,
+            },
+        }  # fmt: skip
+    rate = settings.learning_rate / settings.batch_size
+    return {
+        "model": {"base_learning_rate": rate} | section,
+        "data": {
+            "target": "main.DataModuleFromConfig", "params": {"batch_size": settings.batch_size},
+        },
+        OURS: {
+            "format": FORMAT, "config": to_dict(config), "class_names": list(model.class_names),
+            "discriminator": model.discriminator,
+        },
+    }  # fmt: skip
+
+
+def stage1_section(model: Model, remap: str | None) -> dict[str, Any]:
+    """The section of a VQModel or GumbelVQ."""
+    vqgan, data = model.config.vqgan, model.config.data
+    params: dict[str, Any] = {
+        "embed_dim": vqgan.code_dim,
+        "n_embed": vqgan.codebook_size,
+        "ddconfig": {
+            "double_z": False, "z_channels": vqgan.latent_channels,
+            "resolution": data.image_size, "in_channels": data.channels,
+            "out_ch": data.channels, "ch": vqgan.channels,
+            "ch_mult": list(vqgan.multipliers), "num_res_blocks": vqgan.blocks,
+            "attn_resolutions": list(vqgan.attention_resolutions), "dropout": 0.0,
+        },
+        "lossconfig": {"target": "taming.modules.losses.DummyLoss"},
+    }  # fmt: skip
+    if model.discriminator:
+        params["lossconfig"] = {
+            "target": "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator",
+            "params": {
+                "disc_conditional": False, "disc_in_channels": data.channels, "disc_start": 0,
+                "disc_weight": vqgan.discriminator_weight,
+                "disc_num_layers": vqgan.discriminator_layers,
+                "disc_ndf": vqgan.discriminator_filters, "disc_loss": vqgan.discriminator_loss,
+                "perceptual_weight": vqgan.perceptual_weight,
+                "codebook_weight": vqgan.codebook_weight,
+            },
+        }  # fmt: skip
+    if remap is not None:
+        params |= {"remap": remap, "sane_index_shape": True}
+    if vqgan.quantizer != "gumbel":
+        return {"target": "taming.models.vqgan.VQModel", "params": params}
+    first, last = vqgan.gumbel_temperature
+    schedule = {
+        "warm_up_steps": 0, "max_decay_steps": 1_000_001, "lr_start": first, "lr_max": first,
+        "lr_min": last,
+    }  # fmt: skip
+    params |= {
+        "kl_weight": vqgan.kl_weight,
+        "temperature_scheduler_config": {
+            "target": "taming.lr_scheduler.LambdaWarmUpCosineScheduler", "params": schedule,
+        },
+    }  # fmt: skip
+    return {"target": "taming.models.vqgan.GumbelVQ", "params": params}

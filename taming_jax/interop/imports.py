@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,47 +18,64 @@ from taming_jax.errors import RunFailed, UserError, say
 from taming_jax.files import check_writable
 from taming_jax.models.discriminator import Discriminator
 from taming_jax.models.vqgan import build_vqgan
-from taming_jax.priors.autoregressive import GPT
+from taming_jax.priors.registry import build_prior
 from taming_jax.progress import Progress
 from taming_jax.training.checkpoints import Store
 from taming_jax.weights.layout import Layout, expected, ours, paths
 from taming_jax.weights.state_dict import StateDict, check
 
+WARMUP = 200  # steps in which new optimizers get to know weights that are trained
 
-class Network(NamedTuple):
-    """One of a run's networks in a file: where its arrays stand there, below a prefix."""
-
-    layout: Layout
-    shapes: dict[tuple[str, ...], tuple[int, ...]]
-    prefix: str
-
-    @property
-    def expected(self) -> dict[str, tuple[int, ...]]:
-        """The names and shapes the file must have."""
-        return {
-            self.prefix + name: shape for name, shape in expected(self.layout, self.shapes).items()
-        }
-
-    def read(self, state_dict: StateDict) -> dict[str, Any]:
-        """Its parameters."""
-        size = len(self.prefix)
-        below = {k[size:]: x for k, x in state_dict.items() if k.startswith(self.prefix)}
-        return ours(self.layout, below)
+# A function from the paths of a network's arrays to their layout in a file, and the prefix of the
+# network's names there; by the names of networks.
+Tables = Mapping[str, tuple[Callable[..., Layout], str]]
 
 
-def network(table: Callable[..., Layout], shapes: Any, prefix: str) -> Network:
-    """A network whose arrays have such shapes, by the table of one program."""
-    known = paths(shapes)
-    return Network(table(known), known, prefix)
+class Model(NamedTuple):
+    """Another program's model as a run: the config, the names of the prior's classes (empty without
+    a prior), and whether there is a discriminator."""
+
+    config: Config
+    class_names: tuple[str, ...]
+    discriminator: bool = False
 
 
-def fitted(config: Config, judged: bool) -> Config:
-    """The settings of a file that holds a discriminator, which then is on from the first step, or
-    does not: then of one that images so small have room for. A perceptual loss needs some, too.
-    UserError where they cannot be."""
-    size, vqgan = config.data.image_size, config.vqgan
-    vqgan = dataclasses.replace(vqgan, discriminator_start_step=None)
-    if judged:
+class Part(NamedTuple):
+    """A file with some networks of a model. `others` says which arrays may be there besides,
+    `described` what describes the file, for messages."""
+
+    file: Path
+    state_dict: StateDict
+    tables: Tables
+    others: Callable[[str], bool]
+    described: str
+
+
+def import_run(folder: Path, model: Model, parts: Sequence[Part], source: object) -> None:
+    """Makes a run of a model and prints what it holds; `source` says where it is from. UserError
+    where a file is not what the model makes it."""
+    model = fitted(model)
+    shapes = shapes_of(model)
+    networks: dict[str, Any] = {}
+    for part in parts:
+        networks |= read_networks(part, shapes)
+    write_run(folder, model, networks)
+    config, classes = model.config, len(model.class_names)
+    words = [f"images of {config.data.image_size} px", f"{config.vqgan.codes} codes"]
+    if classes:
+        words.append(f"{classes} class{'es' * (classes > 1)}")
+    print(f"{folder} holds {' and '.join(networks)} of {source}: {', '.join(words)}.")
+
+
+def fitted(model: Model) -> Model:
+    """A model with settings to train on with: its discriminator is on from the first step, or else
+    is one that images so small have room for, as is the perceptual loss; and new optimizers warm
+    up. UserError where the settings cannot be."""
+    size, vqgan, prior = model.config.data.image_size, model.config.vqgan, model.config.prior
+    vqgan = dataclasses.replace(vqgan, warmup_steps=max(vqgan.warmup_steps, WARMUP))
+    if prior.schedule == "cosine":  # one cycle has its own warm-up
+        prior = dataclasses.replace(prior, warmup_steps=max(prior.warmup_steps, WARMUP))
+    if model.discriminator:
         vqgan = dataclasses.replace(vqgan, discriminator_start=0.0)
     else:
         layers = min(vqgan.discriminator_layers, (size // 3).bit_length() - 1)
@@ -67,45 +84,46 @@ def fitted(config: Config, judged: bool) -> Config:
             discriminator_start=vqgan.discriminator_start if layers > 0 else 1.0,
             perceptual_weight=vqgan.perceptual_weight if size >= 16 else 0.0,
         )  # fmt: skip
-    return validated(dataclasses.replace(config, vqgan=vqgan))
+    config = dataclasses.replace(model.config, vqgan=vqgan, prior=prior)
+    return model._replace(config=validated(config))
 
 
-def shapes_of(config: Config, classes: int, discriminator: bool) -> dict[str, Any]:
-    """The shapes of what a run of these settings learns, by the names of its networks."""
-    data, settings = config.data, config.vqgan
+def shapes_of(model: Model) -> dict[str, Any]:
+    """The shapes of what a run of a model learns, by the names of its networks."""
+    data, settings = model.config.data, model.config.vqgan
     image = jnp.zeros((1, data.image_size, data.image_size, data.channels))
-    key = jax.random.key(0)
-    generator = jax.eval_shape(build_vqgan(config).init, key, image)["params"]
-    found = {"generator": generator}
-    if discriminator:
+    key, tokens = jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
+    shapes = {"generator": jax.eval_shape(build_vqgan(model.config).init, key, image)["params"]}
+    if model.discriminator:
         net = Discriminator(settings.discriminator_filters, settings.discriminator_layers)
-        found["discriminator"] = dict(jax.eval_shape(lambda: net.init(key, image, train=False)))
-    if classes:
-        tokens = jnp.zeros((1, 1), jnp.int32)
-        found["transformer"] = jax.eval_shape(GPT.build(config, classes).init, key, tokens)[
-            "params"
-        ]
-    return found
+        shapes["discriminator"] = dict(jax.eval_shape(lambda: net.init(key, image, train=False)))
+    if model.class_names:
+        prior = build_prior(model.config, len(model.class_names))
+        shapes["transformer"] = jax.eval_shape(prior.init, key, tokens)["params"]
+    return shapes
 
 
-def read_networks(
-    file: Path,
-    state_dict: StateDict,
-    networks: Mapping[str, Network],
-    may_be: Callable[[str], bool],
-    described: str,
-) -> dict[str, Any]:
-    """The networks' parameters, in float32, behind a progress bar; those that are not finite are
-    named. UserError where the file is not as `described`."""
-    known = {k: shape for network in networks.values() for k, shape in network.expected.items()}
-    check(file, state_dict, known, may_be, described)
+def expected_arrays(tables: Tables, shapes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The names and shapes that the networks of `tables` have in a file."""
+    return {
+        prefix + name: shape
+        for network, (table, prefix) in tables.items()
+        for name, shape in expected(table(paths(shapes[network])), paths(shapes[network])).items()
+    }
+
+
+def read_networks(part: Part, shapes: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of a file's networks, in float32, behind a progress bar; those that are not
+    finite are named. UserError where the file is not as it is described."""
+    known = expected_arrays(part.tables, shapes)
+    check(part.file, part.state_dict, known, part.others, part.described)
     size = sum(int(np.prod(shape)) for shape in known.values()) * 4
     with Progress("reading", size, "B") as progress:
 
         def converted(path: tuple[Any, ...], array: np.ndarray) -> np.ndarray:
             name = ".".join(map(str, path))
             if array.dtype.kind != "f":
-                raise UserError(f"{file} holds {array.dtype} for {name}, and not floats.")
+                raise UserError(f"{part.file} holds {array.dtype} for {name}, and not floats.")
             with np.errstate(over="ignore"):
                 array = array.astype(np.float32, copy=False)
             if not np.isfinite(array).all():
@@ -113,53 +131,41 @@ def read_networks(
             progress.update(array.size * 4)
             return array
 
-        return {
-            name: traverse_util.path_aware_map(converted, network.read(state_dict))
-            for name, network in networks.items()
-        }
+        networks = {}
+        for name, (table, prefix) in part.tables.items():
+            below = {
+                key.removeprefix(prefix): x for key, x in part.state_dict.items()
+                if key.startswith(prefix)
+            }  # fmt: skip
+            params = ours(table(paths(shapes[name])), below)
+            networks[name] = traverse_util.path_aware_map(converted, params)
+        return networks
 
 
-def write_run(
-    folder: Path,
-    config: Config,
-    networks: Mapping[str, Any],
-    class_names: tuple[str, ...],
-) -> None:
+def write_run(folder: Path, model: Model, networks: Mapping[str, Any]) -> None:
     """Writes a run that has trained nothing yet: a checkpoint of stage 1, and of stage 2 where
     there is a transformer, of weights only.
 
     Raises UserError where the folder holds a run, RunFailed where the disk does not take it.
     """
-    generator, discriminator = networks["generator"], networks.get("discriminator")
-    stages: dict[str, Any] = {"vqgan": {"generator": {"params": generator}}}
+    generator, discriminator = {"params": networks["generator"]}, networks.get("discriminator")
+    stages: dict[str, Any] = {"vqgan": {"generator": generator}}
     if discriminator is not None:
         stages["vqgan"]["discriminator"] = {
             "params": discriminator["params"],
             "extra": {"batch_stats": discriminator["batch_stats"]},
         }
     if "transformer" in networks:
-        stages["prior"] = {
-            "generator": {"params": generator},
-            "transformer": {"params": networks["transformer"]},
-        }
+        transformer = {"params": networks["transformer"]}
+        stages["prior"] = {"generator": generator, "transformer": transformer}
     with new_run(folder) as place:
         for name, nets in stages.items():
-            dataset = {"class_names": list(class_names)} if name == "prior" else None
+            dataset = {"class_names": list(model.class_names)} if name == "prior" else None
             store = Store(place, name, dataset=dataset)
             state = {"step": np.zeros((), np.int32), "skipped": np.zeros((), np.int32)}
-            store.save(0, state | {"nets": nets}, config, None, weights_only=True)
+            store.save(0, state | {"nets": nets}, model.config, None, weights_only=True)
             store.require(0)
-        write_config(config, place / "config.json")
-
-
-def summary(
-    folder: Path, config: Config, networks: Mapping[str, Any], classes: int, of: object
-) -> str:
-    """What was written, as a sentence."""
-    words = [f"images of {config.data.image_size} px", f"{config.vqgan.codes} codes"]
-    if classes:
-        words.append(f"{classes} class{'es' * (classes > 1)}")
-    return f"{folder} holds {' and '.join(networks)} of {of}: {', '.join(words)}."
+        write_config(model.config, place / "config.json")
 
 
 def check_new(folder: Path) -> None:

@@ -5,17 +5,22 @@ import dataclasses
 import functools
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 
 from taming_jax.config.schema import UNKNOWN, Config, DataConfig, PriorConfig, VQGANConfig
 from taming_jax.errors import UserError
+from taming_jax.interop.imports import Model, Part
 from taming_jax.weights import layout
 from taming_jax.weights.layout import Entry, Layout, parameter
 from taming_jax.weights.state_dict import StateDict
 
 # Attention heads by a transformer's width, which no shape tells: GPT-B, L, XL, XXL and 3B.
 HEADS = {768: 12, 1024: 16, 1280: 20, 1536: 24, 3200: 32}
+
+# What the state dicts hold beside the networks: recently used codes, rotary frequencies.
+BESIDE = {"quantize.codebook_used", "freqs_cis"}
 
 
 def tokenizer_of(file: object, state_dict: StateDict) -> tuple[VQGANConfig, int]:
@@ -34,7 +39,7 @@ def tokenizer_of(file: object, state_dict: StateDict) -> tuple[VQGANConfig, int]
         blocks=count(state_dict, r"encoder\.conv_blocks\.0\.res\.(\d+)\."),
         latent_channels=shape("encoder.conv_out.weight", 4)[0], codebook_size=codes,
         code_dim=dimension, l2_normalise=True, commitment=0.25, discriminator_weight=0.5,
-        learning_rate=1e-4, discriminator_learning_rate=1e-4, betas=(0.9, 0.95), warmup_steps=200,
+        learning_rate=1e-4, discriminator_learning_rate=1e-4, betas=(0.9, 0.95),
     )  # fmt: skip
     return settings, of_image
 
@@ -60,7 +65,7 @@ def transformer_of(
         layers=count(state_dict, r"layers\.(\d+)\."), heads=heads, width=width, norm="rms",
         mlp="swiglu", mlp_width=hidden, bias=False,
         positions="llamagen", dropout=0.1, label_dropout=0.1, learning_rate=1e-4,
-        weight_decay=0.05, clip=1.0, schedule="cosine", final_learning_rate=1.0, warmup_steps=200,
+        weight_decay=0.05, clip=1.0, schedule="cosine", final_learning_rate=1.0,
         # As its own script draws.
         guidance_scale=4.0, top_k=min(2000, codes),
     )  # fmt: skip
@@ -83,16 +88,28 @@ def count(state_dict: StateDict, pattern: str) -> int:
     return max((int(match[1]) + 1 for match in found if match), default=0)
 
 
-def config_of(
-    name: str, vqgan: VQGANConfig, prior: PriorConfig | None, image_size: int, channels: int
-) -> Config:
-    """A run's settings. Attention is at the lowest resolution, wherever that is."""
-    data = DataConfig(name=UNKNOWN, image_size=image_size, channels=channels)
-    config = Config(config=name, data=data, vqgan=vqgan, prior=prior or PriorConfig())
-    lowest = (config.grid_size,)
-    return dataclasses.replace(
-        config, vqgan=dataclasses.replace(vqgan, attention_resolutions=lowest)
-    )
+def model_of(
+    files: dict[str, tuple[Path, StateDict]], image_size: int, heads: int | None
+) -> tuple[Model, list[Part]]:
+    """The model in a "tokenizer" file and, where it is given, a "gpt" file, and how to read them.
+    UserError where they hold none, or do not fit."""
+    file, state_dict = files["tokenizer"]
+    vqgan, channels = tokenizer_of(file, state_dict)
+    prior, classes, tables = PriorConfig(), 0, {"tokenizer": {"generator": (tokenizer_layout, "")}}
+    if "gpt" in files:
+        prior, classes = transformer_of(*files["gpt"], vqgan.codebook_size, heads)
+        layout = functools.partial(transformer_layout, heads=prior.heads, codes=vqgan.codebook_size)
+        tables["gpt"] = {"transformer": (layout, "")}
+    data = DataConfig(UNKNOWN, image_size=image_size, channels=channels)
+    config = Config(config=file.stem, data=data, vqgan=vqgan, prior=prior)
+    # Attention is at the lowest resolution, wherever that is.
+    vqgan = dataclasses.replace(vqgan, attention_resolutions=(config.grid_size,))
+    model = Model(dataclasses.replace(config, vqgan=vqgan), tuple(map(str, range(classes))))
+    parts = [
+        Part(*files[kind], of_file, BESIDE.__contains__, "its own shapes")
+        for kind, of_file in tables.items()
+    ]
+    return model, parts
 
 
 def tokenizer_layout(paths: Iterable[layout.Path]) -> Layout:

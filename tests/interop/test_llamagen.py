@@ -17,7 +17,7 @@ def shapes():
     """The two state dicts' names, in the order the reference has them, and shapes by what is known
     of its sizes: those that ours would have."""
     from taming_jax.interop import llamagen
-    from taming_jax.interop.imports import shapes_of
+    from taming_jax.interop.imports import Model, shapes_of
     from taming_jax.weights.layout import expected, paths
 
     config = taming_jax.load_config("folder", {
@@ -28,7 +28,7 @@ def shapes():
         "prior.heads": 2, "prior.layers": 2, "prior.mlp": "swiglu", "prior.mlp_width": 40,
         "prior.bias": False, "prior.norm": "rms", "prior.positions": "llamagen",
     })  # fmt: skip
-    known = {name: paths(tree) for name, tree in shapes_of(config, 3, False).items()}
+    known = {name: paths(tree) for name, tree in shapes_of(Model(config, tuple("abc"))).items()}
     generator = llamagen.tokenizer_layout(known["generator"])
     transformer = llamagen.transformer_layout(known["transformer"], 2, 24)
     return (
