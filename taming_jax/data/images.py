@@ -4,24 +4,18 @@ A decoded split lies in the cache as one folder: `images.u8` (raw bytes, memory-
 `about.json` (which pictures it holds, which could not be read, checksums), under a key of the
 pictures' content and of how they were resized. It appears whole or not at all: it is written beside
 its place and renamed.
-No JAX here: this is imported by worker processes.
 """
 
 import concurrent.futures
-import concurrent.futures.process
 import contextlib
 import errno
-import functools
 import hashlib
 import io
 import json
-import multiprocessing
+import math
 import os
 import shutil
-import signal
 import tempfile
-import threading
-import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -38,16 +32,12 @@ from taming_jax.files import text_hash, user_cache
 from taming_jax.progress import Progress
 
 VERSION = 3  # of the cache's format; another version is another key
-CHUNK = 64  # pictures a worker takes at once
+CHUNK = 64  # pictures that a thread decodes at a time
 SUMMED = 2**26  # bytes a checksum
-UNGUARDED = (
-    "the processes that decode pictures could not begin; a script of your own must load data and "
-    "train under `if __name__ == '__main__':`, or decode in one process, by --data.workers 1."
-)
 
 
 class Reader(Protocol):
-    """Encoded pictures by number. Sent to worker processes, so it must pickle."""
+    """Encoded pictures by number, which several threads read at once."""
 
     def __getitem__(self, number: int) -> bytes: ...
 
@@ -83,14 +73,15 @@ def decode(content: bytes, size: int | tuple[int, int], channels: int, squeeze: 
     Raises some exception, of many kinds, where the picture cannot be read.
     """
     high, wide = (size, size) if isinstance(size, int) else size
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(io.BytesIO(content)) as opened:
-            if not squeeze:
-                # A JPEG is decoded at an eighth, a quarter or half its size where that is enough.
-                opened.draft(None, (2 * wide, 2 * high))
-            opened.load()
-            image = ImageOps.exif_transpose(opened)
+    with Image.open(io.BytesIO(content)) as opened:
+        # Pillow warns of these, and raises where there are twice as many pixels.
+        if (pixels := opened.width * opened.height) > (Image.MAX_IMAGE_PIXELS or math.inf):
+            raise Image.DecompressionBombError(f"it has {pixels} pixels")
+        if not squeeze:
+            # A JPEG is decoded at an eighth, a quarter or half its size where that is enough.
+            opened.draft(None, (2 * wide, 2 * high))
+        opened.load()
+        image = ImageOps.exif_transpose(opened)
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if "A" in image.getbands() or "transparency" in image.info:
@@ -105,57 +96,6 @@ def decode(content: bytes, size: int | tuple[int, int], channels: int, squeeze: 
         box = (left, top, left + across, top + down)
     image = image.resize((wide, high), Image.Resampling.BICUBIC, box=box)
     return np.asarray(image).reshape(high, wide, channels)
-
-
-@dataclass(frozen=True)
-class Decoder:
-    """Decodes pictures of a reader into the array `images` that a file holds."""
-
-    reader: Reader
-    path: str
-    shape: tuple[int, ...]
-    squeeze: bool
-
-    @functools.cached_property
-    def images(self) -> np.ndarray:
-        return np.memmap(self.path, np.uint8, "r+", shape=self.shape)
-
-    def __call__(self, numbers: np.ndarray, first: int) -> dict[int, str]:
-        """Fills the places `first` ...; returns those whose pictures cannot be read, and why."""
-        bad = {}
-        for place, number in enumerate(numbers.tolist(), first):
-            try:
-                content = self.reader[number]
-                self.images[place] = decode(content, self.shape[1], self.shape[3], self.squeeze)
-            except UnidentifiedImageError:
-                bad[place] = "no picture of a known kind"
-            except MemoryError:
-                raise
-            except Exception as error:  # damage raises many kinds
-                if isinstance(error, OSError) and error.errno is not None:
-                    raise  # the disk's trouble, not the picture's
-                bad[place] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        return bad
-
-
-_decoder: list[Decoder] = []  # a worker process's own
-
-
-def begin_worker(decoder: Decoder) -> None:
-    _decoder[:] = [decoder]
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def end_with_parent() -> None:
-    """Ends a worker whose parent was killed, which would wait for it for ever otherwise."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def work(numbers: np.ndarray, first: int) -> dict[int, str]:
-    return _decoder[0](numbers, first)
 
 
 def cache_folder(config: DataConfig) -> Path:
@@ -243,11 +183,7 @@ def locked(file: Path, split: str) -> Iterator[None]:
     lock = filelock.FileLock(file)
     try:
         lock.acquire(blocking=False)
-    except filelock.Timeout as error:
-        # Set while a worker runs its parent's script again in order to start: it would wait forever
-        # for what that parent holds.
-        if getattr(multiprocessing.current_process(), "_inheriting", False):
-            raise UserError(UNGUARDED) from error
+    except filelock.Timeout:
         say(f"{split}: another process decodes the same pictures; waiting for it.")
         lock.acquire()
     try:
@@ -268,10 +204,10 @@ def fill(
                 os.posix_fallocate(raw.fileno(), 0, int(np.prod(shape)))
             else:
                 raw.truncate(int(np.prod(shape)))
-        bad = decode_all(pictures, file, shape, config, split)
+        images = np.memmap(file, np.uint8, "r+", shape=shape)
+        bad = decode_all(pictures, images, config, split, place.parent)
         kept = [i for i in range(len(pictures)) if i not in bad]
         if bad:
-            images = np.memmap(file, np.uint8, "r+", shape=shape)
             for to, source in enumerate(kept):
                 images[to] = images[source]
             images.flush()
@@ -292,54 +228,40 @@ def fill(
         shutil.rmtree(work, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def ignored_interrupts() -> Iterator[None]:
-    """While worker processes start: they inherit an ignored SIGINT. A terminal sends Ctrl-C to all
-    of them, and only their parent is to act on it: they end with it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def decode_all(
-    pictures: Pictures, file: Path, shape: tuple[int, ...], config: DataConfig, split: str
+    pictures: Pictures, images: np.ndarray, config: DataConfig, split: str, folder: Path
 ) -> dict[int, str]:
-    """Decodes pictures into a file, in worker processes where there are many."""
-    starts = range(0, len(pictures), CHUNK)
-    workers = min(config.workers or os.cpu_count() or 1, len(starts))
-    folder = file.parent.parent
-    say(f"{split}: decoding {len(pictures)} pictures to {shape[1]}x{shape[2]} into {folder}.")
-    jobs = [(pictures.numbers[start : start + CHUNK], start) for start in starts]
-    decoder = Decoder(pictures.reader, str(file), shape, config.squeeze)
+    """Decodes pictures into `images`, uint8 [n,size,size,channels], which a file in `folder` holds.
+    Returns the places of the pictures that cannot be read, and why."""
+    count, size, _, channels = images.shape
+
+    def decode_chunk(start: int) -> dict[int, str]:
+        bad = {}
+        for place in range(start, min(start + CHUNK, count)):
+            try:
+                content = pictures.reader[int(pictures.numbers[place])]
+                images[place] = decode(content, size, channels, config.squeeze)
+            except UnidentifiedImageError:
+                bad[place] = "no picture of a known kind"
+            except MemoryError:
+                raise
+            except Exception as error:  # damage raises many kinds
+                if isinstance(error, OSError) and error.errno is not None:
+                    raise  # the disk's trouble, not the picture's
+                bad[place] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        return bad
+
+    say(f"{split}: decoding {count} pictures to {size}x{size} into {folder}.")
     bad: dict[int, str] = {}
-    with Progress("decoding", len(pictures), "pictures") as progress:
-        if workers < 2:
-            for job in jobs:
-                bad |= decoder(*job)
-                progress.update(len(job[0]))
-            return bad
-        # Fresh processes: a fork of one that runs JAX's threads may hang.
-        pool = concurrent.futures.ProcessPoolExecutor(
-            workers, multiprocessing.get_context("spawn"), begin_worker, (decoder,)
-        )
-        try:
-            with ignored_interrupts():
-                futures = {pool.submit(work, *job): len(job[0]) for job in jobs}
-            for future in concurrent.futures.as_completed(futures):
-                bad |= future.result()
-                progress.update(futures[future])
-        except concurrent.futures.process.BrokenProcessPool as error:
-            raise UserError(
-                f"a process that decodes pictures died; where memory is short, take fewer "
-                f"--data.workers. Else {UNGUARDED}"
-            ) from error
-        finally:  # after a signal, what is not begun is left
-            pool.shutdown(wait=True, cancel_futures=True)
+    # Threads, since Pillow releases Python's lock while it decodes and resizes.
+    pool = concurrent.futures.ThreadPoolExecutor(config.workers or os.cpu_count() or 1)
+    try:
+        with Progress("decoding", count, "pictures") as progress:
+            for chunk in pool.map(decode_chunk, range(0, count, CHUNK)):
+                bad |= chunk
+                progress.update(CHUNK)
+    finally:  # after an error, or Ctrl-C in a notebook, the chunks that have not begun are dropped
+        pool.shutdown(cancel_futures=True)
     return bad
 
 
