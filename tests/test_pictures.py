@@ -174,7 +174,7 @@ def test_harmed_pictures_are_left_out_or_too_many(place, tmp_path):
     harmed(tmp_path / "my pictures ü", 1 / 8)
     out = trained_here(tmp_path, tmp_path / "run", "--vqgan.steps", 1)
     assert "6 of 42 pictures cannot be read" in out
-    (listed,) = (tmp_path / "cache").glob("*-skipped.txt")
+    (listed,) = (tmp_path / "cache").glob("*/skipped.txt")
     assert len(listed.read_text().splitlines()) == 6
     shutil.copytree(place / "my pictures ü", tmp_path / "most" / "my pictures ü")
     harmed(tmp_path / "most" / "my pictures ü", 1)

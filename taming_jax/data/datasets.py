@@ -18,7 +18,7 @@ import numpy as np
 from taming_jax.config.schema import UNKNOWN, DataConfig
 from taming_jax.data import readers
 from taming_jax.data.augment import centred, stored_size
-from taming_jax.data.images import Pictures, decoded
+from taming_jax.data.images import Pictures, decode_split
 from taming_jax.errors import UserError, say
 from taming_jax.parallel import distributed
 
@@ -270,23 +270,20 @@ def pictured(tables: dict[str, readers.Table], config: DataConfig) -> Splits:
             rest, cut = cut_by_seed(n, share, config.split_seed)
             pictures[split] = pictures["train"].part(cut)
             pictures["train"] = pictures["train"].part(rest)
-    parts, bad, of_all = {}, [], sum(map(len, pictures.values()))
+    parts, problems, count = {}, [], sum(map(len, pictures.values()))
     for split in ("train", "validation", "test"):
         size = stored_size(config) if split == "train" else config.image_size
-        found = decoded(pictures[split], size, config, split)
-        parts[split] = Split(found.images, found.labels)
-        if found.bad:
-            bad.append((found.bad, f"{split}: {found.says}"))
-    if sum(count for count, _ in bad) > config.bad_share * of_all:
+        decoded = decode_split(pictures[split], size, config, split)
+        parts[split] = Split(decoded.images, decoded.labels)
+        if decoded.problem:
+            problems.append(f"{split}: {decoded.problem}")
+    if count - sum(len(part.images) for part in parts.values()) > config.bad_share * count:
         raise UserError(
-            f"{'; '.join(says for _, says in bad)}. Mend or remove them, or allow a larger share "
-            "by --data.bad-share."
+            f"{'; '.join(problems)}. Mend or remove them, or allow a larger share by "
+            "--data.bad-share."
         )
-    for _, says in bad:
-        say(f"{says}, and left out.")
-    for split, part in parts.items():
-        if not len(part.images):
-            raise UserError(f"no picture of the {split} split can be read.")
+    for problem in problems:
+        say(f"{problem}, and left out.")
     unlearned = set(parts["test"].labels.tolist()) - set(parts["train"].labels.tolist())
     if unlearned:
         say(

@@ -2,8 +2,8 @@
 
 A decoded split lies in the cache as one folder: `images.u8` (raw bytes, memory-mapped) and
 `about.json` (which pictures it holds, which could not be read, checksums), under a key of the
-pictures' content and of how they were resized. It appears whole or not at all: it is written beside
-its place and renamed.
+pictures' content and of how they were resized. `about.json` is written last, and an entry counts
+only where it fits the images.
 """
 
 import concurrent.futures
@@ -14,13 +14,11 @@ import io
 import json
 import math
 import os
-import shutil
-import tempfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import filelock
 import numpy as np
@@ -28,7 +26,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from taming_jax.config.schema import DataConfig
 from taming_jax.errors import UserError, say
-from taming_jax.files import text_hash, user_cache
+from taming_jax.files import text_hash, user_cache, whole, write_whole
 from taming_jax.progress import Progress
 
 VERSION = 3  # of the cache's format; another version is another key
@@ -103,69 +101,96 @@ def cache_folder(config: DataConfig) -> Path:
     return user_cache() if config.cache is None else Path(config.cache)
 
 
-class Decoded(NamedTuple):
+class DecodedSplit(NamedTuple):
     """`images` uint8 [n,size,size,channels], memory-mapped, and `labels` int32 [n] of the pictures
-    that could be read; how many could not, and a phrase that says which."""
+    that can be read, and a phrase about those that cannot, empty where there are none."""
 
     images: np.ndarray
     labels: np.ndarray
-    bad: int
-    says: str
+    problem: str
 
 
-def decoded(pictures: Pictures, size: int, config: DataConfig, split: str) -> Decoded:
+def decode_split(pictures: Pictures, size: int, config: DataConfig, split: str) -> DecodedSplit:
     """The pictures of a split as arrays: decoded into the cache, in parallel, unless they are
-    there. Raises UserError where a picture's file, or the cache, cannot be read or written."""
-    seen = [VERSION, pictures.content, size, config.channels, config.squeeze]
-    key = hashlib.sha256(json.dumps(seen).encode() + pictures.numbers.tobytes()).hexdigest()[:20]
-    root = cache_folder(config)
-    place = root / key
+    there.
+
+    Raises UserError where a picture's file, or the cache, cannot be read or written, and where none
+    of the pictures can be decoded.
+    """
+    parts = [VERSION, pictures.content, size, config.channels, config.squeeze]
+    key = hashlib.sha256(json.dumps(parts).encode() + pictures.numbers.tobytes()).hexdigest()[:20]
+    entry = cache_folder(config) / key
     shape = (len(pictures), size, size, config.channels)
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        found = opened(place, pictures, shape)
-        if found is None:
-            with locked(root / f".{key}.lock", split):
-                for left in root.glob(f"{key}-partial-*"):  # by a process that was killed
-                    shutil.rmtree(left, ignore_errors=True)
-                found = opened(place, pictures, shape)  # another process may have been first
-                if found is None:
-                    shutil.rmtree(place, ignore_errors=True)
-                    fill(place, pictures, shape, config, split)
-                    found = opened(place, pictures, shape)
-        if found is None:
-            raise OSError(errno.EIO, "what was written is not what is read")
-        return found
+        entry.mkdir(parents=True, exist_ok=True)
+        cached = read_entry(entry, pictures, shape)
+        if cached is None:
+            with lock_entry(entry, split):
+                cached = read_entry(entry, pictures, shape)  # another process may have written it
+                cached = cached or write_entry(entry, pictures, shape, config, split)
+        return cached
     except OSError as error:
         reason = error.strerror or str(error)
-        file = root if error.filename is None else Path(os.fsdecode(error.filename))
-        if not file.is_relative_to(root) and not root.is_relative_to(file):
-            raise UserError(
-                f"{file} cannot be read ({reason}); mend that, and run the same again."
-            ) from error
         if error.errno == errno.ENOSPC:
             reason = f"the disk is full, {np.prod(shape) / 2**20:.0f} MiB are needed"
         raise UserError(
-            f"the image cache {root} cannot be used: {reason}; free it, or choose another "
+            f"the image cache {entry.parent} cannot be used: {reason}; free it, or choose another "
             "--data.cache."
         ) from error
 
 
-def opened(place: Path, pictures: Pictures, shape: tuple[int, ...]) -> Decoded | None:
-    """What lies in a place of the cache; None where nothing does, or it is damaged."""
+def lock_entry(entry: Path, split: str) -> contextlib.AbstractContextManager[Any]:
+    """Keeps other processes from writing an entry; the lock ends with its process."""
+    lock = filelock.FileLock(entry / ".lock")
     try:
-        about = json.loads((place / "about.json").read_text(encoding="utf-8"))
-        if about.pop("hash") != text_hash(about):
+        return lock.acquire(blocking=False)
+    except filelock.Timeout:
+        say(f"{split}: another process decodes the same pictures; waiting for it.")
+        return lock.acquire()
+
+
+def read_entry(entry: Path, pictures: Pictures, shape: tuple[int, ...]) -> DecodedSplit | None:
+    """The entry of the cache in a folder; None where there is none, or it is damaged."""
+    try:
+        about = json.loads((entry / "about.json").read_text(encoding="utf-8"))
+        if about.pop("hash", None) != text_hash(about):
             return None
-        kept, bad, says = np.array(about["kept"], int), about["bad"], about["says"]
-        images = np.zeros((0, *shape[1:]), np.uint8)
-        if len(kept):  # an empty file cannot be mapped
-            images = np.memmap(place / "images.u8", np.uint8, "r", shape=(len(kept), *shape[1:]))
-        if checksums(images) != about["checksums"]:
-            return None
-        return Decoded(images, pictures.labels[kept], bad, says)
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        kept = np.array(about["kept"])
+        images = np.memmap(entry / "images.u8", np.uint8, "r", shape=(len(kept), *shape[1:]))
+    except (FileNotFoundError, ValueError):
         return None
+    if checksums(images) != about["checksums"]:
+        return None
+    return DecodedSplit(images, pictures.labels[kept], about["says"])
+
+
+def write_entry(
+    entry: Path, pictures: Pictures, shape: tuple[int, ...], config: DataConfig, split: str
+) -> DecodedSplit:
+    """Decodes pictures into an entry of the cache, and returns it."""
+    with whole(entry / "images.u8") as file:
+        with file.open("wb") as raw:
+            if hasattr(os, "posix_fallocate"):  # a full disk raises now, not a SIGBUS later
+                os.posix_fallocate(raw.fileno(), 0, math.prod(shape))
+            else:
+                raw.truncate(math.prod(shape))
+        images = np.memmap(file, np.uint8, "r+", shape=shape)
+        bad = decode_all(pictures, images, config, split)
+        problem = list_unreadable(pictures, bad, entry / "skipped.txt")
+        kept = [i for i in range(len(pictures)) if i not in bad]
+        if not kept:
+            raise UserError(f"no picture of the {split} split can be read: {problem}.")
+        if bad:
+            for to, source in enumerate(kept):
+                images[to] = images[source]
+        about = {"kept": kept, "says": problem, "checksums": checksums(images[: len(kept)])}
+        os.truncate(file, len(kept) * images[0].nbytes)
+    about["hash"] = text_hash(about)
+    write_whole(entry / "about.json", json.dumps(about).encode())
+    written = read_entry(entry, pictures, shape)
+    if written is None:
+        raise OSError(errno.EIO, "what was written is not what is read")
+    return written
 
 
 def checksums(images: np.ndarray) -> list[int]:
@@ -177,62 +202,11 @@ def checksums(images: np.ndarray) -> list[int]:
         return list(threads.map(zlib.crc32, parts))
 
 
-@contextlib.contextmanager
-def locked(file: Path, split: str) -> Iterator[None]:
-    """Around work that one process at a time may do; the lock ends with its process."""
-    lock = filelock.FileLock(file)
-    try:
-        lock.acquire(blocking=False)
-    except filelock.Timeout:
-        say(f"{split}: another process decodes the same pictures; waiting for it.")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def fill(
-    place: Path, pictures: Pictures, shape: tuple[int, ...], config: DataConfig, split: str
-) -> None:
-    """Decodes pictures into a new folder of the cache."""
-    work = Path(tempfile.mkdtemp(prefix=f"{place.name}-partial-", dir=place.parent))
-    try:
-        file = work / "images.u8"
-        with file.open("wb") as raw:
-            if hasattr(os, "posix_fallocate"):  # a full disk is told now, not by a crash later
-                os.posix_fallocate(raw.fileno(), 0, int(np.prod(shape)))
-            else:
-                raw.truncate(int(np.prod(shape)))
-        images = np.memmap(file, np.uint8, "r+", shape=shape)
-        bad = decode_all(pictures, images, config, split, place.parent)
-        kept = [i for i in range(len(pictures)) if i not in bad]
-        if bad:
-            for to, source in enumerate(kept):
-                images[to] = images[source]
-            images.flush()
-            os.truncate(file, len(kept) * int(np.prod(shape[1:])))
-        written = np.memmap(file, np.uint8, "r") if kept else np.zeros(0, np.uint8)
-        says = listed(pictures, bad, place.with_name(f"{place.name}-skipped.txt"))
-        about = {
-            "version": VERSION, "kept": kept, "bad": len(bad), "says": says,
-            "checksums": checksums(written),
-        }  # fmt: skip
-        about["hash"] = text_hash(about)
-        (work / "about.json").write_text(json.dumps(about), encoding="utf-8")
-        for part in (file, work / "about.json"):  # on the disk before it has its name
-            with part.open("r+b") as raw:
-                os.fsync(raw.fileno())
-        work.rename(place)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
 def decode_all(
-    pictures: Pictures, images: np.ndarray, config: DataConfig, split: str, folder: Path
+    pictures: Pictures, images: np.ndarray, config: DataConfig, split: str
 ) -> dict[int, str]:
-    """Decodes pictures into `images`, uint8 [n,size,size,channels], which a file in `folder` holds.
-    Returns the places of the pictures that cannot be read, and why."""
+    """Decodes pictures into `images`, uint8 [n,size,size,channels]. Returns the places of those
+    that cannot be decoded, and why. Raises UserError where a picture's file cannot be read."""
     count, size, _, channels = images.shape
 
     def decode_chunk(start: int) -> dict[int, str]:
@@ -246,12 +220,15 @@ def decode_all(
             except MemoryError:
                 raise
             except Exception as error:  # damage raises many kinds
-                if isinstance(error, OSError) and error.errno is not None:
-                    raise  # the disk's trouble, not the picture's
+                if isinstance(error, OSError) and error.errno is not None:  # the disk is to blame
+                    raise UserError(
+                        f"{error.filename or pictures.names[place]} cannot be read "
+                        f"({error.strerror}); mend that, and run the same again."
+                    ) from error
                 bad[place] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         return bad
 
-    say(f"{split}: decoding {count} pictures to {size}x{size} into {folder}.")
+    say(f"{split}: decoding {count} pictures to {size}x{size} into {cache_folder(config)}.")
     bad: dict[int, str] = {}
     # Threads, since Pillow releases Python's lock while it decodes and resizes.
     pool = concurrent.futures.ThreadPoolExecutor(config.workers or os.cpu_count() or 1)
@@ -265,7 +242,7 @@ def decode_all(
     return bad
 
 
-def listed(pictures: Pictures, bad: dict[int, str], file: Path) -> str:
+def list_unreadable(pictures: Pictures, bad: dict[int, str], file: Path) -> str:
     """Names the pictures that cannot be read in a file, and returns a phrase about them."""
     if not bad:
         return ""
