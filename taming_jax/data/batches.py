@@ -9,8 +9,7 @@ import abc
 import functools
 from collections import deque
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
-from typing import Any, NamedTuple, SupportsIndex
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -83,8 +82,9 @@ class Feed(abc.ABC):
     def once(self) -> Generator[Batch, None, None]:
         """Every example once, in order, in batches of one size."""
 
-    def close(self) -> None:  # noqa: B027 - most read nothing ahead
-        """Ends what reads ahead."""
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Stops reading ahead."""
 
 
 class ResidentFeed(Feed):
@@ -102,24 +102,8 @@ class ResidentFeed(Feed):
             shards = self._devices.shard(self._evaluation(number))
             yield Batch(number, self._resident | shards)
 
-
-@dataclass(frozen=True)
-class Reads:
-    """Batch after batch as numpy arrays, which is a source to grain: `which` returns a batch's
-    index, and what else goes with it."""
-
-    split: Split
-    which: Callable[[int], dict[str, np.ndarray]]
-    count: int
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, number: SupportsIndex) -> dict[str, np.ndarray]:
-        arrays = self.which(int(number))
-        index = arrays.pop("index")
-        # Copied, since they are picked by index: a mapped file is read here, not in the step.
-        return arrays | {name: np.asarray(x)[index] for name, x in self.split._asdict().items()}
+    def close(self) -> None:
+        """Nothing is read ahead."""
 
 
 class StreamingFeed(Feed):
@@ -140,12 +124,20 @@ class StreamingFeed(Feed):
         self._ahead: deque[Batch] = deque()
         self._next = 0  # the step after those ahead
 
-    def _read(self, which: Callable, start: int, count: int) -> Any:
+    def _read(self, choose: Callable[[int], dict[str, np.ndarray]], start: int, stop: int) -> Any:
+        """An iterator over batches `start` .. `stop` - 1 as dictionaries of arrays, of which
+        `choose` returns the examples' indices."""
         import grain
 
+        def read(number: int) -> dict[str, np.ndarray]:
+            arrays = choose(number)
+            index = arrays.pop("index")
+            # An index copies: a mapped file is read here, not in the step.
+            images, labels = (np.asarray(part)[index] for part in self._split)
+            return arrays | {"images": images, "labels": labels}
+
         options = grain.ReadOptions(num_threads=self.THREADS, prefetch_buffer_size=2 * self.THREADS)
-        reads = grain.MapDataset.source(Reads(self._split, which, count))
-        return iter(reads[start:].to_iter_dataset(options))
+        return iter(grain.MapDataset.range(start, stop).map(read).to_iter_dataset(options))
 
     def batch(self, step: int) -> Batch:
         if self._reading is None or step != self._next - len(self._ahead):
