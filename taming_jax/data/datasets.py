@@ -51,10 +51,12 @@ def load(config: DataConfig) -> Splits:
             "the dataset of this imported run is not known; name one with --data.name and "
             "--data.path (in a notebook with data={'name': …, 'path': …})."
         )
+    if config.path is not None and not Path(config.path).is_dir():
+        raise UserError(f"--data.path {config.path} is no folder; name the one with the data.")
     if config.name in SOURCES:
         return SOURCES[config.name](config)
     if config.name.startswith("tfds:"):
-        return pictured(readers.tfds(config), config)
+        return decode_tables(readers.tfds(config), config)
     if "/" in config.name:
         return hub(config)
     raise UserError(
@@ -164,13 +166,8 @@ def mnist(config: DataConfig) -> Splits:
         )
     if config.random_crop:
         raise UserError("MNIST images are no larger than 28x28; leave --data.random-crop out.")
-    folder: Traversable
-    if config.path is None:
-        folder = resources.files("taming_jax.data") / "mnist"
-    else:
-        folder = Path(config.path)
-        if not folder.is_dir():
-            raise UserError(f"--data.path {config.path} is no folder; name one with MNIST's files.")
+    package: Traversable = resources.files("taming_jax.data") / "mnist"
+    folder = package if config.path is None else Path(config.path)
 
     def split(prefix: str) -> Split:
         images = read_idx(folder, f"{prefix}-images-idx3-ubyte", dimensions=3)
@@ -237,22 +234,24 @@ def synthetic(config: DataConfig) -> Splits:
 
 def folder(config: DataConfig) -> Splits:
     """One's own pictures in `config.path`: a folder a class, or one folder."""
-    return pictured(readers.folder(config), config)
+    return decode_tables(readers.folder(config), config)
 
 
 def hub(config: DataConfig) -> Splits:
     """A dataset of the Hugging Face hub, or its parquet files in `config.path`."""
-    tables = readers.hub(config) if config.path is None else readers.parquet(config)
-    return pictured(tables, config)
+    if config.path is None:
+        return decode_tables(readers.hub(config), config)
+    return decode_tables(readers.parquet(config, Path(config.path)), config)
 
 
-def pictured(tables: dict[str, readers.Table], config: DataConfig) -> Splits:
+def decode_tables(tables: dict[str, readers.Table], config: DataConfig) -> Splits:
     """Encoded pictures as Splits. What the data does not have as a split of its own is cut from
-    its training split, by seed."""
+    its training split, by seed. Raises UserError where there is nothing to train on, or too many
+    pictures cannot be read."""
     tables = {split: table for split, table in tables.items() if len(table.names)}
     if "train" not in tables:
-        raise UserError(f"the training split of {config.path or config.name} is empty.")
-    labels, class_names = numbered(tables, config)
+        raise UserError(f"{config.path or config.name} has no split 'train', or an empty one.")
+    labels, class_names = number_classes(tables, config)
     pictures = {
         split: Pictures(
             table.reader, np.arange(len(table.names)), table.names, labels[split], table.content
@@ -293,37 +292,33 @@ def pictured(tables: dict[str, readers.Table], config: DataConfig) -> Splits:
     return Splits(**parts, class_names=class_names)
 
 
-def numbered(
+def number_classes(
     tables: dict[str, readers.Table], config: DataConfig
 ) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-    """Classes as numbers int32 [n] by split, and their names. UserError where they are missing,
-    negative, or no classes."""
+    """Classes as numbers int32 [n] by split, and their names. UserError where some are missing, or
+    are neither names nor numbers from 0."""
     where = config.path or config.name
-    of_each = {split: table.classes for split, table in tables.items()}
-    if all(values is None for values in of_each.values()):
-        zeros = {split: np.zeros(len(tables[split].names), np.int32) for split in tables}
-        return zeros, ("all",)
-    values = [value for each in of_each.values() for value in each or [None]]
-    if any(value is None for value in values):
+    classes = {split: table.classes or [None] * len(table.names) for split, table in tables.items()}
+    values = [value for of_split in classes.values() for value in of_split]
+    names: tuple[str, ...]
+    numbers: dict[Any, int]
+    if all(value is None for value in values):
+        names, numbers = ("all",), {None: 0}
+    elif any(value is None for value in values):
         raise UserError(f"some pictures of {where} have no class; give every one a class.")
-    if all(isinstance(value, str) for value in values):
-        learned = set(of_each["train"] or ())
+    elif all(isinstance(value, str) for value in values):
+        learned = set(classes["train"])
         names = (*sorted(learned), *sorted(set(values) - learned))
         numbers = {name: i for i, name in enumerate(names)}
     elif all(isinstance(value, int | np.integer) for value in values):
-        known = next((table.class_names for table in tables.values() if table.class_names), None)
-        if min(values) < 0:
-            raise UserError(f"some classes of {where} are negative; count them from 0.")
-        if known is None and max(values) > 1000 + 10 * len(values):
+        names = next((table.class_names for table in tables.values() if table.class_names), ())
+        most = len(names) or 1000 + 10 * len(values)  # others are no classes, but identifiers
+        if not 0 <= min(values) <= max(values) < most:
             raise UserError(
-                f"the classes of {where} go up to {max(values)}, for {len(values)} pictures; count "
-                "them from 0."
+                f"the classes of {where} go from {min(values)} to {max(values)}; count them from 0 "
+                f"to at most {most - 1}."
             )
-        names = known or tuple(map(str, range(max(values) + 1)))
-        if max(values) >= len(names):
-            raise UserError(
-                f"{where} has a class {max(values)}, but names for {len(names)} only; mend it."
-            )
+        names = names or tuple(map(str, range(max(values) + 1)))
         numbers = {i: i for i in range(len(names))}
     else:
         kinds = ", ".join(sorted({type(value).__name__ for value in values}))
@@ -332,8 +327,8 @@ def numbered(
             "(--data.label-column)."
         )
     labels = {
-        split: np.array([numbers[value] for value in each or ()], np.int32)
-        for split, each in of_each.items()
+        split: np.array([numbers[value] for value in of_split], np.int32)
+        for split, of_split in classes.items()
     }
     return labels, names
 
