@@ -126,7 +126,7 @@ def work(given: Sample) -> None:
     size = None if given.size is None else size_of(given.size)
     out, kind = distributed.from_first(lambda: place_of(given))
     from taming_jax.data.datasets import spread
-    from taming_jax.figures import to_uint8
+    from taming_jax.data.pixels import to_uint8
     from taming_jax.run import load_run
 
     run = load_run(given.workdir)
@@ -158,7 +158,7 @@ def work(given: Sample) -> None:
 def completed(run: "Run", given: Sample, settings: dict[str, Any]) -> Drawn:
     """The completions of the given pictures, which the first of several processes reads. UserError
     for those that cannot be read."""
-    from taming_jax.figures import to_uint8
+    from taming_jax.data.pixels import to_uint8
     from taming_jax.parallel import distributed
 
     config = run.config.data

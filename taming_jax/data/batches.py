@@ -12,7 +12,6 @@ from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from taming_jax.data.datasets import Split
@@ -176,13 +175,3 @@ def take(arrays: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
     if "index" not in arrays:
         return arrays["images"], arrays["labels"]
     return arrays["images"][arrays["index"]], arrays["labels"][arrays["index"]]
-
-
-def to_float(images: jax.Array) -> jax.Array:
-    """uint8 in 0..255 to float32 in [-1, 1]."""
-    return images.astype(np.float32) / 127.5 - 1.0
-
-
-def rounded(images: jax.Array) -> jax.Array:
-    """Floats in [-1, 1], clipped to that, to uint8: what a saved picture keeps of them."""
-    return jnp.rint((jnp.clip(images, -1, 1) + 1) * 127.5).astype(jnp.uint8)

@@ -20,7 +20,8 @@ from taming_jax.config.load import differences
 from taming_jax.config.schema import Config, PriorConfig
 from taming_jax.data import datasets
 from taming_jax.data.augment import augments
-from taming_jax.data.batches import Batch, rounded, take
+from taming_jax.data.batches import Batch, take
+from taming_jax.data.pixels import to_uint8
 from taming_jax.errors import UserError
 from taming_jax.metrics.monitor import ValidationFD
 from taming_jax.models.vqgan import build_vqgan, decode_indices
@@ -254,7 +255,7 @@ class PriorStage:
             np.uint32(self.config.seed),
         )  # fmt: skip
         with jax.default_matmul_precision("highest"):
-            return rounded(decode_indices(self.vqgan, generator, codes))
+            return to_uint8(decode_indices(self.vqgan, generator, codes))
 
     def distance(self, state: TrainState) -> float:
         """The Fréchet distance of samples, of the validation split's classes, to that split."""

@@ -16,7 +16,8 @@ from taming_jax.config.schema import Config
 from taming_jax.config.validation import warnings_of
 from taming_jax.data import datasets
 from taming_jax.data.augment import augmented
-from taming_jax.data.batches import Batch, Feed, feed, rounded, take, to_float
+from taming_jax.data.batches import Batch, Feed, feed, take
+from taming_jax.data.pixels import to_float, to_uint8
 from taming_jax.errors import UserError, say
 from taming_jax.metrics.monitor import ValidationFD
 from taming_jax.models.lpips import load_lpips
@@ -242,7 +243,7 @@ class VQGANStage:
     def _making(self, state: TrainState, arrays: Any) -> jax.Array:
         with jax.default_matmul_precision("highest"):
             params, images = state.nets["generator"].chosen, to_float(arrays["images"])
-            return rounded(reconstruct(self.networks.generator, params, images).images)
+            return to_uint8(reconstruct(self.networks.generator, params, images).images)
 
     def distance(self, state: TrainState) -> float:
         """The Fréchet distance of the validation split's reconstructions to it."""

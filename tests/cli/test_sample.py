@@ -13,8 +13,8 @@ from PIL import Image
 import taming_jax
 from taming_jax import errors, figures
 from taming_jax.data import datasets
+from taming_jax.data.pixels import to_uint8
 from taming_jax.errors import UserError
-from taming_jax.figures import to_uint8
 from taming_jax.parallel.devices import Devices
 from taming_jax.priors.autoregressive import teacher_forced
 from taming_jax.run import Run
