@@ -18,7 +18,7 @@ import numpy as np
 from taming_jax.config.schema import UNKNOWN, DataConfig
 from taming_jax.data import readers
 from taming_jax.data.augment import centred, stored_size
-from taming_jax.data.images import Pictures, decode_split
+from taming_jax.data.images import Pictures, Table, decode_split
 from taming_jax.errors import UserError, say
 from taming_jax.parallel import distributed
 
@@ -58,7 +58,7 @@ def load(config: DataConfig) -> Splits:
     if config.name.startswith("tfds:"):
         return decode_tables(readers.tfds(config), config)
     if "/" in config.name:
-        return hub(config)
+        return decode_tables(readers.hub(config), config)
     raise UserError(
         f"--data.name {config.name} is unknown; the datasets are {', '.join(sorted(SOURCES))}, "
         "OWNER/NAME of the Hugging Face hub, and tfds:NAME of TensorFlow Datasets."
@@ -159,27 +159,24 @@ def cut_by_seed(n: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray
 def mnist(config: DataConfig) -> Splits:
     """MNIST (LeCun, Cortes, Burges) from its four IDX files, the package's own or one's own copy
     in `config.path`, with or without `.gz`."""
-    if config.image_size != 28 or config.channels != 1:
+    if config.image_size != 28 or config.channels != 1 or config.random_crop:
         raise UserError(
-            f"MNIST images are 28x28 and gray; --data.image-size {config.image_size} with "
-            f"--data.channels {config.channels} cannot be had (take 28 and 1)."
+            "MNIST images are 28x28 and gray; take --data.image-size 28 and --data.channels 1, and "
+            "leave --data.random-crop out."
         )
-    if config.random_crop:
-        raise UserError("MNIST images are no larger than 28x28; leave --data.random-crop out.")
     package: Traversable = resources.files("taming_jax.data") / "mnist"
     folder = package if config.path is None else Path(config.path)
 
     def split(prefix: str) -> Split:
         images = read_idx(folder, f"{prefix}-images-idx3-ubyte", dimensions=3)
         labels = read_idx(folder, f"{prefix}-labels-idx1-ubyte", dimensions=1)
-        if len(images) != len(labels) or images.shape[1:] != (28, 28) or len(images) < 2:
+        n, height, width = images.shape
+        if n < 2 or n != len(labels) or (height, width) != (28, 28) or labels.max() > 9:
             raise UserError(
-                f"the MNIST files '{prefix}-…' in {folder} hold {len(images)} images of "
-                f"{images.shape[1]}x{images.shape[2]} and {len(labels)} labels; "
-                "replace them with the original ones."
+                f"the MNIST files '{prefix}-…' in {folder} hold {n} images of {height}x{width} and "
+                f"{len(labels)} labels up to {labels.max(initial=0)}; replace them with the "
+                "original ones."
             )
-        if labels.max() > 9:
-            raise UserError(f"the MNIST labels '{prefix}-…' in {folder} go beyond 9; replace them.")
         return Split(images[..., None], labels.astype(np.int32))
 
     train, validation = cut_validation(split("train"), config)
@@ -202,12 +199,9 @@ def read_idx(folder: Traversable, name: str, dimensions: int) -> np.ndarray:
         raise UserError(f"{file} is truncated or damaged ({error}); replace it.") from error
     header = 4 + 4 * dimensions
     shape = tuple(map(int, np.frombuffer(content[4:header].ljust(header - 4, b"\0"), ">u4")))
-    if content[:4] != bytes([0, 0, 8, dimensions]):
-        raise UserError(f"{file} is no IDX file of {dimensions} dimensions; replace it.")
-    if len(content) != header + np.prod(shape):
+    if content[:4] != bytes([0, 0, 8, dimensions]) or len(content) != header + np.prod(shape):
         raise UserError(
-            f"{file} is truncated: it promises {np.prod(shape)} values and holds "
-            f"{len(content) - header}; replace it."
+            f"{file} is truncated, or no IDX file of {dimensions} dimensions; replace it."
         )
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
@@ -237,14 +231,7 @@ def folder(config: DataConfig) -> Splits:
     return decode_tables(readers.folder(config), config)
 
 
-def hub(config: DataConfig) -> Splits:
-    """A dataset of the Hugging Face hub, or its parquet files in `config.path`."""
-    if config.path is None:
-        return decode_tables(readers.hub(config), config)
-    return decode_tables(readers.parquet(config, Path(config.path)), config)
-
-
-def decode_tables(tables: dict[str, readers.Table], config: DataConfig) -> Splits:
+def decode_tables(tables: dict[str, Table], config: DataConfig) -> Splits:
     """Encoded pictures as Splits. What the data does not have as a split of its own is cut from
     its training split, by seed. Raises UserError where there is nothing to train on, or too many
     pictures cannot be read."""
@@ -253,9 +240,7 @@ def decode_tables(tables: dict[str, readers.Table], config: DataConfig) -> Split
         raise UserError(f"{config.path or config.name} has no split 'train', or an empty one.")
     labels, class_names = number_classes(tables, config)
     pictures = {
-        split: Pictures(
-            table.reader, np.arange(len(table.names)), table.names, labels[split], table.content
-        )
+        split: Pictures(table, np.arange(len(table.names)), labels[split])
         for split, table in tables.items()
     }
     for split, share in (("test", config.test_share), ("validation", config.validation_share)):
@@ -293,7 +278,7 @@ def decode_tables(tables: dict[str, readers.Table], config: DataConfig) -> Split
 
 
 def number_classes(
-    tables: dict[str, readers.Table], config: DataConfig
+    tables: dict[str, Table], config: DataConfig
 ) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
     """Classes as numbers int32 [n] by split, and their names. UserError where some are missing, or
     are neither names nor numbers from 0."""

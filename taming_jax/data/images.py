@@ -16,7 +16,7 @@ import math
 import os
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -40,27 +40,37 @@ class Reader(Protocol):
     def __getitem__(self, number: int) -> bytes: ...
 
 
-@dataclass(frozen=True)
-class Pictures:
-    """Pictures that are not decoded yet: `reader[numbers[i]]` are the bytes of picture i,
-    `names[i]` is what a person would call it, `labels[i]` its class, int32. `content` stands for
-    all of the reader's pictures: other pictures, another content."""
+class Table(NamedTuple):
+    """The pictures of a split as their source has them. `names` are what a person would call them.
+    `classes` holds a value (a number, a name) per picture, or is None where the data has no
+    classes; `class_names` are the names of numbers, empty where there are none; `content` changes
+    when a picture does."""
 
     reader: Reader
-    numbers: np.ndarray
     names: Sequence[str]
-    labels: np.ndarray
+    classes: Sequence[Any] | None
+    class_names: tuple[str, ...]
     content: str
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Pictures that are not decoded yet: those at `numbers`, int [n], of a table, with their
+    classes `labels`, int32 [n]."""
+
+    table: Table
+    numbers: np.ndarray
+    labels: np.ndarray
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     def part(self, index: np.ndarray) -> "Pictures":
         """Some of the pictures, by their places."""
-        return replace(
-            self, numbers=self.numbers[index], names=[self.names[i] for i in index],
-            labels=self.labels[index],
-        )  # fmt: skip
+        return Pictures(self.table, self.numbers[index], self.labels[index])
+
+    def name(self, place: int) -> str:
+        return self.table.names[self.numbers[place]]
 
 
 def decode(content: bytes, size: int | tuple[int, int], channels: int, squeeze: bool) -> np.ndarray:
@@ -117,7 +127,7 @@ def decode_split(pictures: Pictures, size: int, config: DataConfig, split: str) 
     Raises UserError where a picture's file, or the cache, cannot be read or written, and where none
     of the pictures can be decoded.
     """
-    parts = [VERSION, pictures.content, size, config.channels, config.squeeze]
+    parts = [VERSION, pictures.table.content, size, config.channels, config.squeeze]
     key = hashlib.sha256(json.dumps(parts).encode() + pictures.numbers.tobytes()).hexdigest()[:20]
     entry = cache_folder(config) / key
     shape = (len(pictures), size, size, config.channels)
@@ -213,7 +223,7 @@ def decode_all(
         bad = {}
         for place in range(start, min(start + CHUNK, count)):
             try:
-                content = pictures.reader[int(pictures.numbers[place])]
+                content = pictures.table.reader[int(pictures.numbers[place])]
                 images[place] = decode(content, size, channels, config.squeeze)
             except UnidentifiedImageError:
                 bad[place] = "no picture of a known kind"
@@ -222,7 +232,7 @@ def decode_all(
             except Exception as error:  # damage raises many kinds
                 if isinstance(error, OSError) and error.errno is not None:  # the disk is to blame
                     raise UserError(
-                        f"{error.filename or pictures.names[place]} cannot be read "
+                        f"{error.filename or pictures.name(place)} cannot be read "
                         f"({error.strerror}); mend that, and run the same again."
                     ) from error
                 bad[place] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
@@ -246,10 +256,10 @@ def list_unreadable(pictures: Pictures, bad: dict[int, str], file: Path) -> str:
     """Names the pictures that cannot be read in a file, and returns a phrase about them."""
     if not bad:
         return ""
-    lines = [f"{pictures.names[i]}\t{bad[i]}\n" for i in sorted(bad)]
+    lines = [f"{pictures.name(i)}\t{bad[i]}\n" for i in sorted(bad)]
     file.write_text("".join(lines), encoding="utf-8")
     first = min(bad)
     return (
-        f"{len(bad)} of {len(pictures)} pictures cannot be read, {pictures.names[first]} for one "
+        f"{len(bad)} of {len(pictures)} pictures cannot be read, {pictures.name(first)} for one "
         f"({bad[first]}); they are named in {file}"
     )

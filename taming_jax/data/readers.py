@@ -12,25 +12,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from taming_jax.config.schema import DataConfig
-from taming_jax.data.images import Reader, cache_folder
+from taming_jax.data.images import Table, cache_folder
 from taming_jax.errors import UserError, say
 from taming_jax.files import text_hash
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
 # What a split may be called; the first name is a prefix of the others.
 SPLITS = {"train": ("train",), "validation": ("val", "valid", "validation"), "test": ("test",)}
-
-
-class Table(NamedTuple):
-    """One split. `names` are what a person would call its pictures. `classes` holds a value (a
-    number, a name) per picture, or is None where the data has no classes; `class_names` are the
-    names of numbers, empty where there are none; `content` changes when a picture does."""
-
-    reader: Reader
-    names: Sequence[str]
-    classes: Sequence[Any] | None
-    class_names: tuple[str, ...]
-    content: str
 
 
 def find_splits(exists: Callable[[str], bool]) -> dict[str, str]:
@@ -203,11 +191,30 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def parquet(config: DataConfig, root: Path) -> dict[str, Table]:
-    """Files `train*.parquet`, `validation*.parquet`, `test*.parquet` in a folder, with or without
-    the hub's schema, by `datasets`."""
+def hub(config: DataConfig) -> dict[str, Table]:
+    """A dataset of the Hugging Face hub, or its parquet files in `config.path`, by `datasets`."""
     datasets = import_package("datasets", config)
     datasets.disable_progress_bars()
+    if config.path is not None:
+        return parquet(datasets, Path(config.path), config)
+    say(f"Looking for {config.name} in the Hugging Face hub's cache, else in the hub.")
+    # Without a network it warns twice of each of several tries; one sentence at the end is enough.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    try:
+        loaded = datasets.load_dataset(config.name)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(
+            f"the dataset {config.name} cannot be had from the Hugging Face hub "
+            f"({first_line(error)}); where there is no network, download its parquet files "
+            "elsewhere and name their folder by --data.path."
+        ) from error
+    contents = {name: f"{config.name} {rows._fingerprint}" for name, rows in loaded.items()}
+    return hub_tables(datasets, loaded, config, contents)
+
+
+def parquet(datasets: Any, root: Path, config: DataConfig) -> dict[str, Table]:
+    """Files `train*.parquet`, `validation*.parquet`, `test*.parquet` in a folder, with or without
+    the hub's schema."""
     if not list(root.glob("*.parquet")) and (root / "data").is_dir():
         root = root / "data"
     files = {split: sorted(root.glob(f"{name}*.parquet")) for split, (name, *_) in SPLITS.items()}
@@ -225,32 +232,13 @@ def parquet(config: DataConfig, root: Path) -> dict[str, Table]:
             f"the parquet files in {root} cannot be read "
             f"({first_line(error.__cause__ or error)}); fetch them again."
         ) from error
-    return hub_tables(loaded, config, contents)
+    return hub_tables(datasets, loaded, config, contents)
 
 
-def hub(config: DataConfig) -> dict[str, Table]:
-    """A dataset of the Hugging Face hub, by `datasets`."""
-    datasets = import_package("datasets", config)
-    datasets.disable_progress_bars()
-    say(f"Looking for {config.name} in the Hugging Face hub's cache, else in the hub.")
-    # Without a network it warns twice of each of several tries; one sentence at the end is enough.
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    try:
-        loaded = datasets.load_dataset(config.name)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(
-            f"the dataset {config.name} cannot be had from the Hugging Face hub "
-            f"({first_line(error)}); where there is no network, download its parquet files "
-            "elsewhere and name their folder by --data.path."
-        ) from error
-    contents = {name: f"{config.name} {rows._fingerprint}" for name, rows in loaded.items()}
-    return hub_tables(loaded, config, contents)
-
-
-def hub_tables(loaded: Any, config: DataConfig, contents: Mapping[str, str]) -> dict[str, Table]:
+def hub_tables(
+    datasets: Any, loaded: Any, config: DataConfig, contents: Mapping[str, str]
+) -> dict[str, Table]:
     """The splits of a `datasets.DatasetDict`, `contents` changing when a split's pictures do."""
-    import datasets
-
     features = next(iter(loaded.values())).features
     images = [name for name, feature in features.items() if holds_images(feature, datasets.Image)]
     columns = choose_columns(config, features, images, datasets.ClassLabel)
