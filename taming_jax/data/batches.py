@@ -6,8 +6,8 @@ and the number of a step alone says what the step reads.
 """
 
 import abc
+import contextlib
 import functools
-from collections import deque
 from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
 
@@ -106,62 +106,51 @@ class ResidentFeed(Feed):
 
 
 class StreamingFeed(Feed):
-    """A split that stays where it is, on the disk as a rule: grain's threads read its batches ahead
-    of the step, and AHEAD of them are on their way to the devices. The batches, and their order,
-    are ResidentFeed's.
+    """A split that stays where it is, on the disk as a rule: grain's threads read batches ahead of
+    the step, and send them to the devices. The batches, and their order, are ResidentFeed's.
 
     Threads, since reading decoded images is copying, which holds no lock of Python's: worker
     processes were four times slower here."""
 
-    AHEAD = 2
-    THREADS = 4
+    THREADS = 4  # and batches that are read ahead
 
     def __init__(self, split: Split, batch_size: int, seed: int, devices: Devices):
         super().__init__(len(split.images), batch_size, seed, devices)
         self._split = split
         self._reading: Any = None
-        self._ahead: deque[Batch] = deque()
-        self._next = 0  # the step after those ahead
+        self._next = 0  # the step that is read next
 
     def _read(self, choose: Callable[[int], dict[str, np.ndarray]], start: int, stop: int) -> Any:
-        """An iterator over batches `start` .. `stop` - 1 as dictionaries of arrays, of which
-        `choose` returns the examples' indices."""
+        """An iterator over batches `start` .. `stop` - 1, `choose` returning their indices."""
         import grain
 
-        def read(number: int) -> dict[str, np.ndarray]:
+        def read(number: int) -> Batch:
             arrays = choose(number)
             index = arrays.pop("index")
             # An index copies: a mapped file is read here, not in the step.
             images, labels = (np.asarray(part)[index] for part in self._split)
-            return arrays | {"images": images, "labels": labels}
+            arrays |= {"images": images, "labels": labels}
+            return Batch(number, self._devices.shard(arrays))
 
-        options = grain.ReadOptions(num_threads=self.THREADS, prefetch_buffer_size=2 * self.THREADS)
+        options = grain.ReadOptions(num_threads=self.THREADS, prefetch_buffer_size=self.THREADS)
         return iter(grain.MapDataset.range(start, stop).map(read).to_iter_dataset(options))
 
     def batch(self, step: int) -> Batch:
-        if self._reading is None or step != self._next - len(self._ahead):
+        if self._reading is None or step != self._next:
             self.close()
             self._reading = self._read(self._training, step, 2**31)
-            self._next = step
-        while len(self._ahead) <= self.AHEAD:
-            arrays = self._devices.shard(next(self._reading))
-            self._ahead.append(Batch(self._next, arrays))
-            self._next += 1
-        return self._ahead.popleft()
+        self._next = step + 1
+        return next(self._reading)
 
     def once(self) -> Generator[Batch, None, None]:
-        reading = self._read(self._evaluation, 0, -(-self.size // self.batch_size))
-        try:
-            for number, arrays in enumerate(reading):
-                yield Batch(number, self._devices.shard(arrays))
-        finally:
-            reading.close()
+        batches = self._read(self._evaluation, 0, -(-self.size // self.batch_size))
+        with contextlib.closing(batches):
+            yield from batches
 
     def close(self) -> None:
         if self._reading is not None:
             self._reading.close()
         self._reading = None
-        self._ahead.clear()
 
 
 def feed(split: Split, batch_size: int, seed: int, devices: Devices, resident_share: float) -> Feed:
