@@ -8,6 +8,7 @@ Takes the settings of the training scripts, of which only those of the data matt
 import argparse
 import dataclasses
 import hashlib
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -38,13 +39,12 @@ def hashes(split: Split) -> set[bytes]:
 
 def main() -> None:
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    own.add_argument("--out")
+    own.add_argument("--out", type=Path)
     given, rest = own.parse_known_args()
     if {"-h", "--help"} & set(rest):
         print(__doc__)
-    out = None if given.out is None else Path(given.out)
-    if out is not None:
-        check_output("--out", out, [".png"])
+    if given.out is not None:
+        check_output("--out", given.out, [".png"])
     config = parse_arguments(rest).config
     # All splits at one size, so that the same picture is the same array in each.
     splits: Splits = datasets.load(dataclasses.replace(config.data, random_crop=False))
@@ -60,12 +60,12 @@ def main() -> None:
     seen = {name: hashes(split) for name, split in named.items()}
     for name, split in named.items():
         print(f"{len(split.images) - len(seen[name])} duplicates within {name}")
-    for one, other in (("train", "validation"), ("train", "test"), ("validation", "test")):
+    for one, other in itertools.combinations(named, 2):
         print(f"{len(seen[one] & seen[other])} images of {other} are in {one} as well")
-    if out is not None:
+    if given.out is not None:
         from taming_jax.figures import sheet
 
         images = splits.train.images
         title = f"{config.data.path or config.data.name}: {len(images)} training images"
-        sheet(images[datasets.spread(len(images), 64)], out, 8, title)
-        print(f"A sheet of them is in {out}.")
+        sheet(images[datasets.spread(len(images), 64)], given.out, 8, title)
+        print(f"A sheet of them is in {given.out}.")

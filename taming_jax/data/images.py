@@ -179,12 +179,10 @@ def write_entry(
 ) -> DecodedSplit:
     """Decodes pictures into an entry of the cache, and returns it."""
     with whole(entry / "images.u8") as file:
-        with file.open("wb") as raw:
-            if hasattr(os, "posix_fallocate"):  # a full disk raises now, not a SIGBUS later
-                os.posix_fallocate(raw.fileno(), 0, math.prod(shape))
-            else:
-                raw.truncate(math.prod(shape))
-        images = np.memmap(file, np.uint8, "r+", shape=shape)
+        images = np.memmap(file, np.uint8, "w+", shape=shape)
+        if hasattr(os, "posix_fallocate"):  # a full disk raises here, in place of a SIGBUS later
+            with file.open("r+b") as raw:
+                os.posix_fallocate(raw.fileno(), 0, images.nbytes)
         bad = decode_all(pictures, images, config, split)
         problem = list_unreadable(pictures, bad, entry / "skipped.txt")
         kept = [i for i in range(len(pictures)) if i not in bad]
