@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from taming_jax.data.pixels import to_uint8
 from taming_jax.files import write_whole
 
 DPI = 110
@@ -52,13 +53,6 @@ def save(figure: Figure, path: Path) -> None:
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=DPI, facecolor="white")
     write_whole(path, content.getvalue())
-
-
-def to_uint8(images: np.ndarray) -> np.ndarray:
-    """Floats in [-1, 1] (clipped there) as uint8; uint8 as it is."""
-    if images.dtype == np.uint8:
-        return images
-    return np.rint((np.clip(images, -1, 1) + 1) * 127.5).astype(np.uint8)
 
 
 def show(axes: Axes, image: np.ndarray) -> None:

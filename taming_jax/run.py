@@ -18,6 +18,7 @@ from taming_jax.config.schema import Config
 from taming_jax.config.validation import flag
 from taming_jax.data import datasets
 from taming_jax.data.datasets import Split, Splits
+from taming_jax.data.pixels import to_float, to_uint8
 from taming_jax.errors import UserError, say
 from taming_jax.models.vqgan import build_vqgan, decode_indices, encode, images_at_once
 from taming_jax.parallel import distributed
@@ -325,7 +326,7 @@ class Run:
                 f"h and w multiples of {factor} (it was trained on {self.config.data.image_size})."
             )
         if images.dtype == np.uint8:
-            images = images / np.float32(127.5) - 1
+            images = to_float(images)
         elif not np.issubdtype(images.dtype, np.floating):
             raise UserError(
                 f"images of type {images.dtype} were given; this run takes uint8, or floats in "
@@ -368,9 +369,7 @@ class Run:
         `encode`."""
         images = np.asarray(images)
         reconstruction = self.decode(self.encode(images))
-        if images.dtype == np.uint8:
-            return np.rint((reconstruction + 1) * 127.5).astype(np.uint8)
-        return reconstruction
+        return to_uint8(reconstruction) if images.dtype == np.uint8 else reconstruction
 
     @staticmethod
     def _batched(

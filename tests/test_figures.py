@@ -14,11 +14,6 @@ def test_tiles_are_in_reading_order():
     assert (sheet[3] == 255).all() and (sheet[4:, 10:] == 255).all()
 
 
-def test_floats_are_drawn_as_bytes():
-    values = np.array([-2.0, -1.0, 0.0, 1.0, 2.0])
-    assert figures.to_uint8(values).tolist() == [0, 0, 128, 255, 255]
-
-
 def test_smoothing_is_a_centred_mean():
     values = np.random.default_rng(0).normal(size=50)
     expected = [values[max(i - 4, 0) : i + 5].mean() for i in range(50)]

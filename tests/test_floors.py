@@ -8,7 +8,7 @@ from tests import commands
 # From the top down. A module imports from floors below its own only, or from its own folder.
 FLOORS = (
     {"cli"}, {"evaluation"}, {"interop"}, {"run", "sampler", "tiles"}, {"training"}, {"metrics"},
-    {"priors"}, {"models"}, {"data"}, {"parallel"}, {"weights"}, {"config"}, {"figures"},
+    {"priors"}, {"models"}, {"figures"}, {"data"}, {"parallel"}, {"weights"}, {"config"},
     {"progress", "files"}, {"losses"}, {"errors"},
 )  # fmt: skip
 LEVELS = {name: level for level, floor in enumerate(FLOORS) for name in floor}

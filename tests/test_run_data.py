@@ -13,7 +13,7 @@ from taming_jax import errors, progress
 from taming_jax.config.load import write_config
 from taming_jax.data import datasets
 from taming_jax.errors import UserError
-from taming_jax.interop.imports import write_run
+from taming_jax.interop.imports import Model, write_run
 from tests import commands
 from tests.data import pictures
 
@@ -120,7 +120,7 @@ def test_an_import_is_evaluated_on_data_of_ones_own(place, both, tmp_path, evalu
     networks = {"generator": trained.params, "transformer": trained.transformer}
     networks = jax.tree.map(np.asarray, networks)
     names = tuple(map(str, range(4)))
-    write_run(tmp_path / "run", config, networks, names)
+    write_run(tmp_path / "run", Model(config, names), networks)
     given = ["--workdir", tmp_path / "run", "--features", "vgg"]
     status, _, err = evaluate(*given)
     assert status == 2 and "the dataset of this imported run is not known" in err

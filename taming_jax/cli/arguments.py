@@ -94,7 +94,12 @@ class Training:
 Command = TypeVar("Command", bound=Training)
 
 
-def parse_training(command: type[Command], arguments: Sequence[str], stage: str) -> Command:
+def parse_training(
+    command: type[Command],
+    arguments: Sequence[str],
+    stage: str = "vqgan",
+    description: str | None = None,
+) -> Command:
     """The command line of a training script, or of a command with the same settings.
 
     `--config` is read first and names the defaults; tyro reads the rest, and exits with status 2
@@ -121,7 +126,7 @@ def parse_training(command: type[Command], arguments: Sequence[str], stage: str)
         )
     line = tyro.cli(
         command, default=command(base), args=["--help"] if wants_help else rest,
-        description=command.__doc__,
+        description=description,
     )  # fmt: skip
     different = differences(line.config, run, ("data", "vqgan")) if stage == "prior" else []
     if different:

@@ -7,6 +7,7 @@ Takes the settings of the training scripts, of which only those of the data matt
 
 import dataclasses
 import hashlib
+import itertools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,14 +44,11 @@ class Dataset(Training):
     """A sheet of training images, .png."""
 
 
-Dataset.__doc__ = __doc__
-
-
 def main() -> None:
-    given = parse_training(Dataset, sys.argv[1:], "vqgan")
-    config, out = given.config, given.out
-    if out is not None:
-        check_output("--out", out, [".png"])
+    given = parse_training(Dataset, sys.argv[1:], description=__doc__)
+    config = given.config
+    if given.out is not None:
+        check_output("--out", given.out, [".png"])
     # All splits at one size, so that the same picture is the same array in each.
     splits: Splits = datasets.load(dataclasses.replace(config.data, random_crop=False))
     named = {name: getattr(splits, name) for name in ("train", "validation", "test")}
@@ -65,12 +63,12 @@ def main() -> None:
     seen = {name: hashes(split) for name, split in named.items()}
     for name, split in named.items():
         print(f"{len(split.images) - len(seen[name])} duplicates within {name}")
-    for one, other in (("train", "validation"), ("train", "test"), ("validation", "test")):
+    for one, other in itertools.combinations(named, 2):
         print(f"{len(seen[one] & seen[other])} images of {other} are in {one} as well")
-    if out is not None:
+    if given.out is not None:
         from taming_jax.figures import sheet
 
         images = splits.train.images
         title = f"{config.data.path or config.data.name}: {len(images)} training images"
-        sheet(images[datasets.spread(len(images), 64)], out, 8, title)
-        print(f"A sheet of them is in {out}.")
+        sheet(images[datasets.spread(len(images), 64)], given.out, 8, title)
+        print(f"A sheet of them is in {given.out}.")

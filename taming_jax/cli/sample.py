@@ -139,7 +139,7 @@ def work(given: Sample) -> None:
 def sample_classes(run: "Run", given: Sample, most: int | None, **settings: Any) -> Drawn:
     """New images of the given classes, each class once, or of all or at most so many."""
     from taming_jax.data.datasets import spread
-    from taming_jax.figures import to_uint8
+    from taming_jax.data.pixels import to_uint8
 
     count = len(run.class_names)
     numbers = run.labels(given.classes or spread(count, most or count))
@@ -155,7 +155,7 @@ def complete_pictures(
 ) -> Drawn:
     """The completions of the given pictures, which the first of several processes reads. UserError
     for those that cannot be read."""
-    from taming_jax.figures import to_uint8
+    from taming_jax.data.pixels import to_uint8
     from taming_jax.parallel import distributed
 
     config, files = run.config.data, [Path(name) for name in given.complete]

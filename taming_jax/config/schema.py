@@ -66,7 +66,7 @@ class DataConfig:
     bad_share: float = free(0.1, SHARE)
     """The largest share of pictures that may be unreadable and left out."""
     workers: int | None = free(None, COUNT)
-    """Processes that decode pictures; one a core unless told."""
+    """Threads that decode pictures; default: one per core."""
     resident_share: float = free(0.2, SHARE)
     """A split that takes no more than this share of a device's memory is kept there; a larger one
     is read from the disk, batch by batch."""

@@ -5,15 +5,12 @@ sees (`stored_size`). Everything else sees their middle.
 """
 
 from collections.abc import Sequence
-from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from taming_jax.config.schema import DataConfig
-
-Images = TypeVar("Images", np.ndarray, jax.Array)
+from taming_jax.data.pixels import Images
 
 
 def augments(config: DataConfig) -> bool:

@@ -6,14 +6,12 @@ and the number of a step alone says what the step reads.
 """
 
 import abc
+import contextlib
 import functools
-from collections import deque
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
-from typing import Any, NamedTuple, SupportsIndex
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from taming_jax.data.datasets import Split
@@ -83,8 +81,9 @@ class Feed(abc.ABC):
     def once(self) -> Generator[Batch, None, None]:
         """Every example once, in order, in batches of one size."""
 
-    def close(self) -> None:  # noqa: B027 - most read nothing ahead
-        """Ends what reads ahead."""
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Stops reading ahead."""
 
 
 class ResidentFeed(Feed):
@@ -102,75 +101,56 @@ class ResidentFeed(Feed):
             shards = self._devices.shard(self._evaluation(number))
             yield Batch(number, self._resident | shards)
 
-
-@dataclass(frozen=True)
-class Reads:
-    """Batch after batch as numpy arrays, which is a source to grain: `which` returns a batch's
-    index, and what else goes with it."""
-
-    split: Split
-    which: Callable[[int], dict[str, np.ndarray]]
-    count: int
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, number: SupportsIndex) -> dict[str, np.ndarray]:
-        arrays = self.which(int(number))
-        index = arrays.pop("index")
-        # Copied, since they are picked by index: a mapped file is read here, not in the step.
-        return arrays | {name: np.asarray(x)[index] for name, x in self.split._asdict().items()}
+    def close(self) -> None:
+        """Nothing is read ahead."""
 
 
 class StreamingFeed(Feed):
-    """A split that stays where it is, on the disk as a rule: grain's threads read its batches ahead
-    of the step, and AHEAD of them are on their way to the devices. The batches, and their order,
-    are ResidentFeed's.
+    """A split that stays where it is, on the disk as a rule: grain's threads read batches ahead of
+    the step, and send them to the devices. The batches, and their order, are ResidentFeed's.
 
     Threads, since reading decoded images is copying, which holds no lock of Python's: worker
     processes were four times slower here."""
 
-    AHEAD = 2
-    THREADS = 4
+    THREADS = 4  # and batches that are read ahead
 
     def __init__(self, split: Split, batch_size: int, seed: int, devices: Devices):
         super().__init__(len(split.images), batch_size, seed, devices)
         self._split = split
         self._reading: Any = None
-        self._ahead: deque[Batch] = deque()
-        self._next = 0  # the step after those ahead
+        self._next = 0  # the step that is read next
 
-    def _read(self, which: Callable, start: int, count: int) -> Any:
+    def _read(self, choose: Callable[[int], dict[str, np.ndarray]], start: int, stop: int) -> Any:
+        """An iterator over batches `start` .. `stop` - 1, `choose` returning their indices."""
         import grain
 
-        options = grain.ReadOptions(num_threads=self.THREADS, prefetch_buffer_size=2 * self.THREADS)
-        reads = grain.MapDataset.source(Reads(self._split, which, count))
-        return iter(reads[start:].to_iter_dataset(options))
+        def read(number: int) -> Batch:
+            arrays = choose(number)
+            index = arrays.pop("index")
+            # An index copies: a mapped file is read here, not in the step.
+            images, labels = (np.asarray(part)[index] for part in self._split)
+            arrays |= {"images": images, "labels": labels}
+            return Batch(number, self._devices.shard(arrays))
+
+        options = grain.ReadOptions(num_threads=self.THREADS, prefetch_buffer_size=self.THREADS)
+        return iter(grain.MapDataset.range(start, stop).map(read).to_iter_dataset(options))
 
     def batch(self, step: int) -> Batch:
-        if self._reading is None or step != self._next - len(self._ahead):
+        if self._reading is None or step != self._next:
             self.close()
             self._reading = self._read(self._training, step, 2**31)
-            self._next = step
-        while len(self._ahead) <= self.AHEAD:
-            arrays = self._devices.shard(next(self._reading))
-            self._ahead.append(Batch(self._next, arrays))
-            self._next += 1
-        return self._ahead.popleft()
+        self._next = step + 1
+        return next(self._reading)
 
     def once(self) -> Generator[Batch, None, None]:
-        reading = self._read(self._evaluation, 0, -(-self.size // self.batch_size))
-        try:
-            for number, arrays in enumerate(reading):
-                yield Batch(number, self._devices.shard(arrays))
-        finally:
-            reading.close()
+        batches = self._read(self._evaluation, 0, -(-self.size // self.batch_size))
+        with contextlib.closing(batches):
+            yield from batches
 
     def close(self) -> None:
         if self._reading is not None:
             self._reading.close()
         self._reading = None
-        self._ahead.clear()
 
 
 def feed(split: Split, batch_size: int, seed: int, devices: Devices, resident_share: float) -> Feed:
@@ -184,13 +164,3 @@ def take(arrays: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
     if "index" not in arrays:
         return arrays["images"], arrays["labels"]
     return arrays["images"][arrays["index"]], arrays["labels"][arrays["index"]]
-
-
-def to_float(images: jax.Array) -> jax.Array:
-    """uint8 in 0..255 to float32 in [-1, 1]."""
-    return images.astype(np.float32) / 127.5 - 1.0
-
-
-def rounded(images: jax.Array) -> jax.Array:
-    """Floats in [-1, 1], clipped to that, to uint8: what a saved picture keeps of them."""
-    return jnp.rint((jnp.clip(images, -1, 1) + 1) * 127.5).astype(jnp.uint8)

@@ -18,7 +18,7 @@ import numpy as np
 from taming_jax.config.schema import UNKNOWN, DataConfig
 from taming_jax.data import readers
 from taming_jax.data.augment import centred, stored_size
-from taming_jax.data.images import Pictures, decoded
+from taming_jax.data.images import Pictures, Table, decode_split
 from taming_jax.errors import UserError, say
 from taming_jax.parallel import distributed
 
@@ -51,12 +51,14 @@ def load(config: DataConfig) -> Splits:
             "the dataset of this imported run is not known; name one with --data.name and "
             "--data.path (in a notebook with data={'name': …, 'path': …})."
         )
+    if config.path is not None and not Path(config.path).is_dir():
+        raise UserError(f"--data.path {config.path} is no folder; name the one with the data.")
     if config.name in SOURCES:
         return SOURCES[config.name](config)
     if config.name.startswith("tfds:"):
-        return pictured(readers.tfds(config), config)
+        return decode_tables(readers.tfds(config), config)
     if "/" in config.name:
-        return hub(config)
+        return decode_tables(readers.hub(config), config)
     raise UserError(
         f"--data.name {config.name} is unknown; the datasets are {', '.join(sorted(SOURCES))}, "
         "OWNER/NAME of the Hugging Face hub, and tfds:NAME of TensorFlow Datasets."
@@ -157,32 +159,24 @@ def cut_by_seed(n: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray
 def mnist(config: DataConfig) -> Splits:
     """MNIST (LeCun, Cortes, Burges) from its four IDX files, the package's own or one's own copy
     in `config.path`, with or without `.gz`."""
-    if config.image_size != 28 or config.channels != 1:
+    if config.image_size != 28 or config.channels != 1 or config.random_crop:
         raise UserError(
-            f"MNIST images are 28x28 and gray; --data.image-size {config.image_size} with "
-            f"--data.channels {config.channels} cannot be had (take 28 and 1)."
+            "MNIST images are 28x28 and gray; take --data.image-size 28 and --data.channels 1, and "
+            "leave --data.random-crop out."
         )
-    if config.random_crop:
-        raise UserError("MNIST images are no larger than 28x28; leave --data.random-crop out.")
-    folder: Traversable
-    if config.path is None:
-        folder = resources.files("taming_jax.data") / "mnist"
-    else:
-        folder = Path(config.path)
-        if not folder.is_dir():
-            raise UserError(f"--data.path {config.path} is no folder; name one with MNIST's files.")
+    package: Traversable = resources.files("taming_jax.data") / "mnist"
+    folder = package if config.path is None else Path(config.path)
 
     def split(prefix: str) -> Split:
         images = read_idx(folder, f"{prefix}-images-idx3-ubyte", dimensions=3)
         labels = read_idx(folder, f"{prefix}-labels-idx1-ubyte", dimensions=1)
-        if len(images) != len(labels) or images.shape[1:] != (28, 28) or len(images) < 2:
+        n, height, width = images.shape
+        if n < 2 or n != len(labels) or (height, width) != (28, 28) or labels.max() > 9:
             raise UserError(
-                f"the MNIST files '{prefix}-…' in {folder} hold {len(images)} images of "
-                f"{images.shape[1]}x{images.shape[2]} and {len(labels)} labels; "
-                "replace them with the original ones."
+                f"the MNIST files '{prefix}-…' in {folder} hold {n} images of {height}x{width} and "
+                f"{len(labels)} labels up to {labels.max(initial=0)}; replace them with the "
+                "original ones."
             )
-        if labels.max() > 9:
-            raise UserError(f"the MNIST labels '{prefix}-…' in {folder} go beyond 9; replace them.")
         return Split(images[..., None], labels.astype(np.int32))
 
     train, validation = cut_validation(split("train"), config)
@@ -205,12 +199,9 @@ def read_idx(folder: Traversable, name: str, dimensions: int) -> np.ndarray:
         raise UserError(f"{file} is truncated or damaged ({error}); replace it.") from error
     header = 4 + 4 * dimensions
     shape = tuple(map(int, np.frombuffer(content[4:header].ljust(header - 4, b"\0"), ">u4")))
-    if content[:4] != bytes([0, 0, 8, dimensions]):
-        raise UserError(f"{file} is no IDX file of {dimensions} dimensions; replace it.")
-    if len(content) != header + np.prod(shape):
+    if content[:4] != bytes([0, 0, 8, dimensions]) or len(content) != header + np.prod(shape):
         raise UserError(
-            f"{file} is truncated: it promises {np.prod(shape)} values and holds "
-            f"{len(content) - header}; replace it."
+            f"{file} is truncated, or no IDX file of {dimensions} dimensions; replace it."
         )
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
@@ -237,26 +228,19 @@ def synthetic(config: DataConfig) -> Splits:
 
 def folder(config: DataConfig) -> Splits:
     """One's own pictures in `config.path`: a folder a class, or one folder."""
-    return pictured(readers.folder(config), config)
+    return decode_tables(readers.folder(config), config)
 
 
-def hub(config: DataConfig) -> Splits:
-    """A dataset of the Hugging Face hub, or its parquet files in `config.path`."""
-    tables = readers.hub(config) if config.path is None else readers.parquet(config)
-    return pictured(tables, config)
-
-
-def pictured(tables: dict[str, readers.Table], config: DataConfig) -> Splits:
+def decode_tables(tables: dict[str, Table], config: DataConfig) -> Splits:
     """Encoded pictures as Splits. What the data does not have as a split of its own is cut from
-    its training split, by seed."""
+    its training split, by seed. Raises UserError where there is nothing to train on, or too many
+    pictures cannot be read."""
     tables = {split: table for split, table in tables.items() if len(table.names)}
     if "train" not in tables:
-        raise UserError(f"the training split of {config.path or config.name} is empty.")
-    labels, class_names = numbered(tables, config)
+        raise UserError(f"{config.path or config.name} has no split 'train', or an empty one.")
+    labels, class_names = number_classes(tables, config)
     pictures = {
-        split: Pictures(
-            table.reader, np.arange(len(table.names)), table.names, labels[split], table.content
-        )
+        split: Pictures(table, np.arange(len(table.names)), labels[split])
         for split, table in tables.items()
     }
     for split, share in (("test", config.test_share), ("validation", config.validation_share)):
@@ -270,23 +254,20 @@ def pictured(tables: dict[str, readers.Table], config: DataConfig) -> Splits:
             rest, cut = cut_by_seed(n, share, config.split_seed)
             pictures[split] = pictures["train"].part(cut)
             pictures["train"] = pictures["train"].part(rest)
-    parts, bad, of_all = {}, [], sum(map(len, pictures.values()))
+    parts, problems, count = {}, [], sum(map(len, pictures.values()))
     for split in ("train", "validation", "test"):
         size = stored_size(config) if split == "train" else config.image_size
-        found = decoded(pictures[split], size, config, split)
-        parts[split] = Split(found.images, found.labels)
-        if found.bad:
-            bad.append((found.bad, f"{split}: {found.says}"))
-    if sum(count for count, _ in bad) > config.bad_share * of_all:
+        decoded = decode_split(pictures[split], size, config, split)
+        parts[split] = Split(decoded.images, decoded.labels)
+        if decoded.problem:
+            problems.append(f"{split}: {decoded.problem}")
+    if count - sum(len(part.images) for part in parts.values()) > config.bad_share * count:
         raise UserError(
-            f"{'; '.join(says for _, says in bad)}. Mend or remove them, or allow a larger share "
-            "by --data.bad-share."
+            f"{'; '.join(problems)}. Mend or remove them, or allow a larger share by "
+            "--data.bad-share."
         )
-    for _, says in bad:
-        say(f"{says}, and left out.")
-    for split, part in parts.items():
-        if not len(part.images):
-            raise UserError(f"no picture of the {split} split can be read.")
+    for problem in problems:
+        say(f"{problem}, and left out.")
     unlearned = set(parts["test"].labels.tolist()) - set(parts["train"].labels.tolist())
     if unlearned:
         say(
@@ -296,37 +277,33 @@ def pictured(tables: dict[str, readers.Table], config: DataConfig) -> Splits:
     return Splits(**parts, class_names=class_names)
 
 
-def numbered(
-    tables: dict[str, readers.Table], config: DataConfig
+def number_classes(
+    tables: dict[str, Table], config: DataConfig
 ) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-    """Classes as numbers int32 [n] by split, and their names. UserError where they are missing,
-    negative, or no classes."""
+    """Classes as numbers int32 [n] by split, and their names. UserError where some are missing, or
+    are neither names nor numbers from 0."""
     where = config.path or config.name
-    of_each = {split: table.classes for split, table in tables.items()}
-    if all(values is None for values in of_each.values()):
-        zeros = {split: np.zeros(len(tables[split].names), np.int32) for split in tables}
-        return zeros, ("all",)
-    values = [value for each in of_each.values() for value in each or [None]]
-    if any(value is None for value in values):
+    classes = {split: table.classes or [None] * len(table.names) for split, table in tables.items()}
+    values = [value for of_split in classes.values() for value in of_split]
+    names: tuple[str, ...]
+    numbers: dict[Any, int]
+    if all(value is None for value in values):
+        names, numbers = ("all",), {None: 0}
+    elif any(value is None for value in values):
         raise UserError(f"some pictures of {where} have no class; give every one a class.")
-    if all(isinstance(value, str) for value in values):
-        learned = set(of_each["train"] or ())
+    elif all(isinstance(value, str) for value in values):
+        learned = set(classes["train"])
         names = (*sorted(learned), *sorted(set(values) - learned))
         numbers = {name: i for i, name in enumerate(names)}
     elif all(isinstance(value, int | np.integer) for value in values):
-        known = next((table.class_names for table in tables.values() if table.class_names), None)
-        if min(values) < 0:
-            raise UserError(f"some classes of {where} are negative; count them from 0.")
-        if known is None and max(values) > 1000 + 10 * len(values):
+        names = next((table.class_names for table in tables.values() if table.class_names), ())
+        most = len(names) or 1000 + 10 * len(values)  # others are no classes, but identifiers
+        if not 0 <= min(values) <= max(values) < most:
             raise UserError(
-                f"the classes of {where} go up to {max(values)}, for {len(values)} pictures; count "
-                "them from 0."
+                f"the classes of {where} go from {min(values)} to {max(values)}; count them from 0 "
+                f"to at most {most - 1}."
             )
-        names = known or tuple(map(str, range(max(values) + 1)))
-        if max(values) >= len(names):
-            raise UserError(
-                f"{where} has a class {max(values)}, but names for {len(names)} only; mend it."
-            )
+        names = names or tuple(map(str, range(max(values) + 1)))
         numbers = {i: i for i in range(len(names))}
     else:
         kinds = ", ".join(sorted({type(value).__name__ for value in values}))
@@ -335,8 +312,8 @@ def numbered(
             "(--data.label-column)."
         )
     labels = {
-        split: np.array([numbers[value] for value in each or ()], np.int32)
-        for split, each in of_each.items()
+        split: np.array([numbers[value] for value in of_split], np.int32)
+        for split, of_split in classes.items()
     }
     return labels, names
 

@@ -2,31 +2,23 @@
 
 A decoded split lies in the cache as one folder: `images.u8` (raw bytes, memory-mapped) and
 `about.json` (which pictures it holds, which could not be read, checksums), under a key of the
-pictures' content and of how they were resized. It appears whole or not at all: it is written beside
-its place and renamed.
-No JAX here: this is imported by worker processes.
+pictures' content and of how they were resized. `about.json` is written last, and an entry counts
+only where it fits the images.
 """
 
 import concurrent.futures
-import concurrent.futures.process
 import contextlib
 import errno
-import functools
 import hashlib
 import io
 import json
-import multiprocessing
+import math
 import os
-import shutil
-import signal
-import tempfile
-import threading
-import warnings
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import filelock
 import numpy as np
@@ -34,45 +26,51 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from taming_jax.config.schema import DataConfig
 from taming_jax.errors import UserError, say
-from taming_jax.files import text_hash, user_cache
+from taming_jax.files import text_hash, user_cache, whole, write_whole
 from taming_jax.progress import Progress
 
 VERSION = 3  # of the cache's format; another version is another key
-CHUNK = 64  # pictures a worker takes at once
+CHUNK = 64  # pictures that a thread decodes at a time
 SUMMED = 2**26  # bytes a checksum
-UNGUARDED = (
-    "the processes that decode pictures could not begin; a script of your own must load data and "
-    "train under `if __name__ == '__main__':`, or decode in one process, by --data.workers 1."
-)
 
 
 class Reader(Protocol):
-    """Encoded pictures by number. Sent to worker processes, so it must pickle."""
+    """Encoded pictures by number, which several threads read at once."""
 
     def __getitem__(self, number: int) -> bytes: ...
 
 
-@dataclass(frozen=True)
-class Pictures:
-    """Pictures that are not decoded yet: `reader[numbers[i]]` are the bytes of picture i,
-    `names[i]` is what a person would call it, `labels[i]` its class, int32. `content` stands for
-    all of the reader's pictures: other pictures, another content."""
+class Table(NamedTuple):
+    """The pictures of a split as their source has them. `names` are what a person would call them.
+    `classes` holds a value (a number, a name) per picture, or is None where the data has no
+    classes; `class_names` are the names of numbers, empty where there are none; `content` changes
+    when a picture does."""
 
     reader: Reader
-    numbers: np.ndarray
     names: Sequence[str]
-    labels: np.ndarray
+    classes: Sequence[Any] | None
+    class_names: tuple[str, ...]
     content: str
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Pictures that are not decoded yet: those at `numbers`, int [n], of a table, with their
+    classes `labels`, int32 [n]."""
+
+    table: Table
+    numbers: np.ndarray
+    labels: np.ndarray
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     def part(self, index: np.ndarray) -> "Pictures":
         """Some of the pictures, by their places."""
-        return replace(
-            self, numbers=self.numbers[index], names=[self.names[i] for i in index],
-            labels=self.labels[index],
-        )  # fmt: skip
+        return Pictures(self.table, self.numbers[index], self.labels[index])
+
+    def name(self, place: int) -> str:
+        return self.table.names[self.numbers[place]]
 
 
 def decode(content: bytes, size: int | tuple[int, int], channels: int, squeeze: bool) -> np.ndarray:
@@ -83,14 +81,15 @@ def decode(content: bytes, size: int | tuple[int, int], channels: int, squeeze: 
     Raises some exception, of many kinds, where the picture cannot be read.
     """
     high, wide = (size, size) if isinstance(size, int) else size
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(io.BytesIO(content)) as opened:
-            if not squeeze:
-                # A JPEG is decoded at an eighth, a quarter or half its size where that is enough.
-                opened.draft(None, (2 * wide, 2 * high))
-            opened.load()
-            image = ImageOps.exif_transpose(opened)
+    with Image.open(io.BytesIO(content)) as opened:
+        # Pillow warns of these, and raises where there are twice as many pixels.
+        if (pixels := opened.width * opened.height) > (Image.MAX_IMAGE_PIXELS or math.inf):
+            raise Image.DecompressionBombError(f"it has {pixels} pixels")
+        if not squeeze:
+            # A JPEG is decoded at an eighth, a quarter or half its size where that is enough.
+            opened.draft(None, (2 * wide, 2 * high))
+        opened.load()
+        image = ImageOps.exif_transpose(opened)
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if "A" in image.getbands() or "transparency" in image.info:
@@ -107,125 +106,99 @@ def decode(content: bytes, size: int | tuple[int, int], channels: int, squeeze: 
     return np.asarray(image).reshape(high, wide, channels)
 
 
-@dataclass(frozen=True)
-class Decoder:
-    """Decodes pictures of a reader into the array `images` that a file holds."""
-
-    reader: Reader
-    path: str
-    shape: tuple[int, ...]
-    squeeze: bool
-
-    @functools.cached_property
-    def images(self) -> np.ndarray:
-        return np.memmap(self.path, np.uint8, "r+", shape=self.shape)
-
-    def __call__(self, numbers: np.ndarray, first: int) -> dict[int, str]:
-        """Fills the places `first` ...; returns those whose pictures cannot be read, and why."""
-        bad = {}
-        for place, number in enumerate(numbers.tolist(), first):
-            try:
-                content = self.reader[number]
-                self.images[place] = decode(content, self.shape[1], self.shape[3], self.squeeze)
-            except UnidentifiedImageError:
-                bad[place] = "no picture of a known kind"
-            except MemoryError:
-                raise
-            except Exception as error:  # damage raises many kinds
-                if isinstance(error, OSError) and error.errno is not None:
-                    raise  # the disk's trouble, not the picture's
-                bad[place] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        return bad
-
-
-_decoder: list[Decoder] = []  # a worker process's own
-
-
-def begin_worker(decoder: Decoder) -> None:
-    _decoder[:] = [decoder]
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def end_with_parent() -> None:
-    """Ends a worker whose parent was killed, which would wait for it for ever otherwise."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def work(numbers: np.ndarray, first: int) -> dict[int, str]:
-    return _decoder[0](numbers, first)
-
-
 def cache_folder(config: DataConfig) -> Path:
     """The folder of the cache: the setting, else the user's own."""
     return user_cache() if config.cache is None else Path(config.cache)
 
 
-class Decoded(NamedTuple):
+class DecodedSplit(NamedTuple):
     """`images` uint8 [n,size,size,channels], memory-mapped, and `labels` int32 [n] of the pictures
-    that could be read; how many could not, and a phrase that says which."""
+    that can be read, and a phrase about those that cannot, empty where there are none."""
 
     images: np.ndarray
     labels: np.ndarray
-    bad: int
-    says: str
+    problem: str
 
 
-def decoded(pictures: Pictures, size: int, config: DataConfig, split: str) -> Decoded:
+def decode_split(pictures: Pictures, size: int, config: DataConfig, split: str) -> DecodedSplit:
     """The pictures of a split as arrays: decoded into the cache, in parallel, unless they are
-    there. Raises UserError where a picture's file, or the cache, cannot be read or written."""
-    seen = [VERSION, pictures.content, size, config.channels, config.squeeze]
-    key = hashlib.sha256(json.dumps(seen).encode() + pictures.numbers.tobytes()).hexdigest()[:20]
-    root = cache_folder(config)
-    place = root / key
+    there.
+
+    Raises UserError where a picture's file, or the cache, cannot be read or written, and where none
+    of the pictures can be decoded.
+    """
+    parts = [VERSION, pictures.table.content, size, config.channels, config.squeeze]
+    key = hashlib.sha256(json.dumps(parts).encode() + pictures.numbers.tobytes()).hexdigest()[:20]
+    entry = cache_folder(config) / key
     shape = (len(pictures), size, size, config.channels)
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        found = opened(place, pictures, shape)
-        if found is None:
-            with locked(root / f".{key}.lock", split):
-                for left in root.glob(f"{key}-partial-*"):  # by a process that was killed
-                    shutil.rmtree(left, ignore_errors=True)
-                found = opened(place, pictures, shape)  # another process may have been first
-                if found is None:
-                    shutil.rmtree(place, ignore_errors=True)
-                    fill(place, pictures, shape, config, split)
-                    found = opened(place, pictures, shape)
-        if found is None:
-            raise OSError(errno.EIO, "what was written is not what is read")
-        return found
+        entry.mkdir(parents=True, exist_ok=True)
+        cached = read_entry(entry, pictures, shape)
+        if cached is None:
+            with lock_entry(entry, split):
+                cached = read_entry(entry, pictures, shape)  # another process may have written it
+                cached = cached or write_entry(entry, pictures, shape, config, split)
+        return cached
     except OSError as error:
         reason = error.strerror or str(error)
-        file = root if error.filename is None else Path(os.fsdecode(error.filename))
-        if not file.is_relative_to(root) and not root.is_relative_to(file):
-            raise UserError(
-                f"{file} cannot be read ({reason}); mend that, and run the same again."
-            ) from error
         if error.errno == errno.ENOSPC:
             reason = f"the disk is full, {np.prod(shape) / 2**20:.0f} MiB are needed"
         raise UserError(
-            f"the image cache {root} cannot be used: {reason}; free it, or choose another "
+            f"the image cache {entry.parent} cannot be used: {reason}; free it, or choose another "
             "--data.cache."
         ) from error
 
 
-def opened(place: Path, pictures: Pictures, shape: tuple[int, ...]) -> Decoded | None:
-    """What lies in a place of the cache; None where nothing does, or it is damaged."""
+def lock_entry(entry: Path, split: str) -> contextlib.AbstractContextManager[Any]:
+    """Keeps other processes from writing an entry; the lock ends with its process."""
+    lock = filelock.FileLock(entry / ".lock")
     try:
-        about = json.loads((place / "about.json").read_text(encoding="utf-8"))
-        if about.pop("hash") != text_hash(about):
+        return lock.acquire(blocking=False)
+    except filelock.Timeout:
+        say(f"{split}: another process decodes the same pictures; waiting for it.")
+        return lock.acquire()
+
+
+def read_entry(entry: Path, pictures: Pictures, shape: tuple[int, ...]) -> DecodedSplit | None:
+    """The entry of the cache in a folder; None where there is none, or it is damaged."""
+    try:
+        about = json.loads((entry / "about.json").read_text(encoding="utf-8"))
+        if about.pop("hash", None) != text_hash(about):
             return None
-        kept, bad, says = np.array(about["kept"], int), about["bad"], about["says"]
-        images = np.zeros((0, *shape[1:]), np.uint8)
-        if len(kept):  # an empty file cannot be mapped
-            images = np.memmap(place / "images.u8", np.uint8, "r", shape=(len(kept), *shape[1:]))
-        if checksums(images) != about["checksums"]:
-            return None
-        return Decoded(images, pictures.labels[kept], bad, says)
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        kept = np.array(about["kept"])
+        images = np.memmap(entry / "images.u8", np.uint8, "r", shape=(len(kept), *shape[1:]))
+    except (FileNotFoundError, ValueError):
         return None
+    if checksums(images) != about["checksums"]:
+        return None
+    return DecodedSplit(images, pictures.labels[kept], about["says"])
+
+
+def write_entry(
+    entry: Path, pictures: Pictures, shape: tuple[int, ...], config: DataConfig, split: str
+) -> DecodedSplit:
+    """Decodes pictures into an entry of the cache, and returns it."""
+    with whole(entry / "images.u8") as file:
+        images = np.memmap(file, np.uint8, "w+", shape=shape)
+        if hasattr(os, "posix_fallocate"):  # a full disk raises here, in place of a SIGBUS later
+            with file.open("r+b") as raw:
+                os.posix_fallocate(raw.fileno(), 0, images.nbytes)
+        bad = decode_all(pictures, images, config, split)
+        problem = list_unreadable(pictures, bad, entry / "skipped.txt")
+        kept = [i for i in range(len(pictures)) if i not in bad]
+        if not kept:
+            raise UserError(f"no picture of the {split} split can be read: {problem}.")
+        if bad:
+            for to, source in enumerate(kept):
+                images[to] = images[source]
+        about = {"kept": kept, "says": problem, "checksums": checksums(images[: len(kept)])}
+        os.truncate(file, len(kept) * images[0].nbytes)
+    about["hash"] = text_hash(about)
+    write_whole(entry / "about.json", json.dumps(about).encode())
+    written = read_entry(entry, pictures, shape)
+    if written is None:
+        raise OSError(errno.EIO, "what was written is not what is read")
+    return written
 
 
 def checksums(images: np.ndarray) -> list[int]:
@@ -237,120 +210,54 @@ def checksums(images: np.ndarray) -> list[int]:
         return list(threads.map(zlib.crc32, parts))
 
 
-@contextlib.contextmanager
-def locked(file: Path, split: str) -> Iterator[None]:
-    """Around work that one process at a time may do; the lock ends with its process."""
-    lock = filelock.FileLock(file)
-    try:
-        lock.acquire(blocking=False)
-    except filelock.Timeout as error:
-        # Set while a worker runs its parent's script again in order to start: it would wait forever
-        # for what that parent holds.
-        if getattr(multiprocessing.current_process(), "_inheriting", False):
-            raise UserError(UNGUARDED) from error
-        say(f"{split}: another process decodes the same pictures; waiting for it.")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def fill(
-    place: Path, pictures: Pictures, shape: tuple[int, ...], config: DataConfig, split: str
-) -> None:
-    """Decodes pictures into a new folder of the cache."""
-    work = Path(tempfile.mkdtemp(prefix=f"{place.name}-partial-", dir=place.parent))
-    try:
-        file = work / "images.u8"
-        with file.open("wb") as raw:
-            if hasattr(os, "posix_fallocate"):  # a full disk is told now, not by a crash later
-                os.posix_fallocate(raw.fileno(), 0, int(np.prod(shape)))
-            else:
-                raw.truncate(int(np.prod(shape)))
-        bad = decode_all(pictures, file, shape, config, split)
-        kept = [i for i in range(len(pictures)) if i not in bad]
-        if bad:
-            images = np.memmap(file, np.uint8, "r+", shape=shape)
-            for to, source in enumerate(kept):
-                images[to] = images[source]
-            images.flush()
-            os.truncate(file, len(kept) * int(np.prod(shape[1:])))
-        written = np.memmap(file, np.uint8, "r") if kept else np.zeros(0, np.uint8)
-        says = listed(pictures, bad, place.with_name(f"{place.name}-skipped.txt"))
-        about = {
-            "version": VERSION, "kept": kept, "bad": len(bad), "says": says,
-            "checksums": checksums(written),
-        }  # fmt: skip
-        about["hash"] = text_hash(about)
-        (work / "about.json").write_text(json.dumps(about), encoding="utf-8")
-        for part in (file, work / "about.json"):  # on the disk before it has its name
-            with part.open("r+b") as raw:
-                os.fsync(raw.fileno())
-        work.rename(place)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def ignored_interrupts() -> Iterator[None]:
-    """While worker processes start: they inherit an ignored SIGINT. A terminal sends Ctrl-C to all
-    of them, and only their parent is to act on it: they end with it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def decode_all(
-    pictures: Pictures, file: Path, shape: tuple[int, ...], config: DataConfig, split: str
+    pictures: Pictures, images: np.ndarray, config: DataConfig, split: str
 ) -> dict[int, str]:
-    """Decodes pictures into a file, in worker processes where there are many."""
-    starts = range(0, len(pictures), CHUNK)
-    workers = min(config.workers or os.cpu_count() or 1, len(starts))
-    folder = file.parent.parent
-    say(f"{split}: decoding {len(pictures)} pictures to {shape[1]}x{shape[2]} into {folder}.")
-    jobs = [(pictures.numbers[start : start + CHUNK], start) for start in starts]
-    decoder = Decoder(pictures.reader, str(file), shape, config.squeeze)
+    """Decodes pictures into `images`, uint8 [n,size,size,channels]. Returns the places of those
+    that cannot be decoded, and why. Raises UserError where a picture's file cannot be read."""
+    count, size, _, channels = images.shape
+
+    def decode_chunk(start: int) -> dict[int, str]:
+        bad = {}
+        for place in range(start, min(start + CHUNK, count)):
+            try:
+                content = pictures.table.reader[int(pictures.numbers[place])]
+                images[place] = decode(content, size, channels, config.squeeze)
+            except UnidentifiedImageError:
+                bad[place] = "no picture of a known kind"
+            except MemoryError:
+                raise
+            except Exception as error:  # damage raises many kinds
+                if isinstance(error, OSError) and error.errno is not None:  # the disk is to blame
+                    raise UserError(
+                        f"{error.filename or pictures.name(place)} cannot be read "
+                        f"({error.strerror}); mend that, and run the same again."
+                    ) from error
+                bad[place] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        return bad
+
+    say(f"{split}: decoding {count} pictures to {size}x{size} into {cache_folder(config)}.")
     bad: dict[int, str] = {}
-    with Progress("decoding", len(pictures), "pictures") as progress:
-        if workers < 2:
-            for job in jobs:
-                bad |= decoder(*job)
-                progress.update(len(job[0]))
-            return bad
-        # Fresh processes: a fork of one that runs JAX's threads may hang.
-        pool = concurrent.futures.ProcessPoolExecutor(
-            workers, multiprocessing.get_context("spawn"), begin_worker, (decoder,)
-        )
-        try:
-            with ignored_interrupts():
-                futures = {pool.submit(work, *job): len(job[0]) for job in jobs}
-            for future in concurrent.futures.as_completed(futures):
-                bad |= future.result()
-                progress.update(futures[future])
-        except concurrent.futures.process.BrokenProcessPool as error:
-            raise UserError(
-                f"a process that decodes pictures died; where memory is short, take fewer "
-                f"--data.workers. Else {UNGUARDED}"
-            ) from error
-        finally:  # after a signal, what is not begun is left
-            pool.shutdown(wait=True, cancel_futures=True)
+    # Threads, since Pillow releases Python's lock while it decodes and resizes.
+    pool = concurrent.futures.ThreadPoolExecutor(config.workers or os.cpu_count() or 1)
+    try:
+        with Progress("decoding", count, "pictures") as progress:
+            for chunk in pool.map(decode_chunk, range(0, count, CHUNK)):
+                bad |= chunk
+                progress.update(CHUNK)
+    finally:  # after an error, or Ctrl-C in a notebook, the chunks that have not begun are dropped
+        pool.shutdown(cancel_futures=True)
     return bad
 
 
-def listed(pictures: Pictures, bad: dict[int, str], file: Path) -> str:
+def list_unreadable(pictures: Pictures, bad: dict[int, str], file: Path) -> str:
     """Names the pictures that cannot be read in a file, and returns a phrase about them."""
     if not bad:
         return ""
-    lines = [f"{pictures.names[i]}\t{bad[i]}\n" for i in sorted(bad)]
+    lines = [f"{pictures.name(i)}\t{bad[i]}\n" for i in sorted(bad)]
     file.write_text("".join(lines), encoding="utf-8")
     first = min(bad)
     return (
-        f"{len(bad)} of {len(pictures)} pictures cannot be read, {pictures.names[first]} for one "
+        f"{len(bad)} of {len(pictures)} pictures cannot be read, {pictures.name(first)} for one "
         f"({bad[first]}); they are named in {file}"
     )

@@ -1,8 +1,8 @@
 """Where encoded pictures come from: folders, parquet files, the Hugging Face hub, TensorFlow
-Datasets. Each function returns tables: by split, a reader and what a person would call its
-pictures, with the values of the class column."""
+Datasets. Each function returns a table per split, by "train", "validation" and "test"."""
 
 import hashlib
+import importlib
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,45 +12,29 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from taming_jax.config.schema import DataConfig
-from taming_jax.config.validation import flag
-from taming_jax.data.images import Reader, cache_folder
-from taming_jax.errors import UserError
+from taming_jax.data.images import Table, cache_folder
+from taming_jax.errors import UserError, say
 from taming_jax.files import text_hash
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
-SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val"), "test": ("test",)}
+# What a split may be called; the first name is a prefix of the others.
+SPLITS = {"train": ("train",), "validation": ("val", "valid", "validation"), "test": ("test",)}
 
 
-class Table(NamedTuple):
-    """One split. `classes` holds a value a picture (a number, a name), or is None where the data
-    has no classes; `class_names` are the names of numbers, where the data has them; `content`
-    changes when a picture does."""
-
-    reader: Reader
-    names: Sequence[str]
-    classes: Sequence[Any] | None
-    class_names: tuple[str, ...] | None
-    content: str
+def find_splits(exists: Callable[[str], bool]) -> dict[str, str]:
+    """The names of the splits that exist, by "train", "validation" and "test"."""
+    return {split: name for split, names in SPLITS.items() for name in names if exists(name)}
 
 
-def hashed(files: Iterable[Path]) -> str:
+def hash_files(files: Iterable[Path]) -> str:
     """A hash of files' contents."""
 
-    def one(file: Path) -> bytes:
+    def hash_file(file: Path) -> bytes:
         with file.open("rb") as opened:
             return hashlib.file_digest(opened, "blake2b").digest()
 
     with ThreadPoolExecutor() as pool:
-        return hashlib.sha256(b"".join(pool.map(one, files))).hexdigest()
-
-
-def existing(config: DataConfig, what: str) -> Path:
-    """The folder that --data.path names."""
-    if config.path is None:
-        raise UserError(f"--data.name {config.name} needs --data.path, {what}.")
-    if not Path(config.path).is_dir():
-        raise UserError(f"--data.path {config.path} is no folder; name {what}.")
-    return Path(config.path)
+        return hashlib.sha256(b"".join(pool.map(hash_file, files))).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -63,52 +47,46 @@ class Files:
         return self.paths[number].read_bytes()
 
 
-def folder(config: DataConfig, say: Callable[[str], None] = print) -> dict[str, Table]:
+def folder(config: DataConfig) -> dict[str, Table]:
     """`train/CLASS/*` with or without `validation/` and `test/`, or `CLASS/*`, or pictures alone;
-    classes are named by their folders. What belongs to no split or class is left out, and said."""
-    root = existing(config, "the folder with your pictures")
-    found = {
-        split: root / name for split, names in SPLITS.items() for name in names
-        if (root / name).is_dir()
-    }  # fmt: skip
-    left_out = []
+    classes are named by their folders. What belongs to no split or class is left out, and a
+    sentence says so. UserError where there are no pictures, or one cannot be read."""
+    if config.path is None:
+        raise UserError("--data.name folder needs --data.path, the folder with your pictures.")
     try:
-        if "train" in found:
-            left_out = [place for place in root.iterdir() if place not in found.values()]
-        else:
-            found = {"train": root}
-        below_each = {split: sorted(pictures_below(place)) for split, place in found.items()}
+        return folder_tables(Path(config.path))
     except OSError as error:
         raise UserError(
             f"{error.filename} cannot be read ({error.strerror}); give yourself the right to."
         ) from error
+
+
+def folder_tables(root: Path) -> dict[str, Table]:
+    splits = find_splits(lambda name: (root / name).is_dir())
+    folders = {split: root / name for split, name in splits.items()}
+    if "train" in folders:
+        left_out = [place for place in root.iterdir() if place not in folders.values()]
+    else:
+        folders, left_out = {"train": root}, []
     tables = {}
-    for split, place in found.items():
-        files = below_each[split]
+    for split, place in folders.items():
+        files = sorted(pictures_below(place))
         if not files:
             kinds = " ".join(sorted(SUFFIXES))
             raise UserError(f"{place} holds no pictures ({kinds}); put some there.")
-        below = [file.relative_to(place).parts for file in files]
-        if any(len(parts) > 1 for parts in below):  # pictures beside the folders have no class
-            left_out += [file for file, parts in zip(files, below, strict=True) if len(parts) < 2]
-            files = [file for file, parts in zip(files, below, strict=True) if len(parts) > 1]
-            classes: list[str] | None = [file.relative_to(place).parts[0] for file in files]
-        else:
-            classes = None
+        in_classes = [file for file in files if file.parent != place]
+        if in_classes:  # pictures beside the folders have no class
+            left_out += [file for file in files if file.parent == place]
+            files = in_classes
+        classes = [file.relative_to(place).parts[0] for file in in_classes] or None
         names = [str(file.relative_to(root)) for file in files]
-        try:
-            content = hashed(files)
-        except OSError as error:
-            raise UserError(
-                f"{error.filename} cannot be read ({error.strerror}); give yourself the right to."
-            ) from error
-        tables[split] = Table(Files(files), names, classes, None, content)
+        tables[split] = Table(Files(files), names, classes, (), hash_files(files))
     left_out = [
         place for place in left_out
         if not place.name.startswith(".") and (place.is_dir() or is_picture(place))
     ]  # fmt: skip
     if left_out:
-        which = "a split" if found["train"] != root else "a class"
+        which = "a class" if root in folders.values() else "a split"
         say(f"Left out, as they are in no folder of {which}: {len(left_out)}, {left_out[0]} first.")
     return tables
 
@@ -130,32 +108,82 @@ def is_picture(file: Path) -> bool:
     return file.suffix.lower() in SUFFIXES and not hidden and file.is_file()
 
 
-def parquet(config: DataConfig) -> dict[str, Table]:
-    """Files `train*.parquet`, `validation*.parquet`, `test*.parquet`, with or without the hub's
-    schema, by `datasets`."""
-    datasets = import_datasets(config)
-    root = existing(config, "a folder with train*.parquet")
-    if not list(root.glob("*.parquet")) and (root / "data").is_dir():
-        root = root / "data"
-    files = {
-        split: sorted({file for name in names for file in root.glob(f"{name}*.parquet")})
-        for split, names in SPLITS.items()
-    }
-    if not files["train"]:
-        raise UserError(f"{root} has no train*.parquet; put the dataset's parquet files there.")
-    files = {split: of_split for split, of_split in files.items() if of_split}
-    names = {split: list(map(str, of_split)) for split, of_split in files.items()}
-    try:
-        contents = {split: hashed(of_split) for split, of_split in files.items()}
-        # It takes files of one name, size and time for the same, whatever they hold.
-        folder = str(cache_folder(config) / "parquet" / text_hash(contents)[:16])
-        loaded = datasets.load_dataset("parquet", data_files=names, cache_dir=folder)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+@dataclass(frozen=True)
+class Column:
+    """Encoded pictures in a column of rows: bytes, or the hub's structs of bytes or a path."""
+
+    rows: Any
+    column: str
+
+    def __getitem__(self, number: int) -> bytes:
+        value = self.rows[number][self.column]
+        if isinstance(value, dict):
+            value = value["bytes"] or Path(value["path"]).read_bytes()
+        return value
+
+
+class Columns(NamedTuple):
+    """The columns of images and of classes (None where there are no classes), and the names of the
+    classes, empty where these are not numbers with names."""
+
+    image: str
+    label: str | None
+    class_names: tuple[str, ...]
+
+
+def column_table(
+    split: str, rows: Any, columns: Columns, classes: Sequence[Any] | None, content: str
+) -> Table:
+    """The table of rows that are not decoded; `content` changes when a row does."""
+    names = [f"{split}, row {i}" for i in range(len(rows))]
+    reader = Column(rows, columns.image)
+    return Table(reader, names, classes, columns.class_names, f"{columns.image} {content}")
+
+
+def choose_columns(
+    config: DataConfig, features: Mapping[str, Any], images: Sequence[str], label_kind: type
+) -> Columns:
+    """The columns that the settings name, or else the first of `images` and the first of the kind
+    of labels, or called so. UserError where there are none of images, or no column of a setting's
+    name."""
+    names = list(features)
+    if not images:
+        raise UserError(f"the dataset has no column of images; its columns are {', '.join(names)}.")
+    image = config.image_column or images[0]
+    if image not in images:
         raise UserError(
-            f"the parquet files {files['train'][0].name} … in {root} cannot be read "
-            f"({first_line(error.__cause__ or error)}); fetch them again."
+            f"the dataset has no column '{image}' that holds images; {', '.join(images)} does "
+            "(--data.image-column)."
+        )
+    labels = [name for name in names if isinstance(features[name], label_kind)]
+    labels += [name for name in ("label", "labels") if name in names]
+    label = config.label_column or next(iter(labels), None)
+    if label is None:
+        return Columns(image, None, ())
+    if label not in names:
+        raise UserError(
+            f"the dataset has no column '{label}'; its columns are {', '.join(names)} "
+            "(--data.label-column)."
+        )
+    return Columns(image, label, tuple(getattr(features[label], "names", None) or ()))
+
+
+def holds_images(feature: Any, image_kind: type) -> bool:
+    """Whether a column holds pictures: by its kind, as bytes, or as the hub's structs of bytes."""
+    if isinstance(feature, dict):
+        return "bytes" in feature
+    binary = getattr(feature, "dtype", None) in ("binary", "large_binary")
+    return isinstance(feature, image_kind) or binary
+
+
+def import_package(name: str, config: DataConfig) -> Any:
+    """A package that only some datasets need. UserError where it is not installed."""
+    try:
+        return importlib.import_module(name.replace("-", "_"))
+    except ImportError as error:
+        raise UserError(
+            f"--data.name {config.name} needs the package {name}; pip install {name}."
         ) from error
-    return hub_tables(loaded, config, contents)
 
 
 def first_line(error: BaseException) -> str:
@@ -163,61 +191,13 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def columns(
-    config: DataConfig, names: Sequence[str], images: Sequence[str], labels: Sequence[str]
-) -> tuple[str, str | None]:
-    """The columns of images and of classes: the settings, or the first of those that hold such by
-    their kind, or are called so; None where there are no classes. UserError where there are no
-    images, or no column of a setting's name."""
-    has = f"its columns are {', '.join(names)}"
-    for setting in ("image_column", "label_column"):
-        wanted = getattr(config, setting)
-        if wanted is not None and wanted not in names:
-            raise UserError(
-                f"the dataset has no column '{wanted}'; {has} ({flag('data', setting)})."
-            )
-    called = [name for name in ("label", "labels") if name in names]
-    image = config.image_column or next(iter(images), None)
-    if image is None:
-        raise UserError(f"the dataset has no column of images; {has} (--data.image-column).")
-    if image not in images:
-        raise UserError(
-            f"the column '{image}' holds no images; {', '.join(images) or 'no other'} does "
-            "(--data.image-column)."
-        )
-    return image, config.label_column or next(iter([*labels, *called]), None)
-
-
-@dataclass(frozen=True)
-class HubColumn:
-    """Pictures in a column of a Hugging Face dataset that is not decoded."""
-
-    rows: Any
-    column: str
-
-    def __getitem__(self, number: int) -> bytes:
-        value = self.rows[number][self.column]
-        return value["bytes"] or Path(value["path"]).read_bytes()
-
-
-def import_datasets(config: DataConfig) -> Any:
-    """The package `datasets`, without its progress bars. UserError where it is not installed."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise UserError(
-            f"--data.name {config.name} needs the package datasets; pip install datasets."
-        ) from error
-    datasets.disable_progress_bars()
-    return datasets
-
-
 def hub(config: DataConfig) -> dict[str, Table]:
-    """A dataset of the Hugging Face hub, by `datasets`."""
-    datasets = import_datasets(config)
-    print(
-        f"Looking for {config.name} in the Hugging Face hub's cache, else in the hub.", flush=True
-    )
+    """A dataset of the Hugging Face hub, or its parquet files in `config.path`, by `datasets`."""
+    datasets = import_package("datasets", config)
+    datasets.disable_progress_bars()
+    if config.path is not None:
+        return parquet(datasets, Path(config.path), config)
+    say(f"Looking for {config.name} in the Hugging Face hub's cache, else in the hub.")
     # Without a network it warns twice of each of several tries; one sentence at the end is enough.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
@@ -229,66 +209,52 @@ def hub(config: DataConfig) -> dict[str, Table]:
             "elsewhere and name their folder by --data.path."
         ) from error
     contents = {name: f"{config.name} {rows._fingerprint}" for name, rows in loaded.items()}
-    return hub_tables(loaded, config, contents)
+    return hub_tables(datasets, loaded, config, contents)
 
 
-def hub_tables(loaded: Any, config: DataConfig, contents: Mapping[str, str]) -> dict[str, Table]:
-    """The splits of a `datasets.DatasetDict`, `contents` changing when a split's pictures do."""
-    import datasets
-
-    tables = {}
-    for split, names in SPLITS.items():
-        name = next((name for name in names if name in loaded), None)
-        if name is None:
-            continue
-        rows = loaded[name]
-        features = rows.features
-        image, label = columns(
-            config, list(features),
-            [n for n, f in features.items() if holds_images(f, datasets.Image)],
-            [n for n, f in features.items() if type(f) is datasets.ClassLabel],
-        )  # fmt: skip
-        known = getattr(features[label], "names", None) if label is not None else None
-        encoded = rows.select_columns([image]).cast_column(image, datasets.Image(decode=False))
-        tables[split] = Table(
-            HubColumn(encoded, image), [f"{name}, row {i}" for i in range(len(rows))],
-            None if label is None else list(rows[label]), tuple(known) if known else None,
-            f"{image} {contents[name]}",  # another column holds other pictures
-        )  # fmt: skip
-    if "train" not in tables:
+def parquet(datasets: Any, root: Path, config: DataConfig) -> dict[str, Table]:
+    """Files `train*.parquet`, `validation*.parquet`, `test*.parquet` in a folder, with or without
+    the hub's schema."""
+    if not list(root.glob("*.parquet")) and (root / "data").is_dir():
+        root = root / "data"
+    files = {split: sorted(root.glob(f"{name}*.parquet")) for split, (name, *_) in SPLITS.items()}
+    files = {split: of_split for split, of_split in files.items() if of_split}
+    if "train" not in files:
+        raise UserError(f"{root} has no train*.parquet; put the dataset's parquet files there.")
+    names = {split: list(map(str, of_split)) for split, of_split in files.items()}
+    try:
+        contents = {split: hash_files(of_split) for split, of_split in files.items()}
+        # It takes files of one name, size and time for the same, whatever they hold.
+        folder = str(cache_folder(config) / "parquet" / text_hash(contents)[:16])
+        loaded = datasets.load_dataset("parquet", data_files=names, cache_dir=folder)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
-            f"the dataset {config.name} has no split 'train'; its splits are {', '.join(loaded)}."
-        )
+            f"the parquet files in {root} cannot be read "
+            f"({first_line(error.__cause__ or error)}); fetch them again."
+        ) from error
+    return hub_tables(datasets, loaded, config, contents)
+
+
+def hub_tables(
+    datasets: Any, loaded: Any, config: DataConfig, contents: Mapping[str, str]
+) -> dict[str, Table]:
+    """The splits of a `datasets.DatasetDict`, `contents` changing when a split's pictures do."""
+    features = next(iter(loaded.values())).features
+    images = [name for name, feature in features.items() if holds_images(feature, datasets.Image)]
+    columns = choose_columns(config, features, images, datasets.ClassLabel)
+    image = columns.image
+    tables = {}
+    for split, name in find_splits(loaded.__contains__).items():
+        rows = loaded[name]
+        classes = None if columns.label is None else list(rows[columns.label])
+        encoded = rows.select_columns([image]).cast_column(image, datasets.Image(decode=False))
+        tables[split] = column_table(name, encoded, columns, classes, contents[name])
     return tables
-
-
-def holds_images(feature: Any, image_kind: type) -> bool:
-    """Whether a column holds pictures: by its kind, as bytes, or as the hub's structs of bytes."""
-    if isinstance(feature, dict):
-        return "bytes" in feature
-    binary = getattr(feature, "dtype", None) in ("binary", "large_binary")
-    return type(feature) is image_kind or binary
-
-
-@dataclass(frozen=True)
-class TfdsImages:
-    """Pictures of a TensorFlow Datasets source that is not decoded."""
-
-    source: Any
-    feature: str
-
-    def __getitem__(self, number: int) -> bytes:
-        return self.source[number][self.feature]
 
 
 def tfds(config: DataConfig) -> dict[str, Table]:
     """`tfds:NAME`, prepared already as array_record, in `--data.path` or TFDS's own folder."""
-    try:
-        import tensorflow_datasets as tf_datasets
-    except ImportError as error:
-        raise UserError(
-            f"--data.name {config.name} needs the package tensorflow-datasets; pip install it."
-        ) from error
+    tf_datasets = import_package("tensorflow-datasets", config)
     name = config.name.removeprefix("tfds:")
     given = None if config.path is None else Path(config.path)
     try:
@@ -298,34 +264,25 @@ def tfds(config: DataConfig) -> dict[str, Table]:
             builder = tf_datasets.builder(name, data_dir=given, file_format="array_record")
         if not builder.info.splits:
             raise ValueError("it is known, but not prepared")
-        features = builder.info.features
-        image, label = columns(
-            config, list(features),
-            [n for n, f in features.items() if isinstance(f, tf_datasets.features.Image)],
-            [n for n, f in features.items() if isinstance(f, tf_datasets.features.ClassLabel)],
-        )  # fmt: skip
-        skip = {image: tf_datasets.decode.SkipDecoding()}
+        features = dict(builder.info.features.items())
+        image_kind = tf_datasets.features.Image
+        images = [name for name, feature in features.items() if isinstance(feature, image_kind)]
+        encoded = {name: tf_datasets.decode.SkipDecoding() for name in images}
         sources = {
-            split: builder.as_data_source(name, decoders=skip)
-            for split, names in SPLITS.items() for name in names if name in builder.info.splits
-        }  # fmt: skip
-    except UserError:
-        raise
+            split: builder.as_data_source(name, decoders=encoded)
+            for split, name in find_splits(builder.info.splits.__contains__).items()
+        }
     except Exception as error:
         raise UserError(
             f"TensorFlow Datasets has no '{name}' prepared in {given or '~/tensorflow_datasets'} "
             f"({first_line(error)}); prepare it with `tfds build {name} "
             "--file_format=array_record` and name its folder by --data.path."
         ) from error
+    columns = choose_columns(config, features, images, tf_datasets.features.ClassLabel)
+    content = hash_files(sorted(Path(builder.data_dir).glob("*.array_record*")))
     tables = {}
-    content = hashed(sorted(Path(builder.data_dir).glob("*.array_record*")))
-    for split, source in sources.items():
-        classes = None if label is None else [source[i][label] for i in range(len(source))]
-        known = features[label].names if label is not None else None
-        tables[split] = Table(
-            TfdsImages(source, image), [f"{split}, record {i}" for i in range(len(source))],
-            classes, tuple(known) if known else None, f"{image} {split} {content}",
-        )  # fmt: skip
-    if "train" not in tables:
-        raise UserError(f"the dataset {config.name} has no split 'train'.")
+    for split, rows in sources.items():
+        label = columns.label
+        classes = None if label is None else [rows[i][label] for i in range(len(rows))]
+        tables[split] = column_table(split, rows, columns, classes, f"{split} {content}")
     return tables

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from taming_jax import losses
-from taming_jax.data.batches import rounded, to_float
+from taming_jax.data.pixels import to_float, to_uint8
 from taming_jax.errors import UserError
 from taming_jax.evaluation.subject import Evaluation
 from taming_jax.metrics import distances, similarity
@@ -78,7 +78,7 @@ def measurement(model: VQGAN) -> Callable[[Any, jax.Array], Any]:
         with jax.default_matmul_precision("highest"):
             real = to_float(images)
             indices = encode(model, params["generator"], real).indices
-            decoded = rounded(decode_indices(model, params["generator"], indices))
+            decoded = to_uint8(decode_indices(model, params["generator"], indices))
             x, y = images / 255, decoded / 255
             values = {"l1": losses.l1(x, y), "psnr": similarity.psnr(x, y)}
             if images.shape[1] >= similarity.WINDOW:

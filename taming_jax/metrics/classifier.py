@@ -14,6 +14,7 @@ from flax import traverse_util
 
 from taming_jax.data.batches import permutation
 from taming_jax.data.datasets import Split
+from taming_jax.data.pixels import to_float
 from taming_jax.files import read_arrays, write_arrays
 from taming_jax.progress import Progress
 
@@ -59,7 +60,7 @@ def trained(train: Split, classes: int) -> Any:
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params: Any, state: Any, images: jax.Array, labels: jax.Array, key: jax.Array) -> Any:
         def loss(params: Any) -> jax.Array:
-            moved = shifted(key, images.astype(jnp.float32) / 127.5 - 1)
+            moved = shifted(key, to_float(images))
             logits = model.apply({"params": params}, moved)[1]
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from taming_jax.data.batches import to_float
 from taming_jax.data.datasets import Split
+from taming_jax.data.pixels import to_float
 from taming_jax.errors import UserError
 from taming_jax.files import user_cache, write_whole
 from taming_jax.metrics import classifier

@@ -18,7 +18,8 @@ from taming_jax.config.load import differences
 from taming_jax.config.schema import Config
 from taming_jax.data import datasets
 from taming_jax.data.augment import augments
-from taming_jax.data.batches import rounded, take
+from taming_jax.data.batches import take
+from taming_jax.data.pixels import to_uint8
 from taming_jax.errors import UserError
 from taming_jax.models.vqgan import build_vqgan, decode_indices
 from taming_jax.parallel import distributed
@@ -207,7 +208,7 @@ class PriorStage(Stage):
                 temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p,
                 guidance_scale=settings.guidance_scale,
             )  # fmt: skip
-            return rounded(decode_indices(self.vqgan, params["generator"], codes))
+            return to_uint8(decode_indices(self.vqgan, params["generator"], codes))
 
     def draw(
         self, state: TrainState, folder: Path, sums: dict[str, np.ndarray], rows: list[dict]

@@ -16,8 +16,9 @@ import numpy as np
 
 from taming_jax.config.schema import Config
 from taming_jax.data.augment import augmented, centred
-from taming_jax.data.batches import ResidentFeed, StreamingFeed, take, to_float
+from taming_jax.data.batches import ResidentFeed, StreamingFeed, take
 from taming_jax.data.datasets import Split
+from taming_jax.data.pixels import to_float
 from taming_jax.errors import say
 from taming_jax.files import read_arrays, text_hash, write_arrays
 from taming_jax.models.vqgan import VQGAN, encode, images_at_once

@@ -15,7 +15,8 @@ from taming_jax.config.load import replaced
 from taming_jax.config.schema import Config
 from taming_jax.config.validation import warnings_of
 from taming_jax.data.augment import augmented
-from taming_jax.data.batches import Feed, feed, rounded, take, to_float
+from taming_jax.data.batches import Feed, feed, take
+from taming_jax.data.pixels import to_float, to_uint8
 from taming_jax.errors import UserError, say
 from taming_jax.models.lpips import load_lpips
 from taming_jax.models.vqgan import decode_indices, reconstruct
@@ -222,7 +223,9 @@ class VQGANStage(Stage):
         """The reconstructions of images."""
         with jax.default_matmul_precision("highest"):
             images = to_float(arrays["images"])
-            return rounded(reconstruct(self.networks.generator, params["generator"], images).images)
+            return to_uint8(
+                reconstruct(self.networks.generator, params["generator"], images).images
+            )
 
     def draw(
         self, state: TrainState, folder: Path, sums: dict[str, np.ndarray], rows: list[dict]

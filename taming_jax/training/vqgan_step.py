@@ -20,7 +20,8 @@ from jax import lax
 from taming_jax import losses
 from taming_jax.config.schema import Config, VQGANConfig
 from taming_jax.data.augment import diff_augmented
-from taming_jax.data.batches import rounded, take, to_float
+from taming_jax.data.batches import take
+from taming_jax.data.pixels import to_float, to_uint8
 from taming_jax.metrics.similarity import psnr
 from taming_jax.models.discriminator import Discriminator
 from taming_jax.models.lpips import lpips
@@ -307,7 +308,7 @@ class Networks:
         output = reconstruct(self.generator, generator.chosen, images)
         found = self.image_losses(images, output.images, lpips_params)
         found["codebook"] = losses.per_example(output.quantized.loss)
-        originals, made = take(arrays)[0] / 255, rounded(output.images) / 255
+        originals, made = take(arrays)[0] / 255, to_uint8(output.images) / 255
         found["psnr"] = psnr(originals, made)
         variables = {
             "params": discriminator.params,

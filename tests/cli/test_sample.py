@@ -13,8 +13,8 @@ from PIL import Image
 import taming_jax
 from taming_jax import errors, figures
 from taming_jax.data import datasets
+from taming_jax.data.pixels import to_uint8
 from taming_jax.errors import UserError
-from taming_jax.figures import to_uint8
 from taming_jax.parallel.devices import Devices
 from taming_jax.run import Run
 from taming_jax.training.prior import PriorStage
@@ -117,7 +117,7 @@ def test_training_draws_the_images_that_sampling_draws(run, both, tmp_path, monk
     monkeypatch.setattr(figures, "class_samples", lambda images, *_: shown.append(images))
     stage.draw(state, tmp_path, {}, [])
     expected = run.sample(range(4), 8, seed=config.seed, devices=1)
-    np.testing.assert_array_equal(shown[0], figures.to_uint8(expected))
+    np.testing.assert_array_equal(shown[0], to_uint8(expected))
 
 
 def test_what_was_compiled_is_used_again(run):

@@ -107,8 +107,3 @@ def test_processes_read_a_part_each_of_the_same_batch(mapped, kind, monkeypatch)
             *(taken(batch, Devices(1)) for batch in (first, second, both)), strict=True
         ):
             np.testing.assert_array_equal(np.concatenate([one, other]), expected)
-
-
-def test_uint8_to_float_reaches_both_ends():
-    values = batches.to_float(np.array([0, 255], np.uint8))
-    assert values.tolist() == [-1.0, 1.0] and values.dtype == np.float32

@@ -78,7 +78,10 @@ def test_ones_own_copy_with_or_without_gz(tmp_path):
         ),
         ({"t10k_images_idx3": gzip.compress(idx((9, 28, 28))[:-5])}, "is truncated"),
         ({"t10k_labels_idx1": gzip.compress(b"hello, world")}, "no IDX file"),
-        ({"t10k_labels_idx1": gzip.compress(idx((9,)))}, "10000 images of 28x28 and 9 labels"),
+        (
+            {"t10k_labels_idx1": gzip.compress(idx((9,)))},
+            "10000 images of 28x28 and 9 labels",
+        ),
     ],
 )
 def test_damaged_files_are_named(tmp_path, replaced, says):

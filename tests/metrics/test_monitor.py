@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from taming_jax.config.load import load_config
-from taming_jax.data.batches import rounded, to_float
 from taming_jax.data.datasets import Split
+from taming_jax.data.pixels import to_float, to_uint8
 from taming_jax.errors import UserError
 from taming_jax.metrics import distances, monitor
 from taming_jax.models.vqgan import decode_indices, reconstruct
@@ -32,7 +32,7 @@ def test_of_reconstructions(stage1):
     made = reconstruct(stage.networks.generator, params, to_float(images)).images
     found = stage.distance(devices.replicate(state))
     assert found == pytest.approx(
-        expected(stage._monitor.features, images, np.asarray(rounded(made))), rel=1e-3
+        expected(stage._monitor.features, images, np.asarray(to_uint8(made))), rel=1e-3
     )
 
 
@@ -53,7 +53,7 @@ def test_of_samples(both):
     made = decode_indices(stage.vqgan, state.nets["generator"].params, codes)
     found = stage.distance(devices.replicate(state))
     assert found == pytest.approx(
-        expected(stage._monitor.features, split.images, np.asarray(rounded(made))), rel=1e-3
+        expected(stage._monitor.features, split.images, np.asarray(to_uint8(made))), rel=1e-3
     )
 
 

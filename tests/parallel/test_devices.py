@@ -12,7 +12,8 @@ from taming_jax.config.load import load_config
 from taming_jax.config.schema import DataConfig
 from taming_jax.data import datasets
 from taming_jax.data.augment import augmented
-from taming_jax.data.batches import ResidentFeed, take, to_float
+from taming_jax.data.batches import ResidentFeed, take
+from taming_jax.data.pixels import to_float
 from taming_jax.errors import UserError
 from taming_jax.parallel.devices import Devices
 from taming_jax.training.checkpoints import Store
