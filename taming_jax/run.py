@@ -347,7 +347,7 @@ class Run:
     def decode(self, indices: Any, tile: int | None = None) -> np.ndarray:
         """Code indices int [n,h',w'], a grid of any size, to images float32 [n,h,w,c] in [-1, 1];
         in tiles as `encode`. UserError for other types and codes that do not exist."""
-        indices, codes = np.asarray(indices), self.config.vqgan.codes
+        indices, codes = np.asarray(indices), self.config.vqgan.codebook_size
         if indices.ndim != 3 or not np.issubdtype(indices.dtype, np.integer):
             raise UserError(
                 f"indices of shape {indices.shape} and type {indices.dtype} were given; this run "

@@ -11,8 +11,6 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from taming_jax.cli.arguments import parse
 from taming_jax.errors import UserError
 
@@ -34,8 +32,8 @@ class ImportCompVis:
 
 def main() -> None:
     given = parse(ImportCompVis, __doc__)
-    from taming_jax.interop.compvis import tables_of
-    from taming_jax.interop.compvis_config import codes_in, official, read_yaml
+    from taming_jax.interop.compvis import tables_of, without_unused_codes
+    from taming_jax.interop.compvis_config import official, read_yaml
     from taming_jax.interop.imports import Part, check_new, import_run
     from taming_jax.weights.state_dict import open_state_dict
 
@@ -44,11 +42,7 @@ def main() -> None:
     check_new(given.workdir)
     content = read_yaml(given.config)
     state_dict, metadata = open_state_dict(given.checkpoint)
-    used = [np.asarray(x) for name, x in state_dict.items() if name.endswith("quantize.used")]
-    try:
-        codes = codes_in(used[0]) if used else None
-    except ValueError as error:
-        raise UserError(f"{given.checkpoint}: quantize.used holds no codes ({error}).") from error
+    state_dict, codes = without_unused_codes(state_dict, given.checkpoint)
     step = metadata.get("global_step", 0)
     step = step if isinstance(step, int) and step > 0 else 0
     model = official(content, given.config, given.classes, codes, step)

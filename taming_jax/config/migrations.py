@@ -10,7 +10,7 @@ import numpy as np
 
 from taming_jax.errors import UserError
 
-FORMAT = 4
+FORMAT = 5
 
 Arrays = dict[tuple[str, ...], np.ndarray]
 
@@ -20,9 +20,19 @@ def with_skipped(arrays: Arrays) -> Arrays:
     return {("skipped",): np.zeros((), np.int32)} | arrays
 
 
+def without_used_codes(config: dict[str, Any]) -> dict[str, Any]:
+    """Since format 5 an imported codebook holds only the codes that are used."""
+    vqgan = dict(config.get("vqgan", {}))
+    if vqgan.pop("used_codes", None):
+        raise UserError("its codes were remapped by an older version; import the model again.")
+    return config | {"vqgan": vqgan}
+
+
 # What became of a config's settings, and of a checkpoint's arrays by their names, after format n.
-SETTINGS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: dict, 2: dict, 3: dict}
-ARRAYS: dict[int, Callable[[Arrays], Arrays]] = {1: with_skipped, 2: dict, 3: dict}
+SETTINGS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    1: dict, 2: dict, 3: dict, 4: without_used_codes
+}  # fmt: skip
+ARRAYS: dict[int, Callable[[Arrays], Arrays]] = {1: with_skipped, 2: dict, 3: dict, 4: dict}
 
 
 MICRO_BATCHES = 4  # the first format whose micro-batches of stage 1 have a weight each

@@ -164,10 +164,6 @@ class VQGANConfig(StageConfig):
     """That trick's, at the first step and at the last, with a cosine between."""
     kl_weight: float = setting(5e-4, NOT_NEGATIVE)
     """The weight of the divergence of its distribution from all codes alike."""
-    # Only imported models need this one.
-    used_codes: tuple[int, ...] = ()
-    """The codes that are left of the codebook, by which the others count from 0; all unless told
-    (the official code's remap)."""
 
     l1_weight: float = setting(1.0, NOT_NEGATIVE)
     perceptual_weight: float = setting(1.0, NOT_NEGATIVE)
@@ -213,11 +209,6 @@ class VQGANConfig(StageConfig):
         if self.discriminator_start_step is not None or self.discriminator_start == 1:
             return self.discriminator_start_step
         return round(self.discriminator_start * self.total_steps(examples))
-
-    @property
-    def codes(self) -> int:
-        """How many codes images are written in."""
-        return len(self.used_codes) or self.codebook_size
 
 
 @dataclass(frozen=True)

@@ -59,16 +59,9 @@ def check(config: "Config") -> None:
         )
     if min(vqgan.gumbel_temperature) <= 0:
         raise UserError("--vqgan.gumbel-temperature is two numbers above 0.")
-    used = vqgan.used_codes
-    if used and not (
-        len(set(used)) == len(used) and 0 <= min(used) <= max(used) < vqgan.codebook_size
-    ):
+    if prior.vocabulary is not None and prior.vocabulary < vqgan.codebook_size:
         raise UserError(
-            f"--vqgan.used-codes must be different ones of the {vqgan.codebook_size} codes."
-        )
-    if prior.vocabulary is not None and prior.vocabulary < vqgan.codes:
-        raise UserError(
-            f"--prior.vocabulary {prior.vocabulary} does not hold the {vqgan.codes} codes."
+            f"--prior.vocabulary {prior.vocabulary} does not hold the {vqgan.codebook_size} codes."
         )
     # Rotary positions turn pairs of channels, half of them with the row, half with the column.
     multiple = prior.heads * (1 if prior.positions == "learned" else 4)
@@ -81,7 +74,7 @@ def check(config: "Config") -> None:
         raise UserError(
             "--prior.warmup-steps belongs to --prior.schedule cosine; one cycle has its own."
         )
-    check_sampling(prior, vqgan.codes, prior.label_dropout)
+    check_sampling(prior, vqgan.codebook_size, prior.label_dropout)
 
 
 def warnings_of(config: "Config") -> list[str]:

@@ -38,7 +38,7 @@ def reconstructions(evaluation: Evaluation) -> dict[str, Any]:
     params = devices.replicate(params)
     size = images_at_once(pixels, MICRO) * len(devices)
     sums: dict[str, float] = defaultdict(float)
-    counts, moments, bits = np.zeros(config.vqgan.codes, np.int64), Moments(), 0.0
+    counts, moments, bits = np.zeros(config.vqgan.codebook_size, np.int64), Moments(), 0.0
     for place, images in evaluation.parts(chosen, "reconstructions"):
         decoded, indices, values = devices.in_batches(
             lambda part: measure(params, devices.shard(part)), images, size

@@ -1,15 +1,18 @@
 """The official PyTorch models (CompVis/taming-transformers): where the arrays of ours stand in
 their state dicts."""
 
+import functools
 import re
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
+from taming_jax.errors import UserError
 from taming_jax.interop.imports import Model, Tables
 from taming_jax.models.lpips import GROUPS, SCALE, SHIFT
 from taming_jax.weights.layout import Entry, Layout, Path, joined, kernel, parameter, same
+from taming_jax.weights.state_dict import Held, StateDict
 
 
 def tables_of(model: Model) -> Tables:
@@ -21,6 +24,30 @@ def tables_of(model: Model) -> Tables:
     if model.class_names:
         tables["transformer"] = gpt_layout, "transformer."
     return tables
+
+
+def without_unused_codes(state_dict: StateDict, file: object) -> tuple[StateDict, int | None]:
+    """A state dict whose codebook holds only the codes that `quantize.used` names (the official
+    code's remap), in their new order, and how many these are; all of it without such an array.
+    UserError where that names no codes."""
+    names = [name for name in state_dict if name.endswith("quantize.used")]
+    if not names:
+        return state_dict, None
+    used, below = np.asarray(state_dict[names[0]]).ravel(), names[0].removesuffix("used")
+    of_codes = [below + x for x in ("embedding.weight", "embed.weight", "proj.weight", "proj.bias")]
+    held = {name: state_dict[name] for name in of_codes if name in state_dict}
+    size = min((x.shape[0] for x in held.values()), default=0)
+    if used.dtype.kind not in "iu" or not used.size or not 0 <= used.min() <= used.max() < size:
+        raise UserError(f"{file}: quantize.used holds no codes of the {size}.")
+
+    def read(array: Held) -> np.ndarray:
+        return np.asarray(array)[used]
+
+    left = {
+        name: Held((len(used), *x.shape[1:]), functools.partial(read, x))
+        for name, x in held.items()
+    }
+    return state_dict | left, len(used)
 
 
 def vqgan_layout(paths: Iterable[Path]) -> Layout:

@@ -5,8 +5,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from taming_jax.config.load import settings
 from taming_jax.config.migrations import FORMAT
 from taming_jax.config.schema import UNKNOWN, Config, DataConfig, PriorConfig, VQGANConfig
@@ -48,12 +46,12 @@ def official(
     content: dict[str, Any],
     file: Path,
     classes: int | None = None,
-    used: tuple[int, ...] | None = None,
+    codes: int | None = None,
     step: int = 0,
 ) -> Model:
     """What a YAML's content describes; `file` is where it is from. `classes` is how many classes
-    there are, where it does not say; `used` the codes that its `remap` names, where they are known;
-    and `step` how far the model was trained.
+    there are, where it does not say; `codes` how many are left of a remapped codebook; and `step`
+    how far the model was trained.
 
     Raises UserError for other models than VQModel, GumbelVQ and Net2NetTransformer, and for those
     of them that ours cannot be.
@@ -64,7 +62,7 @@ def official(
             config = settings(part["config"], part["format"])
             config = dataclasses.replace(config, config=file.stem)
             return Model(config, tuple(part["class_names"]), part["discriminator"])
-        model = described(content, file, classes, used, step)
+        model = described(content, file, classes, codes, step)
         # As it is read again, types and all.
         return model._replace(config=from_dict(Config, to_dict(model.config)))
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -73,7 +71,7 @@ def official(
 
 
 def described(
-    content: dict[str, Any], file: Path, classes: int | None, used: Any, step: int
+    content: dict[str, Any], file: Path, classes: int | None, codes: int | None, step: int
 ) -> Model:
     """See `official`; raises the errors of a dictionary that is not as expected."""
     model, data = content["model"], (content.get("data") or {}).get("params") or {}
@@ -85,7 +83,7 @@ def described(
             f"{file} is of {first.get('target')}; VQModel, GumbelVQ and Net2NetTransformer are "
             "read."
         )
-    config = stage1(first, file, used, step)
+    config = stage1(first, file, codes, step)
     batch_size = number(data.get("batch_size", 4))
     rate = float(model.get("base_learning_rate", 4.5e-6)) * batch_size
     names: tuple[str, ...] = ()
@@ -122,7 +120,7 @@ def discriminator_of(params: dict[str, Any]) -> dict[str, Any] | None:
     return settings if kind_of(loss) == "VQLPIPSWithDiscriminator" and not other else None
 
 
-def stage1(section: dict[str, Any], file: Path, used: Any, step: int) -> Config:
+def stage1(section: dict[str, Any], file: Path, codes: int | None, step: int) -> Config:
     """A VQModel's or GumbelVQ's settings."""
     params = section["params"]
     dd = params["ddconfig"]
@@ -134,6 +132,8 @@ def stage1(section: dict[str, Any], file: Path, used: Any, step: int) -> Config:
             f"{file} is of images of {dd['in_channels']} channels to {dd['out_ch']}; only gray or "
             "colour images to the same are read."
         )
+    if params.get("remap") and codes is None:
+        raise UserError(f"{file} remaps its codes, and the checkpoint has no quantize.used.")
     if dd.get("dropout"):
         say(f"{file} has a dropout of {dd['dropout']}, which this one trains on without.")
     values: dict[str, Any] = {
@@ -141,11 +141,11 @@ def stage1(section: dict[str, Any], file: Path, used: Any, step: int) -> Config:
         "blocks": number(dd["num_res_blocks"]),
         "attention_resolutions": tuple(map(number, dd["attn_resolutions"])),
         "latent_channels": number(dd["z_channels"]),
-        "codebook_size": number(params["n_embed"]), "code_dim": number(params["embed_dim"]),
+        "codebook_size": codes or number(params["n_embed"]),
+        "code_dim": number(params["embed_dim"]),
         "commitment": float(params.get("beta", 0.25)),
         # The official VQModel leaves the misplaced weight on.
         "legacy_commitment": bool(params.get("legacy", True)),
-        "used_codes": used_codes(params, file) if used is None else used,
     }  # fmt: skip
     if kind_of(section) == "GumbelVQ":
         if dd["z_channels"] != params["embed_dim"]:
@@ -176,31 +176,6 @@ def temperature_at(step: int, section: dict[str, Any]) -> float:
     most, least = float(schedule.get("lr_max", 1.0)), float(schedule.get("lr_min", 1e-6))
     share = min(step / float(schedule.get("max_decay_steps", 1_000_001)), 1.0)
     return max(least + (most - least) * (1 + math.cos(math.pi * share)) / 2, 1e-6)
-
-
-def used_codes(params: dict[str, Any], file: Path) -> tuple[int, ...]:
-    """The codes that `remap` names, in their new order."""
-    remap = params.get("remap")
-    if remap is None:
-        return ()
-    if params.get("unknown_index") == "extra":
-        raise UserError(f"{file} remaps unknown codes to one more; that is not read.")
-    place = next((p for p in (Path(remap), file.parent / remap) if p.is_file()), None)
-    if place is None:
-        raise UserError(
-            f"{file} remaps its codes by {remap}, which is not there; put it beside {file}."
-        )
-    try:
-        return codes_in(np.load(place, allow_pickle=False))
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{place} is no array of codes ({error}).") from error
-
-
-def codes_in(array: np.ndarray) -> tuple[int, ...]:
-    """An array of codes. ValueError for what is none."""
-    if array.dtype.kind not in "iu" or not array.size:
-        raise ValueError(f"it holds {array.size} values of {array.dtype}")
-    return tuple(int(code) for code in array.reshape(-1))
 
 
 def stage2(
@@ -262,8 +237,8 @@ def exported(config: Config, classes: int) -> Config:
         shared = prior.vocabulary is not None
         prior = dataclasses.replace(
             prior, init_from=None, label_dropout=0.0, guidance_scale=None,
-            vocabulary=prior.vocabulary or vqgan.codes + classes,
-            first_class=prior.first_class if shared else vqgan.codes,
+            vocabulary=prior.vocabulary or vqgan.codebook_size + classes,
+            first_class=prior.first_class if shared else vqgan.codebook_size,
             block_size=prior.block_size or config.grid_size**2,
         )  # fmt: skip
     data = DataConfig(UNKNOWN, image_size=config.data.image_size, channels=config.data.channels)
@@ -290,10 +265,10 @@ def check_exportable(vqgan: VQGANConfig) -> None:
         )
 
 
-def yaml_of(model: Model, remap: str | None) -> dict[str, Any]:
+def yaml_of(model: Model) -> dict[str, Any]:
     """The official code's YAML of an `exported` model, and in a part of its own what that cannot
-    say. `remap` names the file with the codes in use."""
-    config, section = model.config, stage1_section(model, remap)
+    say."""
+    config, section = model.config, stage1_section(model)
     settings: Any = config.prior if model.class_names else config.vqgan
     if model.class_names:
         prior, classes = config.prior, len(model.class_names)
@@ -331,7 +306,7 @@ def yaml_of(model: Model, remap: str | None) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def stage1_section(model: Model, remap: str | None) -> dict[str, Any]:
+def stage1_section(model: Model) -> dict[str, Any]:
     """The section of a VQModel or GumbelVQ."""
     vqgan, data = model.config.vqgan, model.config.data
     params: dict[str, Any] = {
@@ -358,8 +333,6 @@ def stage1_section(model: Model, remap: str | None) -> dict[str, Any]:
                 "codebook_weight": vqgan.codebook_weight,
             },
         }  # fmt: skip
-    if remap is not None:
-        params |= {"remap": remap, "sane_index_shape": True}
     if vqgan.quantizer != "gumbel":
         return {"target": "taming.models.vqgan.VQModel", "params": params}
     first, last = vqgan.gumbel_temperature

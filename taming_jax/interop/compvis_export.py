@@ -28,9 +28,7 @@ def export_run(folder: Path, out: Path, stage: str | None) -> int:
     checkpoint = Store(folder, stage).chosen()
     own, names = checkpoint.config, class_names_of(checkpoint)
     model = Model(exported(own, len(names)), names, "discriminator" in checkpoint.nets)
-    used = own.vqgan.used_codes
-    remap = f"{out.stem}_used.npy" if used else None
-    content = yaml.safe_dump(yaml_of(model, remap))
+    content = yaml.safe_dump(yaml_of(model))
     arrays = official_arrays(model, checkpoint) | constants(model, checkpoint.step)
     if own.vqgan.l2_normalise:
         say(
@@ -39,13 +37,11 @@ def export_run(folder: Path, out: Path, stage: str | None) -> int:
         )
     if names and own.prior.vocabulary is None:
         say(
-            f"Class c is token {own.vqgan.codes} + c: give it so. The token of no class is left "
-            "out, since the official code knows no guidance."
+            f"Class c is token {own.vqgan.codebook_size} + c: give it so. The token of no class is "
+            "left out, since the official code knows no guidance."
         )
     try:
         write_whole(out.with_suffix(".yaml"), content.encode())
-        if remap is not None:
-            np.save(out.with_name(remap), np.array(used))
         write_state_dict(out, arrays, {"global_step": checkpoint.step})
     except OSError as error:
         raise RunFailed(f"{out} could not be written: {error.strerror or error}.") from error
@@ -59,7 +55,7 @@ def class_names_of(checkpoint: Checkpoint) -> tuple[str, ...]:
     if checkpoint.dataset is not None:
         return tuple(checkpoint.dataset["class_names"])
     tokens = len(checkpoint.nets["transformer"]["params"]["embedding"])
-    return tuple(map(str, range(tokens - checkpoint.config.vqgan.codes - 1)))
+    return tuple(map(str, range(tokens - checkpoint.config.vqgan.codebook_size - 1)))
 
 
 def official_arrays(model: Model, checkpoint: Checkpoint) -> dict[str, np.ndarray]:
@@ -112,12 +108,10 @@ def with_class_logits(transformer: dict[str, Any], tokens: int) -> dict[str, Any
 
 def constants(model: Model, step: int) -> dict[str, np.ndarray]:
     """What the official modules hold besides, so that they load strictly: attention's masks, how
-    long BatchNorm ran, the perceptual loss, the codes that are used."""
+    long BatchNorm ran, the perceptual loss."""
     config, tables = model.config, tables_of(model)
     arrays: dict[str, np.ndarray] = {}
     _, generator = tables["generator"]
-    if config.vqgan.used_codes:
-        arrays[f"{generator}quantize.used"] = np.array(config.vqgan.used_codes)
     if size := config.prior.block_size if model.class_names else None:
         mask = np.tril(np.ones((size, size), np.float32))[None, None]
         for i in range(config.prior.layers):

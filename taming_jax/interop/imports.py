@@ -61,7 +61,7 @@ def import_run(folder: Path, model: Model, parts: Sequence[Part], source: object
         networks |= read_networks(part, shapes)
     write_run(folder, model, networks)
     config, classes = model.config, len(model.class_names)
-    words = [f"images of {config.data.image_size} px", f"{config.vqgan.codes} codes"]
+    words = [f"images of {config.data.image_size} px", f"{config.vqgan.codebook_size} codes"]
     if classes:
         words.append(f"{classes} class{'es' * (classes > 1)}")
     print(f"{folder} holds {' and '.join(networks)} of {source}: {', '.join(words)}.")

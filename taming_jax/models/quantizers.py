@@ -66,13 +66,12 @@ class VectorQuantizer(nn.Module):
     commitment: float = 0.25
     legacy: bool = False
     l2_normalise: bool = False
-    used: tuple[int, ...] = ()
 
     @classmethod
     def build(cls, settings: VQGANConfig) -> "VectorQuantizer":
         return cls(
             settings.codebook_size, settings.code_dim, settings.commitment,
-            settings.legacy_commitment, settings.l2_normalise, settings.used_codes,
+            settings.legacy_commitment, settings.l2_normalise,
         )  # fmt: skip
 
     def setup(self) -> None:
@@ -83,7 +82,7 @@ class VectorQuantizer(nn.Module):
 
     def __call__(self, z: jax.Array, noise: Noise | None = None) -> Quantized:
         z = z.astype(jnp.float32)
-        codes = left_of(self.codebook, self.used)
+        codes = self.codebook
         if self.l2_normalise:
             z, codes = unit(z), unit(codes)
         # |z - e|^2 without |z|^2, which is the same for every code. `highest`: a TF32 product
@@ -101,7 +100,7 @@ class VectorQuantizer(nn.Module):
 
     def lookup(self, indices: jax.Array) -> jax.Array:
         """The codes at indices int32 [b,h,w], float32 [b,h,w,d]."""
-        codes = left_of(self.codebook, self.used)
+        codes = self.codebook
         return (unit(codes) if self.l2_normalise else codes)[indices]
 
 
@@ -117,13 +116,10 @@ class GumbelQuantizer(nn.Module):
     codebook_size: int
     code_dim: int
     kl_weight: float = 5e-4
-    used: tuple[int, ...] = ()
 
     @classmethod
     def build(cls, settings: VQGANConfig) -> "GumbelQuantizer":
-        return cls(
-            settings.codebook_size, settings.code_dim, settings.kl_weight, settings.used_codes
-        )
+        return cls(settings.codebook_size, settings.code_dim, settings.kl_weight)
 
     def setup(self) -> None:
         k, d = self.codebook_size, self.code_dim
@@ -133,11 +129,7 @@ class GumbelQuantizer(nn.Module):
     def __call__(self, z: jax.Array, noise: Noise | None = None) -> Quantized:
         with jax.default_matmul_precision("highest"):
             logits = self.proj(z.astype(jnp.float32))
-        if self.used:
-            logits = logits[..., jnp.array(self.used)]
-        codes = left_of(self.codebook, self.used)
-        likely = nn.softmax(logits)
-        # The codebook's own size, as in the official code, where some of it is used only.
+        codes, likely = self.codebook, nn.softmax(logits)
         loss = (likely * jnp.log(likely * self.codebook_size + 1e-10)).sum(-1) * self.kl_weight
         if noise is None:
             indices = jnp.argmax(logits, -1).astype(jnp.int32)
@@ -153,18 +145,13 @@ class GumbelQuantizer(nn.Module):
 
     def lookup(self, indices: jax.Array) -> jax.Array:
         """The codes at indices int32 [b,h,w], float32 [b,h,w,d]."""
-        return left_of(self.codebook, self.used)[indices]
+        return self.codebook[indices]
 
 
 QUANTIZERS: dict[str, type[Quantizer]] = {
     "nearest": VectorQuantizer,
     "gumbel": GumbelQuantizer,
 }
-
-
-def left_of(codebook: jax.Array, used: tuple[int, ...]) -> jax.Array:
-    """The codes [k,d] that are used; all where none are named."""
-    return codebook[jnp.array(used)] if used else codebook
 
 
 def select(codes: jax.Array, indices: jax.Array) -> jax.Array:

@@ -56,7 +56,7 @@ class GPT(nn.Module):
         """The prior that a config describes, for a dataset with that many classes."""
         prior, grid = config.prior, config.grid_size
         return cls(
-            codebook_size=config.vqgan.codes, classes=classes, grid=(grid, grid),
+            codebook_size=config.vqgan.codebook_size, classes=classes, grid=(grid, grid),
             layers=prior.layers, heads=prior.heads, width=prior.width, dropout=prior.dropout,
             norm=prior.norm, mlp=prior.mlp, mlp_width=prior.mlp_width, bias=prior.bias,
             positions=prior.positions, block_size=prior.block_size, vocabulary=prior.vocabulary,

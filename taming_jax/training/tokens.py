@@ -46,7 +46,7 @@ class Tokenizer:
     ):
         self.devices, self.seed = devices, config.seed
         self._folder, self._params, self._config = folder, params, config
-        self._dtype, self._say = np.min_scalar_type(config.vqgan.codes - 1), say
+        self._dtype, self._say = np.min_scalar_type(config.vqgan.codebook_size - 1), say
         self._known: tuple[np.ndarray | None, str] = None, ""  # the last images, and their digest
 
         def codes(params: Any, images: jax.Array) -> jax.Array:

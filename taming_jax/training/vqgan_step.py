@@ -249,7 +249,7 @@ class Networks:
     def counts(self, indices: jax.Array, weight: jax.Array | float = 1.0) -> jax.Array:
         """How often each code was used on this device, float32 [k]; `weight` [b,1,1] counts an
         example for more or less than once."""
-        one_hot = jax.nn.one_hot(indices, self.settings.codes)
+        one_hot = jax.nn.one_hot(indices, self.settings.codebook_size)
         return (one_hot * jnp.asarray(weight)[..., None]).sum((0, 1, 2))
 
     def adversary(

@@ -35,3 +35,11 @@ def test_the_first_format_knew_of_no_skipped_steps():
     assert arrays["skipped",] == 0 and arrays["skipped",].dtype == np.int32
     kept = migrated({("skipped",): np.int32(5)}, 1, migrations.ARRAYS)
     assert kept["skipped",] == 5
+
+
+def test_remapped_codes_were_a_setting_before_format_5():
+    config = {"seed": 1, "vqgan": {"channels": 8, "used_codes": []}}
+    assert migrated(config, 4, migrations.SETTINGS) == {"seed": 1, "vqgan": {"channels": 8}}
+    config["vqgan"]["used_codes"] = [3, 1]
+    with pytest.raises(UserError, match="import the model again"):
+        migrated(config, 4, migrations.SETTINGS)

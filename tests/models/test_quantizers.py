@@ -56,33 +56,19 @@ def test_l2_normalised_codes_do_not_depend_on_lengths():
     assert np.isfinite(gradient(jnp.zeros((1, 1, 1, 4)))).all()
 
 
-def test_used_codes_are_a_smaller_codebook():
-    rng = np.random.default_rng(2)
-    z = jnp.asarray(rng.normal(size=(2, 3, 4, 5)), jnp.float32)
-    codebook = jnp.asarray(rng.normal(size=(12, 5)), jnp.float32)
-    used = (7, 2, 11)
-    found = VectorQuantizer(12, 5, used=used).apply({"params": {"codebook": codebook}}, z)
-    smaller = {"params": {"codebook": codebook[jnp.array(used)]}}
-    expected = VectorQuantizer(3, 5).apply(smaller, z)
-    np.testing.assert_array_equal(found.indices, expected.indices)
-    np.testing.assert_array_equal(found.vectors, expected.vectors)
-
-
-@pytest.mark.parametrize("used", [(), (8, 1, 3, 0)])
-def test_the_gumbel_quantizer_by_its_definition(used):
+def test_the_gumbel_quantizer_by_its_definition():
     rng = np.random.default_rng(3)
     z, codebook = rng.normal(size=(2, 3, 4, 6)), rng.normal(size=(9, 5))
     kernel, bias = rng.normal(size=(1, 1, 6, 9)), rng.normal(size=9)
     params = jax.tree.map(
         jnp.float32, {"codebook": codebook, "proj": {"kernel": kernel, "bias": bias}}
     )
-    quantizer = GumbelQuantizer(9, 5, kl_weight=0.3, used=used)
+    quantizer = GumbelQuantizer(9, 5, kl_weight=0.3)
 
     def quantize(params, z, noise=None):
         return quantizer.apply({"params": params}, z, noise)
 
-    which = np.array(used or range(9))
-    logits, codes = (z @ kernel[0, 0] + bias)[..., which], codebook[which]
+    logits, codes = z @ kernel[0, 0] + bias, codebook
     plain = quantize(params, jnp.float32(z))
     np.testing.assert_array_equal(plain.indices, logits.argmax(-1))
     np.testing.assert_allclose(plain.vectors, codes[logits.argmax(-1)], rtol=1e-5)
@@ -105,8 +91,8 @@ def test_the_gumbel_quantizer_by_its_definition(used):
 
     def soft(params, z):
         logits = z @ params["proj"]["kernel"][0, 0] + params["proj"]["bias"]
-        chosen = jax.nn.softmax((logits[..., which] + gumbel) / temperature)
-        return (chosen @ params["codebook"][which] * upstream).sum()
+        chosen = jax.nn.softmax((logits + gumbel) / temperature)
+        return (chosen @ params["codebook"] * upstream).sum()
 
     def hard(params, z):
         return (quantize(params, z, noise).vectors * upstream).sum()
@@ -116,6 +102,5 @@ def test_the_gumbel_quantizer_by_its_definition(used):
     golden.assert_close(found[1], expected[1], "latents", 1e-4)
     golden.assert_trees_close(found[0]["proj"], expected[0]["proj"], "projection", 1e-4)
     one_hot = np.eye(len(codes))[scaled.argmax(-1)].reshape(-1, len(codes))
-    of_codes = np.zeros((9, 5))
-    of_codes[which] = one_hot.T @ upstream.reshape(-1, 5)
+    of_codes = one_hot.T @ upstream.reshape(-1, 5)
     golden.assert_close(found[0]["codebook"], of_codes, "codebook", 1e-4)
