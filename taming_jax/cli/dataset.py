@@ -63,9 +63,9 @@ def main() -> None:
     for one, other in (("train", "validation"), ("train", "test"), ("validation", "test")):
         print(f"{len(seen[one] & seen[other])} images of {other} are in {one} as well")
     if out is not None:
-        from taming_jax.figures import sheet
+        from taming_jax.figures import labelled_grid, save
 
         images = splits.train.images
         title = f"{config.data.path or config.data.name}: {len(images)} training images"
-        sheet(images[datasets.spread(len(images), 64)], out, 8, title)
+        save(labelled_grid(images[datasets.spread(len(images), 64)], (), 8, title), out)
         print(f"A sheet of them is in {out}.")

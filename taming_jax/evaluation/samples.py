@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 
 from taming_jax.data.datasets import spread
-from taming_jax.evaluation.subject import Evaluation, Protocol
+from taming_jax.evaluation.protocol import Protocol
+from taming_jax.evaluation.subject import Evaluation
 from taming_jax.figures import to_uint8
 from taming_jax.metrics import distances
 from taming_jax.metrics.distances import FeatureStats

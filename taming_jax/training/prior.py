@@ -282,11 +282,11 @@ class PriorStage:
         # A row at a time: all of them at 256 px are more than many a device's memory holds.
         images = in_batches(functools.partial(self._decode, generator), codes, columns)
         step = int(self.devices.fetch(state.step))
-        figures.loss_curves(
-            rows, folder / "prior_loss.png", "Prior", names={"nll": "loss (nats a code)"}
-        )
+        figures.loss_curves(rows, folder / "prior_loss.png", "Prior")
         drawn = [names[i] for i in classes]
-        figures.class_samples(images, drawn, folder / "samples.png", step)
+        title = f"Samples of each class (step {step})"
+        figure = figures.labelled_grid(images, drawn, columns, title)
+        figures.save(figure, folder / "samples.png")
 
 
 def corrupted(keep: float, codebook_size: int, key: jax.Array, codes: jax.Array) -> jax.Array:
