@@ -5,7 +5,7 @@ Figures are made without pyplot: no window, no global state, safe beside a noteb
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,13 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import LogLocator
 
 from taming_jax.data.pixels import to_uint8
 from taming_jax.files import write_whole
 
 DPI = 110
+GAP = 2  # pixels between the images of a grid
 INK, ACCENT, FAINT = "#1f2933", "#c2410c", "#9aa5b1"
 # Losses that only fall, and are easier to read by their orders of magnitude.
 LOGARITHMIC = {"l1", "perceptual", "codebook", "adaptive_weight"}
@@ -26,7 +27,7 @@ LOGARITHMIC = {"l1", "perceptual", "codebook", "adaptive_weight"}
 TITLES = {
     "l1": "L1 (images in 0 to 1)",
     "perceptual": "perceptual (LPIPS)",
-    "nll": "reconstruction loss",
+    "nll": "negative log-likelihood",
     "codebook": "codebook loss",
     "perplexity": "perplexity of the codes",
     "usage": "share of codes in use",
@@ -55,21 +56,13 @@ def save(figure: Figure, path: Path) -> None:
     write_whole(path, content.getvalue())
 
 
-def show(axes: Axes, image: np.ndarray) -> None:
-    """One image [h,w,c] without axes; gray for one channel, with sharp pixels where they are twice
-    as large as the screen's, or more."""
-    if image.shape[-1] == 1:
-        image = np.repeat(image, 3, -1)
-    figure: Any = axes.figure
-    pixels = axes.get_position().width * figure.get_figwidth() * DPI
-    sharp = pixels >= 2 * image.shape[1]
-    axes.imshow(image, interpolation="nearest" if sharp else "antialiased")
-    axes.set_xticks([])
-    axes.set_yticks([])
-    axes.spines[:].set_visible(False)
+def set_title(axes: Axes, title: str) -> None:
+    """Gives a plot a title, and takes the frame's top and right side away."""
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
-def tiles(images: np.ndarray, columns: int, gap: int = 2) -> np.ndarray:
+def tiles(images: np.ndarray, columns: int, gap: int = GAP) -> np.ndarray:
     """Images [n,h,w,c] side by side as one image, white between."""
     n, h, w, c = images.shape
     rows = math.ceil(n / columns)
@@ -81,16 +74,11 @@ def tiles(images: np.ndarray, columns: int, gap: int = 2) -> np.ndarray:
 
 
 def loss_curves(
-    rows: Sequence[dict[str, Any]],
-    path: Path,
-    title: str,
-    mark: int | None = None,
-    mark_name: str = "",
-    names: Mapping[str, str] | None = None,
+    rows: Sequence[dict[str, Any]], path: Path, title: str, mark: int | None = None
 ) -> None:
-    """Every metric over the steps, training as a line and validation as dots. A dotted line marks
-    the step `mark`, where it lies within; `names` replaces titles of terms."""
-    steps = [row["step"] for row in rows]
+    """Draws every metric over the steps, training as a line and validation as dots, with a dotted
+    line at the step `mark`, where it lies within."""
+    steps = max(row["step"] for row in rows)
     logged = dict.fromkeys(name for row in rows for name in row if name not in NOT_DRAWN)
     terms = sorted(logged, key=lambda name: [*TITLES, name].index(name))
     columns = min(4, len(terms))
@@ -104,44 +92,12 @@ def loss_curves(
     )  # fmt: skip
     for i, term in enumerate(terms):
         axes = figure.add_subplot(lines, columns, i + 1)
-        for split in ("train", "validation"):
-            points = [(r["step"], r[term]) for r in rows if r["split"] == split and term in r]
-            if not points:
-                continue
-            x, y = np.array(points, float).T
-            if split == "validation":
-                axes.plot(
-                    x, y, "o-", color=ACCENT, markersize=3.5, linewidth=1, zorder=3, clip_on=False
-                )
-            elif len(y) < 100:
-                axes.plot(x, y, color=INK, linewidth=1.2)
-            else:
-                axes.plot(x, y, color=FAINT, linewidth=0.5)
-                axes.plot(x, smooth(y, len(y) // 50), color=INK, linewidth=1.2)
-        axes.set_title((TITLES | dict(names or {})).get(term, term), loc="left", fontsize=10)
-        first = min(row["step"] for row in rows if term in row)
-        # What begins late, as the adversarial terms do, has the panel to itself.
-        late = mark is not None and mark < first < max(steps)
-        axes.set_xlim(first if late else 0, max(steps))
-        if term == "usage":
-            axes.set_ylim(0, 1.05)
-        if term in LOGARITHMIC:
-            axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axes.yaxis.set_minor_locator(NullLocator())
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(labelsize=8)
+        draw_term(axes, rows, term)
+        axes.set_xlim(0, steps)
         if i >= len(terms) - columns:
             axes.set_xlabel("step", fontsize=9)
-        if mark is not None and mark < max(steps):
+        if mark is not None:
             axes.axvline(mark, color=FAINT, linestyle=":", linewidth=1)
-            if i == 0:
-                side = "left" if mark < max(steps) / 2 else "right"
-                axes.annotate(
-                    f" {mark_name} \n starts ", (mark, 0.98), xycoords=("data", "axes fraction"),
-                    va="top", ha=side, fontsize=8, color=INK,
-                )  # fmt: skip
     figure.suptitle(
         f"{title}: training (dark) and validation (orange)",
         fontsize=11, x=0.01, y=1 - 0.12 / size[1], ha="left",
@@ -149,12 +105,29 @@ def loss_curves(
     save(figure, path)
 
 
-def smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """A centred moving average that gets narrower towards the ends."""
-    sums = np.concatenate([[0], np.cumsum(values)])
-    i = np.arange(len(values))
-    low, high = np.maximum(i - window, 0), np.minimum(i + window + 1, len(values))
-    return (sums[high] - sums[low]) / (high - low)
+def draw_term(axes: Axes, rows: Sequence[dict[str, Any]], term: str) -> None:
+    """Draws one metric of the log's rows. A long line of training gets its moving average."""
+    for split in ("train", "validation"):
+        points = [(row["step"], row[term]) for row in rows if row["split"] == split and term in row]
+        x, y = np.array(points, float).reshape(-1, 2).T
+        if split == "validation":
+            axes.plot(x, y, "o-", color=ACCENT, markersize=3.5, linewidth=1, clip_on=False)
+        elif len(y) < 100:
+            axes.plot(x, y, color=INK, linewidth=1.2)
+        else:
+            window = len(y) // 25
+            mean = np.convolve(y, np.full(window, 1 / window), "valid")
+            axes.plot(x, y, color=FAINT, linewidth=0.5)
+            axes.plot(x[window // 2 :][: len(mean)], mean, color=INK, linewidth=1.2)
+    set_title(axes, TITLES.get(term, term))
+    axes.tick_params(labelsize=8)
+    if term == "usage":
+        axes.set_ylim(0, 1.05)
+    if term in LOGARITHMIC:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.minorticks_off()
 
 
 def reconstructions(images: np.ndarray, reconstruction: np.ndarray, path: Path, step: int) -> None:
@@ -183,48 +156,12 @@ def codebook_usage(counts: np.ndarray, path: Path, of: str) -> None:
     axes.set_xlim(-0.5, len(shares) - 0.5)
     axes.set_xlabel("code, by use")
     axes.set_ylabel("% of all uses")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title(
+    set_title(
+        axes,
         f"Codes on {of}: {len(used)} of {len(shares)} in use "
         f"({100 * len(used) / len(shares):.0f} %), perplexity {perplexity:.1f}",
-        loc="left", fontsize=10,
-    )  # fmt: skip
-    save(figure, path)
-
-
-def sheet(images: np.ndarray, path: Path, columns: int, title: str) -> None:
-    """Images as one sheet of tiles under a title."""
-    picture = tiles(images, columns)
-    width = 8.0
-    figure = Figure(
-        figsize=(width, width * picture.shape[0] / picture.shape[1] + 0.45), layout="constrained"
     )
-    show(figure.add_subplot(), picture)
-    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
     save(figure, path)
-
-
-def random_latents(images: np.ndarray, path: Path, step: int) -> None:
-    """Decoded grids whose codes were drawn independently."""
-    title = f"Codes drawn independently, as often as images use them: no prior yet (step {step})"
-    sheet(images, path, 8, title)
-
-
-def codebook(images: np.ndarray, counts: np.ndarray, path: Path, size: int, step: int) -> None:
-    """Decoded grids of one code each, the most used first."""
-    which = "All" if len(images) == size else f"The {len(images)} most used of"
-    title = (
-        f"{which} {size} codes, each decoded from a grid of itself, most used first (step {step})"
-    )
-    if (counts == 0).any():
-        title += f"; the last {(counts == 0).sum()} are unused"
-    sheet(images, path, 16, title)
-
-
-def class_samples(images: np.ndarray, names: Sequence[str], path: Path, step: int) -> None:
-    """Samples [n,h,w,c] of classes, as many of each, a labelled row a class."""
-    columns = len(images) // len(names)
-    save(labelled_grid(images, names, columns, f"Samples of each class (step {step})"), path)
 
 
 def labelled_grid(
@@ -234,14 +171,16 @@ def labelled_grid(
     title: str | None = None,
     below: Sequence[str] = (),
 ) -> Figure:
-    """Images [n,h,w,c] in rows of `columns`, with the name of each row beside it, and what is said
-    of each column below."""
+    """Images [n,h,w,c] in rows of `columns`, with the name of each row (or none) beside it, and a
+    text below each column. Pixels are sharp where they are at least twice as large as the
+    screen's."""
     picture = tiles(images, columns)
     names = [name if len(name) <= 24 else f"{name[:23]}…" for name in names]
     # In inches. A layout that is solved for, matplotlib's "constrained", cuts long names.
     width, margin = min(columns, 8.0), 0.05
     height = width * picture.shape[0] / picture.shape[1]
-    beside = max(0.8, 0.2 + 0.09 * max(map(len, names)))  # letters of nine points
+    longest = max(map(len, names), default=0)
+    beside = max(0.8, 0.2 + 0.09 * longest) if names else margin  # letters of nine points
     above = margin if title is None else 0.4
     under = 0.25 if below else margin
     size = beside + width + margin, under + height + above
@@ -249,38 +188,33 @@ def labelled_grid(
     if title is not None:
         figure.suptitle(title, fontsize=10, x=0.01, ha="left", y=1 - 0.1 / size[1])
     axes = figure.add_axes((beside / size[0], under / size[1], width / size[0], height / size[1]))
-    show(axes, picture)
-    row, column = (picture.shape[0] + 2) / len(names), (picture.shape[1] + 2) / columns
+    sharp = width * DPI >= 2 * picture.shape[1]
+    axes.imshow(
+        np.broadcast_to(picture, (*picture.shape[:2], 3)),
+        interpolation="nearest" if sharp else "antialiased",
+    )
+    axes.spines[:].set_visible(False)
+    row, column = images.shape[1] + GAP, images.shape[2] + GAP
     axes.set_yticks([row * (i + 0.5) - 1.5 for i in range(len(names))], names, fontsize=9)
     axes.set_xticks([column * (i + 0.5) - 1.5 for i in range(len(below))], below, fontsize=8)
     axes.tick_params(length=0)
     return figure
 
 
-def nearest_images(
-    images: np.ndarray, nearest: np.ndarray, far: np.ndarray, of: str, path: Path
-) -> None:
-    """Samples [n,h,w,c] above the images nearest to them, `of` which ones, which are `far` [n]
-    away."""
-    title = f"Samples and {of}; below,\nhow far (1: as far as a training image's nearest)"
-    names, said = ("sample", "training image"), [f"{value:.2f}" for value in far]
-    save(labelled_grid(np.concatenate([images, nearest]), names, len(images), title, said), path)
-
-
-def sweep(found: Sequence[dict[str, Any]], features: str, path: Path) -> None:
-    """What samples are worth by guidance scale: the distance, and precision and recall."""
+def sweep(samples: Sequence[dict[str, Any]], features: str, path: Path) -> None:
+    """Draws the distance of samples by guidance scale, and their precision and recall."""
     panels = {features: ("fd",), "share": ("precision", "recall", "coverage", "accuracy")}
     figure = Figure(figsize=(7.5, 3.2), layout="constrained")
-    x = [each["guidance_scale"] for each in found]
+    x = [report["guidance_scale"] for report in samples]
     for i, (title, names) in enumerate(panels.items()):
         axes = figure.add_subplot(1, 2, i + 1)
         for name, colour in zip(names, (INK, ACCENT, FAINT, "#2563eb"), strict=False):
-            if name in found[0]:
-                axes.plot(x, [each[name] for each in found], "o-", color=colour, label=name)
+            if name in samples[0]:
+                y = [report[name] for report in samples]
+                axes.plot(x, y, "o-", color=colour, label=name)
         if i:
             axes.legend(fontsize=8, frameon=False)
             axes.set_ylim(0, 1.02)
-        axes.set_title(title, loc="left", fontsize=10)
+        set_title(axes, title)
         axes.set_xlabel("guidance scale")
-        axes.spines[["top", "right"]].set_visible(False)
     save(figure, path)

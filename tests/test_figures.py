@@ -14,12 +14,6 @@ def test_tiles_are_in_reading_order():
     assert (sheet[3] == 255).all() and (sheet[4:, 10:] == 255).all()
 
 
-def test_smoothing_is_a_centred_mean():
-    values = np.random.default_rng(0).normal(size=50)
-    expected = [values[max(i - 4, 0) : i + 5].mean() for i in range(50)]
-    np.testing.assert_allclose(figures.smooth(values, 4), expected)
-
-
 def test_loss_curves_of_any_metrics(tmp_path, monkeypatch):
     rows = [{"step": s, "split": "train", "l1": 1 / s, "epoch": 0.1} for s in range(1, 300)]
     rows += [{"step": 299, "split": "validation", "l1": 0.1, "usage": 0.5, "sharpness": 2.0}]
@@ -28,7 +22,7 @@ def test_loss_curves_of_any_metrics(tmp_path, monkeypatch):
     monkeypatch.setattr(
         Axes, "set_title", lambda axes, *a, **k: titles.append(a[0]) or set_title(axes, *a, **k)
     )
-    figures.loss_curves(rows, path, "title", mark=150, mark_name="discriminator")
+    figures.loss_curves(rows, path, "title", mark=150)
     assert titles == ["L1 (images in 0 to 1)", "share of codes in use", "sharpness"]
     with Image.open(path) as image:
         assert image.size[0] > image.size[1]

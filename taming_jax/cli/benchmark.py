@@ -3,18 +3,14 @@
     taming-jax benchmark --config mnist --stage vqgan
     taming-jax benchmark --config mnist --stage prior
     taming-jax benchmark --stage sample
-    taming-jax benchmark --config birds --stage data --data.path FOLDER
 
-The first prints, for the step before and after the discriminator's start: compile time, steps and
-images per second, floating-point operations per step, and peak memory. `--stage sample` times the
-sampling of grids of 16x16 codes by a prior of 8 layers of width 256. `--stage data` times how
-pictures are decoded, by one core into a cache of its own, and how they are then streamed from there
-to the devices.
+The first two print, for each training step (stage 1 has one before and one after the discriminator
+starts): compile time, steps and images per second, floating-point operations per step, and peak
+memory. `--stage sample` times the sampling of grids of 16x16 codes by a prior of 8 layers of width
+256.
 """
 
-import dataclasses
 import functools
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,8 +23,7 @@ import numpy as np
 from taming_jax.cli.arguments import parse
 from taming_jax.config.load import load_config
 from taming_jax.config.schema import Config
-from taming_jax.data import datasets
-from taming_jax.data.batches import Feed, ResidentFeed, StreamingFeed
+from taming_jax.data.batches import Feed, ResidentFeed
 from taming_jax.data.datasets import Split
 from taming_jax.parallel.devices import Compiled, Devices
 from taming_jax.priors.autoregressive import GPT
@@ -37,120 +32,78 @@ from taming_jax.training.prior import fresh_transformer, training_step
 from taming_jax.training.state import copied
 from taming_jax.training.vqgan import VQGANStage
 
-
-def timed(function: Callable, *arguments: Any) -> float:
-    begin = time.perf_counter()
-    jax.block_until_ready(function(*arguments))
-    return time.perf_counter() - begin
+HEADINGS = f"{'step':<26}{'compile':>10}{'steps/s':>10}{'images/s':>10}{'a step':>18}  peak memory"
 
 
-def rates(step: Compiled, median: float, config: Config, devices: Devices) -> str:
-    """A step's operations, how much of what a device can do they are, and its peak memory."""
-    device = devices.list[0]
-    used = Meter(device, config, print)(step.flops, 1 / median)
-    text = f"{(step.flops or 0) * len(devices) / 1e9:>12.2f} GFLOP"
-    if "utilisation" in used:
-        text += f", {used['utilisation']:.0%} of a device's most"
-    where = "the device" if device.memory_stats() else "the process"
-    return f"{text}  {used['memory_peak_bytes'] / 2**20:.0f} MiB of {where}"
+def timed(function: Callable, *arguments: Any) -> tuple[float, Any]:
+    """The seconds that a call takes, and what it returns."""
+    start = time.perf_counter()
+    result = jax.block_until_ready(function(*arguments))
+    return time.perf_counter() - start, result
 
 
-def median_step(step: Compiled, state: Any, feed: Feed, steps: int) -> tuple[float, Any]:
-    """Seconds a step, and the state afterwards."""
+def measure_step(
+    name: str, step: Compiled, state: Any, feed: Feed, config: Config, devices: Devices, count: int
+) -> Any:
+    """Compiles a training step, prints a row of its median speed over `count` calls, and returns
+    the state that they leave."""
+    compiling, _ = timed(step.prepare, state, feed.batch(0).arrays)
     times = []
-    for number in range(steps + 1):
-        arrays = feed.batch(number).arrays
-        begin = time.perf_counter()
-        state, metrics = step(state, arrays)
-        jax.block_until_ready((state, metrics))
-        times.append(time.perf_counter() - begin)
-    return float(np.median(times[1:])), state  # the first warms caches
+    for number in range(count + 1):
+        seconds, (state, _) = timed(step, state, feed.batch(number).arrays)
+        times.append(seconds)
+    median = float(np.median(times[1:]))  # the first warms caches
+    device = devices.list[0]
+    metrics = Meter(device, config, print)(step.flops, 1 / median)
+    operations = f"{(step.flops or 0) * len(devices) / 1e9:>12.2f} GFLOP"
+    if "utilisation" in metrics:
+        operations += f", {metrics['utilisation']:.0%} of a device's most"
+    where = "the device" if device.memory_stats() else "the process"
+    print(
+        f"{name:<26}{compiling:>8.1f} s{1 / median:>10.2f}{feed.batch_size / median:>10.1f}"
+        f"{operations}  {metrics['memory_peak_bytes'] / 2**20:.0f} MiB of {where}"
+    )
+    return state
 
 
-def measure(stage: VQGANStage, devices: Devices, steps: int) -> None:
-    batch_size = stage.config.vqgan.batch_size
+def measure_vqgan(config: Config, devices: Devices, count: int) -> None:
+    stage = VQGANStage(config, devices)
     feed, _ = stage.feeds()
     state = copied(devices.replicate(stage.init(jax.random.key(0))))
-    print(f"{'step':<26}{'compile':>10}{'steps/s':>10}{'images/s':>10}{'a step':>18}  peak memory")
+    print(HEADINGS)
     for adversarial, name in ((False, "autoencoder"), (True, "with discriminator")):
         step = stage.compiled(adversarial)
-        begin = time.perf_counter()
-        step.prepare(state, feed.batch(0).arrays)
-        compile_time = time.perf_counter() - begin
-        median, state = median_step(step, state, feed, steps)
-        print(
-            f"{name:<26}{compile_time:>8.1f} s{1 / median:>10.2f}{batch_size / median:>10.1f}"
-            f"{rates(step, median, stage.config, devices)}"
-        )
+        state = measure_step(name, step, state, feed, config, devices, count)
 
 
-def measure_prior(config: Config, devices: Devices, steps: int) -> None:
-    """The training step of stage 2 on codes made up for it."""
+def measure_prior(config: Config, devices: Devices, count: int) -> None:
+    """The training step of stage 2 on random codes."""
     devices.check_batch("prior", config.prior.batch_size, config.prior.micro_batches)
     model = GPT.build(config, 10)
     rng = np.random.default_rng(0)
     codes = rng.integers(0, model.codebook_size, (2048, model.length)).astype(np.int32)
     split = Split(codes, rng.integers(0, 10, 2048).astype(np.int32))
-    batch_size = config.prior.batch_size
-    feed = ResidentFeed(split, batch_size, 0, devices)
+    feed = ResidentFeed(split, config.prior.batch_size, 0, devices)
     function = functools.partial(training_step, config, model, 1000, devices.axis_name)
     step = devices.compile(function, donate=True)
     state = copied(devices.replicate(fresh_transformer(config, model, jax.random.key(0))))
-    step.prepare(state, feed.batch(0).arrays)
-    median, _ = median_step(step, state, feed, steps)
-    print(
-        f"{1 / median:.2f} steps/s, {batch_size / median:.1f} images/s, "
-        f"{rates(step, median, config, devices).lstrip()}"
-    )
+    print(HEADINGS)
+    measure_step("prior", step, state, feed, config, devices, count)
 
 
-def measure_sampling(repeats: int) -> None:
+def measure_sampling(count: int) -> None:
     """Sampling of 256 positions by 8 layers of width 256."""
     model = GPT(codebook_size=1024, classes=10, grid=(16, 16), layers=8, heads=8, width=256)
     tokens = jnp.zeros((1, model.length), jnp.int32)
     params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
-
-    @jax.jit
-    def cached(labels: jax.Array, keys: jax.Array) -> jax.Array:
-        return model.sample(params, labels, keys)
-
-    times: dict[int, list[float]] = {8: [], 64: []}
-    for _ in range(repeats + 1):  # in turn, so that a slow moment meets both
-        for batch, taken in times.items():
-            keys = jax.random.split(jax.random.key(1), batch)
-            taken.append(timed(cached, jnp.arange(batch) % 10, keys))
-    seconds = {batch: float(np.median(taken[1:])) for batch, taken in times.items()}
-    for batch, (first, *_) in times.items():
+    draw = jax.jit(functools.partial(model.sample, params))
+    for batch in (8, 64):
+        labels, keys = jnp.arange(batch) % 10, jax.random.split(jax.random.key(1), batch)
+        first, *others = [timed(draw, labels, keys)[0] for _ in range(count + 1)]
+        median = float(np.median(others))
         print(
-            f"batch {batch}: {seconds[batch]:.2f} s, {batch / seconds[batch]:.2f} images/s "
-            f"(and {first - seconds[batch]:.1f} s to compile)"
-        )
-    growth = 8 * np.median(np.divide(times[8][1:], times[64][1:]))
-    print(f"throughput grows {growth:.2f} times from batch 8 to 64")
-
-
-def measure_data(config: Config, devices: Devices, steps: int) -> None:
-    """Decoding, from the source to the cache, and streaming from the cache."""
-    with tempfile.TemporaryDirectory() as cache:
-        data = dataclasses.replace(config.data, cache=cache, workers=1)
-        begin = time.perf_counter()
-        splits = datasets.load(data)
-        seconds = time.perf_counter() - begin
-        count = sum(len(split.images) for split in splits[:3])
-        print(f"decoding: {count / seconds:.0f} pictures a second, one core")
-        batch_size = config.vqgan.batch_size
-        feed = StreamingFeed(splits.train, batch_size, 0, devices)
-        count = max(steps, -(-2 * len(splits.train.images) // batch_size))
-        jax.block_until_ready(feed.batch(0).arrays)
-        begin = time.perf_counter()
-        for step in range(1, count + 1):
-            jax.block_until_ready(feed.batch(step).arrays)
-        seconds = time.perf_counter() - begin
-        feed.close()
-        size = splits.train.images.shape[1]
-        print(
-            f"streaming: {count * batch_size / seconds:.0f} images of {size}x{size} a second, in "
-            f"batches of {batch_size}"
+            f"batch {batch}: {median:.2f} s, {batch / median:.2f} images/s "
+            f"(and {first - median:.1f} s to compile)"
         )
 
 
@@ -163,7 +116,7 @@ class DataPath:
 @dataclass(frozen=True)
 class Benchmark:
     config: str = "mnist"
-    stage: Literal["vqgan", "prior", "sample", "data"] = "vqgan"
+    stage: Literal["vqgan", "prior", "sample"] = "vqgan"
     batch_size: int | None = None
     """Default: the preset's."""
     devices: int | None = None
@@ -179,17 +132,15 @@ def main() -> None:
         overrides |= {"vqgan.batch_size": given.batch_size, "prior.batch_size": given.batch_size}
     config = load_config(given.config, overrides)
     devices = Devices(config.devices)
-    sizes = {"vqgan": config.vqgan.batch_size, "prior": config.prior.batch_size}
-    what = {stage: f"{given.config}, {stage}: batches of {size}" for stage, size in sizes.items()}
+    what = f"{given.config}, {given.stage}"
+    if given.stage != "sample":
+        what += f": batches of {getattr(config, given.stage).batch_size}"
     print(
-        f"{what.get(given.stage, given.stage)} on {len(devices)} {devices.list[0].device_kind} "
-        f"device(s), {config.dtype}, jax {jax.__version__}"
+        f"{what} on {len(devices)} {devices.list[0].device_kind} device(s), {config.dtype}, "
+        f"jax {jax.__version__}"
     )
     if given.stage == "sample":
         measure_sampling(given.steps)
-    elif given.stage == "data":
-        measure_data(config, devices, given.steps)
-    elif given.stage == "prior":
-        measure_prior(config, devices, given.steps)
     else:
-        measure(VQGANStage(config, devices), devices, given.steps)
+        measure = {"vqgan": measure_vqgan, "prior": measure_prior}[given.stage]
+        measure(config, devices, given.steps)

@@ -66,9 +66,9 @@ def main() -> None:
     for one, other in itertools.combinations(named, 2):
         print(f"{len(seen[one] & seen[other])} images of {other} are in {one} as well")
     if given.out is not None:
-        from taming_jax.figures import sheet
+        from taming_jax.figures import labelled_grid, save
 
         images = splits.train.images
         title = f"{config.data.path or config.data.name}: {len(images)} training images"
-        sheet(images[datasets.spread(len(images), 64)], given.out, 8, title)
+        save(labelled_grid(images[datasets.spread(len(images), 64)], (), 8, title), given.out)
         print(f"A sheet of them is in {given.out}.")

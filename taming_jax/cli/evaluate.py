@@ -16,6 +16,7 @@ from typing import Any
 from taming_jax.cli.arguments import DataFlags, check_output, data_settings, join_processes, parse
 from taming_jax.config.schema import OF_A_MACHINE
 from taming_jax.errors import RunFailed, UserError
+from taming_jax.evaluation.protocol import Protocol
 from taming_jax.files import check_writable, write_whole
 from taming_jax.parallel.distributed import Processes
 
@@ -24,35 +25,13 @@ OWN = {"process_id", "workdir", "weights", "reference", *(f"data.{name}" for nam
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(Processes):
+class Evaluate(Protocol, Processes):
     workdir: Path | None = None
     """The run's folder."""
     compare: tuple[Path, Path] | None = None
     """Two reports, to show side by side."""
-    split: str = "test"
-    """train, validation or test."""
-    images: int | None = None
-    """How many of the split, evenly spread. Default: all."""
-    samples: int = 5000
-    """How many are drawn; 0 leaves them out."""
-    features: str = "auto"
-    """inception, vgg or classifier; auto is inception where its weights are, else vgg."""
-    weights: Path | None = None
-    """InceptionV3's, pytorch-fid's .pth."""
-    reference: Path | None = None
-    """An .npz of mu and sigma, in place of the split's."""
     save_reference: Path | None = None
     """Where the split's are written."""
-    legacy_resize: bool = False
-    """Bilinear, as the first FID."""
-    kept: int = 10_000
-    """The most features that are held."""
-    seed: int = 0
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    guidance_scale: tuple[float, ...] = ()
-    """One number, or two: the first code's and the last's."""
     sweep: tuple[str, ...] = ()
     """guidance-scale and values of it, to measure samples at as well."""
     devices: int | None = None
@@ -98,16 +77,14 @@ def compare(left: Path, right: Path) -> None:
 
 
 def scales_of(sweep: tuple[str, ...]) -> list[float]:
-    """The values of --sweep. UserError for another setting, or what is no number."""
-    if not sweep:
-        return []
-    name, *values = sweep
-    if name.replace("_", "-") != "guidance-scale" or not values:
-        raise UserError("--sweep takes guidance-scale and its values, such as 1 1.5 2 3.")
+    """The values of --sweep. Raises UserError where it names another setting, or no numbers."""
     try:
-        return [float(value) for value in values]
-    except ValueError as error:
-        raise UserError(f"--sweep guidance-scale: {error}.") from error
+        scales = [float(value) for value in sweep[1:]]
+    except ValueError:
+        scales = []
+    if sweep and (sweep[0] != "guidance-scale" or not scales):
+        raise UserError("--sweep takes guidance-scale and its values, such as 1 1.5 2 3.")
+    return scales
 
 
 def check_outputs(given: Evaluate) -> None:
@@ -119,7 +96,7 @@ def check_outputs(given: Evaluate) -> None:
         try:
             given.figures.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"--figures {given.figures}: {error.strerror or error}.") from error
+            raise UserError(f"--figures {given.figures}: {error.strerror}.") from error
         check_writable("--figures", given.figures)
 
 
@@ -127,28 +104,18 @@ def work(given: Evaluate, workdir: Path) -> None:
     from taming_jax.parallel import distributed
 
     join_processes(given, OWN)
-    sweep, scale = scales_of(given.sweep), given.guidance_scale
-    if len(scale) > 2:
-        raise UserError("--guidance-scale takes one number, or two: the first code's, the last's.")
+    sweep = scales_of(given.sweep)
     distributed.from_first(lambda: check_outputs(given))
     from taming_jax.evaluation.report import draw, finished
-    from taming_jax.evaluation.subject import Evaluation, Protocol
+    from taming_jax.evaluation.subject import Evaluation
     from taming_jax.evaluation.table import table
     from taming_jax.metrics.distances import save_moments
     from taming_jax.run import load_run
     from taming_jax.training.meter import peak_memory
 
     begun = time.monotonic()
-    names = (
-        "split", "images", "samples", "features", "weights", "reference", "legacy_resize", "kept",
-        "seed", "temperature", "top_k", "top_p",
-    )  # fmt: skip
-    protocol = Protocol(
-        **{name: getattr(given, name) for name in names},
-        guidance_scale=(scale[0] if len(scale) == 1 else (scale[0], scale[1])) if scale else None,
-    )
     run = load_run(workdir, data_settings(given.data))
-    evaluation = Evaluation(run, protocol, given.devices, progress=True, sweep=sweep)
+    evaluation = Evaluation(run, given, given.devices, progress=True, sweep=sweep)
     results = finished(evaluation)
     print(table(results))
     folder = given.figures or (given.out.absolute().parent if given.out else None)
@@ -157,11 +124,10 @@ def work(given: Evaluate, workdir: Path) -> None:
             content = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
             out = given.out
             distributed.from_first(lambda: write_whole(out, content.encode()))
-        if given.save_reference is not None and len(evaluation.chosen) < 2:
-            raise UserError("--save-reference needs two images at least; take more --images.")
         if given.save_reference is not None:
-            moments = evaluation.reference.moments
-            file = given.save_reference
+            if len(evaluation.chosen) < 2:
+                raise UserError("--save-reference needs two images at least; take more --images.")
+            moments, file = evaluation.reference.moments, given.save_reference
             distributed.from_first(lambda: save_moments(file, moments))
         if folder is not None:
             draw(evaluation, folder, results)

@@ -10,7 +10,6 @@ A row that was measured before is printed again; one that was interrupted goes o
 import contextlib
 import json
 import math
-import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -28,7 +27,8 @@ from taming_jax.training import train
 
 
 class Row(NamedTuple):
-    """Settings of stage 1, of a prior where `of` is a stage 1, of sampling where it is a prior."""
+    """Settings of stage 1, of a prior where `of` is a stage 1, of sampling where it is a prior. A
+    stage 1 has one prior at most, which is trained in its folder."""
 
     settings: dict[str, Any]
     of: str = ""
@@ -80,65 +80,54 @@ COLUMNS = {
 }
 
 
+@dataclass(frozen=True)
 class Recipes:
-    """The rows of a preset, trained and measured in a folder. `data_path` is the preset's dataset,
-    where that is not downloaded."""
+    """The rows of a preset, trained and measured in a folder, with settings of their data."""
 
-    def __init__(self, preset: str, workdir: Path, data_path: Path | None):
-        self.preset, self.workdir, self.table = preset, workdir, TABLES[preset]
-        self.data = {"data.path": str(data_path)} if data_path else {}
+    preset: str
+    workdir: Path
+    data: dict[str, Any]
 
-    def train(self, name: str, stage: str) -> float:
-        """Trains a stage of a row in its folder; returns the seconds that it took, or not a number
-        where it was interrupted before."""
-        folder = self.workdir / name
-        fresh, began = not (folder / "metrics" / f"{stage}.jsonl").exists(), time.monotonic()
-        row = self.table.rows[name]
-        settings = (self.table.rows[row.of].settings if row.of else {}) | row.settings
+    def train(self, folder: Path, settings: dict[str, Any], stage: str) -> float:
+        """Trains a stage; returns the seconds that it takes, or not a number where it goes on."""
+        start, goes_on = time.monotonic(), (folder / "metrics" / f"{stage}.jsonl").exists()
         overrides = settings | self.data | {"workdir": str(folder)}
         with contextlib.redirect_stdout(sys.stderr):  # stdout has the table alone
             train(load_config(self.preset, overrides), stage)
-        return time.monotonic() - began if fresh else math.nan
+        return math.nan if goes_on else time.monotonic() - start
 
-    def measured(self, name: str) -> dict[str, Any]:
-        """A row's report, with the seconds that its training took; trained and measured if it is
-        not yet."""
-        row, file, folder = (
-            self.table.rows[name],
-            self.workdir / f"{name}.json",
-            self.workdir / name,
-        )
+    def measure(self, name: str) -> dict[str, Any]:
+        """A row's report, with the seconds that its training takes, from its file where that
+        exists; otherwise the row, and what it varies, is trained and measured."""
+        rows, images, samples = TABLES[self.preset]
+        row, file = rows[name], self.workdir / f"{name}.json"
         if file.exists():
             return json.loads(file.read_text())
-        seconds, sampling = 0.0, {}
-        if not row.of:
-            seconds = self.train(name, "vqgan")
-        elif not self.table.rows[row.of].of:
-            self.measured(row.of)
-            if not folder.exists():
-                shutil.rmtree(self.workdir / "copying", ignore_errors=True)
-                shutil.copytree(self.workdir / row.of, self.workdir / "copying")
-                (self.workdir / "copying").rename(folder)
-            seconds = self.train(name, "prior")
+        base = rows[row.of] if row.of else None
+        if base is not None:
+            self.measure(row.of)
+        folder, seconds, sampling = self.workdir / (row.of or name), 0.0, {}
+        if base is None:
+            seconds = self.train(folder, row.settings, "vqgan")
+        elif not base.of:
+            seconds = self.train(folder, base.settings | row.settings, "prior")
         else:
-            self.measured(row.of)
-            folder, sampling = self.workdir / row.of, row.settings
+            folder, sampling = self.workdir / base.of, row.settings
         report = evaluate(
-            load_run(folder), features="vgg", images=self.table.images,
-            samples=self.table.samples, **sampling,
+            load_run(folder), features="vgg", images=images, samples=samples, **sampling
         ) | {"seconds": seconds}  # fmt: skip
         write_whole(file, json.dumps(report).encode())
         return report
 
     def line(self, name: str) -> str:
         """A row of a table in Markdown."""
-        row, found = self.table.rows[name], self.measured(name)
+        row, report = TABLES[self.preset].rows[name], self.measure(name)
         kind = "samples" if row.of else "reconstruction"
         # Only what is known: a classifier reads digits alone.
-        values = [f"{found[kind].get(column, math.nan):.3g}" for column in COLUMNS[kind]]
+        values = [f"{report[kind].get(column, math.nan):.3g}" for column in COLUMNS[kind]]
         given = " ".join(f"{flag(key)} {show(value)}" for key, value in row.settings.items())
         settings = f"`{given}`" if given else ""
-        return f"| {name} | {settings} | {' | '.join(values)} | {found['seconds']:.0f} |"
+        return f"| {name} | {settings} | {' | '.join(values)} | {report['seconds']:.0f} |"
 
 
 @dataclass(frozen=True)
@@ -157,9 +146,9 @@ def main() -> None:
     if unknown := [name for name in given.rows if name not in rows]:
         known = ", ".join(f"'{name}'" for name in rows)
         raise UserError(f"there is no row '{unknown[0]}'; there are {known}.")
-    data_path = given.data_path and given.data_path.absolute()
     workdir.mkdir(parents=True, exist_ok=True)
-    recipes = Recipes(given.config, workdir, data_path)
+    data = {"data.path": str(given.data_path.absolute())} if given.data_path else {}
+    recipes = Recipes(given.config, workdir, data)
     for kind, columns in COLUMNS.items():
         names = [name for name in given.rows or rows if bool(rows[name].of) == (kind == "samples")]
         if names:

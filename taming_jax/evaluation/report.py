@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from taming_jax.errors import UserError
+from taming_jax.evaluation.protocol import Protocol
 from taming_jax.evaluation.reconstructions import reconstructions
 from taming_jax.evaluation.samples import nearest, samples
-from taming_jax.evaluation.subject import Evaluation, Protocol
+from taming_jax.evaluation.subject import Evaluation
 from taming_jax.files import text_hash
 from taming_jax.parallel import distributed
 from taming_jax.run import Run
@@ -72,11 +73,17 @@ def draw(evaluation: Evaluation, folder: Path, report: dict[str, Any]) -> None:
         figures.codebook_usage(counts, folder / "evaluation_codes.png", of)
         if neighbours is not None:
             train, name = len(evaluation.splits.train.images), evaluation.extractor.name
-            of = (
-                f"the nearest of {min(train, protocol.kept)} of {train} training images, "
-                f"by {name}'s features"
+            images, closest, distances = neighbours
+            title = (
+                f"Samples and the nearest of {min(train, protocol.kept)} of {train} training "
+                f"images, by {name}'s features; below,\nhow far (1: as far as a training image's "
+                "nearest)"
             )
-            figures.nearest_images(*neighbours, of, folder / "evaluation_nearest.png")
+            figure = figures.labelled_grid(
+                np.concatenate([images, closest]), ("sample", "training image"), len(images),
+                title, [f"{distance:.2f}" for distance in distances],
+            )  # fmt: skip
+            figures.save(figure, folder / "evaluation_nearest.png")
         if "sweep" in report:
             file = folder / "evaluation_sweep.png"
             figures.sweep(report["sweep"], report["features"], file)

@@ -6,7 +6,8 @@ import numpy as np
 
 from taming_jax.data.datasets import spread
 from taming_jax.data.pixels import to_uint8
-from taming_jax.evaluation.subject import Evaluation, Protocol
+from taming_jax.evaluation.protocol import Protocol
+from taming_jax.evaluation.subject import Evaluation
 from taming_jax.metrics import distances
 from taming_jax.metrics.distances import FeatureStats
 from taming_jax.metrics.monitor import ranks

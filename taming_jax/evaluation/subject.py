@@ -14,6 +14,7 @@ from taming_jax.data import datasets
 from taming_jax.data.augment import centred
 from taming_jax.data.datasets import Split, spread
 from taming_jax.errors import UserError
+from taming_jax.evaluation.protocol import Protocol
 from taming_jax.metrics import distances
 from taming_jax.metrics.distances import FeatureStats, Moments
 from taming_jax.metrics.features import Extractor, Features, digits, pretrained
@@ -25,42 +26,6 @@ from taming_jax.weights.arrays import hash_arrays
 
 PART = 64  # images read at once, or as many more as the devices see at once
 SAMPLING = ("temperature", "top_k", "top_p", "guidance_scale")  # the settings of `Run.sampling`
-
-
-@dataclasses.dataclass(frozen=True)
-class Protocol:
-    """How a run is measured. Raises UserError for numbers and splits that are not possible."""
-
-    split: str = "test"
-    """The split whose images are reconstructed, and whose features samples are compared with."""
-    images: int | None = None
-    """How many of its images, evenly spread; all where None."""
-    samples: int = 5000
-    """How many are drawn, with classes as frequent as in the split; 0 skips samples."""
-    features: str = "auto"
-    """inception, vgg, classifier; auto takes InceptionV3 where its weights are, else VGG16."""
-    weights: Path | None = None
-    """InceptionV3's file, where it is not in the cache."""
-    reference: Path | None = None
-    """Moments of a reference, an .npz of mu and sigma, in place of the split's."""
-    legacy_resize: bool = False
-    """Bilinear without antialiasing, as the first FID."""
-    kept: int = 10_000
-    """The most features of a set that KD, precision, recall, density and coverage hold."""
-    neighbours: int = 5
-    seed: int = 0
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    guidance_scale: float | tuple[float, float] | None = None
-
-    def __post_init__(self) -> None:
-        for name, least in (("samples", 2), ("images", 1), ("kept", 2), ("neighbours", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least and (name, value) != ("samples", 0):
-                raise UserError(f"{name} is {value}; it must be {least} or more.")
-        if self.split not in ("train", "validation", "test"):
-            raise UserError(f"there is no split '{self.split}'; take train, validation or test.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -226,8 +226,8 @@ class PriorStage(Stage):
             functools.partial(self._draw_images, params), arrays, micro_batch(self.devices.list[0])
         )
         step = int(self.devices.fetch(state.step))
-        figures.loss_curves(
-            rows, folder / "prior_loss.png", "Prior", names={"nll": "loss (nats a code)"}
-        )
+        figures.loss_curves(rows, folder / "prior_loss.png", "Prior")
         drawn = [names[i] for i in classes]
-        figures.class_samples(images, drawn, folder / "samples.png", step)
+        title = f"Samples of each class (step {step})"
+        figure = figures.labelled_grid(images, drawn, columns, title)
+        figures.save(figure, folder / "samples.png")

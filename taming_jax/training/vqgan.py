@@ -245,7 +245,7 @@ class VQGANStage(Stage):
         decoded = [self._decode(params, solid[i : i + 32]) for i in range(0, len(solid), 32)]
 
         figures.loss_curves(
-            rows, folder / "loss_curves.png", "VQ-GAN", mark=self.start, mark_name="discriminator"
+            rows, folder / "loss_curves.png", "VQ-GAN (dotted: discriminator starts)", self.start
         )
         figures.reconstructions(
             images, self._reconstruct(params, images), folder / "reconstructions.png", step
@@ -253,7 +253,12 @@ class VQGANStage(Stage):
         figures.codebook_usage(
             counts, folder / "codebook_usage.png", f"the validation split after step {step}"
         )
-        figures.random_latents(self._decode(params, random), folder / "random_latents.png", step)
-        figures.codebook(
-            np.concatenate(decoded), counts[order], folder / "codebook.png", len(counts), step
+        title = f"Codes drawn independently, as often as images use them (step {step}, no prior)"
+        figure = figures.labelled_grid(self._decode(params, random), (), 8, title)
+        figures.save(figure, folder / "random_latents.png")
+        title = (
+            f"The {len(order)} most used of {len(counts)} codes ({(counts > 0).sum()} are in use), "
+            f"each decoded from a grid of itself (step {step})"
         )
+        figure = figures.labelled_grid(np.concatenate(decoded), (), 16, title)
+        figures.save(figure, folder / "codebook.png")

@@ -114,7 +114,8 @@ def test_training_draws_the_images_that_sampling_draws(run, both, tmp_path, monk
     state = TrainState(jnp.int32(2), {name: Net(x, ()) for name, x in params.items()})
     shown = []
     monkeypatch.setattr(figures, "loss_curves", lambda *_, **__: None)
-    monkeypatch.setattr(figures, "class_samples", lambda images, *_: shown.append(images))
+    monkeypatch.setattr(figures, "labelled_grid", lambda images, *_: shown.append(images))
+    monkeypatch.setattr(figures, "save", lambda *_: None)
     stage.draw(state, tmp_path, {}, [])
     expected = run.sample(range(4), 8, seed=config.seed, devices=1)
     np.testing.assert_array_equal(shown[0], to_uint8(expected))
