@@ -3,13 +3,14 @@
 import logging
 import os
 import re
-import sys
-import warnings
-from typing import Any
 
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import type_handlers
+
+# Their threads log the tracebacks of errors that they also raise, and `Store` reports.
+for name in ("absl", "asyncio"):
+    logging.getLogger(name).setLevel(logging.CRITICAL)
 
 # Only the primary process writes checkpoints; Orbax must not wait for the others.
 ALONE = ocp.options.MultiprocessingOptions(
@@ -27,31 +28,9 @@ def arrays_handler() -> ocp.PyTreeCheckpointHandler:
     )
 
 
-def quiet_orbax() -> None:
-    """Hides the tracebacks that Orbax's and tensorstore's threads print in addition to raising an
-    error, which `Store` reports in a sentence."""
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    never = r"coroutine '(_create_paths|\w*Handler\.\w+)' was never awaited"
-    warnings.filterwarnings("ignore", never, RuntimeWarning)
-    hook = sys.unraisablehook
-
-    def others(unraisable: Any) -> None:
-        # An event loop is closed at the first error, and tensorstore reports the rest to it.
-        if str(unraisable.exc_value) != "Event loop is closed":
-            hook(unraisable)
-
-    sys.unraisablehook = others
-
-
-quiet_orbax()
-
-
 def describe_failure(error: Exception) -> str:
     """Why something could not be written, in the operating system's words where it has any."""
     number = re.search(r"os_error_code='(\d+)'", str(error))  # tensorstore's
     if number:
         return os.strerror(int(number[1]))
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
