@@ -50,24 +50,16 @@ class Sampler:
         if size is None:
             return self.prior.grid
         factor, window = self.factor, self.prior.window
-        if np.shape(size) != (2,) or not all(isinstance(n, int | np.integer) for n in size):
+        if np.shape(size) != (2,) or any(
+            pixels % factor or pixels < codes * factor
+            for pixels, codes in zip(size, window, strict=True)
+        ):
             raise UserError(
-                f"a size of {size} was asked for; it is a height and a width in pixels."
+                f"a size of {size} was asked for; it is a height and a width in pixels, multiples "
+                f"of a code's {factor}, and at least the {window[0] * factor} and "
+                f"{window[1] * factor} of the images this prior was trained on."
             )
-        if any(pixels % factor for pixels in size):
-            near = [max(round(pixels / factor), 1) * factor for pixels in size]
-            raise UserError(
-                f"a height of {size[0]} and a width of {size[1]} were asked for, and both are "
-                f"multiples of a code's {factor}; take {near[0]} and {near[1]}."
-            )
-        grid = size[0] // factor, size[1] // factor
-        if grid[0] < window[0] or grid[1] < window[1]:
-            least = [codes * factor for codes in window]
-            raise UserError(
-                f"a height of {size[0]} and a width of {size[1]} are less than the {least[0]} and "
-                f"{least[1]} of the images this prior was trained on."
-            )
-        return grid
+        return int(size[0]) // factor, int(size[1]) // factor
 
     def drawn(
         self,

@@ -83,7 +83,7 @@ def train(workdir, stage="vqgan", on_step=lambda done: None, draw=False, **setti
     those done; figures are drawn where `draw` is set."""
     config = small_config(workdir, **settings)
 
-    def build(config, devices):
+    def build(config, devices, restart=False):
         if stage == "prior":
             built = PriorStage(config, devices)
         else:

@@ -67,7 +67,7 @@ def measure_step(
 
 
 def measure_vqgan(config: Config, devices: Devices, count: int) -> None:
-    stage = VQGANStage(config, devices)
+    stage = VQGANStage(config, devices, restart=True)
     feed, _ = stage.feeds()
     state = copied(devices.replicate(stage.init(jax.random.key(0))))
     print(HEADINGS)

@@ -1,7 +1,5 @@
 """Training of both stages."""
 
-import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,16 +16,12 @@ def train(config: "Config | str", stage: str = "vqgan", *, restart: bool = False
     """
     from taming_jax.config.load import load_config
     from taming_jax.errors import UserError
-    from taming_jax.parallel.devices import Devices
     from taming_jax.training import loop
     from taming_jax.training.prior import PriorStage
     from taming_jax.training.stage import Stage
-    from taming_jax.training.vqgan import build_stage
+    from taming_jax.training.vqgan import VQGANStage
 
-    stages: dict[str, Callable[[Config, Devices], Stage]] = {
-        "vqgan": functools.partial(build_stage, restart=restart),
-        "prior": functools.partial(PriorStage, restart=restart),
-    }
+    stages: dict[str, type[Stage]] = {"vqgan": VQGANStage, "prior": PriorStage}
     if stage not in stages:
         raise UserError(f"there is no stage '{stage}'; the stages are {', '.join(stages)}.")
     config = load_config(config) if isinstance(config, str) else config

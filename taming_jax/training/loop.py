@@ -53,9 +53,9 @@ def check_alike(config: Config) -> None:
     distributed.check_equal(distributed.installed_versions(), distributed.different_values)
 
 
-def train(build: Callable[[Config, Devices], Stage], config: Config, restart: bool = False) -> Path:
-    """Trains a stage to its last step, going on from what the run's folder holds, and returns that
-    folder.
+def train(kind: Callable[..., Stage], config: Config, restart: bool = False) -> Path:
+    """Trains the stage `kind(config, devices, restart)` to its last step, going on from what the
+    run's folder holds, unless it begins anew; returns that folder.
 
     Raises UserError for what the user can mend, before anything of theirs is touched; RunFailed
     where a loss is not finite or the last step could not be saved; Interrupted after SIGINT or
@@ -75,7 +75,7 @@ def train(build: Callable[[Config, Devices], Stage], config: Config, restart: bo
         if sentence := advice_for_a_cpu(config, devices.list[0].platform):
             say(sentence)
         distributed.from_first(lambda: stack.enter_context(run_lock(folder)) and None)
-        stage = build(config, devices)
+        stage = kind(config, devices, restart)
         config = stage.config
         store = Store(folder, stage.name, stage.best_metric, stage.dataset)
 

@@ -7,7 +7,7 @@ training stage 1 on, or throwing its checkpoints away, changes nothing here.
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -105,19 +105,11 @@ def training_step(
     return stepped(state, nets, metrics, ("nll", "transformer_gradient"))
 
 
-class Generator(NamedTuple):
-    """A trained generator: its parameters, its config, and the identity of the dataset it was
-    trained on, where that is known."""
-
-    params: Any
-    config: Config
-    dataset: dict[str, Any] | None
-
-
-def chosen_generator(folder: Path, anew: bool = False) -> Generator:
-    """The generator whose codes a run's prior speaks: the one in the newest checkpoint of the
+def chosen_generator(folder: Path, anew: bool) -> tuple[Any, Config, dict[str, Any] | None]:
+    """The generator whose codes a run's prior predicts: the one in the newest checkpoint of the
     prior, or, before there is one (or where the prior begins `anew`), the best of stage 1, its
-    moving average where it keeps one.
+    moving average where it keeps one: its parameters, its config, and the fingerprint of the
+    dataset it was trained on, where that is known.
 
     Raises UserError where the folder holds neither.
     """
@@ -125,7 +117,7 @@ def chosen_generator(folder: Path, anew: bool = False) -> Generator:
     checkpoint = None if anew else next(prior.readable(reversed(prior.steps())), None)
     if checkpoint is None:
         checkpoint = Store(folder, "vqgan").chosen()
-    return Generator(checkpoint.generator, checkpoint.config, checkpoint.dataset)
+    return checkpoint.generator, checkpoint.config, checkpoint.dataset
 
 
 class PriorStage(Stage):
@@ -137,7 +129,7 @@ class PriorStage(Stage):
 
     def __init__(self, config: Config, devices: Devices, restart: bool = False):
         self.generator, trained, seen = distributed.from_first(
-            lambda: chosen_generator(config.folder, anew=restart)
+            lambda: chosen_generator(config.folder, restart)
         )
         different = differences(config, trained, ("data", "vqgan"))
         if different:

@@ -40,14 +40,6 @@ from taming_jax.training.state import (
 from taming_jax.training.vqgan_step import Keys, Networks
 
 
-def build_stage(config: Config, devices: Devices, restart: bool = False) -> "VQGANStage":
-    """Stage 1 of a new run, or of the one that its folder holds, unless that begins anew."""
-    store = Store(config.folder, VQGANStage.name, VQGANStage.best_metric)
-    return VQGANStage(
-        config, devices, None if restart else distributed.from_first(store.last_config)
-    )
-
-
 def with_fixed_start(config: Config, examples: int, created: Config | None) -> Config:
     """The config with the step at which the discriminator starts. It is computed when a run is
     created, and kept when the run is resumed, `created` being the config it has so far: were it
@@ -69,17 +61,18 @@ def with_fixed_start(config: Config, examples: int, created: Config | None) -> C
 
 
 class VQGANStage(Stage):
-    """Stage 1. `created` is the config of the run that is
-    resumed, None for a new one."""
+    """Stage 1 of a new run, or of the one that its folder holds, unless that begins anew."""
 
     name = "vqgan"
     best_metric = "nll"
     learned = ("generator", "discriminator")
 
-    def __init__(self, config: Config, devices: Devices, created: Config | None = None):
+    def __init__(self, config: Config, devices: Devices, restart: bool = False):
         settings = config.vqgan
         frozen = devices.replicate(load_lpips() if settings.perceptual_weight else {})
         super().__init__(config, devices)
+        store = Store(config.folder, self.name, self.best_metric)
+        created = None if restart else distributed.from_first(store.last_config)
         config = with_fixed_start(config, len(self.splits.train.images), created)
         self.config = config
         start = config.vqgan.discriminator_start_step

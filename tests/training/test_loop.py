@@ -28,7 +28,10 @@ class Parabola:
 
     name, best_metric, learned, dataset = "vqgan", "nll", (), None
 
-    def __init__(self, config, devices, best=6, nearest=0, broken=(), on_step=lambda step: None):
+    def __init__(
+        self, config, devices, restart=False, best=6, nearest=0, broken=(),
+        on_step=lambda step: None,
+    ):  # fmt: skip
         self.config, self.devices, self.nearest = config, devices, nearest
         self.best, self.broken, self.on_step = best, broken, on_step
         self.evaluated, self.drawn = [], []
@@ -79,7 +82,7 @@ def train(folder, restart=False, stage=None, **settings):
     """Trains a Parabola and answers it."""
     built = []
 
-    def build(config, devices):
+    def build(config, devices, restart=False):
         built.append(Parabola(config, devices, **(stage or {})))
         return built[0]
 
@@ -172,7 +175,7 @@ def test_too_many_skipped_in_a_row_stop_the_run(tmp_path):
 
 
 def test_the_count_of_skipped_steps_goes_on_where_a_run_is_resumed(tmp_path, capsys):
-    def build(config, devices):
+    def build(config, devices, restart=False):
         return Parabola(config, devices, broken=(2, 8))
 
     for steps in (5, 10):
@@ -241,7 +244,7 @@ def test_a_signal_before_the_first_step_leaves_what_was_there(tmp_path):
     train(tmp_path, **CADENCES)
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
 
-    def build(config, devices):
+    def build(config, devices, restart=False):
         os.kill(os.getpid(), signal.SIGINT)
         return Parabola(config, devices)
 
@@ -415,7 +418,7 @@ def test_a_run_whose_preset_has_changed_goes_on_by_its_own_config(tmp_path):
 
 
 def test_a_preset_for_a_gpu_says_so_before_anything_else(tmp_path, capsys):
-    def build(config, devices):
+    def build(config, devices, restart=False):
         print("built")
         return Parabola(config, devices)
 

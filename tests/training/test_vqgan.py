@@ -10,7 +10,7 @@ from taming_jax.errors import RunFailed, UserError
 from taming_jax.parallel.devices import Devices
 from taming_jax.training import loop
 from taming_jax.training.checkpoints import Store
-from taming_jax.training.vqgan import VQGANStage, build_stage, with_fixed_start
+from taming_jax.training.vqgan import VQGANStage, with_fixed_start
 from taming_jax.training.vqgan_step import Networks
 from taming_jax.training.writers import read_rows
 from tests import small_runs
@@ -56,7 +56,7 @@ def test_an_infinity_is_skipped_counted_and_survived_and_too_many_in_a_row_are_n
     }  # fmt: skip
     built = []
 
-    def build(config, devices):
+    def build(config, devices, restart=False):
         built.append(Watched(config, devices))
         return built[0]
 
@@ -93,12 +93,12 @@ def config_of(tmp_path):
 
 def check_longer_runs(config_of, capsys):
     """After step 2 of 4 steps, though half of 10 are 5; another step is refused."""
-    longer = build_stage(config_of(10), Devices(1))
+    longer = VQGANStage(config_of(10), Devices(1))
     assert (longer.start, longer.config.vqgan.discriminator_start_step) == (2, 2)
     assert "The discriminator starts after step 2, which was fixed" in capsys.readouterr().out
-    assert build_stage(config_of(10), Devices(1), restart=True).start == 5
+    assert VQGANStage(config_of(10), Devices(1), restart=True).start == 5
     with pytest.raises(UserError, match="start-step is 7, but the run in .* was created with 2"):
-        build_stage(config_of(12, **{"vqgan.discriminator_start_step": 7}), Devices(1))
+        VQGANStage(config_of(12, **{"vqgan.discriminator_start_step": 7}), Devices(1))
 
 
 def test_a_resumed_stage_takes_the_discriminators_start_from_its_checkpoints(
@@ -114,7 +114,7 @@ def test_a_resumed_stage_takes_the_discriminators_start_from_its_checkpoints(
 @pytest.mark.slow
 def test_a_longer_run_keeps_the_discriminators_start(config_of, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(VQGANStage, "draw", lambda *_: None)
-    loop.train(build_stage, config_of(4))
+    loop.train(VQGANStage, config_of(4))
     assert adversarial_steps(tmp_path) == [3, 4]
     assert read_config(tmp_path / "config.json").vqgan.discriminator_start_step == 2
     check_longer_runs(config_of, capsys)
