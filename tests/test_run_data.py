@@ -107,7 +107,7 @@ def test_data_that_the_networks_cannot_take_is_refused(place):
     for settings, says in (
         ({"image_size": 32}, "--data.image-size is 32, but this run's networks take 8"),
         ({"channels": 1}, "--data.channels is 1, but this run's networks take 3"),
-        ({"pth": "x"}, "there is no setting 'data.pth'. Did you mean 'data.path'"),
+        ({"pth": "x"}, "there is no setting 'data.pth'; did you mean 'data.path'"),
     ):
         with pytest.raises(UserError, match=says):
             taming_jax.load_run(place / "run", data=settings)

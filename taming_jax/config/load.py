@@ -60,16 +60,12 @@ def override(config: Config, overrides: Mapping[str, Any]) -> Config:
     values = to_dict(config)
     for dotted, value in overrides.items():
         *sections, last = dotted.split(".")
-        section = values
+        section: Any = values
         for part in sections:
-            section = section.get(part, {}) if isinstance(section, dict) else {}
-        if not isinstance(section, dict):
-            raise UserError(f"there is no setting '{dotted}'.")
-        if last not in section:
-            near = difflib.get_close_matches(last, section, n=1)
-            hint = f" Did you mean '{'.'.join([*sections, near[0]])}'?" if near else ""
-            raise UserError(f"there is no setting '{dotted}'.{hint}")
-        if isinstance(section[last], dict):
+            section = section.get(part)
+            if not isinstance(section, dict):
+                raise UserError(f"there is no setting '{dotted}'.")
+        if isinstance(section.get(last), dict):
             raise UserError(f"'{dotted}' is a group; name its settings, '{dotted}.…'.")
         section[last] = value
     return validated(from_dict(Config, values))

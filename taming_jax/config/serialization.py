@@ -1,6 +1,7 @@
 """Dataclasses as the plain containers that JSON holds, and back, with their types checked."""
 
 import dataclasses
+import difflib
 import json
 import types
 import typing
@@ -22,7 +23,9 @@ def from_dict(kind: type, values: Any, where: str = "") -> Any:
     hints = typing.get_type_hints(kind)
     unknown = sorted(set(values) - set(hints))
     if unknown:
-        raise UserError(f"there is no setting '{where}{unknown[0]}'; remove it.")
+        near = difflib.get_close_matches(unknown[0], hints, n=1)
+        hint = f"did you mean '{where}{near[0]}'?" if near else "remove it."
+        raise UserError(f"there is no setting '{where}{unknown[0]}'; {hint}")
     return kind(**{key: convert(hints[key], value, where + key) for key, value in values.items()})
 
 

@@ -85,7 +85,6 @@ class Store:
         self.run, self.path = folder, folder.absolute() / "checkpoints" / name
         self._best_metric, self._dataset = best_metric, dataset
         self._writing: tuple[int, ocp.AsyncCheckpointer] | None = None
-        self._lowest: float | None = None
         self._failure = ""
         self.say: Callable[[str], None] = say
 
@@ -121,10 +120,8 @@ class Store:
 
     @property
     def lowest(self) -> float:
-        """The metric to beat: the best checkpoint's, including one that is being written."""
-        if self._lowest is None:
-            self._lowest = self.best()[1]
-        return self._lowest
+        """The metric to beat: the best checkpoint's, but for one that is being written."""
+        return self.best()[1]
 
     def save(
         self,
@@ -155,8 +152,6 @@ class Store:
         if weights_only:
             about["weights_only"] = True
         about["hash"] = text_hash(about)
-        if metrics is not None:
-            self._lowest = min(self.lowest, self.judged(metrics))
         handler = ocp.CompositeCheckpointHandler(
             state=arrays_handler(),
             about=ocp.JsonCheckpointHandler(multiprocessing_options=ALONE),
@@ -200,7 +195,7 @@ class Store:
             shutil.rmtree(partial, ignore_errors=True)
 
     def _report(self, step: int, error: Exception) -> None:
-        self._failure, self._lowest = describe_failure(error), None
+        self._failure = describe_failure(error)
         self._remove_partial()
         if step not in self.steps():  # else an old checkpoint could not be deleted
             self.say(
