@@ -118,7 +118,7 @@ def described(evaluation: Evaluation) -> dict[str, Any]:
         "samples": protocol.samples if draws else 0,
         "classes": "as often as the split has them",
         "seed": protocol.seed,
-        **(evaluation.sampling(protocol) if draws else {}),
+        **(run.sampling(**protocol.sampling)._asdict() if draws else {}),
     }
 
 

@@ -6,7 +6,6 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -25,7 +24,6 @@ from taming_jax.run import Run
 from taming_jax.weights.arrays import hash_arrays
 
 PART = 64  # images read at once, or as many more as the devices see at once
-SAMPLING = ("temperature", "top_k", "top_p", "guidance_scale")  # the settings of `Run.sampling`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +81,7 @@ class Evaluation:
             raise UserError("--sweep measures samples, and --samples 0 leaves them out; drop one.")
         if self.draws:
             for each in (protocol, *self.sweep):
-                self.sampling(each)
+                run.sampling(**each.sampling)
         self.splits, self.identity = datasets.load_same(run.load_data)
         classes = len(self.splits.class_names)
         self.prior_fits = run.transformer is not None and run.prior.classes == classes
@@ -164,17 +162,11 @@ class Evaluation:
         """What Fréchet distances are taken to: the moments in the file, or the split's."""
         return self._file_moments or self.reference.moments
 
-    def sampling(self, protocol: Protocol) -> dict[str, Any]:
-        """The settings by which a protocol samples. What it leaves open is as in the run's config.
-        UserError for settings that are not possible."""
-        settings = {name: getattr(protocol, name) for name in SAMPLING}
-        return self.run.sampling(**settings, seed=protocol.seed)._asdict()
-
     def drawn(
         self, protocol: Protocol, labels: np.ndarray, numbers: np.ndarray
     ) -> Iterator[np.ndarray]:
         """New images float32 [b,h,w,c] in [-1, 1], in parts; see `Run.drawn`."""
         return self.run.drawn(
-            labels, numbers, **self.sampling(protocol), seed=protocol.seed,
-            devices=len(self.devices.list), batch_size=self.features.size, progress=self.progress,
+            labels, numbers, **protocol.sampling, devices=len(self.devices.list),
+            batch_size=self.features.size, progress=self.progress,
         )  # fmt: skip
