@@ -203,18 +203,17 @@ def labelled_grid(
 
 def sweep(samples: Sequence[dict[str, Any]], features: str, path: Path) -> None:
     """Draws the distance of samples by guidance scale, and their precision and recall."""
-    panels = {features: ("fd",), "share": ("precision", "recall", "coverage", "accuracy")}
     figure = Figure(figsize=(7.5, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
     x = [report["guidance_scale"] for report in samples]
-    for i, (title, names) in enumerate(panels.items()):
-        axes = figure.add_subplot(1, 2, i + 1)
-        for name, colour in zip(names, (INK, ACCENT, FAINT, "#2563eb"), strict=False):
-            if name in samples[0]:
-                y = [report[name] for report in samples]
-                axes.plot(x, y, "o-", color=colour, label=name)
-        if i:
-            axes.legend(fontsize=8, frameon=False)
-            axes.set_ylim(0, 1.02)
+    left.plot(x, [report["fd"] for report in samples], "o-", color=INK)
+    names = ("precision", "recall", "coverage", "accuracy")
+    for name, colour in zip(names, (INK, ACCENT, FAINT, "#2563eb"), strict=True):
+        if name in samples[0]:
+            right.plot(x, [report[name] for report in samples], "o-", color=colour, label=name)
+    right.legend(fontsize=8, frameon=False)
+    right.set_ylim(0, 1.02)
+    for axes, title in ((left, features), (right, "share")):
         set_title(axes, title)
         axes.set_xlabel("guidance scale")
     save(figure, path)

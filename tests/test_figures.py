@@ -51,6 +51,12 @@ def test_what_is_said_below_stands_under_its_column():
         assert abs((box.x0 + box.x1) / 2 - (picture.x0 + (i + 0.5) * picture.width / 4)) < 5
 
 
+def test_a_grid_without_names_is_as_wide_as_its_images():
+    images = np.zeros((32, 28, 28, 1), np.uint8)
+    figure = figures.labelled_grid(images, (), 16, "title")
+    assert figure.get_figwidth() < 8.2 and not figure.axes[0].get_yticklabels()
+
+
 def test_pixels_of_small_images_are_sharp():
     """Ten digits in a row are enlarged by less than three, which matplotlib alone would smooth."""
     for size, interpolation in ((28, "nearest"), (64, "antialiased")):

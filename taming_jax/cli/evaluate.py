@@ -118,20 +118,20 @@ def work(given: Evaluate, workdir: Path) -> None:
     evaluation = Evaluation(run, given, given.devices, progress=True, sweep=sweep)
     results = finished(evaluation)
     print(table(results))
-    folder = given.figures or (given.out.absolute().parent if given.out else None)
+    out, reference = given.out, given.save_reference
+    folder = given.figures or (out and out.absolute().parent)
     try:
-        if given.out is not None:
+        if out is not None:
             content = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
-            out = given.out
             distributed.from_first(lambda: write_whole(out, content.encode()))
-        if given.save_reference is not None:
+        if reference is not None:
             if len(evaluation.chosen) < 2:
                 raise UserError("--save-reference needs two images at least; take more --images.")
-            moments, file = evaluation.reference.moments, given.save_reference
-            distributed.from_first(lambda: save_moments(file, moments))
+            moments = evaluation.reference.moments
+            distributed.from_first(lambda: save_moments(reference, moments))
         if folder is not None:
             draw(evaluation, folder, results)
     except OSError as error:
-        raise RunFailed(f"{error.filename or given.out}: {error.strerror or error}.") from error
+        raise RunFailed(f"{error.filename or out}: {error.strerror or error}.") from error
     memory = peak_memory(evaluation.devices.list[0]) / 2**20
     print(f"{time.monotonic() - begun:.0f} s, at most {memory:.0f} MiB.")

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from taming_jax.errors import UserError
 
@@ -34,6 +35,12 @@ class Protocol:
     top_p: float | None = None
     guidance_scale: float | tuple[float, float] | None = None
     """One number, or two: the first code's and the last's."""
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The settings of `Run.sampling`. What is None there is as in the run's config."""
+        names = ("temperature", "top_k", "top_p", "guidance_scale", "seed")
+        return {name: getattr(self, name) for name in names}
 
     def __post_init__(self) -> None:
         for name, least in (("samples", 2), ("images", 1), ("kept", 2), ("neighbours", 1)):

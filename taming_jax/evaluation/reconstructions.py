@@ -16,7 +16,6 @@ from taming_jax.metrics.distances import Moments
 from taming_jax.metrics.features import MICRO, VGG_LEAST
 from taming_jax.models.lpips import load_lpips, lpips
 from taming_jax.models.vqgan import VQGAN, decode_indices, encode, images_at_once
-from taming_jax.progress import Progress
 
 
 def reconstructions(evaluation: Evaluation) -> dict[str, Any]:
@@ -53,9 +52,7 @@ def reconstructions(evaluation: Evaluation) -> dict[str, Any]:
     n = len(chosen)
     report: dict[str, Any] = {name: total / n for name, total in sums.items()}
     if n > 1:
-        reference = evaluation.reference_moments
-        with Progress("Fréchet distance of reconstructions", enabled=evaluation.progress):
-            report["fd"] = distances.frechet_distance(moments, reference)
+        report["fd"] = distances.frechet_distance(moments, evaluation.reference_moments)
     length, shares = counts.sum() / n, counts[counts > 0] / counts.sum()
     entropy = float(-(shares * np.log2(shares)).sum())
     report |= {

@@ -1,7 +1,7 @@
 """The report of a run: how good it is, and against what that was measured."""
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,11 @@ def evaluate(
     devices: int | None = None,
     progress: bool = False,
     sweep: Sequence[float | tuple[float, float]] = (),
-    data: Mapping[str, Any] | None = None,
     **protocol: Any,
 ) -> dict[str, Any]:
     """The report of docs/evaluation.md: reconstructions of a split's images, and new images where
     the run has a prior. `protocol` are the settings of `Protocol` (`split="test", samples=5000`,
-    …); `data` is as in `load_run`; `sweep` holds guidance scales to measure samples at as well."""
-    run = run.with_data(data) if data else run
+    …); `sweep` holds guidance scales to measure samples at as well."""
     return finished(Evaluation(run, Protocol(**protocol), devices, progress, sweep))
 
 
@@ -72,12 +70,12 @@ def draw(evaluation: Evaluation, folder: Path, report: dict[str, Any]) -> None:
         of = f"the {protocol.split} split"
         figures.codebook_usage(counts, folder / "evaluation_codes.png", of)
         if neighbours is not None:
-            train, name = len(evaluation.splits.train.images), evaluation.extractor.name
+            compared = min(len(evaluation.splits.train.images), protocol.kept)
             images, closest, distances = neighbours
             title = (
-                f"Samples and the nearest of {min(train, protocol.kept)} of {train} training "
-                f"images, by {name}'s features; below,\nhow far (1: as far as a training image's "
-                "nearest)"
+                f"Samples, the nearest of {compared} training images by "
+                f"{evaluation.extractor.name}'s features, and how far (1: from its nearest to a "
+                "training image)"
             )
             figure = figures.labelled_grid(
                 np.concatenate([images, closest]), ("sample", "training image"), len(images),
@@ -120,7 +118,7 @@ def described(evaluation: Evaluation) -> dict[str, Any]:
         "samples": protocol.samples if draws else 0,
         "classes": "as often as the split has them",
         "seed": protocol.seed,
-        **(evaluation.sampling(protocol) if draws else {}),
+        **(run.sampling(**protocol.sampling)._asdict() if draws else {}),
     }
 
 

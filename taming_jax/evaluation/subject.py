@@ -6,7 +6,6 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -17,7 +16,7 @@ from taming_jax.errors import UserError
 from taming_jax.evaluation.protocol import Protocol
 from taming_jax.metrics import distances
 from taming_jax.metrics.distances import FeatureStats, Moments
-from taming_jax.metrics.features import Extractor, Features, digits, pretrained
+from taming_jax.metrics.features import Features, digits, pretrained
 from taming_jax.parallel import distributed
 from taming_jax.parallel.devices import Devices
 from taming_jax.progress import Progress
@@ -25,7 +24,6 @@ from taming_jax.run import Run
 from taming_jax.weights.arrays import hash_arrays
 
 PART = 64  # images read at once, or as many more as the devices see at once
-SAMPLING = ("temperature", "top_k", "top_p", "guidance_scale")  # the settings of `Run.sampling`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,20 +77,35 @@ class Evaluation:
         self.sweep = [dataclasses.replace(protocol, guidance_scale=scale) for scale in sweep]
         self.draws = run.transformer is not None and protocol.samples > 0
         self.warnings: list[str] = []
-        self._check_sampling()
+        if self.sweep and not protocol.samples:
+            raise UserError("--sweep measures samples, and --samples 0 leaves them out; drop one.")
+        if self.draws:
+            for each in (protocol, *self.sweep):
+                run.sampling(**each.sampling)
         self.splits, self.identity = datasets.load_same(run.load_data)
         classes = len(self.splits.class_names)
         self.prior_fits = run.transformer is not None and run.prior.classes == classes
         self.chosen = self.subset(protocol.split, protocol.images)
         self._check_data()
-        self._load_features()
-
-    def _check_sampling(self) -> None:
-        if self.sweep and not self.protocol.samples:
-            raise UserError("--sweep measures samples, and --samples 0 leaves them out; drop one.")
-        if self.draws:
-            for protocol in (self.protocol, *self.sweep):
-                self.sampling(protocol)
+        if protocol.features == "classifier":
+            self.features = self._digit_classifier()
+            self.classifier: Features | None = self.features
+        else:
+            extractor = pretrained(protocol.features, protocol.weights, protocol.legacy_resize)
+            self.features = Features(extractor, self.devices)
+            reads_digits = self.draws and run.config.data.name == "mnist"
+            self.classifier = self._digit_classifier() if reads_digits else None
+        self.extractor = self.features.extractor
+        self._file_moments: Moments | None = None
+        self.reference_hash: str | None = None
+        if protocol.reference is not None:
+            file, dimensions = Path(protocol.reference), self.extractor.dimensions
+            moments = distributed.agreed(lambda: distances.load_moments(file, dimensions))
+            self._file_moments = moments
+            self.reference_hash = hash_arrays((np.asarray(moments.mean), moments.covariance))
+        distributed.check_same_flags({
+            "weights": self.extractor.weights, "reference": self.reference_hash
+        })  # fmt: skip
 
     def _check_data(self) -> None:
         run, classes = self.run, len(self.splits.class_names)
@@ -112,34 +125,10 @@ class Evaluation:
         if run.data_named and (sentence := run.other_data(self.splits)):
             self.warnings.append(sentence)
 
-    def _load_features(self) -> None:
-        """Sets the network of the features, the classifier, and the moments of a reference."""
-        protocol = self.protocol
-        if protocol.features == "classifier":
-            self.extractor = self._digits()
-        else:
-            weights = protocol.weights and Path(protocol.weights)
-            self.extractor = pretrained(protocol.features, weights, protocol.legacy_resize)
-        self._file_moments: Moments | None = None
-        if protocol.reference is not None:
-            file, dimensions = Path(protocol.reference), self.extractor.dimensions
-            self._file_moments = distributed.agreed(
-                lambda: distances.load_moments(file, dimensions)
-            )
-        distributed.check_same_flags({
-            "weights": self.extractor.weights, "reference": self.reference_hash
-        })  # fmt: skip
-        self.features = Features(self.extractor, self.devices)
-        self.classifier: Features | None = None
-        if protocol.features == "classifier":
-            self.classifier = self.features
-        elif self.run.config.data.name == "mnist" and self.draws:
-            self.classifier = Features(self._digits(), self.devices)
-
-    def _digits(self) -> Extractor:
+    def _digit_classifier(self) -> Features:
         images, labels = self.splits.train
         train = Split(centred(images, self.run.config.data.image_size), labels)
-        return digits(train, len(self.splits.class_names))
+        return Features(digits(train, len(self.splits.class_names)), self.devices)
 
     def subset(self, split: str, most: int | None = None) -> ImageSubset:
         """The images of a split, or `most` of them, evenly spread."""
@@ -173,25 +162,11 @@ class Evaluation:
         """What Fréchet distances are taken to: the moments in the file, or the split's."""
         return self._file_moments or self.reference.moments
 
-    @property
-    def reference_hash(self) -> str | None:
-        """A hash of the moments in the file, where there is one."""
-        moments = self._file_moments
-        if moments is None:
-            return None
-        return hash_arrays((np.asarray(moments.mean), moments.covariance))
-
-    def sampling(self, protocol: Protocol) -> dict[str, Any]:
-        """The settings by which a protocol samples. What it leaves open is as in the run's config.
-        UserError for settings that are not possible."""
-        settings = {name: getattr(protocol, name) for name in SAMPLING}
-        return self.run.sampling(**settings, seed=protocol.seed)._asdict()
-
     def drawn(
         self, protocol: Protocol, labels: np.ndarray, numbers: np.ndarray
     ) -> Iterator[np.ndarray]:
         """New images float32 [b,h,w,c] in [-1, 1], in parts; see `Run.drawn`."""
         return self.run.drawn(
-            labels, numbers, **self.sampling(protocol), seed=protocol.seed,
-            devices=len(self.devices.list), batch_size=self.features.size, progress=self.progress,
+            labels, numbers, **protocol.sampling, devices=len(self.devices.list),
+            batch_size=self.features.size, progress=self.progress,
         )  # fmt: skip

@@ -78,19 +78,18 @@ def load_moments(file: Path, dimensions: int) -> Moments:
             mean = np.asarray(content["mu"], np.float64)
             covariance = np.asarray(content["sigma"], np.float64)
             count = int(content["count"]) if "count" in content else 2
+        if mean.shape != (dimensions,) or covariance.shape != (dimensions, dimensions):
+            shapes = f"{mean.shape} and {covariance.shape}"
+            raise ValueError(f"of shapes {shapes}; these features have {dimensions} dimensions")
+        if count < 2 or not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+            raise ValueError(f"of {count} images, or not finite")
     except FileNotFoundError:
         raise UserError(f"there is no file {file}.") from None
     except (OSError, ValueError, KeyError, EOFError, TypeError, BadZipFile, zlib.error) as error:
         raise UserError(
-            f"{file} holds no statistics ({error}); an .npz with mu and sigma is needed."
+            f"{file} holds no statistics that can be used ({error}); an .npz with mu and sigma is "
+            "needed."
         ) from error
-    if mean.shape != (dimensions,) or covariance.shape != (dimensions, dimensions):
-        raise UserError(
-            f"{file} holds statistics of shapes {mean.shape} and {covariance.shape}; these "
-            f"features have {dimensions} dimensions."
-        )
-    if count < 2 or not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-        raise UserError(f"{file} holds statistics of {count} images, or some that are not finite.")
     return Moments(count, mean, covariance * (count - 1))
 
 

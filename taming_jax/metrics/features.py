@@ -110,11 +110,6 @@ def inception_v3(file: Path, legacy: bool = False) -> Extractor:
     """InceptionV3 with the original's weights from pytorch-fid's file. Images are resized as
     clean-fid does, or, with `legacy`, bilinearly without antialiasing, as pytorch-fid does.
     UserError for another file."""
-    if not file.is_file():
-        raise UserError(
-            f"there is no file {file}; get InceptionV3's weights from {INCEPTION_URL}, or take "
-            "--features vgg."
-        )
     model = InceptionV3()
     image = jnp.zeros((1, inception.SIZE, inception.SIZE, 3))
     shapes = paths(jax.eval_shape(model.init, jax.random.key(0), image))
@@ -131,7 +126,7 @@ def inception_v3(file: Path, legacy: bool = False) -> Extractor:
     except UserError as error:
         raise UserError(
             f"{file} does not hold InceptionV3's weights ({str(error).rstrip('.')}); get them from "
-            f"{INCEPTION_URL}."
+            f"{INCEPTION_URL}, or take --features vgg."
         ) from error
 
     def apply(params: Any, images: jax.Array) -> Outputs:
@@ -175,18 +170,16 @@ def digits(train: Split, classes: int) -> Extractor:
     )  # fmt: skip
 
 
-def pretrained(name: str, weights: Path | None, legacy_resize: bool) -> Extractor:
+def pretrained(name: str, weights: str | Path | None, legacy_resize: bool) -> Extractor:
     """The features that a protocol names: "inception", "vgg", or "auto", which is InceptionV3 where
     its file `weights` is given or on this machine, else VGG16; in all processes the same. UserError
     for another name, and where the weights are missing or cannot be used."""
     if name not in ("auto", "inception", "vgg"):
         raise UserError(f"there are no features '{name}'; take auto, inception, vgg or classifier.")
-    if name == "vgg":
-        return distributed.agreed(vgg)
-    file = weights or distributed.from_first(lambda: find_inception(fetch=name == "inception"))
-    if file is None:
-        return distributed.agreed(vgg)
-    return distributed.agreed(lambda: inception_v3(file, legacy_resize))
+    file = None
+    if name != "vgg":
+        file = weights or distributed.from_first(lambda: find_inception(fetch=name == "inception"))
+    return distributed.agreed(lambda: inception_v3(Path(file), legacy_resize) if file else vgg())
 
 
 def find_inception(fetch: bool) -> Path | None:

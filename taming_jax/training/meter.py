@@ -1,11 +1,10 @@
 """What training takes of a device: its memory, its arithmetic, its time, and a trace of chosen
 steps."""
 
-import contextlib
 import re
 import resource
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +50,8 @@ def peak_flops(device_kind: str, dtype: str) -> float | None:
     for name in sorted(PEAKS, key=len, reverse=True):
         rest = device_kind.removeprefix(name)
         if rest != device_kind and re.fullmatch(rf"([- ]({BESIDES}))*", rest):
-            found = PEAKS[name][dtype == "bfloat16"]
-            return None if found is None else found * 1e12
+            peak = PEAKS[name][dtype == "bfloat16"]
+            return None if peak is None else peak * 1e12
     return None
 
 
@@ -81,12 +80,12 @@ class Meter:
     def __call__(self, flops: float | None, steps_per_second: float) -> dict[str, float]:
         """`memory_peak_bytes`; `flops_per_second`, where the operations of a step are known; and
         `utilisation`, their share of the most there can be, where that is."""
-        found: dict[str, float] = {"memory_peak_bytes": peak_memory(self._device)}
+        metrics: dict[str, float] = {"memory_peak_bytes": peak_memory(self._device)}
         if flops is not None:
-            found["flops_per_second"] = flops * steps_per_second
+            metrics["flops_per_second"] = flops * steps_per_second
             if self._peak is not None:
-                found["utilisation"] = round(found["flops_per_second"] / self._peak, 4)
-        return found
+                metrics["utilisation"] = round(metrics["flops_per_second"] / self._peak, 4)
+        return metrics
 
 
 def advice_for_a_cpu(config: Config, platform: str) -> str:
@@ -108,9 +107,8 @@ class Tracer:
         self._first, self._last = steps or (0, 0)
         self._folder, self._say, self._running = folder, say, False
 
-    @contextlib.contextmanager
-    def step(self, number: int) -> Iterator[None]:
-        """Around a step, by its number (the first is 1)."""
+    def step(self, number: int) -> jax.profiler.StepTraceAnnotation:
+        """A context for a step, by its number (the first is 1)."""
         if self._first <= number <= self._last and not self._running:
             self._first = number
             try:
@@ -119,8 +117,7 @@ class Tracer:
             except (OSError, RuntimeError) as error:  # another profiler is tracing
                 self._say(f"No step is traced ({error}); the run goes on.")
                 self._last = 0
-        with jax.profiler.StepTraceAnnotation("step", step_num=number):
-            yield
+        return jax.profiler.StepTraceAnnotation("step", step_num=number)
 
     def after(self, number: int, results: Any) -> None:
         """After a step, with its results, for which the last traced step waits."""

@@ -126,7 +126,7 @@ def test_what_cannot_be_measured(run, cache, tmp_path):
         ({"features": "resnet"}, "there are no features 'resnet'"),
         (
             {"features": "inception", "weights": tmp_path / "no.pth"},
-            r"there is no file .*no.pth; get InceptionV3's weights from https",
+            r"no.pth does not hold InceptionV3's weights \(there is no file .*\); get them",
         ),
         ({"images": 0}, "images is 0; it must be 1 or more"),
         ({"images": 1}, "1 image of the split 'train' was chosen, and distances of samples need"),

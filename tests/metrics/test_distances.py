@@ -132,7 +132,7 @@ def test_statistics_that_cannot_be_used(tmp_path):
         "cut.npz": "holds no statistics",
         "array.npy": "holds no statistics",
         "nan.npz": "not finite",
-        "one.npz": "statistics of 1 images",
+        "one.npz": "of 1 images",
     }.items():
         with pytest.raises(UserError, match=said):
             distances.load_moments(tmp_path / name, 512)
