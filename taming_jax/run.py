@@ -21,7 +21,6 @@ from taming_jax.data.datasets import Split, Splits
 from taming_jax.data.pixels import to_float, to_uint8
 from taming_jax.errors import UserError, say
 from taming_jax.models.vqgan import build_vqgan, decode_indices, encode, images_at_once
-from taming_jax.parallel import distributed
 from taming_jax.parallel.devices import Devices, in_batches
 from taming_jax.parallel.runtime import keep_programs
 from taming_jax.priors.registry import Prior, build_prior
@@ -44,7 +43,7 @@ def load_run(workdir: str | Path, data: Mapping[str, Any] | None = None) -> "Run
     Raises UserError where the folder holds no run, or none of its checkpoints can be read.
     """
     folder = Path(workdir)
-    run = Run(folder, *distributed.from_first(lambda: _read(folder)))
+    run = Run(folder, *_read(folder))
     return run.with_data(data) if data else run
 
 

@@ -103,9 +103,9 @@ class Sampler:
         flying: list[jax.Array] = []
         with Progress("sampling", n, "images", enabled=progress) as shown:
             for start in range(0, n, batch):
-                own = np.minimum(np.arange(start, start + batch), n - 1)[used.own(batch)]
+                rows = np.minimum(np.arange(start, start + batch), n - 1)
                 shards = used.shard({
-                    "labels": labels[own], "numbers": numbers[own], "known": given[own]
+                    "labels": labels[rows], "numbers": numbers[rows], "known": given[rows]
                 })  # fmt: skip
                 flying.append(draw(params, shards | common))
                 if len(flying) == most or start + batch >= n:

@@ -133,7 +133,7 @@ def test_an_import_is_evaluated_on_data_of_ones_own(place, both, tmp_path, evalu
     assert "Warning: It is not known whether the run was trained on this data." in out
     status, _, err = evaluate(*given, *data, "--samples", 0, "--data.test-share", 0)
     assert status == 2 and "--data.test-share is 0.0" in err
-    status, _, err = evaluate(*given, *data, "--samples", 0, "--sweep", "guidance-scale", 1)
+    status, _, err = evaluate(*given, *data, "--samples", 0, "--sweep", 1)
     assert status == 2 and "--sweep measures samples, and --samples 0 leaves them out" in err
     # One picture can be measured, but has no distribution.
     few = {"train": pictures.split(12, 500)}

@@ -6,7 +6,7 @@ import dataclasses
 import shlex
 import sys
 import typing
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -67,18 +67,6 @@ def check_output(name: str, file: Path, suffixes: Sequence[str] = ()) -> None:
     if suffixes and file.suffix not in suffixes:
         raise UserError(f"{name} {file}: name a {' or a '.join(suffixes)}.")
     check_writable(name, file)
-
-
-def join_processes(given: Processes, own: Collection[str]) -> None:
-    """Joins the other processes of a command, if there are any, silences all but the first, and
-    checks that they were given the same settings, but for their `own`."""
-    from taming_jax.parallel import distributed
-
-    distributed.join(given)
-    distributed.one_speaks()
-    flags = dataclasses.asdict(given)
-    flags |= {f"data.{name}": value for name, value in flags.pop("data", {}).items()}
-    distributed.check_same_flags({k: x for k, x in flags.items() if k not in own})
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 import tyro
 
-from taming_jax.cli.arguments import check_output, join_processes, parse
+from taming_jax.cli.arguments import check_output, parse
 from taming_jax.errors import RunFailed, UserError
 from taming_jax.files import check_writable
-from taming_jax.parallel.distributed import Processes
 
 if TYPE_CHECKING:
     from taming_jax.run import Run
@@ -28,7 +27,7 @@ ROWS = 10  # of a grid, unless its classes are named
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample(Processes):
+class Sample:
     workdir: Path
     """The run's folder."""
     out: Path
@@ -110,11 +109,8 @@ def main() -> None:
 
 
 def work(given: Sample) -> None:
-    from taming_jax.parallel import distributed
-
-    join_processes(given, own=("process_id", "workdir", "out"))
     size = None if given.size is None else size_of(given.size)
-    kind = distributed.from_first(lambda: check_place(given))
+    kind = check_place(given)
     from taming_jax.run import load_run
 
     run = load_run(given.workdir)
@@ -129,8 +125,7 @@ def work(given: Sample) -> None:
     else:
         drawn = sample_classes(run, given, ROWS if kind == ".png" else None, size=size, **settings)
         summary = f"{len(drawn.images)} images of {len(drawn.rows)} classes"
-    # The others wait: one that was long alone would be taken for lost.
-    distributed.from_first(lambda: write(given.out, kind, drawn))
+    write(given.out, kind, drawn)
     print(f"{summary} are in {given.out}.")
     if not given.complete and not given.classes and len(drawn.rows) < len(run.class_names):
         print(f"There are {len(run.class_names)} classes; --classes names others.")
@@ -153,19 +148,14 @@ def sample_classes(run: "Run", given: Sample, most: int | None, **settings: Any)
 def complete_pictures(
     run: "Run", given: Sample, size: tuple[int, int] | None, settings: dict[str, Any]
 ) -> Drawn:
-    """The completions of the given pictures, which the first of several processes reads. UserError
-    for those that cannot be read."""
+    """The completions of the given pictures. UserError for those that cannot be read."""
     from taming_jax.data.pixels import to_uint8
-    from taming_jax.parallel import distributed
 
     config, files = run.config.data, [Path(name) for name in given.complete]
     shape = size or (config.image_size, config.image_size)
 
-    def read() -> tuple[np.ndarray, np.ndarray | None]:
-        pictures = np.stack([picture(file, shape, config.channels) for file in files])
-        return pictures, None if given.mask is None else picture(given.mask, shape, 1)[..., 0] > 127
-
-    pictures, mask = distributed.from_first(read)
+    pictures = np.stack([picture(file, shape, config.channels) for file in files])
+    mask = None if given.mask is None else picture(given.mask, shape, 1)[..., 0] > 127
     classes = given.classes or None
     keep = given.keep if isinstance(given.keep, float) else 0.5
     images = run.complete(pictures, classes, given.per_class, keep=keep, mask=mask, **settings)

@@ -13,7 +13,6 @@ from taming_jax.evaluation.reconstructions import reconstructions
 from taming_jax.evaluation.samples import nearest, samples
 from taming_jax.evaluation.subject import Evaluation
 from taming_jax.files import text_hash
-from taming_jax.parallel import distributed
 from taming_jax.run import Run
 from taming_jax.training.checkpoints import Store
 from taming_jax.weights.arrays import hash_arrays
@@ -63,30 +62,22 @@ def draw(evaluation: Evaluation, folder: Path, report: dict[str, Any]) -> None:
 
     protocol = evaluation.protocol
     counts = np.array(report["reconstruction"]["code_counts"])
-    # All processes compute the neighbours; the first one draws.
-    neighbours = None if report["samples"] is None else nearest(evaluation, 8)
-
-    def draw_all() -> None:
-        of = f"the {protocol.split} split"
-        figures.codebook_usage(counts, folder / "evaluation_codes.png", of)
-        if neighbours is not None:
-            compared = min(len(evaluation.splits.train.images), protocol.kept)
-            images, closest, distances = neighbours
-            title = (
-                f"Samples, the nearest of {compared} training images by "
-                f"{evaluation.extractor.name}'s features, and how far (1: from its nearest to a "
-                "training image)"
-            )
-            figure = figures.labelled_grid(
-                np.concatenate([images, closest]), ("sample", "training image"), len(images),
-                title, [f"{distance:.2f}" for distance in distances],
-            )  # fmt: skip
-            figures.save(figure, folder / "evaluation_nearest.png")
-        if "sweep" in report:
-            file = folder / "evaluation_sweep.png"
-            figures.sweep(report["sweep"], report["features"], file)
-
-    distributed.from_first(draw_all)
+    of = f"the {protocol.split} split"
+    figures.codebook_usage(counts, folder / "evaluation_codes.png", of)
+    if report["samples"] is not None:
+        images, closest, distances = nearest(evaluation, 8)
+        compared = min(len(evaluation.splits.train.images), protocol.kept)
+        title = (
+            f"Samples, the nearest of {compared} training images by {evaluation.extractor.name}'s "
+            "features, and how far (1: from its nearest to a training image)"
+        )
+        figure = figures.labelled_grid(
+            np.concatenate([images, closest]), ("sample", "training image"), len(images),
+            title, [f"{distance:.2f}" for distance in distances],
+        )  # fmt: skip
+        figures.save(figure, folder / "evaluation_nearest.png")
+    if "sweep" in report:
+        figures.sweep(report["sweep"], report["features"], folder / "evaluation_sweep.png")
 
 
 def described(evaluation: Evaluation) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from taming_jax.evaluation.protocol import Protocol
 from taming_jax.metrics import distances
 from taming_jax.metrics.distances import FeatureStats, Moments
 from taming_jax.metrics.features import Features, digits, pretrained
-from taming_jax.parallel import distributed
 from taming_jax.parallel.devices import Devices
 from taming_jax.progress import Progress
 from taming_jax.run import Run
@@ -100,12 +99,9 @@ class Evaluation:
         self.reference_hash: str | None = None
         if protocol.reference is not None:
             file, dimensions = Path(protocol.reference), self.extractor.dimensions
-            moments = distributed.agreed(lambda: distances.load_moments(file, dimensions))
+            moments = distances.load_moments(file, dimensions)
             self._file_moments = moments
             self.reference_hash = hash_arrays((np.asarray(moments.mean), moments.covariance))
-        distributed.check_same_flags({
-            "weights": self.extractor.weights, "reference": self.reference_hash
-        })  # fmt: skip
 
     def _check_data(self) -> None:
         run, classes = self.run, len(self.splits.class_names)

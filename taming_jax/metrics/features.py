@@ -27,7 +27,6 @@ from taming_jax.metrics import classifier
 from taming_jax.models import inception
 from taming_jax.models.inception import InceptionV3
 from taming_jax.models.lpips import load_lpips, vgg_features
-from taming_jax.parallel import distributed
 from taming_jax.parallel.devices import Devices
 from taming_jax.weights.arrays import hash_arrays
 from taming_jax.weights.inception import inception_layout
@@ -157,7 +156,7 @@ def digits(train: Split, classes: int) -> Extractor:
         )
     content = hashlib.sha256(train.images.tobytes() + train.labels.tobytes()).hexdigest()
     file = user_cache() / f"classifier-{classifier.VERSION}-{content[:16]}.npz"
-    params = distributed.from_first(lambda: classifier.load_or_train(file, train, classes))
+    params = classifier.load_or_train(file, train, classes)
     model = classifier.Classifier(classes)
 
     def apply(params: Any, images: jax.Array) -> Outputs:
@@ -178,8 +177,8 @@ def pretrained(name: str, weights: str | Path | None, legacy_resize: bool) -> Ex
         raise UserError(f"there are no features '{name}'; take auto, inception, vgg or classifier.")
     file = None
     if name != "vgg":
-        file = weights or distributed.from_first(lambda: find_inception(fetch=name == "inception"))
-    return distributed.agreed(lambda: inception_v3(Path(file), legacy_resize) if file else vgg())
+        file = weights or find_inception(fetch=name == "inception")
+    return inception_v3(Path(file), legacy_resize) if file else vgg()
 
 
 def find_inception(fetch: bool) -> Path | None:

@@ -182,13 +182,6 @@ def check_equal(
             )
 
 
-def check_same_flags(flags: dict[str, Any]) -> None:
-    """UserError where another process was given other flags, by their names, than process 0."""
-    check_equal(
-        {f"--{name.replace('_', '-')}": value for name, value in flags.items()}, different_values
-    )
-
-
 def different_values(left: dict[str, Any], right: dict[str, Any]) -> list[str]:
     """The differing values of two dictionaries with the same keys, as phrases."""
     return [f"{k} is {left[k]}, not {right[k]}" for k in right if left[k] != right[k]]

@@ -198,9 +198,8 @@ def test_mistakes_are_a_sentence(evaluate, both, tmp_path):
     for given, said in (
         ([], "name the run by --workdir"),
         (["--workdir", tmp_path / "none"], "there is no folder"),
-        (["--workdir", both, "--sweep", "top-k", "3"], "--sweep takes guidance-scale"),
         (["--workdir", both, "--samples", "1"], "samples is 1; it must be 2 or more"),
-        (["--workdir", both, "--sweep", "guidance-scale", "-2"], "guidance"),
+        (["--workdir", both, "--sweep", "-2"], "guidance"),
         (["--workdir", both, "--out", tmp_path], "is a folder; name a file in it"),
         (["--workdir", both, "--out", tmp_path / "no" / "x.json"], "cannot be written (No such"),
         (["--compare", tmp_path / "a.json", tmp_path / "b.json"], "there is no file"),
