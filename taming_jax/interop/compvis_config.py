@@ -14,6 +14,18 @@ from taming_jax.interop.imports import Model
 
 IMAGENET = 1000  # classes, where a file does not say how many
 OURS = "taming_jax"  # the part of an exported YAML that the official code does not look at
+# Settings by their official names: of the networks, the transformer, and a loss with a
+# discriminator, with the loss's official defaults.
+NETWORK = {
+    "ch": "channels", "ch_mult": "multipliers", "num_res_blocks": "blocks",
+    "attn_resolutions": "attention_resolutions", "z_channels": "latent_channels",
+}  # fmt: skip
+GPT = {"n_layer": ("layers", 12), "n_head": ("heads", 8), "n_embd": ("width", 256)}
+LOSS: dict[str, tuple[str, Any]] = {
+    "perceptual_weight": ("perceptual_weight", 1.0), "codebook_weight": ("codebook_weight", 1.0),
+    "disc_weight": ("discriminator_weight", 1.0), "disc_loss": ("discriminator_loss", "hinge"),
+    "disc_num_layers": ("discriminator_layers", 3), "disc_ndf": ("discriminator_filters", 64),
+}  # fmt: skip
 # What our models are, where the official ones have a choice.
 ENCODER = {
     "double_z": False, "resamp_with_conv": True, "give_pre_end": False, "tanh_out": False,
@@ -136,14 +148,13 @@ def stage1(section: dict[str, Any], file: Path, codes: int | None, step: int) ->
         raise UserError(f"{file} remaps its codes, and the checkpoint has no quantize.used.")
     if dd.get("dropout"):
         say(f"{file} has a dropout of {dd['dropout']}, which this one trains on without.")
+    sizes: dict[str, Any] = {ours: dd[theirs] for theirs, ours in NETWORK.items()}
     values: dict[str, Any] = {
-        "channels": number(dd["ch"]), "multipliers": tuple(map(number, dd["ch_mult"])),
-        "blocks": number(dd["num_res_blocks"]),
-        "attention_resolutions": tuple(map(number, dd["attn_resolutions"])),
-        "latent_channels": number(dd["z_channels"]),
+        name: tuple(map(number, size)) if isinstance(size, list) else number(size)
+        for name, size in sizes.items()
+    } | {
         "codebook_size": codes or number(params["n_embed"]),
-        "code_dim": number(params["embed_dim"]),
-        "commitment": float(params.get("beta", 0.25)),
+        "code_dim": number(params["embed_dim"]), "commitment": float(params.get("beta", 0.25)),
         # The official VQModel leaves the misplaced weight on.
         "legacy_commitment": bool(params.get("legacy", True)),
     }  # fmt: skip
@@ -157,15 +168,8 @@ def stage1(section: dict[str, Any], file: Path, codes: int | None, step: int) ->
         }  # fmt: skip
     loss = discriminator_of(params)
     if loss is not None:
-        weight = float(loss.get("disc_weight", 1.0)) * float(loss.get("disc_factor", 1.0))
-        values |= {
-            "perceptual_weight": float(loss.get("perceptual_weight", 1.0)),
-            "codebook_weight": float(loss.get("codebook_weight", 1.0)),
-            "discriminator_weight": weight,
-            "discriminator_layers": int(loss.get("disc_num_layers", 3)),
-            "discriminator_filters": int(loss.get("disc_ndf", 64)),
-            "discriminator_loss": loss.get("disc_loss", "hinge"),
-        }
+        values |= {ours: type(x)(loss.get(theirs, x)) for theirs, (ours, x) in LOSS.items()}
+        values["discriminator_weight"] *= float(loss.get("disc_factor", 1.0))
     data = DataConfig(UNKNOWN, image_size=number(dd["resolution"]), channels=dd["in_channels"])
     return Config(config=file.stem, data=data, vqgan=VQGANConfig(**values))
 
@@ -210,9 +214,9 @@ def stage2(
         raise UserError(
             f"{file} has {len(names)} classes from token {first}, and only {vocabulary} tokens."
         )
+    sizes: dict[str, Any] = {ours: number(gpt.get(theirs, x)) for theirs, (ours, x) in GPT.items()}
     prior = PriorConfig(
-        layers=number(gpt.get("n_layer", 12)), heads=number(gpt.get("n_head", 8)),
-        width=number(gpt.get("n_embd", 256)),
+        **sizes,
         dropout=max(float(gpt.get(f"{part}_pdrop", 0.0)) for part in ("embd", "resid", "attn")),
         block_size=number(gpt["block_size"]), vocabulary=vocabulary, first_class=first,
         keep_codes=float(params.get("pkeep", 1.0)), label_dropout=0.0, schedule="cosine",
@@ -280,8 +284,8 @@ def yaml_of(model: Model) -> dict[str, Any]:
             condition = {"cond_stage_config": labelator | {"params": {"n_classes": classes}}}
         gpt = {
             "vocab_size": prior.vocabulary, "block_size": prior.block_size,
-            "n_layer": prior.layers, "n_head": prior.heads, "n_embd": prior.width,
             "embd_pdrop": prior.dropout, "resid_pdrop": prior.dropout, "attn_pdrop": prior.dropout,
+            **{theirs: getattr(prior, ours) for theirs, (ours, _) in GPT.items()},
         }  # fmt: skip
         section = {
             "target": "taming.models.cond_transformer.Net2NetTransformer",
@@ -309,30 +313,24 @@ def yaml_of(model: Model) -> dict[str, Any]:
 def stage1_section(model: Model) -> dict[str, Any]:
     """The section of a VQModel or GumbelVQ."""
     vqgan, data = model.config.vqgan, model.config.data
+    network = to_dict(vqgan)
     params: dict[str, Any] = {
         "embed_dim": vqgan.code_dim,
         "n_embed": vqgan.codebook_size,
         "ddconfig": {
-            "double_z": False, "z_channels": vqgan.latent_channels,
-            "resolution": data.image_size, "in_channels": data.channels,
-            "out_ch": data.channels, "ch": vqgan.channels,
-            "ch_mult": list(vqgan.multipliers), "num_res_blocks": vqgan.blocks,
-            "attn_resolutions": list(vqgan.attention_resolutions), "dropout": 0.0,
+            "double_z": False, "resolution": data.image_size, "in_channels": data.channels,
+            "out_ch": data.channels, "dropout": 0.0,
+            **{theirs: network[ours] for theirs, ours in NETWORK.items()},
         },
         "lossconfig": {"target": "taming.modules.losses.DummyLoss"},
     }  # fmt: skip
     if model.discriminator:
+        loss = {theirs: getattr(vqgan, ours) for theirs, (ours, _) in LOSS.items()}
+        loss |= {"disc_conditional": False, "disc_in_channels": data.channels, "disc_start": 0}
         params["lossconfig"] = {
             "target": "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator",
-            "params": {
-                "disc_conditional": False, "disc_in_channels": data.channels, "disc_start": 0,
-                "disc_weight": vqgan.discriminator_weight,
-                "disc_num_layers": vqgan.discriminator_layers,
-                "disc_ndf": vqgan.discriminator_filters, "disc_loss": vqgan.discriminator_loss,
-                "perceptual_weight": vqgan.perceptual_weight,
-                "codebook_weight": vqgan.codebook_weight,
-            },
-        }  # fmt: skip
+            "params": loss,
+        }
     if vqgan.quantizer != "gumbel":
         return {"target": "taming.models.vqgan.VQModel", "params": params}
     first, last = vqgan.gumbel_temperature
