@@ -11,7 +11,6 @@ from taming_jax.evaluation.subject import Evaluation
 from taming_jax.metrics import distances
 from taming_jax.metrics.distances import FeatureStats
 from taming_jax.metrics.monitor import ranks
-from taming_jax.progress import Progress
 
 
 def samples(evaluation: Evaluation, protocol: Protocol) -> dict[str, Any]:
@@ -32,19 +31,18 @@ def samples(evaluation: Evaluation, protocol: Protocol) -> dict[str, Any]:
             own = classes if classifier is evaluation.features else classifier(images)[1]
             predictions.append(own.argmax(1))
     correct = np.concatenate(predictions) == labels if predictions else None
-    with Progress("distances of samples", enabled=evaluation.progress):
-        report: dict[str, Any] = {
-            "fd": distances.frechet_distance(stats.moments, evaluation.reference_moments),
-            **feature_distances(protocol, reference.features, stats.features),
-        }
-        if evaluation.extractor.name == "InceptionV3":
-            mean, deviation = distances.inception_score(
-                np.concatenate(probabilities), seed=protocol.seed
-            )
-            report |= {"inception_score": mean, "inception_score_deviation": deviation}
-        if correct is not None:
-            report["accuracy"] = float(correct.mean())
-        report["per_class"] = per_class(evaluation, labels, correct, stats)
+    report: dict[str, Any] = {
+        "fd": distances.frechet_distance(stats.moments, evaluation.reference_moments),
+        **feature_distances(protocol, reference.features, stats.features),
+    }
+    if evaluation.extractor.name == "InceptionV3":
+        mean, deviation = distances.inception_score(
+            np.concatenate(probabilities), seed=protocol.seed
+        )
+        report |= {"inception_score": mean, "inception_score_deviation": deviation}
+    if correct is not None:
+        report["accuracy"] = float(correct.mean())
+    report["per_class"] = per_class(evaluation, labels, correct, stats)
     return report
 
 

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from taming_jax.progress import Progress
+from taming_jax.progress import Progress, say_above
 from taming_jax.training.meter import Meter
 from taming_jax.training.writers import Writer
 
@@ -34,18 +34,19 @@ class Log:
         self._writers, self._meter = writers, meter
         self._unwritable: set[str] = set()
         self._steps, self._row_step = steps, start
-        self._progress = Progress(name, steps, "steps", initial=start)
+        self._name = name
+        self._progress: Progress | None = None
         self._waited, self._steps_began = 0.0, time.monotonic()
         self._each("resume", start)
 
     def begin(self) -> None:
         """Starts the clock and the progress, after compilation, which is no step's time."""
         self._steps_began = time.monotonic()
-        self._progress.__enter__()
+        self._progress = Progress(self._name, self._steps, "steps", initial=self._row_step)
 
     def say(self, sentence: str) -> None:
         """Prints a sentence, above the progress bar where there is one."""
-        self._progress.say(sentence)
+        say_above(sentence)
 
     @contextlib.contextmanager
     def tolerating(self, what: str) -> Iterator[None]:
@@ -85,8 +86,8 @@ class Log:
         shown = "  ".join(f"{key} {metrics[key]:.4g}" for key in names)
         if split == "validation":
             self.say(f"step {step}/{self._steps}  validation  {shown}")
-        else:
-            self._progress.note = shown + self._pace(step, flops)
+        elif self._progress is not None:
+            self._progress.set_postfix_str(shown + self._pace(step, flops), refresh=False)
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -109,10 +110,12 @@ class Log:
 
     def advance(self, step: int) -> None:
         """Shows that `step` steps are done."""
-        self._progress.advance(step)
+        if self._progress is not None:
+            self._progress.update(step - self._progress.n)
 
     def close(self) -> None:
-        self._progress.__exit__()
+        if self._progress is not None:
+            self._progress.close()
         self._each("close")
         for what in sorted(self._unwritable):
             self.say(f"{what} could not be written to the end.")

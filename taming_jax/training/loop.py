@@ -90,8 +90,7 @@ def train(kind: Callable[..., Stage], config: Config, restart: bool = False) -> 
             return begun or store.restore(template, config, sections, stage.learned)
 
         try:
-            with Progress("initialising the networks", write=say):
-                state = stage.init(jax.random.key(config.seed))
+            state = stage.init(jax.random.key(config.seed))
             # A fresh state, too, is the first process's: another kind of device may round
             # otherwise. A copy, since the first step gives its state up: what is restored is
             # numpy's memory, and a fresh state is the stage's.
@@ -226,8 +225,7 @@ class Loop:
             first = self.training.batch(start)
             with contextlib.closing(self.validation.once()) as validation:
                 batch = next(validation)
-            with Progress("compiling", write=self.log.say):
-                self.stage.compile(state, first, batch)
+            self.stage.compile(state, first, batch)
             self.log.begin()
             self._steps(state, start, first)
         return folder
@@ -302,17 +300,12 @@ class Loop:
 
     def _require(self, step: int) -> None:
         """Waits, in every process, for the checkpoint of a step. RunFailed where there is none."""
-        with Progress(f"writing the checkpoint of step {step}", write=self.log.say):
-            distributed.from_first(lambda: self.store.require(step))
+        distributed.from_first(lambda: self.store.require(step))
 
     def _draw(self, state: TrainState, sums: dict[str, np.ndarray]) -> None:
-        if not distributed.first():
-            return
-        with (
-            Progress("drawing the figures", write=self.log.say),
-            self.log.tolerating(f"The figures in {self.folder / 'figures'}"),
-        ):
-            self.stage.draw(state, self.folder / "figures", sums, self.log.rows)
+        if distributed.first():
+            with self.log.tolerating(f"The figures in {self.folder / 'figures'}"):
+                self.stage.draw(state, self.folder / "figures", sums, self.log.rows)
 
     def _settle(self) -> None:
         """Reads the metrics of the steps since the last line of the log, says which of them were
@@ -358,7 +351,7 @@ class Loop:
         self, state: TrainState, done: int, take_fd: bool
     ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
         size, sums = self.validation.size, None
-        with Progress("validation", size, "images", write=self.log.say) as progress:
+        with Progress("validation", size, "images") as progress:
             for batch in self.validation.once():
                 part = self.devices.fetch(self.stage.eval_step(state, batch))
                 sums = part if sums is None else jax.tree.map(np.add, sums, part)
@@ -366,8 +359,7 @@ class Loop:
         assert sums is not None  # a split has an image at least
         metrics = self.stage.summarise(sums)
         if take_fd:
-            with Progress("Fréchet distance", write=self.log.say):
-                metrics[FD] = self.stage.distance(state)
+            metrics[FD] = self.stage.distance(state)
         self.log.row(done, self._epoch(done), "validation", metrics)
         return sums, metrics
 

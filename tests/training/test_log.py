@@ -28,7 +28,7 @@ def test_the_bar_counts_no_compilation(monkeypatch):
     log.begin()
     time.sleep(0.05)
     log.advance(21)
-    bar = log._progress._bar
+    bar = log._progress
     bar.refresh()
     rate = bar.format_dict
     assert rate["n"] == 21 and rate["initial"] == 20 and rate["elapsed"] < 0.4
@@ -59,7 +59,7 @@ def test_a_new_metric_is_shown_and_goes_to_every_destination():
     log = make_log(writers=writers)
     log.begin()
     log.row(30, 1.0, "train", {"sharpness": 0.25, "loss": 2.0})
-    assert log._progress.note == "sharpness 0.25"
+    assert log._progress.postfix == "sharpness 0.25"
     log.close()
     for writer in writers:
         assert writer.lines == [(30, "train", 0.25), (30, "speed", None), "closed"]
