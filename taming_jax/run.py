@@ -292,11 +292,9 @@ class Run:
         self._sampler.grid_of(grid)  # UserError for images that are too small
         return self._batched(self._likelihood, (numbers, indices), 1, self.transformer)
 
-    def tokens(self, split: str = "train", data: Mapping[str, Any] | None = None) -> Split:
+    def tokens(self, split: str = "train") -> Split:
         """A split of the run's dataset as codes, unsigned [n, h' * w'], not augmented, with its
-        labels: read from the run's folder, or encoded into it. `data` is as in `load_run`."""
-        if data:
-            return self.with_data(data).tokens(split)
+        labels: read from the run's folder, or encoded into it."""
         if split not in ("train", "validation", "test"):
             raise UserError(f"there is no split '{split}'; take train, validation or test.")
         splits = self.load_data()

@@ -68,7 +68,7 @@ def test_data_that_has_moved_is_named_and_recognised(place, capsys):
     capsys.readouterr()
     np.testing.assert_array_equal(moved.tokens("test").images, expected)
     assert "The data is what the run was trained on." in capsys.readouterr().out
-    given = run.tokens("test", data={"path": place / "new"})
+    given = run.with_data({"path": place / "new"}).tokens("test")
     np.testing.assert_array_equal(given.images, expected)
 
 
@@ -87,9 +87,9 @@ def test_other_data_needs_to_be_named_and_is_told_apart(place, tmp_path, capsys)
     data = {"path": place / "other"}
     says = r"trained on other data: there are .* to use this data instead, add --data.name folder"
     with pytest.raises(UserError, match=says):
-        taming_jax.load_run(workdir).tokens("test", data=data)
+        taming_jax.load_run(workdir, data).tokens("test")
     named = data | {"name": "folder"}
-    assert len(taming_jax.load_run(workdir).tokens("test", data=named).images) == 8
+    assert len(taming_jax.load_run(workdir, named).tokens("test").images) == 8
     assert "The run was trained on other data: there are" in capsys.readouterr().out
     config = taming_jax.load_config(workdir / "config.json", {"data.path": str(data["path"])})
     write_config(config, workdir / "config.json")

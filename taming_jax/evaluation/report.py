@@ -1,20 +1,17 @@
 """The report of a run: how good it is, and against what that was measured."""
 
-import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from taming_jax.errors import UserError
 from taming_jax.evaluation.protocol import Protocol
 from taming_jax.evaluation.reconstructions import reconstructions
 from taming_jax.evaluation.samples import nearest, samples
 from taming_jax.evaluation.subject import Evaluation
 from taming_jax.files import text_hash
 from taming_jax.run import Run
-from taming_jax.training.checkpoints import Store
 from taming_jax.weights.arrays import hash_arrays
 
 SCHEMA = 1  # of the report
@@ -84,13 +81,12 @@ def described(evaluation: Evaluation) -> dict[str, Any]:
     """The protocol as the report has it: what was measured, against what, and how."""
     run, protocol, config = evaluation.run, evaluation.protocol, evaluation.run.config
     draws, classifier = evaluation.draws, evaluation.classifier
-    generator = hash_arrays(run.params)
     return {
         "run": str(run.workdir),
         "config": config.config,
-        "vqgan_step": stage1_step(run, generator),
+        "vqgan_step": run.step if run.transformer is None else None,
         "prior_step": None if run.transformer is None else run.step,
-        "generator": generator,
+        "generator": hash_arrays(run.params),
         "dataset": config.data.name,
         "dataset_hash": text_hash(evaluation.identity)[:16],
         "split": protocol.split,
@@ -125,14 +121,3 @@ def small_counts(evaluation: Evaluation) -> list[str]:
         for name, count in counts.items()
         if count <= extractor.dimensions
     ]
-
-
-def stage1_step(run: Run, generator: str) -> int | None:
-    """The step of stage 1's best checkpoint, where that is the run's generator, by its hash."""
-    if run.transformer is None:
-        return run.step
-    with contextlib.suppress(UserError):
-        checkpoint = Store(run.workdir, "vqgan").chosen()
-        if hash_arrays(checkpoint.generator) == generator:
-            return checkpoint.step
-    return None

@@ -7,7 +7,7 @@ an encoding that was stopped resumes.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from taming_jax.config.schema import Config
 from taming_jax.data.augment import augmented, centred
-from taming_jax.data.batches import ResidentFeed, StreamingFeed, take
+from taming_jax.data.batches import ResidentFeed, take
 from taming_jax.data.datasets import Split
 from taming_jax.data.pixels import to_float
 from taming_jax.errors import say
@@ -76,8 +76,8 @@ class Tokenizer:
         key = text_hash([hash_arrays(self._params), self._known[1], seen])[:16]
         starts = range(0, len(split.images), FILE)
         files = {at: self._folder / key / name / f"{at:08d}.npz" for at in starts}
-        arrays = distributed.from_first(lambda: {at: read_arrays(files[at]) for at in starts})
-        codes = {at: kept["codes"] for at, kept in arrays.items() if kept is not None}
+        held = distributed.from_first(lambda: {at: read_arrays(files[at]) for at in starts})
+        codes = {at: kept["codes"] for at, kept in held.items() if kept is not None}
         if missing := [at for at in starts if at not in codes]:
             compiled = self.devices.compile(self._changed if version else self._plain)
             state = {"params": self._params, "version": np.int32(version)}
@@ -88,31 +88,18 @@ class Tokenizer:
             count = sum(len(part.images) for part in parts.values())
             self._say(f"Encoding {label}: {count} images.")
             with Progress(f"encoding {label}", count, "images") as progress:
+
+                def encode(rows: dict[str, np.ndarray]) -> jax.Array:
+                    progress.update(size)
+                    return compiled(state, self.devices.shard(rows))
+
                 for start, part in parts.items():
-                    batches = self._encode(
-                        part, start, size, functools.partial(compiled, state), progress
-                    )
-                    codes[start] = np.concatenate(list(batches))[: len(part.images)]
+                    places = np.arange(start, start + len(part.images), dtype=np.int32)
+                    arrays = part._asdict() | {"place": places}
+                    codes[start] = self.devices.in_batches(encode, arrays, size).astype(self._dtype)
                     if distributed.first():
                         write_arrays(files[start], {"codes": codes[start]})
         return Split(np.concatenate([codes[start] for start in starts]), split.labels)
-
-    def _encode(
-        self,
-        part: Split,
-        start: int,
-        size: int,
-        codes: Callable[..., jax.Array],
-        progress: Progress,
-    ) -> Iterator[np.ndarray]:
-        """The codes of one file's images, `start` being the first's place in its split, in batches
-        of one size."""
-        for batch in StreamingFeed(part, size, 0, self.devices).once():
-            first = start + batch.step * size
-            places = np.arange(first, first + size, dtype=np.int32)[self.devices.own(size)]
-            arrays = batch.arrays | {"place": self.devices.shard(places)}
-            yield self.devices.gather(codes(arrays)).astype(self._dtype)
-            progress.update(min(size, len(part.images) - batch.step * size))
 
 
 class TokenFeed(ResidentFeed):
