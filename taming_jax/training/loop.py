@@ -96,7 +96,7 @@ def train(kind: Callable[..., Stage], config: Config, restart: bool = False) -> 
             # numpy's memory, and a fresh state is the stage's.
             state = distributed.from_first(lambda: begin(state) or state)
             state = copied(devices.replicate(state))
-            return Loop(stage, config, devices, store, folder, signals, restart).run(state)
+            return Loop(stage, store, signals, restart).run(state)
         except OSError as error:
             raise RunFailed(f"{error.filename or folder}: {error.strerror or error}.") from error
         except jax.errors.JaxRuntimeError as error:
@@ -154,31 +154,13 @@ def derived(term: str) -> tuple[bool, bool]:
     return term.endswith("_gradient"), term in ("nll", "loss")
 
 
-def shares(batch_size: int, devices: int, parts: int) -> str:
-    """How a batch is divided: " (16 a device, in 4 parts of 4)"; empty where it is not."""
-    each = batch_size // devices
-    words = [f"{each} a device"] if devices > 1 else []
-    if parts > 1:
-        words.append(f"in {parts} parts of {each // parts}")
-    return f" ({', '.join(words)})" if words else ""
-
-
 class Loop:
     """The state of one call of `train`."""
 
-    def __init__(
-        self,
-        stage: Stage,
-        config: Config,
-        devices: Devices,
-        store: Store,
-        folder: Path,
-        signals: Signals,
-        restart: bool = False,
-    ):
-        self.stage, self.config, self.devices = stage, config, devices
-        self.store, self.folder, self.signals = store, folder, signals
-        self.settings: StageConfig = getattr(config, stage.name)
+    def __init__(self, stage: Stage, store: Store, signals: Signals, restart: bool):
+        self.stage, self.config, self.devices = stage, stage.config, stage.devices
+        self.store, self.folder, self.signals = store, stage.config.folder, signals
+        self.settings: StageConfig = getattr(stage.config, stage.name)
         self.training, self.validation = stage.feeds()
         self.steps = self.settings.total_steps(self.training.size)
         epoch = math.ceil(self.training.size / self.settings.batch_size)
@@ -206,11 +188,9 @@ class Loop:
             write_config(with_other_stage(self.config, name, self.restart), folder / "config.json")
         count, kind = len(self.devices), self.devices.list[0].platform
         of = f" of {distributed.count()} processes" if distributed.count() > 1 else ""
-        size = self.settings.batch_size
-        parts = shares(size, count, self.settings.micro_batches)
         self.log.say(
             f"Training stage {self.stage.name} of {self.config.config} into {folder}: "
-            f"{self.training.size} images, {size} a step{parts}, "
+            f"{self.training.size} images, {self.settings.batch_size} a step, "
             f"step {start + 1} to {self.steps}, on {count} {kind} device{'s' * (count > 1)}{of}. "
             "Compiling takes a while."
         )

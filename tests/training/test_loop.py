@@ -323,13 +323,6 @@ def test_steps_can_be_traced(tmp_path, capsys):
     assert f"Steps 3 to 4 are traced in {tmp_path / 'profile'}" in capsys.readouterr().out
 
 
-def test_how_a_batch_is_divided_is_said(tmp_path, capsys):
-    train(tmp_path, micro_batches=2)
-    assert "20 images, 4 a step (in 2 parts of 2), step 1" in capsys.readouterr().out
-    assert loop.shares(64, 1, 1) == "" and loop.shares(64, 4, 1) == " (16 a device)"
-    assert loop.shares(64, 4, 4) == " (16 a device, in 4 parts of 4)"
-
-
 def test_a_torn_last_line_of_the_log_is_left_out(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps({"step": 1}) + '\n{"step": 2, "l')
