@@ -22,7 +22,7 @@ import numpy as np
 
 from taming_jax.cli.arguments import parse
 from taming_jax.config.load import load_config
-from taming_jax.config.schema import Config
+from taming_jax.config.schema import Config, PriorConfig
 from taming_jax.data.batches import Feed, ResidentFeed
 from taming_jax.data.datasets import Split
 from taming_jax.parallel.devices import Compiled, Devices
@@ -93,7 +93,7 @@ def measure_prior(config: Config, devices: Devices, count: int) -> None:
 
 def measure_sampling(count: int) -> None:
     """Sampling of 256 positions by 8 layers of width 256."""
-    model = GPT(codebook_size=1024, classes=10, grid=(16, 16), layers=8, heads=8, width=256)
+    model = GPT(1024, 10, (16, 16), PriorConfig(layers=8, heads=8, width=256))
     tokens = jnp.zeros((1, model.length), jnp.int32)
     params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
     draw = jax.jit(functools.partial(model.sample, params))

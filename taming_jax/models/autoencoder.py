@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from taming_jax.config.schema import VQGANConfig
 from taming_jax.models.layers import (
     AttentionBlock,
     Downsample,
@@ -25,26 +26,22 @@ class Encoder(nn.Module):
     `resolution` is the height the network is built for: it says which levels have attention.
     """
 
-    channels: int
-    multipliers: tuple[int, ...]
-    blocks: int
-    attention_resolutions: tuple[int, ...]
+    settings: VQGANConfig
     resolution: int
-    latent_channels: int
     dtype: Dtype = jnp.float32
-    remat: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        h = conv(self.channels, 3, self.dtype, "conv_in")(x)
-        for level, multiplier in enumerate(self.multipliers):
-            for block in range(self.blocks):
-                h = residual(self, f"down_{level}", block, level, multiplier, h)
-            if level < len(self.multipliers) - 1:
+        settings, levels = self.settings, len(self.settings.multipliers)
+        h = conv(settings.channels, 3, self.dtype, "conv_in")(x)
+        for level in range(levels):
+            for block in range(settings.blocks):
+                h = residual(self, f"down_{level}", block, level, h)
+            if level < levels - 1:
                 h = Downsample(self.dtype, name=f"down_{level}_downsample")(h)
         h = middle(self.dtype, h)
         h = nn.silu(GroupNorm(self.dtype, name="norm_out")(h))
-        return conv(self.latent_channels, 3, self.dtype, "conv_out")(h)
+        return conv(settings.latent_channels, 3, self.dtype, "conv_out")(h)
 
 
 class Decoder(nn.Module):
@@ -54,22 +51,19 @@ class Decoder(nn.Module):
     at that convolution's kernel.
     """
 
-    channels: int
-    multipliers: tuple[int, ...]
-    blocks: int
-    attention_resolutions: tuple[int, ...]
+    settings: VQGANConfig
     resolution: int
     out_channels: int
     dtype: Dtype = jnp.float32
-    remat: bool = False
 
     @nn.compact
     def __call__(self, z: jax.Array) -> jax.Array:
-        h = conv(self.channels * self.multipliers[-1], 3, self.dtype, "conv_in")(z)
+        settings, levels = self.settings, len(self.settings.multipliers)
+        h = conv(settings.channels * settings.multipliers[-1], 3, self.dtype, "conv_in")(z)
         h = middle(self.dtype, h)
-        for level, multiplier in reversed(list(enumerate(self.multipliers))):
-            for block in range(self.blocks):
-                h = residual(self, f"up_{level}", block, level, multiplier, h)
+        for level in reversed(range(levels)):
+            for block in range(settings.decoder_blocks or settings.blocks + 1):
+                h = residual(self, f"up_{level}", block, level, h)
             if level > 0:
                 h = Upsample(self.dtype, name=f"up_{level}_upsample")(h)
         h = nn.silu(GroupNorm(self.dtype, name="norm_out")(h))
@@ -77,14 +71,14 @@ class Decoder(nn.Module):
         return conv(self.out_channels, 3, self.dtype, "conv_out")(h)
 
 
-def residual(
-    net: Encoder | Decoder, name: str, block: int, level: int, multiplier: int, h: jax.Array
-) -> jax.Array:
+def residual(net: Encoder | Decoder, name: str, block: int, level: int, h: jax.Array) -> jax.Array:
     """A level's residual block, with attention where the network has it at that height. With
     `remat` its activations are computed again in the backward pass, not kept."""
-    kind = nn.remat(ResidualBlock) if net.remat else ResidualBlock
-    h = kind(net.channels * multiplier, net.dtype, name=f"{name}_block_{block}")(h)
-    if net.resolution // 2**level in net.attention_resolutions:
+    settings = net.settings
+    kind = nn.remat(ResidualBlock) if settings.remat else ResidualBlock
+    channels = settings.channels * settings.multipliers[level]
+    h = kind(channels, net.dtype, name=f"{name}_block_{block}")(h)
+    if net.resolution // 2**level in settings.attention_resolutions:
         h = AttentionBlock(net.dtype, name=f"{name}_attn_{block}")(h)
     return h
 

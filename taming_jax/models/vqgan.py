@@ -53,28 +53,14 @@ class VQGAN(nn.Module):
 
 def build_vqgan(config: Config) -> VQGAN:
     """The generator that a config describes."""
-    settings, dtype = config.vqgan, jnp.dtype(config.dtype)
-    blocks = settings.decoder_blocks
-    levels: dict[str, Any] = {
-        "channels": settings.channels,
-        "multipliers": settings.multipliers,
-        "attention_resolutions": settings.attention_resolutions,
-        "resolution": config.data.image_size,
-        "dtype": dtype,
-        "remat": settings.remat,
-    }
+    settings, data, dtype = config.vqgan, config.data, jnp.dtype(config.dtype)
     return VQGAN(
-        encoder=Encoder(
-            blocks=settings.blocks, latent_channels=settings.latent_channels, **levels
-        ),
+        encoder=Encoder(settings, data.image_size, dtype),
         quantizer=QUANTIZERS[settings.quantizer].build(settings),
-        decoder=Decoder(
-            blocks=settings.blocks + 1 if blocks is None else blocks,
-            out_channels=config.data.channels, **levels,
-        ),
+        decoder=Decoder(settings, data.image_size, data.channels, dtype),
         latent_channels=settings.latent_channels,
         dtype=dtype,
-    )  # fmt: skip
+    )
 
 
 def images_at_once(pixels: int, most: int) -> int:

@@ -9,14 +9,14 @@ import functools
 import itertools
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from taming_jax.config.schema import Config
+from taming_jax.config.schema import Config, PriorConfig
 from taming_jax.errors import UserError
 from taming_jax.losses import next_token, per_example
 from taming_jax.models.layers import Dtype
@@ -28,41 +28,22 @@ from taming_jax.priors.transformer import Block, Cache, init, make_norm
 class GPT(nn.Module):
     """Tokens int32 [b,t] to logits float32 [b,t,spoken].
 
-    A token is a code; or a class, `first` and after; or "none", which is the last.
+    A token is a code; or a class, `first` and after; or "none", which is the last. Of `settings`
+    those count that say what the network is.
     """
 
     codebook_size: int
     classes: int
     grid: tuple[int, int]
-    layers: int
-    heads: int
-    width: int
-    dropout: float = 0.0
-    norm: Literal["layer", "rms"] = "layer"
-    mlp: Literal["gelu", "swiglu"] = "gelu"
-    mlp_width: int | None = None
-    bias: bool = True
-    positions: Literal["learned", "rotary", "llamagen"] = "learned"
-    block_size: int | None = None
-    vocabulary: int | None = None
-    first_class: int = 0
-    qk_norm: bool = False
-    remat: bool = False
-    keep_codes: float = 1.0
+    settings: PriorConfig
     dtype: Dtype = jnp.float32
 
     @classmethod
     def build(cls, config: Config, classes: int) -> "GPT":
         """The prior that a config describes, for a dataset with that many classes."""
-        prior, grid = config.prior, config.grid_size
-        return cls(
-            codebook_size=config.vqgan.codebook_size, classes=classes, grid=(grid, grid),
-            layers=prior.layers, heads=prior.heads, width=prior.width, dropout=prior.dropout,
-            norm=prior.norm, mlp=prior.mlp, mlp_width=prior.mlp_width, bias=prior.bias,
-            positions=prior.positions, block_size=prior.block_size, vocabulary=prior.vocabulary,
-            first_class=prior.first_class, qk_norm=prior.qk_norm, remat=prior.remat,
-            keep_codes=prior.keep_codes, dtype=jnp.dtype(config.dtype),
-        )  # fmt: skip
+        grid = config.grid_size, config.grid_size
+        dtype = jnp.dtype(config.dtype)
+        return cls(config.vqgan.codebook_size, classes, grid, config.prior, dtype)
 
     @property
     def length(self) -> int:
@@ -72,7 +53,7 @@ class GPT(nn.Module):
     @property
     def longest(self) -> int:
         """The longest sequence."""
-        return self.block_size or self.length
+        return self.settings.block_size or self.length
 
     @property
     def window(self) -> tuple[int, int]:
@@ -84,37 +65,34 @@ class GPT(nn.Module):
     @property
     def first(self) -> int:
         """The token of the first class."""
-        return self.codebook_size if self.vocabulary is None else self.first_class
+        return self.codebook_size if self.settings.vocabulary is None else self.settings.first_class
 
     @property
     def none(self) -> int:
         """The token of no class."""
-        return self.vocabulary or self.codebook_size + self.classes
+        return self.settings.vocabulary or self.codebook_size + self.classes
 
     @property
     def spoken(self) -> int:
         """How many tokens there are logits of: the codes, then those that are none."""
-        return self.vocabulary or self.codebook_size
+        return self.settings.vocabulary or self.codebook_size
 
     def class_tokens(self, labels: jax.Array) -> jax.Array:
         """The tokens of classes int [...], from 0; `classes` stands for "none"."""
         return jnp.where(labels == self.classes, self.none, self.first + labels)
 
     def setup(self) -> None:
-        self.embedding = self.param("embedding", init, (self.none + 1, self.width))
-        if self.positions == "learned":
-            self.learned = self.param("positions", init, (self.longest, self.width))
-        block = nn.remat(Block, static_argnums=(5,)) if self.remat else Block
+        settings, width = self.settings, self.settings.width
+        self.embedding = self.param("embedding", init, (self.none + 1, width))
+        if settings.positions == "learned":
+            self.learned = self.param("positions", init, (self.longest, width))
+        block = nn.remat(Block, static_argnums=(5,)) if settings.remat else Block
         self.blocks = [
-            block(
-                self.heads, self.dropout, self.norm, self.mlp, self.mlp_width, self.bias,
-                self.qk_norm, self.dtype, name=f"block_{i}",
-            )
-            for i in range(self.layers)
-        ]  # fmt: skip
-        self.norm_out = make_norm(self.norm, self.dtype)
-        self.head = self.param("head", init, (self.width, self.spoken))
-        self.embedding_dropout = nn.Dropout(self.dropout)
+            block(settings, self.dtype, name=f"block_{i}") for i in range(settings.layers)
+        ]
+        self.norm_out = make_norm(settings.norm, self.dtype)
+        self.head = self.param("head", init, (width, self.spoken))
+        self.embedding_dropout = nn.Dropout(settings.dropout)
 
     def __call__(self, tokens: jax.Array, train: bool = False) -> jax.Array:
         """Logits at every position. In training dropout draws from the "dropout" key."""
@@ -135,12 +113,12 @@ class GPT(nn.Module):
         x = select(self.embedding, tokens)
         at = position + jnp.arange(tokens.shape[1])
         places = None
-        if self.positions == "learned":
+        if self.settings.positions == "learned":
             x = x + self.learned[at]
         else:
             # The class stands at row and column 0, the codes' rows and columns count from 1.
             row, column = jnp.divmod(at - 1, self.window[1])
-            of_class = 0 if self.positions == "rotary" else -1
+            of_class = 0 if self.settings.positions == "rotary" else -1
             places = jnp.where(at[:, None] > 0, jnp.stack([row, column], -1) + 1, of_class)
         x = self.embedding_dropout(x.astype(self.dtype), deterministic=not train)
         grown: Cache = []
@@ -153,16 +131,18 @@ class GPT(nn.Module):
 
     def empty_cache(self, batch: int, length: int) -> Cache:
         """A cache for sequences of up to `length` tokens."""
-        shape = (batch, self.heads, length, self.width // self.heads)
-        return [(jnp.zeros(shape, self.dtype),) * 2 for _ in range(self.layers)]
+        heads = self.settings.heads
+        shape = (batch, heads, length, self.settings.width // heads)
+        return [(jnp.zeros(shape, self.dtype),) * 2 for _ in range(self.settings.layers)]
 
     @nn.nowrap
     def check_trainable(self) -> None:
         """UserError where this prior can draw codes, but not be trained."""
-        if self.vocabulary is not None and self.first + self.classes > self.vocabulary:
+        tokens = self.settings.vocabulary
+        if tokens is not None and self.first + self.classes > tokens:
             raise UserError(
-                f"--prior.vocabulary {self.vocabulary} has no room for {self.classes} classes from "
-                f"token {self.first}; take a larger one, or another --prior.first-class."
+                f"--prior.vocabulary {tokens} has no room for {self.classes} classes from token "
+                f"{self.first}; take a larger one, or another --prior.first-class."
             )
         if self.length > self.longest:
             raise UserError(
@@ -190,8 +170,8 @@ class GPT(nn.Module):
         example, so that neither dropout ("dropout") nor corrupted codes ("codes") depend on what
         else is in the batch, or on which device it is."""
         tokens = self.teacher_forced(labels, codes)
-        if self.keep_codes < 1:
-            corrupt = functools.partial(corrupted, self.keep_codes, self.codebook_size)
+        if self.settings.keep_codes < 1:
+            corrupt = functools.partial(corrupted, self.settings.keep_codes, self.codebook_size)
             rest = jax.vmap(corrupt)(keys["codes"], tokens[:, 1:])
             tokens = jnp.concatenate([tokens[:, :1], rest], 1)
         return next_token(self.train_logits(params, tokens, keys["dropout"]), codes)
@@ -199,7 +179,7 @@ class GPT(nn.Module):
     @nn.nowrap
     def train_logits(self, params: Any, tokens: jax.Array, keys: jax.Array) -> jax.Array:
         """The logits [b,t,spoken] of tokens [b,t] with dropout, by one key [b] per example."""
-        if not self.dropout:
+        if not self.settings.dropout:
             return cast(jax.Array, self.apply({"params": params}, tokens))
 
         def one(tokens: jax.Array, key: jax.Array) -> jax.Array:

@@ -1,11 +1,10 @@
 """The blocks of the priors' transformers: norms, rotary positions, attention with a cache."""
 
-from typing import Literal
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from taming_jax.config.schema import PriorConfig
 from taming_jax.models.layers import Dense, Dtype
 
 # Keys and values of each layer, [b, heads, t, width / heads] each.
@@ -57,13 +56,7 @@ def rotate(x: jax.Array, places: jax.Array) -> jax.Array:
 class Block(nn.Module):
     """Attention and a two-layer network, each behind a norm and beside a shortcut."""
 
-    heads: int
-    dropout: float
-    norm: Literal["layer", "rms"]
-    mlp: Literal["gelu", "swiglu"]
-    mlp_width: int | None
-    bias: bool
-    qk_norm: bool
+    settings: PriorConfig
     dtype: Dtype
 
     @nn.compact
@@ -81,12 +74,12 @@ class Block(nn.Module):
         b, t, width = x.shape
 
         def dropout(x: jax.Array) -> jax.Array:
-            return nn.Dropout(self.dropout)(x, deterministic=not train)
+            return nn.Dropout(self.settings.dropout)(x, deterministic=not train)
 
-        normed = make_norm(self.norm, self.dtype, "norm1")(x)
-        qkv = dense(3 * width, self.bias, self.dtype, "qkv")(normed)
-        q, k, v = qkv.reshape(b, t, 3, self.heads, -1).transpose(2, 0, 3, 1, 4)
-        if self.qk_norm:
+        normed = make_norm(self.settings.norm, self.dtype, "norm1")(x)
+        qkv = dense(3 * width, self.settings.bias, self.dtype, "qkv")(normed)
+        q, k, v = qkv.reshape(b, t, 3, self.settings.heads, -1).transpose(2, 0, 3, 1, 4)
+        if self.settings.qk_norm:
             q = RMSNorm(self.dtype, name="query_norm")(q)
             k = RMSNorm(self.dtype, name="key_norm")(k)
         if places is not None:
@@ -103,16 +96,16 @@ class Block(nn.Module):
         weights = nn.softmax(jnp.where(seen, scores, -jnp.inf)).astype(self.dtype)
         attended = jnp.einsum("bhij,bhjd->bhid", dropout(weights), v)
         attended = attended.transpose(0, 2, 1, 3).reshape(b, t, width)
-        x = x + dropout(dense(width, self.bias, self.dtype, "projection")(attended))
+        x = x + dropout(dense(width, self.settings.bias, self.dtype, "projection")(attended))
 
-        normed = make_norm(self.norm, self.dtype, "norm2")(x)
-        if self.mlp == "swiglu":
+        normed = make_norm(self.settings.norm, self.dtype, "norm2")(x)
+        if self.settings.mlp == "swiglu":
             # Two thirds as wide, so that three matrices hold what two would.
-            hidden = self.mlp_width or -(-8 * width // 3 // 8) * 8
-            gate = nn.silu(dense(hidden, self.bias, self.dtype, "mlp_gate")(normed))
-            h = gate * dense(hidden, self.bias, self.dtype, "mlp_in")(normed)
+            hidden = self.settings.mlp_width or -(-8 * width // 3 // 8) * 8
+            gate = nn.silu(dense(hidden, self.settings.bias, self.dtype, "mlp_gate")(normed))
+            h = gate * dense(hidden, self.settings.bias, self.dtype, "mlp_in")(normed)
         else:
-            hidden = self.mlp_width or 4 * width
-            h = dense(hidden, self.bias, self.dtype, "mlp_in")(normed)
+            hidden = self.settings.mlp_width or 4 * width
+            h = dense(hidden, self.settings.bias, self.dtype, "mlp_in")(normed)
             h = nn.gelu(h, approximate=False)
-        return x + dropout(dense(width, self.bias, self.dtype, "mlp_out")(h)), (k, v)
+        return x + dropout(dense(width, self.settings.bias, self.dtype, "mlp_out")(h)), (k, v)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from taming_jax.config.schema import PriorConfig
 from taming_jax.interop.compvis import gpt_layout
 from taming_jax.priors.autoregressive import GPT
 from taming_jax.priors.transformer import rotate
@@ -14,8 +15,9 @@ MODERN = {"norm": "rms", "mlp": "swiglu", "positions": "rotary", "qk_norm": True
 
 
 def small(**settings):
-    settings = {"layers": 2, "heads": 2, "width": 16, **settings}
-    model = GPT(codebook_size=11, classes=3, grid=(3, 4), **settings)
+    settings = {"layers": 2, "heads": 2, "width": 16, "dropout": 0.0, **settings}
+    dtype = settings.pop("dtype", jnp.float32)
+    model = GPT(11, 3, (3, 4), PriorConfig(**settings), dtype)
     tokens = jax.random.randint(jax.random.key(1), (4, 12), 0, 15)
     params = jax.jit(model.init)(jax.random.key(0), tokens[:, : model.longest])["params"]
     # Larger than they start, so that what a position sees matters to what it says.
@@ -24,7 +26,7 @@ def small(**settings):
 
 def test_reproduces_the_official_gpt():
     recorded = golden.load("compvis_gpt")
-    model = GPT(codebook_size=64, classes=0, grid=(4, 6), layers=2, heads=4, width=32)
+    model = GPT(64, 0, (4, 6), PriorConfig(layers=2, heads=4, width=32))
     ours = jax.eval_shape(model.init, jax.random.key(0), recorded["tokens"])["params"]
     params = golden.converted(gpt_layout, ours, golden.under(recorded, "sd/"))
     logits = jax.jit(model.apply)({"params": params}, recorded["tokens"])

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from taming_jax.config.load import load_config
+from taming_jax.config.schema import PriorConfig
 from taming_jax.data.batches import ResidentFeed
 from taming_jax.data.datasets import Split
 from taming_jax.models.discriminator import Discriminator
@@ -66,7 +67,7 @@ def perceptual():
 
 
 def transformer(**options):
-    model = GPT(16, 3, (3, 3), 2, 2, 16, dropout=0.1, dtype=BF16, **options)
+    model = GPT(16, 3, (3, 3), PriorConfig(layers=2, heads=2, width=16, **options), BF16)
     tokens = jnp.zeros((2, 9), jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), tokens)
     key = {"dropout": jax.random.key(1)}
