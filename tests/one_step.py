@@ -17,7 +17,7 @@ import numpy as np
 import optax
 import tyro
 
-from taming_jax.cli.arguments import parse, processes
+from taming_jax.cli.arguments import parse
 from taming_jax.config.load import load_config
 from taming_jax.data.batches import take
 from taming_jax.errors import report
@@ -81,7 +81,7 @@ class OneStep(Processes):
 
 def main():
     given = parse(OneStep, __doc__)
-    distributed.join(processes(given))
+    distributed.join(given)
     work(given)
 
 

@@ -64,8 +64,8 @@ def join(given: Processes) -> None:
     jax.config.update("jax_enable_preemption_service", False)
     say(f"Waiting for the other processes, for up to {given.initialization_timeout} seconds.")
     try:
-        if own[1]:
-            wait_for_coordinator(given)
+        if address is not None and own[1] is not None:
+            check_coordinator(address, own[1], given.initialization_timeout)
         jax.distributed.initialize(
             address, *own, initialization_timeout=given.initialization_timeout,
             heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=HEARTBEAT,
@@ -79,11 +79,16 @@ def join(given: Processes) -> None:
         ) from error
 
 
-def wait_for_coordinator(given: Processes) -> None:
-    """Raises OSError where process 0 cannot be reached within the timeout, ValueError where its
-    address is none. JAX would abort this process."""
-    host, _, port = str(given.coordinator_address).rpartition(":")
-    deadline = time.monotonic() + given.initialization_timeout
+def check_coordinator(address: str, process: int, timeout: float) -> None:
+    """Raises OSError where process 0 cannot open its port, or another one cannot reach it within
+    the timeout, and ValueError where the address is none: JAX would crash the process."""
+    host, _, port = address.rpartition(":")
+    if process == 0:
+        with socket.socket() as server:
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            server.bind(("", int(port)))
+        return
+    deadline = time.monotonic() + timeout
     while True:
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()

@@ -116,7 +116,7 @@ def test_a_run_begins_from_anothers_weights(script, both, stage1, tmp_path):
 @pytest.mark.slow
 def test_an_imported_run_goes_on(both, tmp_path):
     """Weights alone, as an import leaves them: each stage trains on, and begins as they are."""
-    from taming_jax.interop.imports import write_run
+    from taming_jax.interop.imports import Model, write_run
     from taming_jax.weights.layout import paths
 
     trained = taming_jax.load_run(both)
@@ -127,7 +127,7 @@ def test_an_imported_run_goes_on(both, tmp_path):
         "transformer": jax.tree.map(np.asarray, trained.transformer),
     }
     workdir = tmp_path / "run"
-    write_run(workdir, unknown, networks, trained.class_names)
+    write_run(workdir, Model(unknown, trained.class_names), networks)
     assert paths(networks["generator"])
     run = taming_jax.load_run(workdir)
     assert run.class_names == trained.class_names and run.step == 0
