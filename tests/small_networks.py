@@ -1,5 +1,6 @@
 """Stage 1 with networks that are compiled in no time: for what does not depend on the real ones."""
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -41,7 +42,8 @@ def small_networks(overrides, parts=1, axis_name=None):
     }
     config = load_config("mnist_tiny", {f"vqgan.{k}": v for k, v in (settings | overrides).items()})
     kind = GumbelQuantizer if config.vqgan.quantizer == "gumbel" else VectorQuantizer
-    generator = VQGAN(SmallEncoder(), kind(16, 4), SmallDecoder(), 6)
+    small = dataclasses.replace(config.vqgan, codebook_size=16, code_dim=4, latent_channels=6)
+    generator = VQGAN(SmallEncoder(), kind(small), SmallDecoder(), small)
     discriminator = Discriminator(4, 1, axis_name)
     return Networks(config.vqgan, generator, discriminator, jnp.float32, axis_name)
 

@@ -32,18 +32,15 @@ class Noise(NamedTuple):
 
 
 class Quantizer(Protocol):
-    """What a quantizer needs to have: a Linen module of these, listed in `QUANTIZERS`.
+    """What a quantizer needs to have: a Linen module of these, listed in `QUANTIZERS`, whose only
+    field is the settings.
 
-    code_dim: d, the dimensions of a code and of the latents that it is called with.
     draws: whether training draws codes, with `noise`.
     """
 
-    code_dim: int
     draws: ClassVar[bool]
 
-    @classmethod
-    def build(cls, settings: VQGANConfig) -> "Quantizer":
-        """The quantizer that settings describe."""
+    def __init__(self, settings: VQGANConfig): ...
 
     def __call__(self, z: jax.Array, noise: Noise | None = None) -> Quantized:
         """Latents float [b,h,w,d] as codes."""
@@ -55,35 +52,25 @@ class Quantizer(Protocol):
 class VectorQuantizer(nn.Module):
     """VQ-VAE's quantizer (arXiv 1711.00937, equation 3) in float32.
 
-    loss = |sg(z) - e|^2 + commitment * |z - sg(e)|^2, averaged over the d dimensions; `legacy`
-    puts the weight on the other term, as the official code did at first. With `l2_normalise` the
-    latents and the codes are scaled to length one first (arXiv 2110.04627, section 3.2).
+    loss = |sg(z) - e|^2 + commitment * |z - sg(e)|^2, averaged over the d dimensions;
+    `legacy_commitment` puts the weight on the other term, as the official code did at first. With
+    `l2_normalise` the latents and the codes are scaled to length one first (arXiv 2110.04627,
+    section 3.2).
     """
 
     draws: ClassVar[bool] = False
-    codebook_size: int
-    code_dim: int
-    commitment: float = 0.25
-    legacy: bool = False
-    l2_normalise: bool = False
-
-    @classmethod
-    def build(cls, settings: VQGANConfig) -> "VectorQuantizer":
-        return cls(
-            settings.codebook_size, settings.code_dim, settings.commitment,
-            settings.legacy_commitment, settings.l2_normalise,
-        )  # fmt: skip
+    settings: VQGANConfig
 
     def setup(self) -> None:
-        k, d = self.codebook_size, self.code_dim
+        k, d = self.settings.codebook_size, self.settings.code_dim
         # Directions are spread evenly; plain codes start small, as in the official code.
-        init = nn.initializers.normal(1.0) if self.l2_normalise else uniform(1 / k)
+        init = nn.initializers.normal(1.0) if self.settings.l2_normalise else uniform(1 / k)
         self.codebook = self.param("codebook", init, (k, d))
 
     def __call__(self, z: jax.Array, noise: Noise | None = None) -> Quantized:
         z = z.astype(jnp.float32)
-        codes = self.codebook
-        if self.l2_normalise:
+        settings, codes = self.settings, self.codebook
+        if settings.l2_normalise:
             z, codes = unit(z), unit(codes)
         # |z - e|^2 without |z|^2, which is the same for every code. `highest`: a TF32 product
         # would choose another code where two are almost as near.
@@ -92,16 +79,16 @@ class VectorQuantizer(nn.Module):
         vectors = select(codes, indices)
         on_codes = jnp.square(vectors - lax.stop_gradient(z)).mean(-1)
         on_latents = jnp.square(lax.stop_gradient(vectors) - z).mean(-1)
-        if self.legacy:
-            loss = on_latents + self.commitment * on_codes
+        if settings.legacy_commitment:
+            loss = on_latents + settings.commitment * on_codes
         else:
-            loss = on_codes + self.commitment * on_latents
+            loss = on_codes + settings.commitment * on_latents
         return Quantized(z + lax.stop_gradient(vectors - z), indices, loss)
 
     def lookup(self, indices: jax.Array) -> jax.Array:
         """The codes at indices int32 [b,h,w], float32 [b,h,w,d]."""
         codes = self.codebook
-        return (unit(codes) if self.l2_normalise else codes)[indices]
+        return (unit(codes) if self.settings.l2_normalise else codes)[indices]
 
 
 class GumbelQuantizer(nn.Module):
@@ -113,16 +100,10 @@ class GumbelQuantizer(nn.Module):
     """
 
     draws: ClassVar[bool] = True
-    codebook_size: int
-    code_dim: int
-    kl_weight: float = 5e-4
-
-    @classmethod
-    def build(cls, settings: VQGANConfig) -> "GumbelQuantizer":
-        return cls(settings.codebook_size, settings.code_dim, settings.kl_weight)
+    settings: VQGANConfig
 
     def setup(self) -> None:
-        k, d = self.codebook_size, self.code_dim
+        k, d = self.settings.codebook_size, self.settings.code_dim
         self.proj = conv(k, 1, jnp.float32)
         self.codebook = self.param("codebook", nn.initializers.normal(1.0), (k, d))
 
@@ -130,7 +111,8 @@ class GumbelQuantizer(nn.Module):
         with jax.default_matmul_precision("highest"):
             logits = self.proj(z.astype(jnp.float32))
         codes, likely = self.codebook, nn.softmax(logits)
-        loss = (likely * jnp.log(likely * self.codebook_size + 1e-10)).sum(-1) * self.kl_weight
+        divergence = (likely * jnp.log(likely * codes.shape[0] + 1e-10)).sum(-1)
+        loss = divergence * self.settings.kl_weight
         if noise is None:
             indices = jnp.argmax(logits, -1).astype(jnp.int32)
             return Quantized(select(codes, indices), indices, loss)

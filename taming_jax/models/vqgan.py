@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from taming_jax.config.schema import Config
+from taming_jax.config.schema import Config, VQGANConfig
 from taming_jax.models.autoencoder import Decoder, Encoder
 from taming_jax.models.layers import Dtype, conv
 from taming_jax.models.quantizers import QUANTIZERS, Noise, Quantized, Quantizer
@@ -27,12 +27,12 @@ class VQGAN(nn.Module):
     encoder: nn.Module
     quantizer: Quantizer
     decoder: nn.Module
-    latent_channels: int
+    settings: VQGANConfig
     dtype: Dtype = jnp.float32
 
     def setup(self) -> None:
-        self.quant_conv = conv(self.quantizer.code_dim, 1, self.dtype)
-        self.post_quant_conv = conv(self.latent_channels, 1, self.dtype)
+        self.quant_conv = conv(self.settings.code_dim, 1, self.dtype)
+        self.post_quant_conv = conv(self.settings.latent_channels, 1, self.dtype)
 
     def __call__(self, images: jax.Array, noise: Noise | None = None) -> Reconstruction:
         quantized = self.encode(images, noise)
@@ -56,9 +56,9 @@ def build_vqgan(config: Config) -> VQGAN:
     settings, data, dtype = config.vqgan, config.data, jnp.dtype(config.dtype)
     return VQGAN(
         encoder=Encoder(settings, data.image_size, dtype),
-        quantizer=QUANTIZERS[settings.quantizer].build(settings),
+        quantizer=QUANTIZERS[settings.quantizer](settings),
         decoder=Decoder(settings, data.image_size, data.channels, dtype),
-        latent_channels=settings.latent_channels,
+        settings=settings,
         dtype=dtype,
     )
 

@@ -3,15 +3,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from taming_jax.config.schema import VQGANConfig
 from taming_jax.models.quantizers import GumbelQuantizer, Noise, VectorQuantizer
 from tests import golden
+
+
+def nearest(codebook_size, code_dim, **settings):
+    return VectorQuantizer(VQGANConfig(codebook_size=codebook_size, code_dim=code_dim, **settings))
 
 
 @pytest.mark.parametrize("placing", ["legacy", "standard"])
 def test_reproduces_the_official_quantizer_and_its_gradients(placing):
     recorded = golden.load("compvis_quantizer")
     z, upstream = golden.nhwc(recorded["z"]), golden.nhwc(recorded["upstream"])
-    quantizer = VectorQuantizer(32, 6, float(recorded["beta"]), legacy=placing == "legacy")
+    beta, legacy = float(recorded["beta"]), placing == "legacy"
+    quantizer = nearest(32, 6, commitment=beta, legacy_commitment=legacy)
 
     def objective(z, codebook):
         out = quantizer.apply({"params": {"codebook": codebook}}, z)
@@ -29,11 +35,11 @@ def test_chooses_the_nearest_code_by_brute_force_in_float64():
     rng = np.random.default_rng(0)
     z, codebook = rng.normal(size=(3, 4, 5, 6)), rng.normal(size=(40, 6))
     variables = {"params": {"codebook": jnp.asarray(codebook, jnp.float32)}}
-    plain = VectorQuantizer(40, 6).apply(variables, jnp.asarray(z, jnp.float32))
+    plain = nearest(40, 6).apply(variables, jnp.asarray(z, jnp.float32))
     distances = ((z[..., None, :] - codebook) ** 2).sum(-1)
     np.testing.assert_array_equal(plain.indices, distances.argmin(-1))
 
-    directions = VectorQuantizer(40, 6, l2_normalise=True).apply(variables, jnp.float32(z))
+    directions = nearest(40, 6, l2_normalise=True).apply(variables, jnp.float32(z))
     cosines = (z @ codebook.T) / np.linalg.norm(codebook, axis=-1)
     np.testing.assert_array_equal(directions.indices, cosines.argmax(-1))
     np.testing.assert_allclose(jnp.linalg.norm(directions.vectors, axis=-1), 1, rtol=1e-5)
@@ -43,7 +49,7 @@ def test_l2_normalised_codes_do_not_depend_on_lengths():
     rng = np.random.default_rng(1)
     z = jnp.asarray(rng.normal(size=(2, 3, 3, 4)), jnp.float32)
     codebook = jnp.asarray(rng.normal(size=(16, 4)), jnp.float32)
-    quantizer = VectorQuantizer(16, 4, l2_normalise=True)
+    quantizer = nearest(16, 4, l2_normalise=True)
     one = quantizer.apply({"params": {"codebook": codebook}}, z)
     other = quantizer.apply({"params": {"codebook": 3 * codebook}}, 0.2 * z)
     np.testing.assert_array_equal(one.indices, other.indices)
@@ -63,7 +69,7 @@ def test_the_gumbel_quantizer_by_its_definition():
     params = jax.tree.map(
         jnp.float32, {"codebook": codebook, "proj": {"kernel": kernel, "bias": bias}}
     )
-    quantizer = GumbelQuantizer(9, 5, kl_weight=0.3)
+    quantizer = GumbelQuantizer(VQGANConfig(codebook_size=9, code_dim=5, kl_weight=0.3))
 
     def quantize(params, z, noise=None):
         return quantizer.apply({"params": params}, z, noise)
