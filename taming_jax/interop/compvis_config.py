@@ -251,6 +251,10 @@ def exported(config: Config, classes: int) -> Config:
 
 def check_exportable(vqgan: VQGANConfig) -> None:
     """UserError for a stage 1 that the official models cannot be."""
+    if vqgan.quantizer not in ("nearest", "gumbel"):
+        raise UserError(
+            f"the official code has no quantizer {vqgan.quantizer}; this run cannot be exported."
+        )
     if vqgan.decoder_blocks not in (None, vqgan.blocks + 1):
         raise UserError(
             f"the official decoder has one block a level more than the encoder, not "
