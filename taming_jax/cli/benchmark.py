@@ -27,6 +27,7 @@ from taming_jax.data.batches import Feed, ResidentFeed
 from taming_jax.data.datasets import Split
 from taming_jax.parallel.devices import Compiled, Devices
 from taming_jax.priors.autoregressive import GPT
+from taming_jax.priors.registry import build_prior
 from taming_jax.training.meter import Meter
 from taming_jax.training.prior import fresh_transformer, training_step
 from taming_jax.training.state import copied
@@ -79,9 +80,9 @@ def measure_vqgan(config: Config, devices: Devices, count: int) -> None:
 def measure_prior(config: Config, devices: Devices, count: int) -> None:
     """The training step of stage 2 on random codes."""
     devices.check_batch("prior", config.prior.batch_size, config.prior.micro_batches)
-    model = GPT.build(config, 10)
+    model = build_prior(config, 10)
     rng = np.random.default_rng(0)
-    codes = rng.integers(0, model.codebook_size, (2048, model.length)).astype(np.int32)
+    codes = rng.integers(0, model.codebook_size, (2048, config.grid_size**2)).astype(np.int32)
     split = Split(codes, rng.integers(0, 10, 2048).astype(np.int32))
     feed = ResidentFeed(split, config.prior.batch_size, 0, devices)
     function = functools.partial(training_step, config, model, 1000, devices.axis_name)

@@ -32,8 +32,8 @@ ENCODER = {
     "use_linear_attn": False, "attn_type": "vanilla",
 }  # fmt: skip
 TRANSFORMER = {
-    "norm": "layer", "mlp": "gelu", "positions": "learned", "qk_norm": False, "bias": True,
-    "mlp_width": None,
+    "kind": "autoregressive", "norm": "layer", "mlp": "gelu", "positions": "learned",
+    "qk_norm": False, "bias": True, "mlp_width": None,
 }  # fmt: skip
 
 

@@ -42,6 +42,10 @@ class Quantizer(Protocol):
 
     def __init__(self, settings: VQGANConfig): ...
 
+    @property
+    def num_codes(self) -> int:
+        """How many codes there are; `codebook_size` must be the same (models/vqgan.py)."""
+
     def __call__(self, z: jax.Array, noise: Noise | None = None) -> Quantized:
         """Latents float [b,h,w,d] as codes."""
 
@@ -61,8 +65,12 @@ class VectorQuantizer(nn.Module):
     draws: ClassVar[bool] = False
     settings: VQGANConfig
 
+    @property
+    def num_codes(self) -> int:
+        return self.settings.codebook_size
+
     def setup(self) -> None:
-        k, d = self.settings.codebook_size, self.settings.code_dim
+        k, d = self.num_codes, self.settings.code_dim
         # Directions are spread evenly; plain codes start small, as in the official code.
         init = nn.initializers.normal(1.0) if self.settings.l2_normalise else uniform(1 / k)
         self.codebook = self.param("codebook", init, (k, d))
@@ -102,8 +110,12 @@ class GumbelQuantizer(nn.Module):
     draws: ClassVar[bool] = True
     settings: VQGANConfig
 
+    @property
+    def num_codes(self) -> int:
+        return self.settings.codebook_size
+
     def setup(self) -> None:
-        k, d = self.settings.codebook_size, self.settings.code_dim
+        k, d = self.num_codes, self.settings.code_dim
         self.proj = conv(k, 1, jnp.float32)
         self.codebook = self.param("codebook", nn.initializers.normal(1.0), (k, d))
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from taming_jax.config.schema import Config, VQGANConfig
+from taming_jax.errors import UserError
 from taming_jax.models.autoencoder import Decoder, Encoder
 from taming_jax.models.layers import Dtype, conv
 from taming_jax.models.quantizers import QUANTIZERS, Noise, Quantized, Quantizer
@@ -52,11 +53,18 @@ class VQGAN(nn.Module):
 
 
 def build_vqgan(config: Config) -> VQGAN:
-    """The generator that a config describes."""
+    """The generator that a config describes. UserError where its quantizer has another number of
+    codes."""
     settings, data, dtype = config.vqgan, config.data, jnp.dtype(config.dtype)
+    quantizer = QUANTIZERS[settings.quantizer](settings)
+    if quantizer.num_codes != settings.codebook_size:
+        raise UserError(
+            f"--vqgan.codebook-size is {settings.codebook_size}, but these settings of the "
+            f"quantizer {settings.quantizer} give {quantizer.num_codes} codes; take that."
+        )
     return VQGAN(
         encoder=Encoder(settings, data.image_size, dtype),
-        quantizer=QUANTIZERS[settings.quantizer](settings),
+        quantizer=quantizer,
         decoder=Decoder(settings, data.image_size, data.channels, dtype),
         settings=settings,
         dtype=dtype,

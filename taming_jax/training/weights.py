@@ -15,7 +15,7 @@ from taming_jax.weights.arrays import named_arrays
 
 # Settings that change the meaning of weights, and not their shapes.
 MEANING = (
-    "--vqgan.l2-normalise", "--vqgan.quantizer", "--prior.heads",
+    "--vqgan.l2-normalise", "--vqgan.quantizer", "--prior.kind", "--prior.heads",
     "--prior.positions", "--prior.vocabulary", "--prior.first-class",
 )  # fmt: skip
 Name = tuple[str, ...]

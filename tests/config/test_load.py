@@ -172,7 +172,7 @@ def test_a_config_json_does_not_bring_its_runs_start_into_a_new_run(tmp_path):
 
 
 def test_a_preset_for_a_gpu_names_one_for_a_cpu():
-    assert CPU_PRESETS.keys() | set(CPU_PRESETS.values()) == set(preset_names())
+    assert CPU_PRESETS.keys() | set(CPU_PRESETS.values()) <= set(preset_names())
     assert advice_for_a_cpu(load_config("mnist"), "gpu") == ""
     assert advice_for_a_cpu(load_config("mnist_tiny"), "cpu") == ""
     says = advice_for_a_cpu(load_config("mnist"), "cpu")

@@ -95,10 +95,7 @@ def test_what_a_source_cannot_give_is_refused(tmp_path):
         ({"path": str(tmp_path / "none")}, "is no folder"),
         ({"path": str(tmp_path)}, "has no train-images"),
         ({"image_size": 32}, "28x28"),
-        (
-            {"name": "cifar"},
-            "the datasets are folder, mnist, synthetic, OWNER",
-        ),
+        ({"name": "cifar"}, f"the datasets are {', '.join(sorted(datasets.SOURCES))}, OWNER"),
     ):
         with pytest.raises(UserError, match=says):
             datasets.load(DataConfig(**settings))

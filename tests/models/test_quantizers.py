@@ -3,8 +3,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from taming_jax.config.load import load_config
 from taming_jax.config.schema import VQGANConfig
+from taming_jax.errors import UserError
+from taming_jax.models import quantizers
 from taming_jax.models.quantizers import GumbelQuantizer, Noise, VectorQuantizer
+from taming_jax.models.vqgan import build_vqgan
 from tests import golden
 
 
@@ -110,3 +114,16 @@ def test_the_gumbel_quantizer_by_its_definition():
     one_hot = np.eye(len(codes))[scaled.argmax(-1)].reshape(-1, len(codes))
     of_codes = one_hot.T @ upstream.reshape(-1, 5)
     golden.assert_close(found[0]["codebook"], of_codes, "codebook", 1e-4)
+
+
+def test_another_number_of_codes_than_the_settings_is_refused(monkeypatch):
+    class Binary(VectorQuantizer):
+        @property
+        def num_codes(self):
+            return 2**self.settings.code_dim
+
+    monkeypatch.setitem(quantizers.QUANTIZERS, "nearest", Binary)
+    settings = {"vqgan.code_dim": 6, "vqgan.codebook_size": 32}
+    with pytest.raises(UserError, match="codebook-size is 32, but .* nearest give 64 codes"):
+        build_vqgan(load_config("mnist_tiny", settings))
+    assert build_vqgan(load_config("mnist_tiny", settings | {"vqgan.codebook_size": 64}))
