@@ -21,8 +21,15 @@ from taming_jax.errors import UserError
 from taming_jax.losses import next_token, per_example
 from taming_jax.models.layers import Dtype
 from taming_jax.models.quantizers import select
-from taming_jax.priors.decoding import Choose, guided, token_choice
+from taming_jax.priors.decoding import (
+    Choose,
+    Inputs,
+    apply_guidance,
+    token_choice,
+    with_unconditional,
+)
 from taming_jax.priors.transformer import Block, Cache, init, make_norm
+from taming_jax.priors.windows import scan_windows, window_likelihood
 
 
 class GPT(nn.Module):
@@ -246,33 +253,12 @@ class GPT(nn.Module):
         return codes.reshape(-1, height, width)
 
 
-# What the scans over positions read: the positions [t], their guidance scales [t] or None, and
-# known codes [t,b], -1 where one is to be drawn.
-Inputs = tuple[jax.Array, jax.Array | None, jax.Array]
-
-
 def corrupted(keep: float, codebook_size: int, key: jax.Array, codes: jax.Array) -> jax.Array:
     """Codes [t] of which a share `keep` stays and the others are drawn anew, as the official code's
     `pkeep`."""
     which, what = jax.random.split(key)
     drawn = jax.random.randint(what, codes.shape, 0, codebook_size)
     return jnp.where(jax.random.bernoulli(which, keep, codes.shape), codes, drawn)
-
-
-def with_unconditional(model: GPT, labels: jax.Array, scale: Any) -> jax.Array:
-    """Labels [b], followed for guidance by as many of no class."""
-    if scale is None:
-        return labels
-    return jnp.concatenate([labels, jnp.full_like(labels, model.classes)])
-
-
-def apply_guidance(logits: jax.Array, scale: jax.Array | float | None) -> jax.Array:
-    """With a guidance scale, of logits [2b,n], the conditional ones and then the unconditional
-    ones: [b,n]."""
-    if scale is None:
-        return logits
-    conditional, unconditional = jnp.split(logits, 2)
-    return guided(conditional, unconditional, scale)
 
 
 def scan_positions(
@@ -322,88 +308,3 @@ def next_logits(
         model.apply({"params": params}, tokens[:, None], cache, position, method=GPT.decode),
     )
     return apply_guidance(logits[:, 0], scale), cache
-
-
-def scan_windows(
-    model: GPT,
-    params: Any,
-    labels: jax.Array,
-    choose: Choose,
-    inputs: Inputs,
-    grid: tuple[int, int],
-) -> jax.Array:
-    """Codes int32 [b, h * w] of a grid at least as large as the model's window: each given those
-    before it in a window about it (arXiv 2012.09841, section 3.3). Windows move, and positions with
-    them, so that nothing of a code's pass serves the next; but each sees no more of its window than
-    has been drawn, in quarters of it.
-    """
-    (height, width), high = grid, model.window[0]
-    quarter = -(-high // 4)
-
-    def visible_rows(row: int) -> int:
-        """How many rows of their window the codes of a row see."""
-        top = min(max(row - high // 2, 0), height - high)
-        return min(-(-(row - top + 1) // quarter) * quarter, high)
-
-    def step(rows: int, codes: jax.Array, at: Any) -> tuple[jax.Array, None]:
-        position, scale, known = at
-        row, column = jnp.divmod(position, width)
-        grids = codes.reshape(-1, height, width)
-        logits = window_logits(model, params, labels, grids, row, column, rows, scale)
-        chosen = jnp.where(known < 0, choose(logits[:, : model.codebook_size], position), known)
-        return codes.at[:, position].set(chosen), None
-
-    codes = inputs[2].T
-    for rows, group in itertools.groupby(range(height), visible_rows):
-        members = list(group)
-        part = slice(members[0] * width, (members[-1] + 1) * width)
-        here = jax.tree.map(lambda x, part=part: x[part], inputs)
-        codes, _ = lax.scan(functools.partial(step, rows), codes, here)
-    return codes
-
-
-def window_start(at: jax.Array | int, window: int, size: int) -> jax.Array:
-    """Where the window of a code begins, along an axis of so many codes: half of it before the
-    code, but for the edges."""
-    return jnp.clip(jnp.asarray(at) - window // 2, 0, size - window)
-
-
-def window_logits(
-    model: GPT,
-    params: Any,
-    labels: jax.Array,
-    codes: jax.Array,
-    row: jax.Array | int,
-    column: jax.Array | int,
-    rows: int | None = None,
-    scale: jax.Array | float | None = None,
-) -> jax.Array:
-    """Logits [b,spoken] of the code at a row and column of a grid [b,h,w] at least as large as the
-    model's window, given those before it in its window. Of the window only the first `rows` are
-    looked at, which hold that code; all unless told."""
-    high, wide = model.window
-    rows = high if rows is None else rows
-    top = window_start(row, high, codes.shape[1])
-    left = window_start(column, wide, codes.shape[2])
-    seen = lax.dynamic_slice(codes, (0, top, left), (len(codes), rows, wide))
-    seen = jnp.maximum(seen, 0).reshape(len(codes), -1)  # what comes later is not looked at
-    if scale is not None:
-        seen = jnp.concatenate([seen, seen])
-    logits = model.logits(params, with_unconditional(model, labels, scale), seen)
-    here = (row - top) * wide + column - left
-    logits = lax.dynamic_index_in_dim(logits, here, 1, keepdims=False)
-    return apply_guidance(logits, scale)
-
-
-def window_likelihood(model: GPT, params: Any, labels: jax.Array, codes: jax.Array) -> jax.Array:
-    """The logarithm of the probability, in nats, float32 [b], that grids of codes int [b,h,w] are
-    drawn by `sample_windows`."""
-    height, width = codes.shape[1:]
-
-    def step(total: jax.Array, position: jax.Array) -> tuple[jax.Array, None]:
-        row, column = jnp.divmod(position, width)
-        logits = window_logits(model, params, labels, codes, row, column)
-        code = lax.dynamic_slice(codes, (0, row, column), (len(codes), 1, 1))[:, 0]
-        return total - next_token(logits[:, None], code), None
-
-    return lax.scan(step, jnp.zeros(len(codes)), jnp.arange(height * width))[0]

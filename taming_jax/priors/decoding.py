@@ -10,6 +10,9 @@ from jax import lax
 
 # Logits [b,n] and a position to codes int32 [b].
 Choose = Callable[[jax.Array, jax.Array], jax.Array]
+# What the scans over positions read: the positions [t], their guidance scales [t] or None, and
+# known codes [t,b], -1 where one is to be drawn.
+Inputs = tuple[jax.Array, jax.Array | None, jax.Array]
 
 
 def micro_batch(device: Any) -> int:
@@ -48,6 +51,22 @@ def guided(conditional: jax.Array, unconditional: jax.Array, scale: jax.Array | 
     """Classifier-free guidance (arXiv 2207.12598) of logits: a scale of 0 returns the unconditional
     ones, 1 the conditional, more goes beyond."""
     return unconditional + scale * (conditional - unconditional)
+
+
+def with_unconditional(model: Any, labels: jax.Array, scale: Any) -> jax.Array:
+    """Labels [b], followed for guidance by as many of no class."""
+    if scale is None:
+        return labels
+    return jnp.concatenate([labels, jnp.full_like(labels, model.classes)])
+
+
+def apply_guidance(logits: jax.Array, scale: jax.Array | float | None) -> jax.Array:
+    """With a guidance scale, of logits [2b,n], the conditional ones and then the unconditional
+    ones: [b,n]."""
+    if scale is None:
+        return logits
+    conditional, unconditional = jnp.split(logits, 2)
+    return guided(conditional, unconditional, scale)
 
 
 def token_choice(

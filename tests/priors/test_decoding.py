@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from taming_jax.losses import next_token
-from taming_jax.priors import autoregressive
+from taming_jax.priors import autoregressive, windows
 from taming_jax.priors.autoregressive import GPT
 from taming_jax.priors.decoding import guided, keep_top_k, keep_top_p, token_choice
 from tests import golden
@@ -214,7 +214,7 @@ def test_logits_in_a_window_are_those_of_a_plain_forward_pass(settings, scale):
     assert model.window == ((3, 3) if "block_size" in settings else (3, 4))
     codes = jax.random.randint(jax.random.key(2), (4, 7, 9), 0, 11)
     logits = jax.jit(
-        lambda row, column: autoregressive.window_logits(
+        lambda row, column: windows.window_logits(
             model, params, LABELS, codes, row, column, scale=scale
         )
     )
@@ -244,7 +244,7 @@ def test_a_window_as_large_as_the_grid_draws_what_the_cache_does():
     model, params, _ = small()
     choose = token_choice(KEYS, 1.0, None, 0.9)
     inputs = jnp.arange(12), jnp.full(12, 1.5), jnp.full((12, 4), -1)
-    draw = jax.jit(autoregressive.scan_windows, static_argnums=(0, 3, 5))
+    draw = jax.jit(windows.scan_windows, static_argnums=(0, 3, 5))
     codes = draw(model, params, LABELS, choose, inputs, (3, 4))
     expected = sample(model, params, LABELS, KEYS, top_p=0.9, guidance_scale=1.5)
     np.testing.assert_array_equal(codes, expected)
