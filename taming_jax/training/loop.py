@@ -26,7 +26,7 @@ from taming_jax.parallel.runtime import prepare
 from taming_jax.progress import Progress
 from taming_jax.training.checkpoints import FD, Store
 from taming_jax.training.log import Log
-from taming_jax.training.meter import Meter, Tracer, advice_for_a_cpu
+from taming_jax.training.meter import Meter, Tracer
 from taming_jax.training.signals import Signals
 from taming_jax.training.stage import Stage
 from taming_jax.training.state import TrainState, copied
@@ -72,8 +72,6 @@ def train(kind: Callable[..., Stage], config: Config, restart: bool = False) -> 
         distributed.one_speaks()
         check_alike(config)
         devices = Devices(config.devices)
-        if sentence := advice_for_a_cpu(config, devices.list[0].platform):
-            say(sentence)
         distributed.from_first(lambda: stack.enter_context(run_lock(folder)) and None)
         stage = kind(config, devices, restart)
         config = stage.config

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 
-from taming_jax.config.presets import CPU_PRESETS
 from taming_jax.config.schema import Config
 
 # The most that a device does in a second, in 10^12 operations, as NVIDIA's data sheets have it,
@@ -86,17 +85,6 @@ class Meter:
             if self._peak is not None:
                 metrics["utilisation"] = round(metrics["flops_per_second"] / self._peak, 4)
         return metrics
-
-
-def advice_for_a_cpu(config: Config, platform: str) -> str:
-    """A sentence where a preset for a GPU is trained on a CPU; else nothing."""
-    small = CPU_PRESETS.get(config.config)
-    if platform != "cpu" or small is None:
-        return ""
-    return (
-        f"Warning: the preset {config.config} is meant for a GPU, and this run uses a CPU. For a "
-        f"CPU, take --config {small} with the same --data settings."
-    )
 
 
 class Tracer:

@@ -5,12 +5,10 @@ import pytest
 
 from taming_jax.config.load import differences, load_config, preset_names, write_config
 from taming_jax.config.migrations import FORMAT
-from taming_jax.config.presets import CPU_PRESETS
 from taming_jax.config.schema import Config
 from taming_jax.config.serialization import to_dict
 from taming_jax.config.validation import warnings_of
 from taming_jax.errors import UserError
-from taming_jax.training.meter import advice_for_a_cpu
 
 
 def test_a_written_config_reads_back_as_the_same_object(tmp_path):
@@ -169,14 +167,6 @@ def test_a_config_json_does_not_bring_its_runs_start_into_a_new_run(tmp_path):
     write_config(config, tmp_path / "config.json")
     found = load_config(tmp_path / "config.json", {"vqgan.steps": 100, "vqgan.batch_size": 8})
     assert found.vqgan.discriminator_start_step is None and found.vqgan.start_step(9) == 25
-
-
-def test_a_preset_for_a_gpu_names_one_for_a_cpu():
-    assert CPU_PRESETS.keys() | set(CPU_PRESETS.values()) <= set(preset_names())
-    assert advice_for_a_cpu(load_config("mnist"), "gpu") == ""
-    assert advice_for_a_cpu(load_config("mnist_tiny"), "cpu") == ""
-    says = advice_for_a_cpu(load_config("mnist"), "cpu")
-    assert "mnist is meant for a GPU" in says and "take --config mnist_tiny with" in says
 
 
 def test_the_mnist_preset_is_the_reference():

@@ -410,17 +410,6 @@ def test_a_run_whose_preset_has_changed_goes_on_by_its_own_config(tmp_path):
     assert Store(tmp_path, "vqgan").steps()[-1] == 4
 
 
-def test_a_preset_for_a_gpu_says_so_before_anything_else(tmp_path, capsys):
-    def build(config, devices, restart=False):
-        print("built")
-        return Parabola(config, devices)
-
-    overrides = {"workdir": str(tmp_path), "devices": 1, "vqgan.batch_size": 4, "vqgan.steps": 1}
-    loop.train(build, load_config("mnist", overrides))
-    first, second, *_ = capsys.readouterr().out.splitlines()
-    assert "mnist is meant for a GPU" in first and second == "built"
-
-
 def test_a_disk_that_takes_no_more_is_a_sentence(tmp_path, monkeypatch, capsys):
     def full(*_, **__):
         raise ValueError("RESOURCE_EXHAUSTED: no space left")
