@@ -52,6 +52,8 @@ def report(command: Callable[[], object]) -> int:
     except Interrupted as stop:
         status = 128 + stop.signum
         say(f"\n{stop}", sys.stderr)
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has what it wanted
+        status = 0
     for stream in (sys.stdout, sys.stderr):
         settle(stream)
     return status

@@ -62,3 +62,10 @@ def test_an_output_on_a_full_disk_changes_no_status(how, ends):
             stdout=output, stderr=subprocess.PIPE, env=os.environ | {"PYTHONUNBUFFERED": ""},
         )  # fmt: skip
     assert (done.returncode, done.stderr) == ends
+
+
+def test_a_pipe_whose_reader_has_gone_is_no_failure(capsys):
+    def command():
+        raise BrokenPipeError
+
+    assert report(command) == 0 and capsys.readouterr() == ("", "")
