@@ -34,7 +34,7 @@ class Lines:
             self.last = line
 
     def flush(self) -> None:
-        """Nothing is held back."""
+        """Does nothing: `write` does not buffer."""
 
 
 class Progress(tqdm):
@@ -52,7 +52,7 @@ class Progress(tqdm):
         )  # fmt: skip
 
     def update(self, count: float | None = 1) -> None:
-        """Counts items that are done, of which the last batch may have too many."""
+        """Adds finished items, up to the total: the last batch may be padded."""
         super().update(min(count or 0, self._most - self.n))
 
 

@@ -6,15 +6,15 @@ from taming_jax.cli.arguments import Training, parse_training
 
 
 def train_vqgan() -> None:
-    _train("vqgan")
+    _train("vqgan", "Trains stage 1, the VQ-GAN.")
 
 
 def train_prior() -> None:
-    _train("prior")
+    _train("prior", "Trains stage 2, the prior over the codes of stage 1.")
 
 
-def _train(stage: str) -> None:
-    given = parse_training(Training, sys.argv[1:], stage)
+def _train(stage: str, description: str) -> None:
+    given = parse_training(Training, sys.argv[1:], stage, description)
     # Heavy, and not needed to refuse a wrong flag.
     from taming_jax.parallel.distributed import join
     from taming_jax.training import train

@@ -1,4 +1,4 @@
-"""How a run is measured: settings, without what computes."""
+"""The settings of an evaluation, which import nothing heavy."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -27,9 +27,9 @@ def tables_of(model: Model) -> Tables:
 
 
 def without_unused_codes(state_dict: StateDict, file: object) -> tuple[StateDict, int | None]:
-    """A state dict whose codebook holds only the codes that `quantize.used` names (the official
-    code's remap), in their new order, and how many these are; all of it without such an array.
-    UserError where that names no codes."""
+    """Keeps only the codes that the array `quantize.used` names (the official code's remap), in
+    their new order. Returns the state dict and how many codes are left, or None where there is no
+    such array. Raises UserError where it names no codes."""
     names = [name for name in state_dict if name.endswith("quantize.used")]
     if not names:
         return state_dict, None
@@ -38,7 +38,7 @@ def without_unused_codes(state_dict: StateDict, file: object) -> tuple[StateDict
     held = {name: state_dict[name] for name in of_codes if name in state_dict}
     size = min((x.shape[0] for x in held.values()), default=0)
     if used.dtype.kind not in "iu" or not used.size or not 0 <= used.min() <= used.max() < size:
-        raise UserError(f"{file}: quantize.used holds no codes of the {size}.")
+        raise UserError(f"{file}: quantize.used does not name codes from 0 to {size - 1}.")
 
     def read(array: Held) -> np.ndarray:
         return np.asarray(array)[used]

@@ -1,4 +1,4 @@
-"""Our settings and those of the official code's YAML files: both ways."""
+"""Converts settings to and from the official code's YAML files."""
 
 import dataclasses
 import math
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from taming_jax.config.load import settings
-from taming_jax.config.migrations import FORMAT
+from taming_jax.config.migrations import FORMAT, format_of
 from taming_jax.config.schema import UNKNOWN, Config, DataConfig, PriorConfig, VQGANConfig
 from taming_jax.config.serialization import from_dict, to_dict
 from taming_jax.errors import UserError, say
@@ -71,7 +71,7 @@ def official(
     try:
         if OURS in content:
             part = content[OURS]
-            config = settings(part["config"], part["format"])
+            config = settings(part["config"], format_of(part, file))
             config = dataclasses.replace(config, config=file.stem)
             return Model(config, tuple(part["class_names"]), part["discriminator"])
         model = described(content, file, classes, codes, step)
@@ -85,7 +85,8 @@ def official(
 def described(
     content: dict[str, Any], file: Path, classes: int | None, codes: int | None, step: int
 ) -> Model:
-    """See `official`; raises the errors of a dictionary that is not as expected."""
+    """The model of an official YAML, as in `official`. Raises KeyError, TypeError or ValueError
+    where the content is not as expected."""
     model, data = content["model"], (content.get("data") or {}).get("params") or {}
     kind, first = kind_of(model), model
     if kind == "Net2NetTransformer":
@@ -226,11 +227,13 @@ def stage2(
 
 
 def exported(config: Config, classes: int) -> Config:
-    """The config of a run as that of an official model, where classes are tokens after the codes,
-    and nothing is known of the run's data. UserError for what the official models cannot be."""
+    """The config of a run as that of an official model, in which classes are tokens after the
+    codes, without what belongs to this machine and its data. Raises UserError for what the official
+    models cannot be."""
     vqgan, prior = config.vqgan, config.prior
     check_exportable(vqgan)
     vqgan = dataclasses.replace(vqgan, init_from=None, discriminator_start_step=None)
+    prior = dataclasses.replace(prior, init_from=None)
     if classes:
         for name, only in TRANSFORMER.items():
             if getattr(prior, name) != only:
@@ -240,13 +243,15 @@ def exported(config: Config, classes: int) -> Config:
                 )
         shared = prior.vocabulary is not None
         prior = dataclasses.replace(
-            prior, init_from=None, label_dropout=0.0, guidance_scale=None,
+            prior, label_dropout=0.0, guidance_scale=None,
             vocabulary=prior.vocabulary or vqgan.codebook_size + classes,
             first_class=prior.first_class if shared else vqgan.codebook_size,
             block_size=prior.block_size or config.grid_size**2,
         )  # fmt: skip
     data = DataConfig(UNKNOWN, image_size=config.data.image_size, channels=config.data.channels)
-    return dataclasses.replace(config, workdir=None, data=data, vqgan=vqgan, prior=prior)
+    return dataclasses.replace(
+        config, workdir=None, devices=None, data=data, vqgan=vqgan, prior=prior
+    )
 
 
 def check_exportable(vqgan: VQGANConfig) -> None:
@@ -274,8 +279,8 @@ def check_exportable(vqgan: VQGANConfig) -> None:
 
 
 def yaml_of(model: Model) -> dict[str, Any]:
-    """The official code's YAML of an `exported` model, and in a part of its own what that cannot
-    say."""
+    """The official code's YAML of an `exported` model. A part of our own holds the whole config, of
+    which the official settings cannot express everything."""
     config, section = model.config, stage1_section(model)
     settings: Any = config.prior if model.class_names else config.vqgan
     if model.class_names:

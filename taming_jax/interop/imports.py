@@ -52,8 +52,8 @@ class Part(NamedTuple):
 
 
 def import_run(folder: Path, model: Model, parts: Sequence[Part], source: object) -> None:
-    """Makes a run of a model and prints what it holds; `source` says where it is from. UserError
-    where a file is not what the model makes it."""
+    """Writes a run from the files of a model and prints what it holds; `source` says where it comes
+    from. Raises UserError where a file does not match the model."""
     model = fitted(model)
     shapes = shapes_of(model)
     networks: dict[str, Any] = {}
@@ -68,9 +68,9 @@ def import_run(folder: Path, model: Model, parts: Sequence[Part], source: object
 
 
 def fitted(model: Model) -> Model:
-    """A model with settings to train on with: its discriminator is on from the first step, or else
-    is one that images so small have room for, as is the perceptual loss; and new optimizers warm
-    up. UserError where the settings cannot be."""
+    """The model with settings that training can continue with: new optimizers warm up, and the
+    discriminator is on from the first step. Without one in the file, it and the perceptual loss are
+    made to fit small images. Raises UserError for settings that cannot work."""
     size, vqgan, prior = model.config.data.image_size, model.config.vqgan, model.config.prior
     vqgan = dataclasses.replace(vqgan, warmup_steps=max(vqgan.warmup_steps, WARMUP))
     if prior.schedule == "cosine":  # one cycle has its own warm-up

@@ -35,8 +35,8 @@ from taming_jax.priors.windows import scan_windows, window_likelihood
 class GPT(nn.Module):
     """Tokens int32 [b,t] to logits float32 [b,t,spoken].
 
-    A token is a code; or a class, `first` and after; or "none", which is the last. Of `settings`
-    those count that say what the network is.
+    A token is a code; or a class, `first` and after; or "none", which is the last. The network
+    reads only its own part of `settings`, not how it is trained.
     """
 
     codebook_size: int
@@ -144,7 +144,7 @@ class GPT(nn.Module):
 
     @nn.nowrap
     def check_trainable(self) -> None:
-        """UserError where this prior can draw codes, but not be trained."""
+        """Raises UserError where this prior can draw codes but cannot be trained."""
         tokens = self.settings.vocabulary
         if tokens is not None and self.first + self.classes > tokens:
             raise UserError(

@@ -34,7 +34,7 @@ class Prior(Protocol):
         """Fresh variables, as of any Linen module."""
 
     def check_trainable(self) -> None:
-        """UserError where this prior can draw codes, but not be trained."""
+        """Raises UserError where this prior can draw codes but cannot be trained."""
 
     def loss(
         self, params: Any, labels: jax.Array, codes: jax.Array, keys: Mapping[str, jax.Array]

@@ -21,10 +21,10 @@ def scan_windows(
     inputs: Inputs,
     grid: tuple[int, int],
 ) -> jax.Array:
-    """Codes int32 [b, h * w] of a grid at least as large as the model's window: each given those
-    before it in a window about it (arXiv 2012.09841, section 3.3). Windows move, and positions with
-    them, so that nothing of a code's pass serves the next; but each sees no more of its window than
-    has been drawn, in quarters of it.
+    """Draws the codes int32 [b,h*w] of a grid at least as large as the model's window, each given
+    the codes before it in a window around it. The window moves with the code, and so do the
+    positions: no cache carries over from one code to the next. Each pass reads only as many
+    quarters of its window as have been drawn.
     """
     (height, width), high = grid, model.window[0]
     quarter = -(-high // 4)
@@ -68,8 +68,8 @@ def window_logits(
     scale: jax.Array | float | None = None,
 ) -> jax.Array:
     """Logits [b,spoken] of the code at a row and column of a grid [b,h,w] at least as large as the
-    model's window, given those before it in its window. Of the window only the first `rows` are
-    looked at, which hold that code; all unless told."""
+    model's window, given those before it in its window. Only the first `rows` rows of the
+    window are read, which include that code; default: all."""
     high, wide = model.window
     rows = high if rows is None else rows
     top = window_start(row, high, codes.shape[1])
@@ -86,7 +86,7 @@ def window_logits(
 
 def window_likelihood(model: Any, params: Any, labels: jax.Array, codes: jax.Array) -> jax.Array:
     """The logarithm of the probability, in nats, float32 [b], that grids of codes int [b,h,w] are
-    drawn by `sample_windows`."""
+    drawn by `scan_windows`."""
     height, width = codes.shape[1:]
 
     def step(total: jax.Array, position: jax.Array) -> tuple[jax.Array, None]:

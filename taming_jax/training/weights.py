@@ -81,7 +81,7 @@ def describe_other_meaning(
     run, or another generator, whose codes its prior predicted."""
     sections = ("vqgan", "prior") if "transformer" in learned else ("vqgan",)
     sentences = [
-        f"{phrase}, as in the run of those weights."
+        f"{phrase} as in the run of those weights."
         for phrase in differences(config, other, sections)
         if phrase.split(" ")[0] in MEANING
     ]

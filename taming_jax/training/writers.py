@@ -18,12 +18,12 @@ class Writer(Protocol):
     written, and are called again with what comes next."""
 
     def resume(self, step: int) -> None:
-        """Discards what was logged after a step: the run resumes there, and logs it again. A new
-        run calls it, too, with 0."""
+        """Discards what was logged after a step: the run resumes there, and logs it again. This is
+        also called for a new run, with step 0."""
 
     def scalars(self, step: int, group: str, values: dict[str, float]) -> None:
-        """Logs the metrics of a step, of which there may be others in the next one. `group` is
-        "train", "validation" or "speed"."""
+        """Logs the metrics of a step, whose names may differ from step to step. `group` is "train",
+        "validation" or "speed"."""
 
     def close(self) -> None:
         """Writes what is left."""

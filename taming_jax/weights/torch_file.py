@@ -99,8 +99,9 @@ class Inert:
 
 READ: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): collections.OrderedDict,
-    ("torch._utils", "_rebuild_tensor_v2"): Tensor,
-    ("torch._utils", "_rebuild_tensor"): Tensor,
+    # Not the class itself, whose attributes a file could set.
+    ("torch._utils", "_rebuild_tensor_v2"): lambda *view: Tensor(*view),
+    ("torch._utils", "_rebuild_tensor"): lambda *view: Tensor(*view),
     ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
 } | {("torch", name): name for name in DTYPES}
 

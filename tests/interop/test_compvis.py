@@ -231,11 +231,11 @@ def test_remapped_codes_count_anew(command, tmp_path):
     files = Files(tmp_path, remapped, weights | {"quantize.used": used}, "remapped")
     files.imported(command, tmp_path / "remapped")
     run = taming_jax.load_run(tmp_path / "remapped")
-    found = run.encode(images)
-    np.testing.assert_array_equal(used[found], codes)
+    indices = run.encode(images)
+    np.testing.assert_array_equal(used[indices], codes)
     assert run.config.vqgan.codebook_size == len(used)
     expected = taming_jax.load_run(tmp_path / "plain").decode(codes)
-    np.testing.assert_allclose(run.decode(found), expected, atol=1e-6)
+    np.testing.assert_allclose(run.decode(indices), expected, atol=1e-6)
 
 
 @pytest.mark.slow

@@ -236,8 +236,8 @@ def test_greedy_codes_of_a_large_grid_are_the_most_likely_in_their_windows():
         total += jax.nn.log_softmax(logits)[jnp.arange(4), codes[:, place]]
         if known[0, place] < 0:
             np.testing.assert_array_equal(codes[:, place], logits.argmax(-1))
-    found = model.log_likelihood(params, LABELS, grids)
-    np.testing.assert_allclose(found, total, rtol=1e-5)
+    likelihood = model.log_likelihood(params, LABELS, grids)
+    np.testing.assert_allclose(likelihood, total, rtol=1e-5)
 
 
 def test_a_window_as_large_as_the_grid_draws_what_the_cache_does():

@@ -166,7 +166,7 @@ def test_weights_that_mean_something_else_are_named(both):
     })  # fmt: skip
     arguments = (config, template, other, checkpoint.arrays)
     assert describe_other_meaning(("transformer",), *arguments) == [
-        "--prior.heads is 4, not 2, as in the run of those weights."
+        "--prior.heads is 4, not 2 as in the run of those weights."
     ]
     template.nets["generator"].params["quant_conv"]["bias"][0] += 1
     assert "another stage 1" in describe_other_meaning(("transformer",), *arguments)[1]

@@ -162,8 +162,8 @@ def test_nothing_of_a_file_is_run(torch, tmp_path, write):
     args = argparse.Namespace(lr=1e-4, ema=False)
     others = {"run": Malicious(tmp_path), "args": args, "seen": {3}, "rng": np.float64(2.0)}
     write(tmp_path / "model.pth", others | {"epoch": 3}, {})
-    found = load_tensors(tmp_path / "model.pth")
-    assert found.pop("epoch") == 3 and {type(x) for x in found.values()} == {Inert}
+    content = load_tensors(tmp_path / "model.pth")
+    assert content.pop("epoch") == 3 and {type(x) for x in content.values()} == {Inert}
     assert not (tmp_path / "run").exists()
 
 
