@@ -68,22 +68,17 @@ def import_run(folder: Path, model: Model, parts: Sequence[Part], source: object
 
 
 def fitted(model: Model) -> Model:
-    """The model with settings that training can continue with: new optimizers warm up, and the
-    discriminator is on from the first step. Without one in the file, it and the perceptual loss are
-    made to fit small images. Raises UserError for settings that cannot work."""
-    size, vqgan, prior = model.config.data.image_size, model.config.vqgan, model.config.prior
+    """The model with settings that training can continue with: new optimizers warm up, and a
+    discriminator that the file holds is on from the first step; a new one never is where it does
+    not fit the images. Raises UserError for settings that cannot work."""
+    vqgan, prior = model.config.vqgan, model.config.prior
     vqgan = dataclasses.replace(vqgan, warmup_steps=max(vqgan.warmup_steps, WARMUP))
     if prior.schedule == "cosine":  # one cycle has its own warm-up
         prior = dataclasses.replace(prior, warmup_steps=max(prior.warmup_steps, WARMUP))
     if model.discriminator:
         vqgan = dataclasses.replace(vqgan, discriminator_start=0.0)
-    else:
-        layers = min(vqgan.discriminator_layers, (size // 3).bit_length() - 1)
-        vqgan = dataclasses.replace(
-            vqgan, discriminator_layers=max(layers, 1),
-            discriminator_start=vqgan.discriminator_start if layers > 0 else 1.0,
-            perceptual_weight=vqgan.perceptual_weight if size >= 16 else 0.0,
-        )  # fmt: skip
+    elif model.config.data.image_size < 3 * 2**vqgan.discriminator_layers:
+        vqgan = dataclasses.replace(vqgan, discriminator_start=1.0)
     config = dataclasses.replace(model.config, vqgan=vqgan, prior=prior)
     return model._replace(config=validated(config))
 
@@ -122,7 +117,7 @@ def read_networks(part: Part, shapes: Mapping[str, Any]) -> dict[str, Any]:
 
         def converted(path: tuple[Any, ...], array: np.ndarray) -> np.ndarray:
             name = ".".join(map(str, path))
-            if array.dtype.kind != "f":
+            if not jnp.issubdtype(array.dtype, jnp.floating):
                 raise UserError(f"{part.file} holds {array.dtype} for {name}, and not floats.")
             with np.errstate(over="ignore"):
                 array = array.astype(np.float32, copy=False)

@@ -1,31 +1,19 @@
-"""State dicts in files: PyTorch's (`.ckpt`, `.pt`, `.pth`) and safetensors, whose arrays are read
-one by one when they are asked for; and what is said of one that is not as it should be."""
+"""State dicts in files: PyTorch's (`.ckpt`, `.pt`, `.pth`) and safetensors; and what is said of one
+that is not as it should be."""
 
-import functools
 import importlib.util
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from taming_jax.errors import UserError, say
 from taming_jax.files import whole
-from taming_jax.weights.torch_file import DAMAGE, Tensor, damaged, open_tensors
+from taming_jax.weights.torch_file import open_tensors
 
-
-class Held(NamedTuple):
-    """An array in a file. `read` returns it, and raises UserError where it is damaged."""
-
-    shape: tuple[int, ...]
-    read: Callable[[], np.ndarray]
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.asarray(self.read(), dtype)
-
-
-StateDict = dict[str, Held]
+StateDict = dict[str, np.ndarray]
 
 
 def open_state_dict(file: Path) -> tuple[StateDict, dict[str, Any]]:
@@ -42,21 +30,12 @@ def open_state_dict(file: Path) -> tuple[StateDict, dict[str, Any]]:
     # As Lightning, LlamaGen and DeepSpeed call it.
     keys = [k for k in ("ema", "state_dict", "model", "module") if isinstance(content.get(k), dict)]
     inner = content[keys[0]] if keys else content
-    tensors = {str(name): x for name, x in inner.items() if isinstance(x, Tensor)}
-    if not tensors:
+    arrays = {str(name): x for name, x in inner.items() if isinstance(x, np.ndarray)}
+    if not arrays:
         raise UserError(f"{file} holds no state dict.")
     if keys[:1] == ["ema"]:
         say(f"{file} holds a moving average of its weights, which is used.")
-
-    def read(tensor: Tensor) -> np.ndarray:
-        try:
-            return tensor.array()
-        except DAMAGE as error:
-            raise damaged(file, error) from error
-
-    rest = {str(key): x for key, x in content.items() if isinstance(x, int | float | str)}
-    held = {k: Held(tuple(x.shape), functools.partial(read, x)) for k, x in tensors.items()}
-    return held, rest
+    return arrays, {str(k): x for k, x in content.items() if isinstance(x, int | float | str)}
 
 
 def open_safetensors(file: Path) -> tuple[StateDict, dict[str, Any]]:
@@ -64,25 +43,15 @@ def open_safetensors(file: Path) -> tuple[StateDict, dict[str, Any]]:
     import safetensors
 
     try:
-        content = safetensors.safe_open(file, "numpy")
-        names = list(content.keys())
-        shapes = {name: tuple(content.get_slice(name).get_shape()) for name in names}
+        # The framework "numpy" does not read bfloat16.
+        with safetensors.safe_open(file, "flax") as content:
+            names = content.keys()
+            arrays = {name: np.asarray(content.get_tensor(name)) for name in names}
+            return arrays, dict(content.metadata() or {})
     except FileNotFoundError:
         raise UserError(f"there is no file {file}.") from None
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise UserError(f"{file} is not a whole safetensors file ({error}).") from error
-
-    def read(name: str) -> np.ndarray:
-        try:
-            return content.get_tensor(name)
-        except (AttributeError, TypeError, ValueError, safetensors.SafetensorError) as error:
-            raise UserError(
-                f"{file} holds {name} in a type that is not read here ({error}); write it in "
-                "float32 or float16."
-            ) from error
-
-    held = {name: Held(shape, functools.partial(read, name)) for name, shape in shapes.items()}
-    return held, dict(content.metadata() or {})
+    except (OSError, ValueError, TypeError, safetensors.SafetensorError) as error:
+        raise UserError(f"{file} is not a safetensors file that can be read ({error}).") from error
 
 
 def check_kind(file: Path) -> None:

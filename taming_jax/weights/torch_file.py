@@ -2,8 +2,8 @@
 in the one before version 1.6.
 
 They are pickles. Tensors and plain containers are read; in place of everything else that a file
-names stands an object that does nothing, so none of its code runs. Arrays are views of the mapped
-file, so only what is used of it is in memory.
+names stands an object that does nothing, so none of its code runs. Tensors are views of the mapped
+file, so only what is used of it stays in memory.
 """
 
 import collections
@@ -37,47 +37,31 @@ DAMAGE = (
 )  # fmt: skip
 
 
-class Storage:
-    """A flat array of one type, that tensors are views of. `raw` is its content, once that is
-    known."""
-
-    def __init__(self, kind: str, count: int):
-        self.kind, self.count = kind, count
-        self.raw: Callable[[], Any] = bytes
-
-    @property
-    def data(self) -> np.ndarray:
-        """Its content; of bfloat16 its bits."""
-        array = np.frombuffer(self.raw(), DTYPES[self.kind])
-        if len(array) < self.count:
-            raise ValueError("it is cut short")
-        return array[: self.count]
+def read_storage(raw: Any, kind: str, count: int) -> np.ndarray:
+    """A storage's bytes as a flat array that must not be written to; bfloat16 as a float32 copy.
+    Raises ValueError where there are too few bytes."""
+    array = np.frombuffer(raw, DTYPES[kind])[:count]
+    if len(array) < count:
+        raise ValueError("it is cut short")
+    if kind == "BFloat16Storage":  # the upper half of a float32
+        return (array.astype(np.uint32) << 16).view(np.float32)
+    return array
 
 
-class Tensor:
-    """A view of a storage, `shape` and all, whose content is read when `array` is called. Raises
-    ValueError for what is no view."""
-
-    def __init__(self, storage: Storage, offset: int, shape: tuple, strides: tuple, *rest: Any):
-        numbers = (offset, *shape, *strides)
-        if len(shape) != len(strides) or not all(type(n) is int and n >= 0 for n in numbers):
-            raise ValueError("a tensor has no shape")
-        if math.prod(shape) > storage.count:
-            raise ValueError("a tensor is larger than its storage")
-        self.storage, self.offset, self.shape, self.strides = storage, offset, shape, strides
-
-    def array(self) -> np.ndarray:
-        """A view of the file, not to be written in (of bfloat16 a float32 copy). Raises ValueError
-        where it would reach beyond its storage."""
-        data = self.storage.data[self.offset :]
-        last = sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
-        if min(self.shape, default=1) and last >= len(data):
-            raise ValueError("a tensor reaches beyond its storage")
-        strides = [s * data.itemsize for s in self.strides]
-        view = np.lib.stride_tricks.as_strided(data, self.shape, strides, writeable=False)
-        if self.storage.kind == "BFloat16Storage":  # the upper half of a float32
-            return (view.astype(np.uint32) << 16).view(np.float32)
-        return view
+def view_storage(
+    storage: np.ndarray, offset: int, shape: tuple, strides: tuple, *_: Any
+) -> np.ndarray:
+    """A tensor, which is a view of a storage. Raises ValueError where it cannot be one."""
+    numbers = (offset, *shape, *strides)
+    if len(shape) != len(strides) or not all(type(n) is int and n >= 0 for n in numbers):
+        raise ValueError("a tensor has no shape")
+    if math.prod(shape) > len(storage):
+        raise ValueError("a tensor is larger than its storage")
+    last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+    if last >= len(storage) and 0 not in shape:
+        raise ValueError("a tensor reaches beyond its storage")
+    steps = [s * storage.itemsize for s in strides]
+    return np.lib.stride_tricks.as_strided(storage[offset:], shape, steps, writeable=False)
 
 
 class Inert:
@@ -99,34 +83,34 @@ class Inert:
 
 READ: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): collections.OrderedDict,
-    # Not the class itself, whose attributes a file could set.
-    ("torch._utils", "_rebuild_tensor_v2"): lambda *view: Tensor(*view),
-    ("torch._utils", "_rebuild_tensor"): lambda *view: Tensor(*view),
+    ("torch._utils", "_rebuild_tensor_v2"): view_storage,
+    ("torch._utils", "_rebuild_tensor"): view_storage,
     ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
 } | {("torch", name): name for name in DTYPES}
 
 
 class TensorUnpickler(pickle.Unpickler):
-    """Reads tensors, whose storages `storage` returns by their persistent names, and containers."""
+    """Reads containers and tensors, whose storages `storage` returns by kind, key and size."""
 
-    def __init__(self, stream: IO[bytes], storage: Callable[[Any], Storage]):
+    def __init__(self, stream: Any, storage: Callable[[str, str, int], np.ndarray]):
         super().__init__(stream)
         self.storage = storage
 
     def find_class(self, module: str, name: str) -> Any:
         return READ.get((module, name), Inert)
 
-    def persistent_load(self, pid: Any) -> Storage:
-        kind, key, count = pid[1], pid[2], pid[4]
-        if not (isinstance(kind, str) and isinstance(key, str) and type(count) is int):
-            raise ValueError("a storage has no name")
-        return self.storage(pid)
+    def persistent_load(self, pid: Any) -> np.ndarray:
+        _, kind, key, _, count, *view = pid
+        if any(view):
+            raise ValueError("it has views of storages, of PyTorch before 0.4")
+        return self.storage(kind, key, count)
 
 
 def open_tensors(file: Path) -> Any:
-    """What a file holds, its containers as they are and its tensors as `Tensor`s.
+    """What a file holds: its containers as they are, its tensors as arrays that must not be written
+    to.
 
-    Raises UserError for a file that is missing, damaged, or none of PyTorch's.
+    Raises UserError for a file that is missing, damaged, or not one of PyTorch's.
     """
     try:
         with file.open("rb") as stream:
@@ -137,35 +121,28 @@ def open_tensors(file: Path) -> Any:
     except FileNotFoundError:
         raise UserError(f"there is no file {file}.") from None
     except DAMAGE as error:
-        raise damaged(file, error) from error
-
-
-def damaged(file: Path, error: BaseException) -> UserError:
-    return UserError(f"{file} is not a whole file of PyTorch's ({error}).")
+        raise UserError(f"{file} is not a whole file of PyTorch's ({error}).") from error
 
 
 def from_zip(stream: IO[bytes], mapped: mmap.mmap) -> Any:
-    """The present format: a pickle, and a file a storage."""
+    """Reads the present format: a pickle, and one file per storage."""
     with zipfile.ZipFile(stream) as content:
         (name,) = (each for each in content.namelist() if each.endswith("/data.pkl"))
         folder = name.removesuffix("data.pkl")
-        storages: dict[str, Storage] = {}
-
-        def storage(pid: Any) -> Storage:
-            _, kind, key, _, count = pid
-            if key not in storages:
-                storages[key] = Storage(kind, count)
-                part = content.getinfo(f"{folder}data/{key}")
-                storages[key].raw = functools.cache(lambda: piece(mapped, part))
-            return storages[key]
-
         if any(part.compress_type != zipfile.ZIP_STORED for part in content.infolist()):
             raise ValueError("it is compressed, as PyTorch's files are not")
+
+        @functools.cache
+        def storage(kind: str, key: str, count: int) -> np.ndarray:
+            raw = stored_bytes(mapped, content.getinfo(f"{folder}data/{key}"))
+            return read_storage(raw, kind, count)
+
         return TensorUnpickler(io.BytesIO(content.read(name)), storage).load()
 
 
-def piece(mapped: mmap.mmap, part: zipfile.ZipInfo) -> memoryview:
-    """The content of a file that lies in a zip as it is; ValueError where it was changed."""
+def stored_bytes(mapped: mmap.mmap, part: zipfile.ZipInfo) -> memoryview:
+    """The content of a file that lies uncompressed in a zip. Raises ValueError where it was
+    changed."""
     at = part.header_offset
     name, extra = struct.unpack("<HH", mapped[at + 26 : at + 30])
     start = at + 30 + name + extra
@@ -176,32 +153,34 @@ def piece(mapped: mmap.mmap, part: zipfile.ZipInfo) -> memoryview:
 
 
 def from_stream(mapped: mmap.mmap) -> Any:
-    """The older format: three pickles about the file, the content's, the storages' names in order,
-    and the storages, each after its length."""
+    """Reads the older format: three pickles about the file, the content's, the storages' keys in
+    order, and the storages, each after its length. The content is read twice, since its storages
+    come after it."""
     if mapped[:1] != b"\x80":
         raise ValueError("it does not begin as one")
-    storages: dict[str, Storage] = {}
-    pickles = io.BytesIO(mapped)
+    kinds: dict[str, tuple[str, int]] = {}
+    storages: dict[str, np.ndarray] = {}
 
-    def storage(pid: Any) -> Storage:
-        _, kind, key, _, count, *view = pid
-        if any(view):
-            raise ValueError("it has views of storages, of PyTorch before 0.4")
-        return storages.setdefault(key, Storage(kind, count))
+    def placeholder(kind: str, key: str, count: int) -> np.ndarray:
+        kinds[key] = kind, count
+        return np.broadcast_to(np.zeros((), DTYPES[kind]), count)
 
-    def load() -> Any:
-        return TensorUnpickler(pickles, storage).load()
+    def load(storage: Callable[[str, str, int], np.ndarray] = placeholder) -> Any:
+        return TensorUnpickler(mapped, storage).load()
 
     if load() != MAGIC:
         raise ValueError("its first number is another")
     load(), load()
-    content = load()
-    keys, at = load(), pickles.tell()
+    start = mapped.tell()
+    load()
+    keys, at = load(), mapped.tell()
     for key in keys:
-        (count,) = struct.unpack("<q", mapped[at : at + 8])
-        start, size = at + 8, np.dtype(DTYPES[storages[key].kind]).itemsize
-        at = start + count * size
-        if count < 0 or at > len(mapped):
+        kind, count = kinds[key]
+        (length,) = struct.unpack("<q", mapped[at : at + 8])
+        end = at + 8 + length * np.dtype(DTYPES[kind]).itemsize
+        if length < 0 or end > len(mapped):
             raise ValueError("it is cut short")
-        storages[key].raw = functools.partial(memoryview(mapped).__getitem__, slice(start, at))
-    return content
+        storages[key] = read_storage(memoryview(mapped)[at + 8 : end], kind, count)
+        at = end
+    mapped.seek(start)
+    return load(lambda kind, key, count: storages[key])

@@ -1,0 +1,27 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.flax import save_file
+
+from taming_jax.errors import UserError
+from taming_jax.weights.state_dict import open_state_dict
+
+
+def test_safetensors_of_any_float_are_read(tmp_path):
+    values = np.array([1.0, -0.5, 3e38], np.float32)
+    arrays = {"whole": jnp.array(values), "brain": jnp.array(values, jnp.bfloat16)}
+    save_file(arrays, tmp_path / "m.safetensors", {"global_step": "7"})
+    found, rest = open_state_dict(tmp_path / "m.safetensors")
+    assert rest == {"global_step": "7"} and sorted(found) == ["brain", "whole"]
+    np.testing.assert_array_equal(found["whole"], values)
+    np.testing.assert_array_equal(found["brain"], arrays["brain"])
+
+
+def test_a_safetensors_file_that_is_not_whole_is_a_sentence(tmp_path):
+    file = tmp_path / "m.safetensors"
+    with pytest.raises(UserError, match="there is no file"):
+        open_state_dict(file)
+    save_file({"x": jnp.ones(100)}, file)
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(UserError, match="is not a safetensors file that can be read"):
+        open_state_dict(file)
