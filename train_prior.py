@@ -5,10 +5,7 @@
 Data and stage 1 are those of the run in the workdir. The same command again resumes.
 """
 
-import sys
-
-from taming_jax.cli.train import train_prior as main
-from taming_jax.errors import report
+from taming_jax.cli.__main__ import run
 
 if __name__ == "__main__":
-    sys.exit(report(main))
+    raise SystemExit(run("train-prior"))

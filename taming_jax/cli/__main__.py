@@ -30,14 +30,18 @@ def show_help(names: list[str]) -> None:
         say(f"  {name:<16} {COMMANDS[name][1]}")
 
 
+def call(name: str) -> None:
+    module, function = COMMANDS[name][0].split(":")
+    getattr(importlib.import_module(f"taming_jax.cli.{module}"), function)()
+
+
 def dispatch() -> None:
     arguments = sys.argv[1:]
     for length in (2, 1):  # `import compvis` is one command
         name = " ".join(arguments[:length])
         if name in COMMANDS:
             sys.argv = [f"taming-jax {name}", *arguments[length:]]
-            module, function = COMMANDS[name][0].split(":")
-            getattr(importlib.import_module(f"taming_jax.cli.{module}"), function)()
+            call(name)
             return
     words = [word for word in arguments if word not in ("-h", "--help")]
     if names := [name for name in COMMANDS if name.split()[: len(words)] == words]:
@@ -46,6 +50,11 @@ def dispatch() -> None:
     close = difflib.get_close_matches(words[0], COMMANDS, 1)
     hint = f"did you mean '{close[0]}'? " if close else ""
     raise UserError(f"there is no command '{words[0]}'; {hint}`taming-jax` lists the commands.")
+
+
+def run(name: str) -> int:
+    """Runs a subcommand with the arguments of this process, and returns its exit status."""
+    return report(lambda: call(name))
 
 
 def main() -> int:

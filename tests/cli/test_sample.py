@@ -1,9 +1,7 @@
 """`scripts/sample.py`, and what a run of both stages can do."""
 
 import dataclasses
-import runpy
 import shutil
-import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +9,7 @@ import pytest
 from PIL import Image
 
 import taming_jax
-from taming_jax import errors, figures
+from taming_jax import figures
 from taming_jax.data import datasets
 from taming_jax.data.pixels import to_uint8
 from taming_jax.errors import UserError
@@ -28,17 +26,11 @@ def run(both):
 
 
 @pytest.fixture
-def sample(capsys, monkeypatch):
+def sample(capsys):
     """The command in this process, on one device: its exit status, stdout and stderr."""
-    script = runpy.run_path(str(commands.ROOT / "scripts" / "sample.py"))
 
     def call(*arguments):
-        given = ["sample.py", "--devices", 1, *arguments]
-        monkeypatch.setattr(sys, "argv", [*map(str, given)])
-        try:
-            status = errors.report(script["main"])
-        except SystemExit as exit:  # argparse's, for flags
-            status = exit.code
+        status = commands.status_of("scripts/sample.py", "--devices", 1, *arguments)
         return status, *capsys.readouterr()
 
     return call
