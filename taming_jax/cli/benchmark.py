@@ -2,12 +2,9 @@
 
     taming-jax benchmark --config mnist --stage vqgan
     taming-jax benchmark --config mnist --stage prior
-    taming-jax benchmark --stage sample
 
-The first two print, for each training step (stage 1 has one before and one after the discriminator
-starts): compile time, steps and images per second, floating-point operations per step, and peak
-memory. `--stage sample` times the sampling of grids of 16x16 codes by a prior of 8 layers of width
-256.
+Prints, for each training step (stage 1 has one before and one after the discriminator starts):
+compile time, steps and images per second, floating-point operations per step, and peak memory.
 """
 
 import functools
@@ -17,16 +14,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from taming_jax.cli.arguments import parse
 from taming_jax.config.load import load_config
-from taming_jax.config.schema import Config, PriorConfig
+from taming_jax.config.schema import Config
 from taming_jax.data.batches import Feed, ResidentFeed
 from taming_jax.data.datasets import Split
 from taming_jax.parallel.devices import Compiled, Devices
-from taming_jax.priors.autoregressive import GPT
 from taming_jax.priors.registry import build_prior
 from taming_jax.training.meter import Meter
 from taming_jax.training.prior import fresh_transformer, training_step
@@ -72,8 +67,8 @@ def measure_vqgan(config: Config, devices: Devices, count: int) -> None:
     feed, _ = stage.feeds()
     state = copied(devices.replicate(stage.init(jax.random.key(0))))
     print(HEADINGS)
-    for adversarial, name in ((False, "autoencoder"), (True, "with discriminator")):
-        step = stage.compiled(adversarial)
+    for number, name in ((stage.start - 1, "autoencoder"), (stage.start, "with discriminator")):
+        step = stage.compiled_step(number)
         state = measure_step(name, step, state, feed, config, devices, count)
 
 
@@ -92,22 +87,6 @@ def measure_prior(config: Config, devices: Devices, count: int) -> None:
     measure_step("prior", step, state, feed, config, devices, count)
 
 
-def measure_sampling(count: int) -> None:
-    """Sampling of 256 positions by 8 layers of width 256."""
-    model = GPT(1024, 10, (16, 16), PriorConfig(layers=8, heads=8, width=256))
-    tokens = jnp.zeros((1, model.length), jnp.int32)
-    params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
-    draw = jax.jit(functools.partial(model.sample, params))
-    for batch in (8, 64):
-        labels, keys = jnp.arange(batch) % 10, jax.random.split(jax.random.key(1), batch)
-        first, *others = [timed(draw, labels, keys)[0] for _ in range(count + 1)]
-        median = float(np.median(others))
-        print(
-            f"batch {batch}: {median:.2f} s, {batch / median:.2f} images/s "
-            f"(and {first - median:.1f} s to compile)"
-        )
-
-
 @dataclass(frozen=True)
 class DataPath:
     path: str | None = None
@@ -117,7 +96,7 @@ class DataPath:
 @dataclass(frozen=True)
 class Benchmark:
     config: str = "mnist"
-    stage: Literal["vqgan", "prior", "sample"] = "vqgan"
+    stage: Literal["vqgan", "prior"] = "vqgan"
     batch_size: int | None = None
     """Default: the preset's."""
     devices: int | None = None
@@ -133,15 +112,10 @@ def main() -> None:
         overrides |= {"vqgan.batch_size": given.batch_size, "prior.batch_size": given.batch_size}
     config = load_config(given.config, overrides)
     devices = Devices(config.devices)
-    what = f"{given.config}, {given.stage}"
-    if given.stage != "sample":
-        what += f": batches of {getattr(config, given.stage).batch_size}"
     print(
-        f"{what} on {len(devices)} {devices.list[0].device_kind} device(s), {config.dtype}, "
+        f"{given.config}, {given.stage}: batches of {getattr(config, given.stage).batch_size} on "
+        f"{len(devices)} {devices.list[0].device_kind} device(s), {config.dtype}, "
         f"jax {jax.__version__}"
     )
-    if given.stage == "sample":
-        measure_sampling(given.steps)
-    else:
-        measure = {"vqgan": measure_vqgan, "prior": measure_prior}[given.stage]
-        measure(config, devices, given.steps)
+    measure = {"vqgan": measure_vqgan, "prior": measure_prior}[given.stage]
+    measure(config, devices, given.steps)

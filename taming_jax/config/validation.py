@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from taming_jax.errors import UserError
+from taming_jax.errors import UserError, say
 
 if TYPE_CHECKING:
     from taming_jax.config.schema import Config
@@ -77,16 +77,15 @@ def check(config: "Config") -> None:
     check_sampling(prior, vqgan.codebook_size, prior.label_dropout)
 
 
-def warnings_of(config: "Config") -> list[str]:
-    """Sentences about settings of stage 1 that are allowed but have no effect."""
+def warn_of_attention(config: "Config") -> None:
+    """Says which resolutions of attention have no effect, since no level has them."""
     resolutions, sizes = config.vqgan.attention_resolutions, config.level_resolutions
-    unmatched = [size for size in resolutions if size not in sizes]
-    if not unmatched:
-        return []
-    return [
-        f"{flag('vqgan', 'attention_resolutions')} {' '.join(map(str, unmatched))} has no effect: "
-        f"the feature maps are {', '.join(map(str, sizes))} pixels high."
-    ]
+    unmatched = " ".join(str(size) for size in resolutions if size not in sizes)
+    if unmatched:
+        say(
+            f"Warning: {flag('vqgan', 'attention_resolutions')} {unmatched} has no effect: the "
+            f"feature maps are {', '.join(map(str, sizes))} pixels high."
+        )
 
 
 def check_sampling(settings: Any, codebook_size: int, label_dropout: float) -> None:

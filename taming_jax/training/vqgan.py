@@ -13,7 +13,7 @@ import optax
 from taming_jax import losses
 from taming_jax.config.load import replaced
 from taming_jax.config.schema import Config
-from taming_jax.config.validation import warnings_of
+from taming_jax.config.validation import warn_of_attention
 from taming_jax.data.augment import augmented
 from taming_jax.data.batches import Feed, feed, take
 from taming_jax.data.pixels import to_float, to_uint8
@@ -77,8 +77,7 @@ class VQGANStage(Stage):
         self.config = config
         start = config.vqgan.discriminator_start_step
         self.start = self.steps if start is None else start
-        for sentence in warnings_of(config):
-            say(f"Warning: {sentence}")
+        warn_of_attention(config)
         self.networks = Networks.build(config, devices.axis_name)
         adam = optax.scale_by_adam(*settings.betas, settings.epsilon)
         self._optimiser = clipped(adam, settings.clip)
@@ -185,12 +184,8 @@ class VQGANStage(Stage):
         share = (1 + jnp.cos(jnp.pi * step / self.steps)) / 2
         return last + (first - last) * share
 
-    def compiled(self, adversarial: bool) -> Compiled:
-        """The step before (False) or after (True) the discriminator's start, on the devices."""
-        return self._steps[adversarial]
-
     def compiled_step(self, step: int) -> Compiled:
-        return self.compiled(step >= self.start)
+        return self._steps[step >= self.start]
 
     def _evaluate(self, state: TrainState, arrays: Any, lpips_params: Any) -> dict[str, Any]:
         """Sums over a batch, with the discriminator's losses once it has started."""

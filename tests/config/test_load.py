@@ -7,7 +7,7 @@ from taming_jax.config.load import differences, load_config, preset_names, write
 from taming_jax.config.migrations import FORMAT
 from taming_jax.config.schema import Config
 from taming_jax.config.serialization import to_dict
-from taming_jax.config.validation import warnings_of
+from taming_jax.config.validation import warn_of_attention
 from taming_jax.errors import UserError
 
 
@@ -145,13 +145,14 @@ def test_an_unknown_preset_names_the_nearest():
         load_config("runs/none/config.json")
 
 
-def test_attention_that_no_level_has_is_named():
-    overrides = {"vqgan.attention_resolutions": (16, 14)}
-    (sentence,) = warnings_of(load_config("mnist", overrides))
-    assert sentence.startswith("--vqgan.attention-resolutions 16 has no effect")
+def test_attention_that_no_level_has_is_named(capsys):
+    warn_of_attention(load_config("mnist", {"vqgan.attention_resolutions": (16, 14)}))
+    sentence = capsys.readouterr().out
+    assert sentence.startswith("Warning: --vqgan.attention-resolutions 16 has no effect")
     assert "28, 14, 7 pixels high" in sentence
     for name in preset_names():
-        assert warnings_of(load_config(name)) == []
+        warn_of_attention(load_config(name))
+    assert not capsys.readouterr().out
 
 
 def test_attention_that_no_level_has_makes_no_difference():
