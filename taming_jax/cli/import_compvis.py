@@ -15,7 +15,7 @@ from taming_jax.cli.arguments import parse
 from taming_jax.errors import UserError
 
 # What a state dict holds beside the networks: the perceptual loss, attention's masks, counts.
-BESIDE = re.compile(r"(^|\.)loss\.|\.attn\.mask$|\.num_batches_tracked$|(^|\.)quantize\.used$")
+BESIDE = re.compile(r"(^|\.)loss\.|\.attn\.mask$|\.num_batches_tracked$")
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class ImportCompVis:
 
 def main() -> None:
     given = parse(ImportCompVis, __doc__)
-    from taming_jax.interop.compvis import tables_of, without_unused_codes
+    from taming_jax.interop.compvis import tables_of
     from taming_jax.interop.compvis_config import official, read_yaml
     from taming_jax.interop.imports import Part, check_new, import_run
     from taming_jax.weights.state_dict import open_state_dict
@@ -42,10 +42,9 @@ def main() -> None:
     check_new(given.workdir)
     content = read_yaml(given.config)
     state_dict, metadata = open_state_dict(given.checkpoint)
-    state_dict, codes = without_unused_codes(state_dict, given.checkpoint)
     step = metadata.get("global_step", 0)
     step = step if isinstance(step, int) and step > 0 else 0
-    model = official(content, given.config, given.classes, codes, step)
+    model = official(content, given.config, given.classes, step)
     if model.discriminator:
         _, prefix = tables_of(model)["discriminator"]
         model = model._replace(discriminator=any(name.startswith(prefix) for name in state_dict))

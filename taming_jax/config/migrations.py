@@ -21,10 +21,10 @@ def with_skipped(arrays: Arrays) -> Arrays:
 
 
 def without_used_codes(config: dict[str, Any]) -> dict[str, Any]:
-    """Since format 5 an imported codebook holds only the codes that are used."""
+    """Since format 5 all codes of an imported codebook are used."""
     vqgan = dict(config.get("vqgan", {}))
     if vqgan.pop("used_codes", None):
-        raise UserError("its codes were remapped by an older version; import the model again.")
+        raise UserError("it was imported with remapped codes, which are not read any more.")
     return config | {"vqgan": vqgan}
 
 

@@ -1,18 +1,15 @@
 """The official PyTorch models (CompVis/taming-transformers): where the arrays of ours stand in
 their state dicts."""
 
-import functools
 import re
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
-from taming_jax.errors import UserError
 from taming_jax.interop.imports import Model, Tables
 from taming_jax.models.lpips import GROUPS, SCALE, SHIFT
 from taming_jax.weights.layout import Entry, Layout, Path, joined, kernel, parameter, same
-from taming_jax.weights.state_dict import Held, StateDict
 
 
 def tables_of(model: Model) -> Tables:
@@ -24,30 +21,6 @@ def tables_of(model: Model) -> Tables:
     if model.class_names:
         tables["transformer"] = gpt_layout, "transformer."
     return tables
-
-
-def without_unused_codes(state_dict: StateDict, file: object) -> tuple[StateDict, int | None]:
-    """Keeps only the codes that the array `quantize.used` names (the official code's remap), in
-    their new order. Returns the state dict and how many codes are left, or None where there is no
-    such array. Raises UserError where it names no codes."""
-    names = [name for name in state_dict if name.endswith("quantize.used")]
-    if not names:
-        return state_dict, None
-    used, below = np.asarray(state_dict[names[0]]).ravel(), names[0].removesuffix("used")
-    of_codes = [below + x for x in ("embedding.weight", "embed.weight", "proj.weight", "proj.bias")]
-    held = {name: state_dict[name] for name in of_codes if name in state_dict}
-    size = min((x.shape[0] for x in held.values()), default=0)
-    if used.dtype.kind not in "iu" or not used.size or not 0 <= used.min() <= used.max() < size:
-        raise UserError(f"{file}: quantize.used does not name codes from 0 to {size - 1}.")
-
-    def read(array: Held) -> np.ndarray:
-        return np.asarray(array)[used]
-
-    left = {
-        name: Held((len(used), *x.shape[1:]), functools.partial(read, x))
-        for name, x in held.items()
-    }
-    return state_dict | left, len(used)
 
 
 def vqgan_layout(paths: Iterable[Path]) -> Layout:

@@ -55,15 +55,10 @@ def read_yaml(file: Path) -> dict[str, Any]:
 
 
 def official(
-    content: dict[str, Any],
-    file: Path,
-    classes: int | None = None,
-    codes: int | None = None,
-    step: int = 0,
+    content: dict[str, Any], file: Path, classes: int | None = None, step: int = 0
 ) -> Model:
     """What a YAML's content describes; `file` is where it is from. `classes` is how many classes
-    there are, where it does not say; `codes` how many are left of a remapped codebook; and `step`
-    how far the model was trained.
+    there are, where it does not say, and `step` how far the model was trained.
 
     Raises UserError for other models than VQModel, GumbelVQ and Net2NetTransformer, and for those
     of them that ours cannot be.
@@ -74,7 +69,7 @@ def official(
             config = settings(part["config"], format_of(part, file))
             config = dataclasses.replace(config, config=file.stem)
             return Model(config, tuple(part["class_names"]), part["discriminator"])
-        model = described(content, file, classes, codes, step)
+        model = described(content, file, classes, step)
         # As it is read again, types and all.
         return model._replace(config=from_dict(Config, to_dict(model.config)))
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -82,9 +77,7 @@ def official(
         raise UserError(f"{file} cannot be understood: {missing}.") from error
 
 
-def described(
-    content: dict[str, Any], file: Path, classes: int | None, codes: int | None, step: int
-) -> Model:
+def described(content: dict[str, Any], file: Path, classes: int | None, step: int) -> Model:
     """The model of an official YAML, as in `official`. Raises KeyError, TypeError or ValueError
     where the content is not as expected."""
     model, data = content["model"], (content.get("data") or {}).get("params") or {}
@@ -96,7 +89,7 @@ def described(
             f"{file} is of {first.get('target')}; VQModel, GumbelVQ and Net2NetTransformer are "
             "read."
         )
-    config = stage1(first, file, codes, step)
+    config = stage1(first, file, step)
     batch_size = number(data.get("batch_size", 4))
     rate = float(model.get("base_learning_rate", 4.5e-6)) * batch_size
     names: tuple[str, ...] = ()
@@ -133,7 +126,7 @@ def discriminator_of(params: dict[str, Any]) -> dict[str, Any] | None:
     return settings if kind_of(loss) == "VQLPIPSWithDiscriminator" and not other else None
 
 
-def stage1(section: dict[str, Any], file: Path, codes: int | None, step: int) -> Config:
+def stage1(section: dict[str, Any], file: Path, step: int) -> Config:
     """A VQModel's or GumbelVQ's settings."""
     params = section["params"]
     dd = params["ddconfig"]
@@ -145,8 +138,8 @@ def stage1(section: dict[str, Any], file: Path, codes: int | None, step: int) ->
             f"{file} is of images of {dd['in_channels']} channels to {dd['out_ch']}; only gray or "
             "colour images to the same are read."
         )
-    if params.get("remap") and codes is None:
-        raise UserError(f"{file} remaps its codes, and the checkpoint has no quantize.used.")
+    if params.get("remap"):
+        raise UserError(f"{file} remaps its codes; that is not read.")
     if dd.get("dropout"):
         say(f"{file} has a dropout of {dd['dropout']}, which this one trains on without.")
     sizes: dict[str, Any] = {ours: dd[theirs] for theirs, ours in NETWORK.items()}
@@ -154,7 +147,7 @@ def stage1(section: dict[str, Any], file: Path, codes: int | None, step: int) ->
         name: tuple(map(number, size)) if isinstance(size, list) else number(size)
         for name, size in sizes.items()
     } | {
-        "codebook_size": codes or number(params["n_embed"]),
+        "codebook_size": number(params["n_embed"]),
         "code_dim": number(params["embed_dim"]), "commitment": float(params.get("beta", 0.25)),
         # The official VQModel leaves the misplaced weight on.
         "legacy_commitment": bool(params.get("legacy", True)),
@@ -231,16 +224,11 @@ def exported(config: Config, classes: int) -> Config:
     codes, without what belongs to this machine and its data. Raises UserError for what the official
     models cannot be."""
     vqgan, prior = config.vqgan, config.prior
-    check_exportable(vqgan)
+    for what in unknown_parts(vqgan, prior if classes else None):
+        raise UserError(f"the official code has no {what}; this run cannot be exported.")
     vqgan = dataclasses.replace(vqgan, init_from=None, discriminator_start_step=None)
     prior = dataclasses.replace(prior, init_from=None)
     if classes:
-        for name, only in TRANSFORMER.items():
-            if getattr(prior, name) != only:
-                raise UserError(
-                    f"the official transformer knows no {name} but {only}; this run's is "
-                    f"{getattr(prior, name)}, and it cannot be exported."
-                )
         shared = prior.vocabulary is not None
         prior = dataclasses.replace(
             prior, label_dropout=0.0, guidance_scale=None,
@@ -254,28 +242,24 @@ def exported(config: Config, classes: int) -> Config:
     )
 
 
-def check_exportable(vqgan: VQGANConfig) -> None:
-    """UserError for a stage 1 that the official models cannot be."""
-    if vqgan.quantizer not in ("nearest", "gumbel"):
-        raise UserError(
-            f"the official code has no quantizer {vqgan.quantizer}; this run cannot be exported."
-        )
-    if vqgan.decoder_blocks not in (None, vqgan.blocks + 1):
-        raise UserError(
-            f"the official decoder has one block a level more than the encoder, not "
-            f"{vqgan.decoder_blocks} and {vqgan.blocks}; this run cannot be exported (one of "
-            f"--vqgan.decoder-blocks {vqgan.blocks + 1} can)."
-        )
-    if any(vqgan.channels * multiplier % 32 for multiplier in vqgan.multipliers):
-        raise UserError(
-            f"the official networks have multiples of 32 channels, not {vqgan.channels}; this run "
-            "cannot be exported."
-        )
-    if vqgan.quantizer == "gumbel" and vqgan.code_dim != vqgan.latent_channels:
-        raise UserError(
-            f"the official GumbelVQ has codes of as many dimensions as latents have channels, not "
-            f"{vqgan.code_dim} and {vqgan.latent_channels}; this run cannot be exported."
-        )
+def unknown_parts(vqgan: VQGANConfig, prior: PriorConfig | None) -> list[str]:
+    """What the official models do not have of a run's stage 1 and prior."""
+    encoder, decoder = vqgan.blocks, vqgan.decoder_blocks or vqgan.blocks + 1
+    latents = vqgan.latent_channels
+    parts = {
+        f"quantizer {vqgan.quantizer}": vqgan.quantizer not in ("nearest", "gumbel"),
+        f"decoder of {decoder} blocks per level beside an encoder of {encoder}, only of "
+        f"{encoder + 1} (--vqgan.decoder-blocks)": decoder != encoder + 1,
+        f"networks of {vqgan.channels} channels, only of multiples of 32": any(
+            vqgan.channels * multiplier % 32 for multiplier in vqgan.multipliers
+        ),
+        f"Gumbel codes of {vqgan.code_dim} dimensions, only of as many as latents have channels, "
+        f"{latents}": vqgan.quantizer == "gumbel" and vqgan.code_dim != latents,
+    }
+    for name, only in TRANSFORMER.items() if prior else ():
+        value = getattr(prior, name)
+        parts[f"transformer with a {name} of {value}, only of {only}"] = value != only
+    return [part for part, is_unknown in parts.items() if is_unknown]
 
 
 def yaml_of(model: Model) -> dict[str, Any]:

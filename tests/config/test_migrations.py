@@ -41,5 +41,5 @@ def test_remapped_codes_were_a_setting_before_format_5():
     config = {"seed": 1, "vqgan": {"channels": 8, "used_codes": []}}
     assert migrated(config, 4, migrations.SETTINGS) == {"seed": 1, "vqgan": {"channels": 8}}
     config["vqgan"]["used_codes"] = [3, 1]
-    with pytest.raises(UserError, match="import the model again"):
+    with pytest.raises(UserError, match="remapped codes"):
         migrated(config, 4, migrations.SETTINGS)
