@@ -199,21 +199,3 @@ def labelled_grid(
     axes.set_xticks([column * (i + 0.5) - 1.5 for i in range(len(below))], below, fontsize=8)
     axes.tick_params(length=0)
     return figure
-
-
-def sweep(samples: Sequence[dict[str, Any]], features: str, path: Path) -> None:
-    """Draws the distance of samples by guidance scale, and their precision and recall."""
-    figure = Figure(figsize=(7.5, 3.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    x = [report["guidance_scale"] for report in samples]
-    left.plot(x, [report["fd"] for report in samples], "o-", color=INK)
-    names = ("precision", "recall", "coverage", "accuracy")
-    for name, colour in zip(names, (INK, ACCENT, FAINT, "#2563eb"), strict=True):
-        if name in samples[0]:
-            right.plot(x, [report[name] for report in samples], "o-", color=colour, label=name)
-    right.legend(fontsize=8, frameon=False)
-    right.set_ylim(0, 1.02)
-    for axes, title in ((left, features), (right, "share")):
-        set_title(axes, title)
-        axes.set_xlabel("guidance scale")
-    save(figure, path)

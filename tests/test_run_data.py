@@ -1,15 +1,13 @@
 """A run whose dataset has moved, is another, or was never known."""
 
-import runpy
 import shutil
-import sys
 
 import jax
 import numpy as np
 import pytest
 
 import taming_jax
-from taming_jax import errors, progress
+from taming_jax import progress
 from taming_jax.config.load import write_config
 from taming_jax.data import datasets
 from taming_jax.errors import UserError
@@ -45,13 +43,11 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture
-def evaluate(capsys, monkeypatch):
+def evaluate(capsys):
     """The command in this process: its exit status, stdout and stderr."""
-    script = runpy.run_path(str(commands.ROOT / "scripts" / "evaluate.py"))
 
     def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments), "--devices", "1"])
-        status = errors.report(script["main"])
+        status = commands.status_of("scripts/evaluate.py", *arguments, "--devices", 1)
         return status, *capsys.readouterr()
 
     return call
@@ -133,8 +129,6 @@ def test_an_import_is_evaluated_on_data_of_ones_own(place, both, tmp_path, evalu
     assert "Warning: It is not known whether the run was trained on this data." in out
     status, _, err = evaluate(*given, *data, "--samples", 0, "--data.test-share", 0)
     assert status == 2 and "--data.test-share is 0.0" in err
-    status, _, err = evaluate(*given, *data, "--samples", 0, "--sweep", 1)
-    assert status == 2 and "--sweep measures samples, and --samples 0 leaves them out" in err
     # One picture can be measured, but has no distribution.
     few = {"train": pictures.split(12, 500)}
     pictures.write_folder(tmp_path / "few", few)

@@ -1,7 +1,6 @@
 """Measures a run: its reconstructions, and its samples where it has a prior.
 
     taming-jax evaluate --workdir runs/mnist --samples 5000 --out eval.json
-    taming-jax evaluate --workdir runs/mnist --sweep 1 1.5 2 3
     taming-jax evaluate --compare one.json other.json
 
 What the figures mean, and against what they are taken: docs/evaluation.md.
@@ -27,8 +26,6 @@ class Evaluate(Protocol):
     """Two reports, to show side by side."""
     save_reference: Path | None = None
     """Where the split's are written."""
-    sweep: tuple[float, ...] = ()
-    """Guidance scales to measure samples at as well."""
     devices: int | None = None
     """How many to use. Default: all."""
     out: Path | None = None
@@ -86,7 +83,7 @@ def work(given: Evaluate, workdir: Path) -> None:
 
     start = time.monotonic()
     run = load_run(workdir, data_settings(given.data))
-    evaluation = Evaluation(run, given, given.devices, progress=True, sweep=given.sweep)
+    evaluation = Evaluation(run, given, given.devices, progress=True)
     results = finished(evaluation)
     print(table(results))
     folder = given.figures or (given.out and given.out.absolute().parent)

@@ -38,6 +38,7 @@ def reconstructions(evaluation: Evaluation) -> dict[str, Any]:
     size = images_at_once(pixels, MICRO) * len(devices)
     sums: dict[str, float] = defaultdict(float)
     counts, moments, bits = np.zeros(config.vqgan.codebook_size, np.int64), Moments(), 0.0
+    has_likelihood = evaluation.prior_fits and run.prior.window == run.prior.grid
     for place, images in evaluation.parts(chosen, "reconstructions"):
         decoded, indices, values = devices.in_batches(
             lambda part: measure(params, devices.shard(part)), images, size
@@ -46,7 +47,7 @@ def reconstructions(evaluation: Evaluation) -> dict[str, Any]:
             sums[name] += float(each.sum(dtype=np.float64))
         counts += np.bincount(indices.ravel(), minlength=len(counts))
         moments.add(evaluation.features(decoded)[0])
-        if evaluation.prior_fits:
+        if has_likelihood:
             likelihood = run.code_likelihood(indices, chosen.labels[place])
             bits -= float(likelihood.sum() / np.log(2))
     n = len(chosen)
@@ -62,7 +63,7 @@ def reconstructions(evaluation: Evaluation) -> dict[str, Any]:
         "entropy_bits_per_pixel": float(length * entropy / pixels),
         "code_counts": counts.tolist(),
     }
-    if evaluation.prior_fits:
+    if has_likelihood:
         report["likelihood_bits_per_code"] = bits / n / length
     return report
 

@@ -1,6 +1,5 @@
 """The report of a run: how good it is, and against what that was measured."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,43 +17,30 @@ SCHEMA = 1  # of the report
 
 
 def evaluate(
-    run: Run,
-    *,
-    devices: int | None = None,
-    progress: bool = False,
-    sweep: Sequence[float | tuple[float, float]] = (),
-    **protocol: Any,
+    run: Run, *, devices: int | None = None, progress: bool = False, **protocol: Any
 ) -> dict[str, Any]:
     """The report of docs/evaluation.md: reconstructions of a split's images, and new images where
     the run has a prior. `protocol` are the settings of `Protocol` (`split="test", samples=5000`,
-    …); `sweep` holds guidance scales to measure samples at as well."""
-    return finished(Evaluation(run, Protocol(**protocol), devices, progress, sweep))
+    …)."""
+    return finished(Evaluation(run, Protocol(**protocol), devices, progress))
 
 
 def finished(evaluation: Evaluation) -> dict[str, Any]:
-    """The whole report: `features`, `reconstruction`, `samples` (None without a prior), `protocol`,
-    `warnings`, and under `sweep` the samples of each guidance scale."""
-    report: dict[str, Any] = {
+    """The whole report: `features`, `reconstruction`, `samples` (None without a prior), `protocol`
+    and `warnings`."""
+    return {
         "schema": SCHEMA,
         "features": evaluation.extractor.distance,
         "reconstruction": reconstructions(evaluation),
-        "samples": None,
+        "samples": samples(evaluation) if evaluation.draws else None,
+        "protocol": described(evaluation),
+        "warnings": evaluation.warnings + small_counts(evaluation),
     }
-    if evaluation.draws:
-        report["samples"] = samples(evaluation, evaluation.protocol)
-        if evaluation.sweep:
-            report["sweep"] = [
-                {"guidance_scale": protocol.guidance_scale} | samples(evaluation, protocol)
-                for protocol in evaluation.sweep
-            ]
-    report["protocol"] = described(evaluation)
-    report["warnings"] = evaluation.warnings + small_counts(evaluation)
-    return report
 
 
 def draw(evaluation: Evaluation, folder: Path, report: dict[str, Any]) -> None:
-    """Writes the figures of a report: how often each code is used; of samples, the training images
-    that are nearest to them; and of a sweep, its curves. Raises OSError."""
+    """Writes the figures of a report: how often each code is used, and the training images that are
+    nearest to samples. Raises OSError."""
     from taming_jax import figures
 
     protocol = evaluation.protocol
@@ -73,14 +59,13 @@ def draw(evaluation: Evaluation, folder: Path, report: dict[str, Any]) -> None:
             title, [f"{distance:.2f}" for distance in distances],
         )  # fmt: skip
         figures.save(figure, folder / "evaluation_nearest.png")
-    if "sweep" in report:
-        figures.sweep(report["sweep"], report["features"], folder / "evaluation_sweep.png")
 
 
 def described(evaluation: Evaluation) -> dict[str, Any]:
     """The protocol as the report has it: what was measured, against what, and how."""
     run, protocol, config = evaluation.run, evaluation.protocol, evaluation.run.config
     draws, classifier = evaluation.draws, evaluation.classifier
+    moments = evaluation.file_moments
     return {
         "run": str(run.workdir),
         "config": config.config,
@@ -93,7 +78,7 @@ def described(evaluation: Evaluation) -> dict[str, Any]:
         "images": len(evaluation.chosen),
         "images_hash": evaluation.chosen.hash(),
         "reference_file": None if protocol.reference is None else str(protocol.reference),
-        "reference": evaluation.reference_hash,
+        "reference": moments and hash_arrays((np.asarray(moments.mean), moments.covariance)),
         "size": config.data.image_size,
         "crop": "squeezed" if config.data.squeeze else "centre",
         "features": evaluation.extractor.name,

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +12,16 @@ import numpy as np
 from taming_jax.data import datasets
 from taming_jax.data.augment import centred
 from taming_jax.data.datasets import Split, spread
+from taming_jax.data.pixels import to_uint8
 from taming_jax.errors import UserError
 from taming_jax.evaluation.protocol import Protocol
 from taming_jax.metrics import distances
 from taming_jax.metrics.distances import FeatureStats, Moments
 from taming_jax.metrics.features import Features, digits, pretrained
+from taming_jax.metrics.monitor import ranks
 from taming_jax.parallel.devices import Devices
 from taming_jax.progress import Progress
 from taming_jax.run import Run
-from taming_jax.weights.arrays import hash_arrays
 
 PART = 64  # images read at once, or as many more as the devices see at once
 
@@ -54,9 +55,7 @@ class ImageSubset:
 
 
 class Evaluation:
-    """A run under a protocol. What several settings of sampling share is computed once.
-
-    `sweep` holds guidance scales that samples are measured at beside the protocol's own.
+    """A run under a protocol.
 
     Raises UserError for settings of sampling that are not possible, for fewer than two images where
     samples are compared with them, for data that the run was not trained on and that was not named,
@@ -64,23 +63,14 @@ class Evaluation:
     """
 
     def __init__(
-        self,
-        run: Run,
-        protocol: Protocol,
-        devices: int | None = None,
-        progress: bool = False,
-        sweep: Sequence[float | tuple[float, float]] = (),
+        self, run: Run, protocol: Protocol, devices: int | None = None, progress: bool = False
     ):
         self.run, self.protocol, self.progress = run, protocol, progress
         self.devices = Devices(devices)
-        self.sweep = [dataclasses.replace(protocol, guidance_scale=scale) for scale in sweep]
         self.draws = run.transformer is not None and protocol.samples > 0
         self.warnings: list[str] = []
-        if self.sweep and not protocol.samples:
-            raise UserError("--sweep measures samples, and --samples 0 leaves them out; drop one.")
         if self.draws:
-            for each in (protocol, *self.sweep):
-                run.sampling(**each.sampling)
+            run.sampling(**protocol.sampling)
         self.splits, self.identity = datasets.load_same(run.load_data)
         classes = len(self.splits.class_names)
         self.prior_fits = run.transformer is not None and run.prior.classes == classes
@@ -95,13 +85,10 @@ class Evaluation:
             reads_digits = self.draws and run.config.data.name == "mnist"
             self.classifier = self._digit_classifier() if reads_digits else None
         self.extractor = self.features.extractor
-        self._file_moments: Moments | None = None
-        self.reference_hash: str | None = None
+        self.file_moments: Moments | None = None
         if protocol.reference is not None:
             file, dimensions = Path(protocol.reference), self.extractor.dimensions
-            moments = distances.load_moments(file, dimensions)
-            self._file_moments = moments
-            self.reference_hash = hash_arrays((np.asarray(moments.mean), moments.covariance))
+            self.file_moments = distances.load_moments(file, dimensions)
 
     def _check_data(self) -> None:
         run, classes = self.run, len(self.splits.class_names)
@@ -156,13 +143,12 @@ class Evaluation:
     @property
     def reference_moments(self) -> Moments:
         """What Fréchet distances are taken to: the moments in the file, or the split's."""
-        return self._file_moments or self.reference.moments
+        return self.file_moments or self.reference.moments
 
-    def drawn(
-        self, protocol: Protocol, labels: np.ndarray, numbers: np.ndarray
-    ) -> Iterator[np.ndarray]:
-        """New images float32 [b,h,w,c] in [-1, 1], in parts; see `Run.drawn`."""
-        return self.run.drawn(
-            labels, numbers, **protocol.sampling, devices=len(self.devices.list),
+    def drawn(self, labels: np.ndarray) -> Iterator[np.ndarray]:
+        """New images uint8 [b,h,w,c] of classes int32 [n], numbered within each, in parts."""
+        parts = self.run.drawn(
+            labels, ranks(labels), **self.protocol.sampling, devices=len(self.devices.list),
             batch_size=self.features.size, progress=self.progress,
         )  # fmt: skip
+        return map(to_uint8, parts)

@@ -40,12 +40,6 @@ def table(report: dict[str, Any]) -> str:
         lines.append(f"  {name:<30}{shown(value):>10}")
     if report["samples"] is None and protocol.get("prior_step") is None:
         lines.append("samples: the run has no prior yet; train one with train_prior.py.")
-    for samples in report.get("sweep", []):
-        precision, recall = (samples.get(name, float("nan")) for name in ("precision", "recall"))
-        lines.append(
-            f"  guidance {samples['guidance_scale']!s:<20}{report['features']:>14} "
-            f"{shown(samples['fd'])}  precision {precision:.3f}  recall {recall:.3f}"
-        )
     lines.append("protocol")
     lines += [f"  {name:<16}{value}" for name, value in protocol.items() if value is not None]
     lines += [f"Warning: {warning}" for warning in report["warnings"]]
