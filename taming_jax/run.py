@@ -288,8 +288,11 @@ class Run:
 
     def code_likelihood(self, indices: np.ndarray, numbers: np.ndarray) -> np.ndarray:
         """The same of code indices int32 [n,h',w'] and classes int32 [n]."""
-        grid = indices.shape[1] * self.factor, indices.shape[2] * self.factor
-        self._sampler.grid_of(grid)  # UserError for images that are too small
+        given, known = "x".join(map(str, indices.shape[1:])), "x".join(map(str, self.prior.window))
+        if given != known:
+            raise UserError(
+                f"images of {given} codes were given; the prior's likelihood is of {known} codes."
+            )
         return self._batched(self._likelihood, (numbers, indices), 1, self.transformer)
 
     def tokens(self, split: str = "train") -> Split:
@@ -359,7 +362,8 @@ class Run:
             pixels = indices[0].size * self.factor**2
             return self._batched(self._decode, (indices,), pixels, self.params)
 
-        return tiles.decoded(decode, indices.astype(np.int32), self.factor, tile)
+        channels = self.config.data.channels
+        return tiles.decoded(decode, indices.astype(np.int32), self.factor, channels, tile)
 
     def reconstruct(self, images: Any) -> np.ndarray:
         """Images through the codes and back, uint8 as uint8 and floats as float32. UserError as

@@ -29,7 +29,7 @@ from taming_jax.priors.decoding import (
     with_unconditional,
 )
 from taming_jax.priors.transformer import Block, Cache, init, make_norm
-from taming_jax.priors.windows import scan_windows, window_likelihood
+from taming_jax.priors.windows import scan_windows
 
 
 class GPT(nn.Module):
@@ -204,10 +204,8 @@ class GPT(nn.Module):
 
     @nn.nowrap
     def log_likelihood(self, params: Any, labels: jax.Array, codes: jax.Array) -> jax.Array:
-        """The logarithm of the probability, in nats, float32 [b], that grids of codes int [b,h,w]
-        are drawn by `sample`."""
-        if codes.shape[1:] != self.window:
-            return window_likelihood(self, params, labels, codes)
+        """The logarithm of the probability, in nats, float32 [b], that grids of codes int [b,h,w],
+        as large as the window, are drawn by `sample`."""
         flat = codes.reshape(len(codes), -1)
         return -next_token(self.logits(params, labels, flat), flat) * flat.shape[1]
 

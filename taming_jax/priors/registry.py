@@ -62,7 +62,8 @@ class Prior(Protocol):
         """Grids of codes [b,h,w], with one key [b] per image; see `GPT.sample`."""
 
     def log_likelihood(self, params: Any, labels: jax.Array, codes: jax.Array) -> jax.Array:
-        """The logarithm of the probability of grids of codes [b,h,w], in nats: float32 [b]."""
+        """The logarithm of the probability, in nats, float32 [b], of grids of codes [b,h,w], as
+        large as the window."""
 
 
 PRIORS: dict[str, type[Prior]] = {"autoregressive": GPT}

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from taming_jax.losses import next_token
 from taming_jax.priors.decoding import Choose, Inputs, apply_guidance, with_unconditional
 
 
@@ -82,17 +81,3 @@ def window_logits(
     here = (row - top) * wide + column - left
     logits = lax.dynamic_index_in_dim(logits, here, 1, keepdims=False)
     return apply_guidance(logits, scale)
-
-
-def window_likelihood(model: Any, params: Any, labels: jax.Array, codes: jax.Array) -> jax.Array:
-    """The logarithm of the probability, in nats, float32 [b], that grids of codes int [b,h,w] are
-    drawn by `scan_windows`."""
-    height, width = codes.shape[1:]
-
-    def step(total: jax.Array, position: jax.Array) -> tuple[jax.Array, None]:
-        row, column = jnp.divmod(position, width)
-        logits = window_logits(model, params, labels, codes, row, column)
-        code = lax.dynamic_slice(codes, (0, row, column), (len(codes), 1, 1))[:, 0]
-        return total - next_token(logits[:, None], code), None
-
-    return lax.scan(step, jnp.zeros(len(codes)), jnp.arange(height * width))[0]

@@ -230,14 +230,10 @@ def test_greedy_codes_of_a_large_grid_are_the_most_likely_in_their_windows():
     codes = sample(model, params, LABELS, KEYS, grid=(7, 9), temperature=0.0, known=known)
     np.testing.assert_array_equal(codes[:, 20:30], 5)
     grids = codes.reshape(4, 7, 9)
-    total = 0
     for place in range(63):
         logits = by_hand(model, params, grids, *divmod(place, 9), None)
-        total += jax.nn.log_softmax(logits)[jnp.arange(4), codes[:, place]]
         if known[0, place] < 0:
             np.testing.assert_array_equal(codes[:, place], logits.argmax(-1))
-    likelihood = model.log_likelihood(params, LABELS, grids)
-    np.testing.assert_allclose(likelihood, total, rtol=1e-5)
 
 
 def test_a_window_as_large_as_the_grid_draws_what_the_cache_does():
