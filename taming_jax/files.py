@@ -136,14 +136,11 @@ def writable(folder: Path) -> Iterator[None]:
 def usable(folder: Path) -> None:
     """Makes the folders that a run writes in. UserError where one of them, or the config, cannot be
     written."""
-    with writable(folder):
-        for part in (folder, *(folder / name for name in ("checkpoints", "metrics", "figures"))):
-            part.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=part):
-                pass
-        if (folder / "config.json").exists():
-            with (folder / "config.json").open("a"):
-                pass
+    for name in ("checkpoints", "metrics", "figures"):
+        with writable(folder):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        check_writable("--workdir", folder / name)
+    check_writable("--workdir", folder / "config.json")
 
 
 def text_hash(content: Any) -> str:

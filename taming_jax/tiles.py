@@ -11,6 +11,7 @@ from taming_jax.errors import UserError
 from taming_jax.models.vqgan import PIXELS
 
 Function = Callable[[np.ndarray], np.ndarray]
+Place = tuple[slice, slice]  # the rows and the columns of a tile
 
 
 def side_of(size: Sequence[int], tile: int | None, factor: int) -> int | None:
@@ -35,7 +36,7 @@ def starts(size: int, tile: int, overlap: int) -> list[int]:
     return [round(i * (size - tile) / (count - 1)) for i in range(count)]
 
 
-def places(shape: tuple[int, int], tile: int) -> Iterator[tuple[slice, slice]]:
+def places(shape: Sequence[int], tile: int) -> Iterator[Place]:
     """The tiles of a grid, a quarter of which overlaps with the next."""
     rows, columns = (starts(size, tile, tile // 4) for size in shape)
     for row in rows:
@@ -43,14 +44,15 @@ def places(shape: tuple[int, int], tile: int) -> Iterator[tuple[slice, slice]]:
             yield slice(row, row + tile), slice(column, column + tile)
 
 
-def nearness(place: slice, size: int) -> np.ndarray:
-    """How far each entry of a tile is from its nearest edge, of those that are not the grid's,
-    float [tile]."""
-    start, stop = place.start, min(place.stop, size)
-    at = np.arange(start, stop)
-    before = at - start + 1.0 if start else np.full(len(at), np.inf)
-    after = stop - at + 0.0 if stop < size else np.full(len(at), np.inf)
-    return np.minimum(np.minimum(before, after), float(size))
+def in_pixels(place: Place, factor: int) -> Place:
+    rows, columns = (slice(part.start * factor, part.stop * factor) for part in place)
+    return rows, columns
+
+
+def middleness(shape: Sequence[int]) -> np.ndarray:
+    """A weight for each entry of a tile, which grows from its edges to its middle."""
+    each = (np.minimum(np.arange(1, n + 1), np.arange(n, 0, -1)) for n in shape)
+    return np.multiply.outer(*each).astype(np.float32)
 
 
 def encoded(encode: Function, images: np.ndarray, factor: int, tile: int | None) -> np.ndarray:
@@ -60,35 +62,29 @@ def encoded(encode: Function, images: np.ndarray, factor: int, tile: int | None)
     grid, side = (height // factor, width // factor), side_of((height, width), tile, factor)
     if side is None:
         return encode(images)
-    codes, best = np.zeros((n, *grid), np.int32), np.zeros(grid)
-    for rows, columns in places(grid, side):
-        pixels = [slice(s.start * factor, s.stop * factor) for s in (rows, columns)]
-        found = encode(images[:, pixels[0], pixels[1]])
-        near = np.minimum.outer(nearness(rows, grid[0]), nearness(columns, grid[1]))
-        better = near > best[rows, columns]
-        codes[:, rows, columns] = np.where(better, found, codes[:, rows, columns])
-        best[rows, columns] = np.maximum(best[rows, columns], near)
+    codes, best = np.zeros((n, *grid), np.int32), np.zeros(grid, np.float32)
+    for place in places(grid, side):
+        found = encode(images[:, *in_pixels(place, factor)])
+        weight = middleness(found.shape[1:])
+        codes[:, *place] = np.where(weight > best[place], found, codes[:, *place])
+        best[place] = np.maximum(weight, best[place])
     return codes
 
 
-def decoded(decode: Function, codes: np.ndarray, factor: int, tile: int | None) -> np.ndarray:
-    """Images float32 [n,h*factor,w*factor,c] of codes [n,h,w], by tiles of so many pixels a side
-    (see `side_of`), which run into one another where they overlap."""
+def decoded(
+    decode: Function, codes: np.ndarray, factor: int, channels: int, tile: int | None
+) -> np.ndarray:
+    """Images float32 [n,h*factor,w*factor,channels] of codes [n,h,w], by tiles of so many pixels a
+    side (see `side_of`), which run into one another where they overlap."""
     n, *grid = codes.shape
-    side = side_of([size * factor for size in grid], tile, factor)
+    size = [codes * factor for codes in grid]
+    side = side_of(size, tile, factor)
     if side is None:
         return decode(codes)
-    total, weights = None, np.zeros([size * factor for size in grid], np.float32)
-    for rows, columns in places((grid[0], grid[1]), side):
-        found = decode(codes[:, rows, columns])
-        pixels = [slice(s.start * factor, s.stop * factor) for s in (rows, columns)]
-        near = np.multiply.outer(*(
-            np.minimum(nearness(place, size * factor), side * factor / 4)
-            for place, size in zip(pixels, grid, strict=True)
-        )).astype(np.float32)  # fmt: skip
-        if total is None:
-            total = np.zeros((n, *weights.shape, found.shape[-1]), np.float32)
-        total[:, pixels[0], pixels[1]] += found * near[..., None]
-        weights[pixels[0], pixels[1]] += near
-    assert total is not None
+    total, weights = np.zeros((n, *size, channels), np.float32), np.zeros(size, np.float32)
+    for place in places(grid, side):
+        found, pixels = decode(codes[:, *place]), in_pixels(place, factor)
+        weight = middleness(found.shape[1:3])
+        total[:, *pixels] += found * weight[..., None]
+        weights[pixels] += weight
     return total / weights[..., None]

@@ -38,11 +38,11 @@ def test_decoded_tiles_run_into_one_another():
         return np.repeat(np.repeat(codes, 2, 1), 2, 2)[..., None].astype(np.float32)
 
     whole = decode(codes)
-    np.testing.assert_allclose(tiles.decoded(decode, codes, 2, 16), whole, rtol=1e-6)
+    np.testing.assert_allclose(tiles.decoded(decode, codes, 2, 1, 16), whole, rtol=1e-6)
     assert set(seen[1:]) == {(8, 8)}  # of one shape, which is compiled once
 
     def shaded(codes):  # what tiles disagree on changes slowly from one to the next
         return decode(codes) * 0 + len(seen) % 2
 
-    row = tiles.decoded(shaded, codes[:1, :8, :14], 2, 16)[0, 4, :, 0]
+    row = tiles.decoded(shaded, codes[:1, :8, :14], 2, 1, 16)[0, 4, :, 0]
     assert np.abs(np.diff(row)).max() < 0.5 and row.max() > 0.9 and row.min() < 0.1

@@ -21,7 +21,6 @@ from taming_jax import progress
 from taming_jax.errors import RunFailed, UserError, say
 
 HEARTBEAT = 60  # seconds of silence after which a process counts as gone
-CHUNK = 2**26  # bytes sent at once
 
 T = TypeVar("T")
 
@@ -155,21 +154,13 @@ def from_first(function: Callable[[], T]) -> T:
     raises there."""
     if count() == 1:
         return function()
+    from jax.experimental.multihost_utils import broadcast_one_to_all
+
     value = agreed(lambda: function() if first() else None)
     content = pickle.dumps(value) if first() else b""
     length = exchanged(len(content))[0]
-    parts = [broadcast(content[at : at + CHUNK], length - at) for at in range(0, length, CHUNK)]
-    return pickle.loads(b"".join(parts))
-
-
-def broadcast(content: bytes, left: int) -> bytes:
-    """Process 0's bytes, of which `left` are left to be sent, in every process."""
-    from jax.experimental.multihost_utils import broadcast_one_to_all
-
-    given = np.zeros(min(left, CHUNK), np.uint8)
-    if first():
-        given = np.frombuffer(content, np.uint8)
-    return np.asarray(broadcast_one_to_all(given)).tobytes()
+    own = np.frombuffer(content.ljust(length), np.uint8)
+    return pickle.loads(np.asarray(broadcast_one_to_all(own)).data)
 
 
 def check_equal(

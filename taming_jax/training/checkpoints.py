@@ -118,11 +118,6 @@ class Store:
         best = min(values, key=lambda step: values[step], default=None)
         return (None, math.inf) if best is None else (best, values[best])
 
-    @property
-    def lowest(self) -> float:
-        """The metric to beat: the best checkpoint's, but for one that is being written."""
-        return self.best()[1]
-
     def save(
         self,
         step: int,
@@ -277,6 +272,14 @@ class Store:
             except ValueError as error:
                 self.say(f"The checkpoint {self.path / str(step)} is damaged: {error}.")
 
+    def _first_readable(self, steps: Iterable[int], advice: str = "") -> Checkpoint:
+        """The first undamaged checkpoint of some steps. Raises UserError where all are damaged."""
+        for checkpoint in self.readable(steps):
+            return checkpoint
+        raise UserError(
+            f"every checkpoint in {self.path} is damaged; bring one back from a copy{advice}."
+        )
+
     def chosen(self) -> Checkpoint:
         """The best checkpoint (the newest where none was validated), or where it is damaged the
         newest that can be read. Raises UserError where there is none."""
@@ -287,9 +290,7 @@ class Store:
                 f"train_{self.path.name}.py."
             )
         order = dict.fromkeys([*([] if best is None else [best]), *reversed(steps)])
-        for checkpoint in self.readable(order):
-            return checkpoint
-        raise UserError(f"every checkpoint in {self.path} is damaged; bring one back from a copy.")
+        return self._first_readable(order)
 
     def restore(
         self, template: Any, config: Config, sections: tuple[str, ...], learned: tuple[str, ...]
@@ -302,14 +303,9 @@ class Store:
         none of them can be read.
         """
         steps = self.steps()
-        checkpoint = next(self.readable(reversed(steps)), None)
-        if checkpoint is None and steps:
-            raise UserError(
-                f"every checkpoint in {self.path} is damaged; bring one back from a copy, or begin "
-                "anew with --restart."
-            )
-        if checkpoint is None:
+        if not steps:
             return None
+        checkpoint = self._first_readable(reversed(steps), ", or begin anew with --restart")
         self._check_same(checkpoint, config, sections)
         for damaged in steps[steps.index(checkpoint.step) + 1 :]:
             self.say(f"The damaged one was moved to {self._move(damaged, 'damaged')}.")

@@ -235,7 +235,7 @@ class Loop:
                 if take_fd or not self.fd_every:
                     chosen = found
                     self.store.wait()  # for what it took: a best that was lost is not to be beaten
-                    best = distributed.from_first(lambda: self.store.lowest)
+                    best = distributed.from_first(lambda: self.store.best()[1])
                     save = save or self.store.judged(chosen) < best
                 # Drawn before it is saved: a run that ends in between is resumed, and draws again.
                 # After a signal there is no time for it.

@@ -13,6 +13,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 from taming_jax.cli.arguments import Processes
 from taming_jax.config.load import load_config
@@ -239,7 +240,7 @@ def in_two_threads(monkeypatch):
     monkeypatch.setattr(distributed, "first", lambda: not number())
     monkeypatch.setattr(jax, "process_index", lambda: number() or 0)
     monkeypatch.setattr(distributed, "exchanged", exchanged)
-    monkeypatch.setattr(distributed, "broadcast", lambda content, left: exchanged(content)[0])
+    monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", lambda own: exchanged(own)[0])
 
     def call(function):
         ends = [None, None]
@@ -277,8 +278,7 @@ def test_what_fails_in_one_process_fails_in_all(in_two_threads):
     assert in_two_threads(lambda process: distributed.agreed(lambda: process)) == [0, 1]
 
 
-def test_the_first_process_alone_runs_what_all_get(in_two_threads, monkeypatch):
-    monkeypatch.setattr(distributed, "CHUNK", 100)  # so that it comes in several
+def test_the_first_process_alone_runs_what_all_get(in_two_threads):
     array, ran = np.arange(1000), []
 
     def of_first(process):
