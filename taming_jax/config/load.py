@@ -8,7 +8,7 @@ import importlib
 import json
 import os
 import pkgutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +83,19 @@ def validated(config: Config) -> Config:
     return config
 
 
+def is_fixed(field: dataclasses.Field) -> bool:
+    """Whether a setting says what is trained, so that a resumed run may not change it."""
+    return not field.metadata.get("free")
+
+
 def differences(
-    left: Config, right: Config, sections: Sequence[str], also_free: bool = False
+    left: Config,
+    right: Config,
+    sections: Sequence[str],
+    compared: Callable[[dataclasses.Field], bool] = is_fixed,
 ) -> list[str]:
-    """How two configs differ in what is trained (or in any setting, with the `free` ones), a phrase
-    a setting: "--seed is 1, not 2"."""
+    """How two configs differ in the settings that are `compared`, one phrase per setting:
+    "--seed is 1, not 2"."""
 
     unknown = UNKNOWN in (left.data.name, right.data.name)
     left, right = (with_matching_attention(config) for config in (left, right))
@@ -96,15 +104,13 @@ def differences(
         found = []
         for f in dataclasses.fields(a):
             x, y = getattr(a, f.name), getattr(b, f.name)
-            if f.metadata.get("free") and not also_free:
-                continue
             if not names and f.name not in sections:
                 continue
             if unknown and names == ("data",) and f.name not in ("image_size", "channels"):
                 continue
             if dataclasses.is_dataclass(x):
                 found += walk(x, y, (*names, f.name))
-            elif x != y:
+            elif x != y and compared(f):
                 found.append(f"{flag(*names, f.name)} is {show(x)}, not {show(y)}")
         return found
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 UNKNOWN = "unknown"  # the dataset of an imported run
-OF_A_MACHINE = ("path", "cache", "workers")  # settings of data that may differ between machines
+OF_A_MACHINE = ("workdir", "path", "cache", "workers")  # settings that differ between machines
 
 
 class Range(NamedTuple):
@@ -29,9 +29,10 @@ PART = Range(lambda x: 0 < x < 1, "is a share between 0 and 1")
 SEED = Range(lambda x: 0 <= x < 2**32, f"must be from 0 to {2**32 - 1}")
 
 
-def setting(default: Any, values: Range) -> Any:
-    """A field whose value must lie in a range, unless it is None."""
-    return field(default=default, metadata={"range": values})
+def setting(default: Any, values: Range | None = None, meaning: bool = False) -> Any:
+    """A field whose value must lie in a range, unless it is None; `meaning` says that weights mean
+    something else when it changes, though their shapes may stay."""
+    return field(default=default, metadata={"range": values, "meaning": meaning})
 
 
 def free(default: Any, values: Range | None = None) -> Any:
@@ -155,9 +156,9 @@ class VQGANConfig(StageConfig):
     """The weight of the commitment term (beta in the papers)."""
     legacy_commitment: bool = False
     """Put that weight on the codebook term instead, as the official code did at first."""
-    l2_normalise: bool = False
+    l2_normalise: bool = setting(False, meaning=True)
     """Compare directions only: latents and codes are scaled to length one."""
-    quantizer: Literal["nearest", "gumbel"] = "nearest"
+    quantizer: Literal["nearest", "gumbel"] = setting("nearest", meaning=True)
     """The nearest code, or in training one drawn by the Gumbel-softmax trick from what a 1x1
     convolution makes of a latent, and else the likeliest."""
     gumbel_temperature: tuple[float, float] = (1.0, 1 / 16)
@@ -215,10 +216,10 @@ class VQGANConfig(StageConfig):
 class PriorConfig(StageConfig):
     """Stage 2: the prior over grids of codes."""
 
-    kind: Literal["autoregressive"] = "autoregressive"
+    kind: Literal["autoregressive"] = setting("autoregressive", meaning=True)
     """The kind of prior; an autoregressive one draws codes one after the other, in raster order."""
     layers: int = setting(6, COUNT)
-    heads: int = setting(8, COUNT)
+    heads: int = setting(8, COUNT, meaning=True)
     width: int = setting(256, COUNT)
     dropout: float = setting(0.1, SHARE)
     norm: Literal["layer", "rms"] = "layer"
@@ -228,16 +229,16 @@ class PriorConfig(StageConfig):
     of that with swiglu."""
     bias: bool = True
     """Whether dense layers add one."""
-    positions: Literal["learned", "rotary", "llamagen"] = "learned"
+    positions: Literal["learned", "rotary", "llamagen"] = setting("learned", meaning=True)
     """Of codes in the sequence; or in the grid, by rotary embeddings, without any for the class, or
     as LlamaGen has them, where a class's queries and keys vanish."""
     # Only imported models need these three, mlp_width, bias, and positions "llamagen".
     block_size: int | None = setting(None, COUNT)
     """The longest sequence there are learned positions for; the grid's unless told."""
-    vocabulary: int | None = setting(None, COUNT)
+    vocabulary: int | None = setting(None, COUNT, meaning=True)
     """Tokens that embeddings and head have, where classes are tokens among the codes, as in the
     official transformer; unless told classes have their own, and the head speaks codes only."""
-    first_class: int = setting(0, NOT_NEGATIVE)
+    first_class: int = setting(0, NOT_NEGATIVE, meaning=True)
     """The token of the first class, then."""
     qk_norm: bool = False
     remat: bool = False

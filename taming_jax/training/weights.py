@@ -13,11 +13,6 @@ from taming_jax.config.schema import Config
 from taming_jax.errors import UserError
 from taming_jax.weights.arrays import named_arrays
 
-# Settings that change the meaning of weights, and not their shapes.
-MEANING = (
-    "--vqgan.l2-normalise", "--vqgan.quantizer", "--prior.kind", "--prior.heads",
-    "--prior.positions", "--prior.vocabulary", "--prior.first-class",
-)  # fmt: skip
 Name = tuple[str, ...]
 
 
@@ -80,11 +75,8 @@ def describe_other_meaning(
     """What makes weights of the same shapes mean something else, as sentences: settings of another
     run, or another generator, whose codes its prior predicted."""
     sections = ("vqgan", "prior") if "transformer" in learned else ("vqgan",)
-    sentences = [
-        f"{phrase} as in the run of those weights."
-        for phrase in differences(config, other, sections)
-        if phrase.split(" ")[0] in MEANING
-    ]
+    phrases = differences(config, other, sections, lambda f: bool(f.metadata.get("meaning")))
+    sentences = [f"{phrase} as in the run of those weights." for phrase in phrases]
     frozen = {
         path: leaf for path, leaf in named_arrays(template).items()
         if path[0] == "nets" and path[1] not in learned and path[2] == "params"
