@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from taming_jax.data.pixels import to_uint8
-from taming_jax.files import write_whole
+from taming_jax.storage import atomic_write
 
 DPI = 110
 GAP = 2  # pixels between the images of a grid
@@ -27,12 +27,13 @@ LOGARITHMIC = {"l1", "perceptual", "codebook", "adaptive_weight"}
 TITLES = {
     "l1": "L1 (images in 0 to 1)",
     "perceptual": "perceptual (LPIPS)",
-    "nll": "negative log-likelihood",
+    "reconstruction_loss": "reconstruction loss (weighted sum)",
+    "nll": "negative log-likelihood (nats per code)",
     "codebook": "codebook loss",
     "perplexity": "perplexity of the codes",
     "usage": "share of codes in use",
     "accuracy": "accuracy (share of codes)",
-    "bits_per_dim": "bits a dimension",
+    "code_bits_per_subpixel": "code rate (bits per subpixel)",
     "psnr": "PSNR (dB)",
     "fd_vgg16": "FD-VGG16",
     "loss": "generator's whole loss",
@@ -53,7 +54,7 @@ def save(figure: Figure, path: Path) -> None:
     """Writes a PNG, whole or not at all."""
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=DPI, facecolor="white")
-    write_whole(path, content.getvalue())
+    atomic_write(path, content.getvalue())
 
 
 def set_title(axes: Axes, title: str) -> None:

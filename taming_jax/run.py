@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from taming_jax import tiles
+from taming_jax import tiled_inference
 from taming_jax.config.load import differences, override, read_config, replaced
 from taming_jax.config.schema import Config
 from taming_jax.config.validation import flag
@@ -20,7 +20,7 @@ from taming_jax.data import datasets
 from taming_jax.data.datasets import Split, Splits
 from taming_jax.data.pixels import to_float, to_uint8
 from taming_jax.errors import UserError, say
-from taming_jax.models.vqgan import build_vqgan, decode_indices, encode, images_at_once
+from taming_jax.models.vqgan import build_vqgan, decode_indices, encode, max_batch
 from taming_jax.parallel.devices import Devices, in_batches
 from taming_jax.parallel.runtime import keep_programs
 from taming_jax.priors.registry import Prior, build_prior
@@ -140,7 +140,7 @@ class Run:
         trained on and was not named.
         """
         splits = datasets.load(self.config.data)
-        others = datasets.unlike(datasets.identity(splits), self.dataset)
+        others = datasets.fingerprint_diff(datasets.fingerprint(splits), self.dataset)
         if others and not self.data_named:
             raise UserError(
                 f"the run in {self.workdir} was trained on other data: {'; '.join(others)}. Give "
@@ -156,7 +156,7 @@ class Run:
         nothing."""
         if self.dataset is None or "images" not in self.dataset:
             return "It is not known whether the run was trained on this data."
-        others = datasets.unlike(datasets.identity(splits), self.dataset)
+        others = datasets.fingerprint_diff(datasets.fingerprint(splits), self.dataset)
         return f"The run was trained on other data: {'; '.join(others)}." if others else ""
 
     def labels(self, classes: int | str | Iterable[int | str]) -> np.ndarray:
@@ -342,7 +342,7 @@ class Run:
             pixels = images.shape[1] * images.shape[2]
             return self._batched(self._encode, (images,), pixels, self.params)
 
-        return tiles.encoded(encode, images.astype(np.float32), factor, tile)
+        return tiled_inference.encode_tiled(encode, images.astype(np.float32), factor, tile)
 
     def decode(self, indices: Any, tile: int | None = None) -> np.ndarray:
         """Code indices int [n,h',w'], a grid of any size, to images float32 [n,h,w,c] in [-1, 1];
@@ -363,7 +363,9 @@ class Run:
             return self._batched(self._decode, (indices,), pixels, self.params)
 
         channels = self.config.data.channels
-        return tiles.decoded(decode, indices.astype(np.int32), self.factor, channels, tile)
+        return tiled_inference.decode_tiled(
+            decode, indices.astype(np.int32), self.factor, channels, tile
+        )
 
     def reconstruct(self, images: Any) -> np.ndarray:
         """Images through the codes and back, uint8 as uint8 and floats as float32. UserError as
@@ -378,7 +380,7 @@ class Run:
     ) -> np.ndarray:
         """Applies a compiled function to parameters and arrays [n, ...] in batches of one size, so
         that it is compiled once for images of so many pixels."""
-        n, most = len(arrays[0]), images_at_once(pixels, BATCH)
+        n, most = len(arrays[0]), max_batch(pixels, BATCH)
         if not n:
             raise UserError("nothing was given: the first dimension is 0.")
         size = most if n > FEW else min(FEW, most)

@@ -11,7 +11,7 @@ import numpy as np
 from taming_jax.config.schema import Config
 from taming_jax.config.validation import check_sampling
 from taming_jax.errors import UserError
-from taming_jax.models.vqgan import VQGAN, decode_indices, images_at_once
+from taming_jax.models.vqgan import VQGAN, decode_indices, max_batch
 from taming_jax.parallel.devices import Compiled, Devices
 from taming_jax.priors.decoding import micro_batch, sample_keys
 from taming_jax.priors.registry import Prior
@@ -89,7 +89,7 @@ class Sampler:
         (used, params), draw = self._placed(devices), self._compiled(devices, top_k, grid)
         micro = micro_batch(used.list[0])
         if grid != self.prior.grid:
-            micro = images_at_once(length * self.factor**2, micro)
+            micro = max_batch(length * self.factor**2, micro)
         batch = micro * len(used)
         scales = None
         if guidance_scale is not None:

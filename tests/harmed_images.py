@@ -87,7 +87,7 @@ def main() -> None:
     found = {}
     for name, settings in chosen.items():
         images = datasets.load(load_config("mnist_tiny", settings).data).train.images
-        images = images[datasets.spread(len(images), given.images)]
+        images = images[datasets.evenly_spaced(len(images), given.images)]
         found[name] = measured(images, features)
         for what, terms in found[name].items():
             said = "  ".join(f"{term} {value:.4g}" for term, value in terms.items())

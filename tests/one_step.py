@@ -19,14 +19,14 @@ import tyro
 
 from taming_jax.cli.arguments import parse
 from taming_jax.config.load import load_config
-from taming_jax.data.batches import take
+from taming_jax.data.batches import gather_batch
 from taming_jax.errors import report
 from taming_jax.parallel import distributed
 from taming_jax.parallel.devices import Devices
 from taming_jax.parallel.distributed import Processes
 from taming_jax.training.checkpoints import Store
 from taming_jax.training.prior import PriorStage
-from taming_jax.training.state import copied
+from taming_jax.training.state import copy_buffers
 from taming_jax.training.vqgan import VQGANStage
 
 STAGES = {"vqgan": VQGANStage, "prior": PriorStage}
@@ -48,12 +48,14 @@ def work(given):
     stage = STAGES[given.stage](config, devices)
     store = Store(Path(given.workdir), stage.name, stage.best_metric, stage.dataset)
     template = stage.init(jax.random.key(config.seed))
-    restored = distributed.from_first(lambda: store.restore(template, config, (), ()))
+    restored = distributed.run_on_primary(lambda: store.restore(template, config, (), ()))
     before = jax.tree.map(np.array, moments(restored))
     step, feed = int(restored.step), stage.feeds()[0]
     batch = feed.batch(step)
-    state = copied(devices.replicate(restored))
-    seen = devices.gather(devices.compile(lambda _, arrays: take(arrays)[0])(state, batch.arrays))
+    state = copy_buffers(devices.replicate(restored))
+    seen = devices.gather(
+        devices.compile(lambda _, arrays: gather_batch(arrays)[0])(state, batch.arrays)
+    )
     state, metrics = stage.train_step(state, batch)
     after, metrics = devices.fetch(state), devices.fetch(metrics)
     feed.close()
@@ -67,7 +69,7 @@ def work(given):
         "extra": {name: net.extra for name, net in after.nets.items()},
         "seen": seen,
     }
-    if distributed.first():
+    if distributed.is_primary():
         Path(given.out).write_bytes(pickle.dumps(jax.tree.map(np.asarray, found)))
 
 

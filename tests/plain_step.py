@@ -70,7 +70,8 @@ def plain_gradients(
 
     loss, discriminator_gradient = jax.value_and_grad(discriminator_loss)(discriminator.params)
     found |= {
-        "l1": l1, "perceptual": perceptual, "nll": nll, "codebook": codebook, "loss": total,
+        "l1": l1, "perceptual": perceptual, "reconstruction_loss": nll, "codebook": codebook,
+        "loss": total,
         "adversarial": adversarial, "adaptive_weight": weight, "discriminator": loss,
     }  # fmt: skip
     return gradient, discriminator_gradient, found

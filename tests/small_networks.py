@@ -13,7 +13,7 @@ from taming_jax.models.layers import conv
 from taming_jax.models.quantizers import GumbelQuantizer, VectorQuantizer
 from taming_jax.models.vqgan import VQGAN
 from taming_jax.training.state import Net
-from taming_jax.training.vqgan_step import Networks
+from taming_jax.training.vqgan_step import VQGANObjective
 
 QUICKLY = {"xla_backend_optimization_level": 0}  # compiled, for what runs once
 
@@ -45,7 +45,7 @@ def small_networks(overrides, parts=1, axis_name=None):
     small = dataclasses.replace(config.vqgan, codebook_size=16, code_dim=4, latent_channels=6)
     generator = VQGAN(SmallEncoder(), kind(small), SmallDecoder(), small)
     discriminator = Discriminator(4, 1, axis_name)
-    return Networks(config.vqgan, generator, discriminator, jnp.float32, axis_name)
+    return VQGANObjective(config.vqgan, generator, discriminator, jnp.float32, axis_name)
 
 
 @functools.cache

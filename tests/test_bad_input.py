@@ -7,7 +7,7 @@ import socket
 import pytest
 
 from taming_jax.config.load import load_config, write_config
-from taming_jax.files import run_lock
+from taming_jax.storage import run_lock
 from tests import commands
 
 

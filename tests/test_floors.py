@@ -7,9 +7,10 @@ from tests import commands
 
 # From the top down. A module imports from floors below its own only, or from its own folder.
 FLOORS = (
-    {"cli"}, {"evaluation"}, {"interop"}, {"run", "sampler", "tiles"}, {"training"}, {"metrics"},
-    {"priors"}, {"models"}, {"figures"}, {"data"}, {"parallel"}, {"weights"}, {"config"},
-    {"progress", "files"}, {"losses"}, {"errors"},
+    {"cli"}, {"evaluation"}, {"interop"}, {"run", "sampler", "tiled_inference"}, {"training"},
+    {"metrics"}, {"priors"}, {"models"}, {"figures"}, {"data"}, {"parallel"}, {"weights"},
+    {"config"},
+    {"progress", "storage"}, {"losses"}, {"errors"},
 )  # fmt: skip
 LEVELS = {name: level for level, floor in enumerate(FLOORS) for name in floor}
 

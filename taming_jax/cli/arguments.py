@@ -23,8 +23,8 @@ from taming_jax.config.load import (
 )
 from taming_jax.config.schema import Config, DataConfig
 from taming_jax.errors import UserError
-from taming_jax.files import check_writable
 from taming_jax.parallel.distributed import Processes
+from taming_jax.storage import check_writable
 
 T = TypeVar("T")
 

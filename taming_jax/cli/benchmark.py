@@ -25,7 +25,7 @@ from taming_jax.parallel.devices import Compiled, Devices
 from taming_jax.priors.registry import build_prior
 from taming_jax.training.meter import Meter
 from taming_jax.training.prior import fresh_transformer, training_step
-from taming_jax.training.state import copied
+from taming_jax.training.state import copy_buffers
 from taming_jax.training.vqgan import VQGANStage
 
 HEADINGS = f"{'step':<26}{'compile':>10}{'steps/s':>10}{'images/s':>10}{'a step':>18}  peak memory"
@@ -65,7 +65,7 @@ def measure_step(
 def measure_vqgan(config: Config, devices: Devices, count: int) -> None:
     stage = VQGANStage(config, devices, restart=True)
     feed, _ = stage.feeds()
-    state = copied(devices.replicate(stage.init(jax.random.key(0))))
+    state = copy_buffers(devices.replicate(stage.init(jax.random.key(0))))
     print(HEADINGS)
     for number, name in ((stage.start - 1, "autoencoder"), (stage.start, "with discriminator")):
         step = stage.compiled_step(number)
@@ -82,7 +82,7 @@ def measure_prior(config: Config, devices: Devices, count: int) -> None:
     feed = ResidentFeed(split, config.prior.batch_size, 0, devices)
     function = functools.partial(training_step, config, model, 1000, devices.axis_name)
     step = devices.compile(function, donate=True)
-    state = copied(devices.replicate(fresh_transformer(config, model, jax.random.key(0))))
+    state = copy_buffers(devices.replicate(fresh_transformer(config, model, jax.random.key(0))))
     print(HEADINGS)
     measure_step("prior", step, state, feed, config, devices, count)
 

@@ -70,5 +70,7 @@ def main() -> None:
 
         images = splits.train.images
         title = f"{config.data.path or config.data.name}: {len(images)} training images"
-        save(labelled_grid(images[datasets.spread(len(images), 64)], (), 8, title), given.out)
+        save(
+            labelled_grid(images[datasets.evenly_spaced(len(images), 64)], (), 8, title), given.out
+        )
         print(f"A sheet of them is in {given.out}.")

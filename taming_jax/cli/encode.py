@@ -14,7 +14,7 @@ import numpy as np
 
 from taming_jax.cli.arguments import DataFlags, check_output, data_settings, parse
 from taming_jax.errors import RunFailed
-from taming_jax.files import whole
+from taming_jax.storage import atomic_file
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def main() -> None:
     split, size = run.tokens(given.split), run.config.grid_size
     codes = split.images.reshape(-1, size, size)
     try:
-        with whole(given.out) as partial, partial.open("wb") as file:
+        with atomic_file(given.out) as partial, partial.open("wb") as file:
             np.savez_compressed(file, codes=codes, labels=split.labels.astype(np.int32))
     except OSError as error:
         raise RunFailed(f"{given.out} could not be written: {error.strerror or error}.") from error

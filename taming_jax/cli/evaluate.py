@@ -15,7 +15,7 @@ from typing import Any
 from taming_jax.cli.arguments import DataFlags, check_output, data_settings, parse
 from taming_jax.errors import RunFailed, UserError
 from taming_jax.evaluation.protocol import Protocol
-from taming_jax.files import check_writable, write_whole
+from taming_jax.storage import atomic_write, check_writable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,7 @@ def work(given: Evaluate, workdir: Path) -> None:
     if given.figures is not None:
         check_writable("--figures", given.figures)
     from taming_jax.evaluation.report import draw, finished
-    from taming_jax.evaluation.subject import Evaluation
+    from taming_jax.evaluation.subject import Evaluator
     from taming_jax.evaluation.table import table
     from taming_jax.metrics.distances import save_moments
     from taming_jax.run import load_run
@@ -83,14 +83,14 @@ def work(given: Evaluate, workdir: Path) -> None:
 
     start = time.monotonic()
     run = load_run(workdir, data_settings(given.data))
-    evaluation = Evaluation(run, given, given.devices, progress=True)
+    evaluation = Evaluator(run, given, given.devices, progress=True)
     results = finished(evaluation)
     print(table(results))
     folder = given.figures or (given.out and given.out.absolute().parent)
     try:
         if given.out is not None:
             content = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
-            write_whole(given.out, content.encode())
+            atomic_write(given.out, content.encode())
         if given.save_reference is not None:
             if len(evaluation.chosen) < 2:
                 raise UserError("--save-reference needs two images at least; take more --images.")

@@ -21,8 +21,8 @@ from taming_jax.config.load import load_config, show
 from taming_jax.config.validation import flag
 from taming_jax.errors import UserError
 from taming_jax.evaluation.report import evaluate
-from taming_jax.files import write_whole
 from taming_jax.run import load_run
+from taming_jax.storage import atomic_write
 from taming_jax.training import train
 
 
@@ -116,7 +116,7 @@ class Recipes:
         report = evaluate(
             load_run(folder), features="vgg", images=images, samples=samples, **sampling
         ) | {"seconds": seconds}  # fmt: skip
-        write_whole(file, json.dumps(report).encode())
+        atomic_write(file, json.dumps(report).encode())
         return report
 
     def line(self, name: str) -> str:

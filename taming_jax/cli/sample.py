@@ -18,7 +18,7 @@ import tyro
 
 from taming_jax.cli.arguments import check_output, parse
 from taming_jax.errors import RunFailed, UserError
-from taming_jax.files import check_writable
+from taming_jax.storage import check_writable
 
 if TYPE_CHECKING:
     from taming_jax.run import Run
@@ -133,11 +133,11 @@ def work(given: Sample) -> None:
 
 def sample_classes(run: "Run", given: Sample, most: int | None, **settings: Any) -> Drawn:
     """New images of the given classes, each class once, or of all or at most so many."""
-    from taming_jax.data.datasets import spread
+    from taming_jax.data.datasets import evenly_spaced
     from taming_jax.data.pixels import to_uint8
 
     count = len(run.class_names)
-    numbers = run.labels(given.classes or spread(count, most or count))
+    numbers = run.labels(given.classes or evenly_spaced(count, most or count))
     classes = list(dict.fromkeys(numbers.tolist()))
     images = run.sample(classes, given.per_class, **settings)
     labels = np.repeat(np.array(classes, np.int32), given.per_class)
@@ -171,7 +171,7 @@ def picture(file: Path, size: tuple[int, int], channels: int) -> np.ndarray:
     from taming_jax.data.images import decode
 
     try:
-        return decode(file.read_bytes(), size, channels, squeeze=False)
+        return decode(file.read_bytes(), size, channels, resize_mode="crop")
     except FileNotFoundError:
         raise UserError(f"there is no picture {file}.") from None
     except Exception as error:  # Pillow raises many kinds

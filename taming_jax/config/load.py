@@ -17,7 +17,7 @@ from taming_jax.config.schema import UNKNOWN, Config
 from taming_jax.config.serialization import from_dict, to_dict
 from taming_jax.config.validation import check, flag
 from taming_jax.errors import UserError
-from taming_jax.files import write_whole
+from taming_jax.storage import atomic_write
 
 
 def preset_names() -> list[str]:
@@ -153,4 +153,4 @@ def settings(values: Any, number: int) -> Config:
 def write_config(config: Config, path: Path) -> None:
     """Writes a config.json, whole or not at all. Raises OSError."""
     content = {"format": FORMAT} | dataclasses.asdict(config)
-    write_whole(path, (json.dumps(content, indent=2) + "\n").encode())
+    atomic_write(path, (json.dumps(content, indent=2) + "\n").encode())

@@ -10,7 +10,7 @@ import numpy as np
 
 from taming_jax.errors import UserError
 
-FORMAT = 5
+FORMAT = 6
 
 Arrays = dict[tuple[str, ...], np.ndarray]
 
@@ -28,14 +28,45 @@ def without_used_codes(config: dict[str, Any]) -> dict[str, Any]:
     return config | {"vqgan": vqgan}
 
 
-# What became of a config's settings, and of a checkpoint's arrays by their names, after format n.
-SETTINGS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
-    1: dict, 2: dict, 3: dict, 4: without_used_codes
-}  # fmt: skip
-ARRAYS: dict[int, Callable[[Arrays], Arrays]] = {1: with_skipped, 2: dict, 3: dict, 4: dict}
+# Settings and metrics that have other names since format 6.
+RENAMED_SETTINGS = {
+    "data": {"bad_share": "max_corrupt_fraction", "squeeze": "resize_mode"},
+    "vqgan": {"clip": "grad_clip_norm"},
+    "prior": {"clip": "grad_clip_norm", "keep_codes": "token_keep_prob"},
+}
+RENAMED_METRICS = {
+    "vqgan": {"nll": "reconstruction_loss"},
+    "prior": {"bits_per_dim": "code_bits_per_subpixel"},
+}
 
+
+def rename_keys(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """A dictionary with some keys renamed, in the same order."""
+    return {names.get(key, key): value for key, value in values.items()}
+
+
+def rename_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """Since format 6 some settings have other names, and `resize_mode` is a name, not a bool."""
+    sections = {
+        section: rename_keys(config[section], names)
+        for section, names in RENAMED_SETTINGS.items() if isinstance(config.get(section), dict)
+    }  # fmt: skip
+    data = sections.get("data", {})
+    if isinstance(squeeze := data.get("resize_mode"), bool):
+        data["resize_mode"] = "squeeze" if squeeze else "crop"
+    return config | sections
+
+
+# Functions from each format to the next, for a config's settings and for a checkpoint's arrays.
+SETTINGS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    1: dict, 2: dict, 3: dict, 4: without_used_codes, 5: rename_settings
+}  # fmt: skip
+ARRAYS: dict[int, Callable[[Arrays], Arrays]] = {
+    1: with_skipped, 2: dict, 3: dict, 4: dict, 5: dict
+}  # fmt: skip
 
 MICRO_BATCHES = 4  # the first format whose micro-batches of stage 1 have a weight each
+SCORES = 6  # the first format whose checkpoints say by which number they are compared
 
 
 def format_of(values: Mapping[str, Any], path: Path) -> int:

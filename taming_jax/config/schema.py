@@ -60,11 +60,12 @@ class DataConfig:
     """Train on crops at random places of images kept an eighth larger."""
     mirror: bool = False
     """Train on images of which every second one, at random, is mirrored."""
-    squeeze: bool = False
-    """Resize pictures to squares as they are, in place of cutting out their middle square."""
+    resize_mode: Literal["crop", "squeeze"] = "crop"
+    """Cut out the center square of a picture before resizing it, or resize the whole picture to a
+    square, which changes its aspect ratio."""
     cache: str | None = free(None)
     """The folder of decoded images; the user's own cache folder unless told."""
-    bad_share: float = free(0.1, SHARE)
+    max_corrupt_fraction: float = free(0.1, SHARE)
     """The largest share of pictures that may be unreadable and left out."""
     workers: int | None = free(None, COUNT)
     """Threads that decode pictures; default: one per core."""
@@ -112,7 +113,7 @@ class StageConfig:
     """Steps over which the learning rate rises from zero."""
     final_learning_rate: float = setting(1.0, SHARE)
     """Where the cosine decay of the learning rate ends, as a share of it; 1 keeps it constant."""
-    clip: float | None = setting(None, POSITIVE)
+    grad_clip_norm: float | None = setting(None, POSITIVE)
     """The largest global norm of a network's gradients; larger ones are scaled down to it."""
     init_from: str | None = None
     """The folder of a run from whose weights this one begins, in place of random ones, where names
@@ -255,7 +256,7 @@ class PriorConfig(StageConfig):
     augmented_versions: int = setting(8, COUNT)
     """Where training images are augmented, how many versions of each are encoded: the image as it
     is in the first epoch, others in the next ones, then again from the first."""
-    keep_codes: float = setting(1.0, SHARE)
+    token_keep_prob: float = setting(1.0, SHARE)
     """The share of input codes left as they are; the others become random ones."""
 
     temperature: float = free(1.0)

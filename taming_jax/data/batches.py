@@ -20,7 +20,7 @@ from taming_jax.parallel.devices import Devices
 
 class Batch(NamedTuple):
     """What one step reads. `step` is the host's number of the step (how a stage chooses among
-    compiled steps); `arrays` is what the compiled step is called with, and what `take` reads:
+    compiled steps); `arrays` is what the compiled step takes, and `gather_batch` reads:
     `images` uint8 [n,h,w,c] and `labels` int32 [n], of which the examples are those at `index`
     int32 [b], or, without an index, the examples themselves; in training `place` int32 [b] is an
     example's place in the batch of all devices, for its random keys; in evaluation `weight`
@@ -78,7 +78,7 @@ class Feed(abc.ABC):
         """The batch of step `step` (the first is 0) of training."""
 
     @abc.abstractmethod
-    def once(self) -> Generator[Batch, None, None]:
+    def iterate_once(self) -> Generator[Batch, None, None]:
         """Every example once, in order, in batches of one size."""
 
     @abc.abstractmethod
@@ -96,7 +96,7 @@ class ResidentFeed(Feed):
     def batch(self, step: int) -> Batch:
         return Batch(step, self._resident | self._devices.shard(self._training(step)))
 
-    def once(self) -> Generator[Batch, None, None]:
+    def iterate_once(self) -> Generator[Batch, None, None]:
         for number in range(-(-self.size // self.batch_size)):
             shards = self._devices.shard(self._evaluation(number))
             yield Batch(number, self._resident | shards)
@@ -142,7 +142,7 @@ class StreamingFeed(Feed):
         self._next = step + 1
         return next(self._reading)
 
-    def once(self) -> Generator[Batch, None, None]:
+    def iterate_once(self) -> Generator[Batch, None, None]:
         batches = self._read(self._evaluation, 0, -(-self.size // self.batch_size))
         with contextlib.closing(batches):
             yield from batches
@@ -159,7 +159,7 @@ def feed(split: Split, batch_size: int, seed: int, devices: Devices, resident_sh
     return (ResidentFeed if fits else StreamingFeed)(split, batch_size, seed, devices)
 
 
-def take(arrays: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+def gather_batch(arrays: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
     """Inside a step: a batch's images uint8 [b,h,w,c] (or its grids of codes) and labels [b]."""
     if "index" not in arrays:
         return arrays["images"], arrays["labels"]

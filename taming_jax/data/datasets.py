@@ -56,9 +56,9 @@ def load(config: DataConfig) -> Splits:
     if config.name in SOURCES:
         return SOURCES[config.name](config)
     if config.name.startswith("tfds:"):
-        return decode_tables(readers.tfds(config), config)
+        return build_splits(readers.tfds(config), config)
     if "/" in config.name:
-        return decode_tables(readers.hub(config), config)
+        return build_splits(readers.hub(config), config)
     raise UserError(
         f"--data.name {config.name} is unknown; the datasets are {', '.join(sorted(SOURCES))}, "
         "OWNER/NAME of the Hugging Face hub, and tfds:NAME of TensorFlow Datasets."
@@ -90,25 +90,25 @@ def class_numbers(classes: int | str | Iterable[int | str], names: Sequence[str]
 def load_same(load: Callable[[], Splits]) -> tuple[Splits, dict[str, Any]]:
     """What `load` returns, and its fingerprint, which must be the same in all processes. Raises
     UserError in all of them where it is not, or where one cannot load it."""
-    splits = distributed.agreed(load)
-    fingerprint = identity(splits)
+    splits = distributed.run_on_all(load)
+    own = fingerprint(splits)
     advice = "Give all processes the same data, by --data.path."
-    distributed.check_equal(fingerprint, unlike, advice)
-    return splits, fingerprint
+    distributed.check_equal(own, fingerprint_diff, advice)
+    return splits, own
 
 
-def spread(n: int, most: int) -> np.ndarray:
+def evenly_spaced(n: int, most: int) -> np.ndarray:
     """The places of n things, or of `most` of them, evenly from the first to the last."""
     return np.linspace(0, n - 1, min(n, most)).astype(int)
 
 
-def identity(splits: Splits) -> dict[str, Any]:
+def fingerprint(splits: Splits) -> dict[str, Any]:
     """What a dataset is known by when a run goes on: plain values that JSON can hold. `means` are
     of some training and validation images: of other pictures they are others, while another
     version of a decoder, which rounds otherwise, changes them by less than 1."""
 
     def means(images: np.ndarray) -> list[float]:
-        return [round(float(images[i].mean()), 2) for i in spread(len(images), 64)]
+        return [round(float(images[i].mean()), 2) for i in evenly_spaced(len(images), 64)]
 
     chosen = {"training": splits.train, "validation": splits.validation}
     return {
@@ -118,7 +118,7 @@ def identity(splits: Splits) -> dict[str, Any]:
     }
 
 
-def unlike(now: dict[str, Any] | None, then: dict[str, Any] | None) -> list[str]:
+def fingerprint_diff(now: dict[str, Any] | None, then: dict[str, Any] | None) -> list[str]:
     """How a dataset is another than it was, by their identities, a phrase a difference; nothing
     where one of them is not known, or of an imported run, which knows names of classes alone."""
     found: list[str] = []
@@ -228,17 +228,17 @@ def synthetic(config: DataConfig) -> Splits:
 
 def folder(config: DataConfig) -> Splits:
     """One's own pictures in `config.path`: a folder a class, or one folder."""
-    return decode_tables(readers.folder(config), config)
+    return build_splits(readers.folder(config), config)
 
 
-def decode_tables(tables: dict[str, Table], config: DataConfig) -> Splits:
+def build_splits(tables: dict[str, Table], config: DataConfig) -> Splits:
     """Encoded pictures as Splits. What the data does not have as a split of its own is cut from
     its training split, by seed. Raises UserError where there is nothing to train on, or too many
     pictures cannot be read."""
     tables = {split: table for split, table in tables.items() if len(table.names)}
     if "train" not in tables:
         raise UserError(f"{config.path or config.name} has no split 'train', or an empty one.")
-    labels, class_names = number_classes(tables, config)
+    labels, class_names = encode_labels(tables, config)
     pictures = {
         split: Pictures(table, np.arange(len(table.names)), labels[split])
         for split, table in tables.items()
@@ -261,10 +261,13 @@ def decode_tables(tables: dict[str, Table], config: DataConfig) -> Splits:
         parts[split] = Split(decoded.images, decoded.labels)
         if decoded.problem:
             problems.append(f"{split}: {decoded.problem}")
-    if count - sum(len(part.images) for part in parts.values()) > config.bad_share * count:
+    if (
+        count - sum(len(part.images) for part in parts.values())
+        > config.max_corrupt_fraction * count
+    ):
         raise UserError(
             f"{'; '.join(problems)}. Mend or remove them, or allow a larger share by "
-            "--data.bad-share."
+            "--data.max-corrupt-fraction."
         )
     for problem in problems:
         say(f"{problem}, and left out.")
@@ -277,7 +280,7 @@ def decode_tables(tables: dict[str, Table], config: DataConfig) -> Splits:
     return Splits(**parts, class_names=class_names)
 
 
-def number_classes(
+def encode_labels(
     tables: dict[str, Table], config: DataConfig
 ) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
     """Classes as numbers int32 [n] by split, and their names. UserError where some are missing, or

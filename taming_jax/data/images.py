@@ -26,8 +26,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from taming_jax.config.schema import DataConfig
 from taming_jax.errors import UserError, say
-from taming_jax.files import text_hash, user_cache, whole, write_whole
 from taming_jax.progress import Progress
+from taming_jax.storage import atomic_file, atomic_write, text_hash, user_cache
 
 VERSION = 3  # of the cache's format; another version is another key
 CHUNK = 64  # pictures that a thread decodes at a time
@@ -73,9 +73,11 @@ class Pictures:
         return self.table.names[self.numbers[place]]
 
 
-def decode(content: bytes, size: int | tuple[int, int], channels: int, squeeze: bool) -> np.ndarray:
+def decode(
+    content: bytes, size: int | tuple[int, int], channels: int, resize_mode: str
+) -> np.ndarray:
     """A picture's bytes to uint8 [h,w,channels] of a size, or of a height and width: turned as EXIF
-    says, transparency on white, its middle of that shape (or, to `squeeze`, all of it) resized by
+    says, transparency on white, its middle of that shape (or, with "squeeze", all of it) resized by
     antialiased bicubic interpolation.
 
     Raises some exception, of many kinds, where the picture cannot be read.
@@ -85,7 +87,7 @@ def decode(content: bytes, size: int | tuple[int, int], channels: int, squeeze: 
         # Pillow warns of these, and raises where there are twice as many pixels.
         if (pixels := opened.width * opened.height) > (Image.MAX_IMAGE_PIXELS or math.inf):
             raise Image.DecompressionBombError(f"it has {pixels} pixels")
-        if not squeeze:
+        if resize_mode == "crop":
             # A JPEG is decoded at an eighth, a quarter or half its size where that is enough.
             opened.draft(None, (2 * wide, 2 * high))
         opened.load()
@@ -98,7 +100,7 @@ def decode(content: bytes, size: int | tuple[int, int], channels: int, squeeze: 
     image = image.convert("L" if channels == 1 else "RGB")
     width, height = image.size
     box = (0.0, 0.0, float(width), float(height))
-    if not squeeze:
+    if resize_mode == "crop":
         across, down = min(width, height * wide / high), min(height, width * high / wide)
         left, top = (width - across) / 2, (height - down) / 2
         box = (left, top, left + across, top + down)
@@ -127,7 +129,13 @@ def decode_split(pictures: Pictures, size: int, config: DataConfig, split: str) 
     Raises UserError where a picture's file, or the cache, cannot be read or written, and where none
     of the pictures can be decoded.
     """
-    parts = [VERSION, pictures.table.content, size, config.channels, config.squeeze]
+    parts = [
+        VERSION,
+        pictures.table.content,
+        size,
+        config.channels,
+        config.resize_mode == "squeeze",
+    ]
     key = hashlib.sha256(json.dumps(parts).encode() + pictures.numbers.tobytes()).hexdigest()[:20]
     entry = cache_folder(config) / key
     shape = (len(pictures), size, size, config.channels)
@@ -178,7 +186,7 @@ def write_entry(
     entry: Path, pictures: Pictures, shape: tuple[int, ...], config: DataConfig, split: str
 ) -> DecodedSplit:
     """Decodes pictures into an entry of the cache, and returns it."""
-    with whole(entry / "images.u8") as file:
+    with atomic_file(entry / "images.u8") as file:
         images = np.memmap(file, np.uint8, "w+", shape=shape)
         if hasattr(os, "posix_fallocate"):  # a full disk raises here, in place of a SIGBUS later
             with file.open("r+b") as raw:
@@ -194,7 +202,7 @@ def write_entry(
         about = {"kept": kept, "says": problem, "checksums": checksums(images[: len(kept)])}
         os.truncate(file, len(kept) * images[0].nbytes)
     about["hash"] = text_hash(about)
-    write_whole(entry / "about.json", json.dumps(about).encode())
+    atomic_write(entry / "about.json", json.dumps(about).encode())
     written = read_entry(entry, pictures, shape)
     if written is None:
         raise OSError(errno.EIO, "what was written is not what is read")
@@ -222,7 +230,7 @@ def decode_all(
         for place in range(start, min(start + CHUNK, count)):
             try:
                 content = pictures.table.reader[int(pictures.numbers[place])]
-                images[place] = decode(content, size, channels, config.squeeze)
+                images[place] = decode(content, size, channels, config.resize_mode)
             except UnidentifiedImageError:
                 bad[place] = "no picture of a known kind"
             except MemoryError:

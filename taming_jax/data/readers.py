@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from taming_jax.config.schema import DataConfig
 from taming_jax.data.images import Table, cache_folder
 from taming_jax.errors import UserError, say
-from taming_jax.files import text_hash
+from taming_jax.storage import text_hash
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
 # What a split may be called; the first name is a prefix of the others.

@@ -10,15 +10,15 @@ import numpy as np
 from taming_jax import losses
 from taming_jax.data.pixels import to_float, to_uint8
 from taming_jax.errors import UserError
-from taming_jax.evaluation.subject import Evaluation
+from taming_jax.evaluation.subject import Evaluator
 from taming_jax.metrics import distances, similarity
 from taming_jax.metrics.distances import Moments
 from taming_jax.metrics.features import MICRO, VGG_LEAST
 from taming_jax.models.lpips import load_lpips, lpips
-from taming_jax.models.vqgan import VQGAN, decode_indices, encode, images_at_once
+from taming_jax.models.vqgan import VQGAN, decode_indices, encode, max_batch
 
 
-def reconstructions(evaluation: Evaluation) -> dict[str, Any]:
+def reconstructions(evaluation: Evaluator) -> dict[str, Any]:
     """The report of the reconstructions of the chosen images: means over the images, the Fréchet
     distance to them, and how the codes are used; with a prior that fits the data also
     `likelihood_bits_per_code`."""
@@ -35,7 +35,7 @@ def reconstructions(evaluation: Evaluation) -> dict[str, Any]:
             evaluation.warnings.append(f"No LPIPS: {error}")
     measure = devices.compile(measurement(run.model))
     params = devices.replicate(params)
-    size = images_at_once(pixels, MICRO) * len(devices)
+    size = max_batch(pixels, MICRO) * len(devices)
     sums: dict[str, float] = defaultdict(float)
     counts, moments, bits = np.zeros(config.vqgan.codebook_size, np.int64), Moments(), 0.0
     has_likelihood = evaluation.prior_fits and run.prior.window == run.prior.grid

@@ -4,14 +4,14 @@ from typing import Any
 
 import numpy as np
 
-from taming_jax.data.datasets import spread
+from taming_jax.data.datasets import evenly_spaced
 from taming_jax.evaluation.protocol import Protocol
-from taming_jax.evaluation.subject import Evaluation
+from taming_jax.evaluation.subject import Evaluator
 from taming_jax.metrics import distances
 from taming_jax.metrics.distances import FeatureStats
 
 
-def samples(evaluation: Evaluation) -> dict[str, Any]:
+def samples(evaluation: Evaluator) -> dict[str, Any]:
     """The report of new images, of classes as frequent as in the split."""
     protocol, classifier = evaluation.protocol, evaluation.classifier
     order = np.sort(evaluation.chosen.labels, kind="stable")
@@ -50,15 +50,17 @@ def feature_distances(protocol: Protocol, real: np.ndarray, fake: np.ndarray) ->
     return {"kd": kd, "kd_deviation": deviation} | shares
 
 
-def nearest(evaluation: Evaluation, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def nearest(evaluation: Evaluator, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """`count` samples uint8 [n,h,w,c], those training images (of at most `kept` of them) that are
     nearest to them by their features, and how far these are, [n], in units of the distance of a
     training image from its nearest."""
     train = evaluation.subset("train", evaluation.protocol.kept)
     features = evaluation.feature_stats(train, "training images").features
-    labels = np.resize(spread(len(evaluation.splits.class_names), count), count).astype(np.int32)
+    labels = np.resize(evenly_spaced(len(evaluation.splits.class_names), count), count).astype(
+        np.int32
+    )
     images = np.concatenate(list(evaluation.drawn(labels)))
     numbers, squares = distances.nearest(evaluation.features(images)[0], features)
-    some = features[spread(len(features), 1000)]
+    some = features[evenly_spaced(len(features), 1000)]
     unit = np.sqrt(np.median(distances.radii(features, 1, some)))
     return images, train[numbers], np.sqrt(squares) / unit

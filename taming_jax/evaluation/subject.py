@@ -11,7 +11,7 @@ import numpy as np
 
 from taming_jax.data import datasets
 from taming_jax.data.augment import centred
-from taming_jax.data.datasets import Split, spread
+from taming_jax.data.datasets import Split, evenly_spaced
 from taming_jax.data.pixels import to_uint8
 from taming_jax.errors import UserError
 from taming_jax.evaluation.protocol import Protocol
@@ -54,7 +54,7 @@ class ImageSubset:
         return content.hexdigest()[:16]
 
 
-class Evaluation:
+class Evaluator:
     """A run under a protocol.
 
     Raises UserError for settings of sampling that are not possible, for fewer than two images where
@@ -71,7 +71,7 @@ class Evaluation:
         self.warnings: list[str] = []
         if self.draws:
             run.sampling(**protocol.sampling)
-        self.splits, self.identity = datasets.load_same(run.load_data)
+        self.splits, self.fingerprint = datasets.load_same(run.load_data)
         classes = len(self.splits.class_names)
         self.prior_fits = run.transformer is not None and run.prior.classes == classes
         self.chosen = self.subset(protocol.split, protocol.images)
@@ -116,7 +116,7 @@ class Evaluation:
     def subset(self, split: str, most: int | None = None) -> ImageSubset:
         """The images of a split, or `most` of them, evenly spread."""
         chosen: Split = getattr(self.splits, split)
-        rows = spread(len(chosen.images), most or len(chosen.images))
+        rows = evenly_spaced(len(chosen.images), most or len(chosen.images))
         return ImageSubset(chosen, rows, self.run.config.data.image_size)
 
     def parts(self, images: ImageSubset, name: str) -> Iterator[tuple[slice, np.ndarray]]:

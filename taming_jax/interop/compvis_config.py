@@ -213,7 +213,7 @@ def stage2(
         **sizes,
         dropout=max(float(gpt.get(f"{part}_pdrop", 0.0)) for part in ("embd", "resid", "attn")),
         block_size=number(gpt["block_size"]), vocabulary=vocabulary, first_class=first,
-        keep_codes=float(params.get("pkeep", 1.0)), label_dropout=0.0, schedule="cosine",
+        token_keep_prob=float(params.get("pkeep", 1.0)), label_dropout=0.0, schedule="cosine",
         final_learning_rate=1.0,
     )  # fmt: skip
     return prior, names
@@ -283,7 +283,7 @@ def yaml_of(model: Model) -> dict[str, Any]:
         section = {
             "target": "taming.models.cond_transformer.Net2NetTransformer",
             "params": condition | {
-                "cond_stage_key": "class_label", "pkeep": prior.keep_codes,
+                "cond_stage_key": "class_label", "pkeep": prior.token_keep_prob,
                 "transformer_config": {
                     "target": "taming.modules.transformer.mingpt.GPT", "params": gpt,
                 },

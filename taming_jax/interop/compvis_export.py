@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 
 from taming_jax.errors import RunFailed, say
-from taming_jax.files import write_whole
 from taming_jax.interop.compvis import lpips_state_dict, tables_of
 from taming_jax.interop.compvis_config import exported, yaml_of
 from taming_jax.interop.imports import Model
 from taming_jax.models.lpips import load_lpips
+from taming_jax.storage import atomic_write
 from taming_jax.training.checkpoints import Checkpoint, Store
 from taming_jax.weights.layout import paths, theirs
 from taming_jax.weights.state_dict import write_state_dict
@@ -41,7 +41,7 @@ def export_run(folder: Path, out: Path, stage: str | None) -> int:
             "left out, since the official code knows no guidance."
         )
     try:
-        write_whole(out.with_suffix(".yaml"), content.encode())
+        atomic_write(out.with_suffix(".yaml"), content.encode())
         write_state_dict(out, arrays, {"global_step": checkpoint.step})
     except OSError as error:
         raise RunFailed(f"{out} could not be written: {error.strerror or error}.") from error

@@ -15,11 +15,11 @@ from flax import traverse_util
 from taming_jax.config.load import validated, write_config
 from taming_jax.config.schema import Config
 from taming_jax.errors import RunFailed, UserError, say
-from taming_jax.files import check_writable
 from taming_jax.models.discriminator import Discriminator
 from taming_jax.models.vqgan import build_vqgan
 from taming_jax.priors.registry import build_prior
 from taming_jax.progress import Progress
+from taming_jax.storage import check_writable
 from taming_jax.training.checkpoints import Store
 from taming_jax.weights.layout import Layout, expected, ours, paths
 from taming_jax.weights.state_dict import StateDict, check

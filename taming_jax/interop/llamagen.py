@@ -65,7 +65,7 @@ def transformer_of(
         layers=count(state_dict, r"layers\.(\d+)\."), heads=heads, width=width, norm="rms",
         mlp="swiglu", mlp_width=hidden, bias=False,
         positions="llamagen", dropout=0.1, label_dropout=0.1, learning_rate=1e-4,
-        weight_decay=0.05, clip=1.0, schedule="cosine", final_learning_rate=1.0,
+        weight_decay=0.05, grad_clip_norm=1.0, schedule="cosine", final_learning_rate=1.0,
         # As its own script draws.
         guidance_scale=4.0, top_k=min(2000, codes),
     )  # fmt: skip

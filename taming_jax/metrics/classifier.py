@@ -15,8 +15,8 @@ from flax import traverse_util
 from taming_jax.data.batches import permutation
 from taming_jax.data.datasets import Split
 from taming_jax.data.pixels import to_float
-from taming_jax.files import read_arrays, write_arrays
 from taming_jax.progress import Progress
+from taming_jax.storage import read_arrays, write_arrays
 
 FEATURES = 128
 EPOCHS, BATCH, RATE = 3, 128, 2e-3

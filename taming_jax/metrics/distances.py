@@ -12,9 +12,9 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from taming_jax.data.datasets import spread
+from taming_jax.data.datasets import evenly_spaced
 from taming_jax.errors import RunFailed, UserError
-from taming_jax.files import write_whole
+from taming_jax.storage import atomic_write
 
 ROWS = 1024  # of a matrix of distances held at once
 
@@ -64,7 +64,7 @@ def save_moments(file: Path, found: Moments) -> None:
     OSError."""
     content = io.BytesIO()
     np.savez(content, mu=found.mean, sigma=found.covariance, count=found.count)
-    write_whole(file, content.getvalue())
+    atomic_write(file, content.getvalue())
 
 
 def load_moments(file: Path, dimensions: int) -> Moments:
@@ -202,7 +202,7 @@ class FeatureStats:
     them, and at most `kept` of them, evenly spread, those of `rows` int [m]."""
 
     def __init__(self, count: int, kept: int):
-        self.moments, self.rows = Moments(), spread(count, kept)
+        self.moments, self.rows = Moments(), evenly_spaced(count, kept)
         self._parts: list[np.ndarray] = []
 
     def add(self, features: np.ndarray) -> None:

@@ -22,12 +22,12 @@ from PIL import Image
 from taming_jax.data.datasets import Split
 from taming_jax.data.pixels import to_float
 from taming_jax.errors import UserError
-from taming_jax.files import user_cache, write_whole
 from taming_jax.metrics import classifier
 from taming_jax.models import inception
 from taming_jax.models.inception import InceptionV3
 from taming_jax.models.lpips import load_lpips, vgg_features
 from taming_jax.parallel.devices import Devices
+from taming_jax.storage import atomic_write, user_cache
 from taming_jax.weights.arrays import hash_arrays
 from taming_jax.weights.layout import Layout, expected, ours, parameter, paths
 from taming_jax.weights.state_dict import check, open_state_dict
@@ -203,7 +203,7 @@ def find_inception(fetch: bool) -> Path | None:
         if not is_original(content):
             raise OSError("what came is another file")
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, content)
+        atomic_write(file, content)
     except (OSError, HTTPException) as error:
         raise UserError(
             f"InceptionV3's weights cannot be had from {INCEPTION_URL} ({error}); fetch the file "

@@ -7,11 +7,11 @@ import jax
 import numpy as np
 
 from taming_jax.config.schema import Config
-from taming_jax.data.datasets import Split, spread
+from taming_jax.data.datasets import Split, evenly_spaced
 from taming_jax.errors import UserError
 from taming_jax.metrics.distances import Moments, frechet_distance, moments
 from taming_jax.metrics.features import MICRO, Features, vgg
-from taming_jax.models.vqgan import images_at_once
+from taming_jax.models.vqgan import max_batch
 from taming_jax.parallel.devices import Devices
 
 MOST = 2000  # images
@@ -37,11 +37,11 @@ class ValidationFD:
                 f"the validation split has {len(split.images)} images, and a distance needs two: "
                 "leave --vqgan.fd-every and --prior.fd-every out, or raise --data.validation-share."
             )
-        rows = spread(len(split.images), MOST)
+        rows = evenly_spaced(len(split.images), MOST)
         labels = split.labels[rows].astype(np.int32)
         self._batch = {"images": split.images[rows], "labels": labels, "numbers": ranks(labels)}
         self._devices, self.features = devices, Features(vgg(), devices)
-        self._size = images_at_once(config.data.image_size**2, MICRO) * len(devices)
+        self._size = max_batch(config.data.image_size**2, MICRO) * len(devices)
         self._reference: Moments | None = None
 
     def distance(self, make: Callable[[dict[str, Any]], jax.Array]) -> float:

@@ -68,12 +68,12 @@ def distance(heads: Any, left: list[jax.Array], right: list[jax.Array]) -> jax.A
     """LPIPS [b] of two images' features."""
     total = jnp.zeros(len(left[0]))
     for head, a, b in zip(heads, left, right, strict=True):
-        difference = jnp.square(unit_features(a) - unit_features(b))
+        difference = jnp.square(normalize_features(a) - normalize_features(b))
         total += jnp.matmul(difference, head, precision="highest").mean((1, 2))
     return total
 
 
-def unit_features(x: jax.Array) -> jax.Array:
+def normalize_features(x: jax.Array) -> jax.Array:
     """Scales features [b,h,w,c] to length one at every place. A place where every feature is zero
     stays zero, and its gradient too (the root's own would be infinite there)."""
     squares = jnp.square(x.astype(jnp.float32)).sum(-1, keepdims=True)

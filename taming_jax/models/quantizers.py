@@ -79,12 +79,12 @@ class VectorQuantizer(nn.Module):
         z = z.astype(jnp.float32)
         settings, codes = self.settings, self.codebook
         if settings.l2_normalise:
-            z, codes = unit(z), unit(codes)
+            z, codes = l2_normalize(z), l2_normalize(codes)
         # |z - e|^2 without |z|^2, which is the same for every code. `highest`: a TF32 product
         # would choose another code where two are almost as near.
         scores = jnp.matmul(z, codes.T, precision=lax.Precision.HIGHEST)
         indices = jnp.argmin(jnp.square(codes).sum(-1) - 2 * scores, -1).astype(jnp.int32)
-        vectors = select(codes, indices)
+        vectors = one_hot_lookup(codes, indices)
         on_codes = jnp.square(vectors - lax.stop_gradient(z)).mean(-1)
         on_latents = jnp.square(lax.stop_gradient(vectors) - z).mean(-1)
         if settings.legacy_commitment:
@@ -96,7 +96,7 @@ class VectorQuantizer(nn.Module):
     def lookup(self, indices: jax.Array) -> jax.Array:
         """The codes at indices int32 [b,h,w], float32 [b,h,w,d]."""
         codes = self.codebook
-        return (unit(codes) if self.settings.l2_normalise else codes)[indices]
+        return (l2_normalize(codes) if self.settings.l2_normalise else codes)[indices]
 
 
 class GumbelQuantizer(nn.Module):
@@ -127,7 +127,7 @@ class GumbelQuantizer(nn.Module):
         loss = divergence * self.settings.kl_weight
         if noise is None:
             indices = jnp.argmax(logits, -1).astype(jnp.int32)
-            return Quantized(select(codes, indices), indices, loss)
+            return Quantized(one_hot_lookup(codes, indices), indices, loss)
         gumbel = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(noise.keys)
         drawn = (logits + gumbel) / noise.temperature
         indices = jnp.argmax(drawn, -1).astype(jnp.int32)
@@ -148,14 +148,14 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
 }
 
 
-def select(codes: jax.Array, indices: jax.Array) -> jax.Array:
+def one_hot_lookup(codes: jax.Array, indices: jax.Array) -> jax.Array:
     """`codes[indices]` as a one-hot product, which is exact and whose gradient is a product too: a
     gather's gradient is a scatter-add, hundreds of times slower on some GPUs."""
     one_hot = jax.nn.one_hot(indices, codes.shape[0], dtype=codes.dtype)
     return jnp.matmul(one_hot, codes, precision=lax.Precision.HIGHEST)
 
 
-def unit(x: jax.Array) -> jax.Array:
+def l2_normalize(x: jax.Array) -> jax.Array:
     """Vectors [..., d] scaled to length one; the small constant keeps a zero's gradient finite."""
     return x * lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-12)
 

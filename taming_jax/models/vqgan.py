@@ -71,7 +71,7 @@ def build_vqgan(config: Config) -> VQGAN:
     )
 
 
-def images_at_once(pixels: int, most: int) -> int:
+def max_batch(pixels: int, most: int) -> int:
     """How many images of so many pixels a device encodes or decodes at once, so that large ones fit
     in memory: a million pixels in all, at most so many images."""
     return min(max(PIXELS // pixels, 1), most)

@@ -16,17 +16,17 @@ from taming_jax.errors import UserError
 from taming_jax.parallel import distributed
 
 
-def averaged(tree: Any, axis_name: str | None) -> Any:
+def maybe_pmean(tree: Any, axis_name: str | None) -> Any:
     """Inside a step: the mean over the devices of an axis; the tree itself where there is none."""
     return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
 
 
-def summed(tree: Any, axis_name: str | None) -> Any:
+def maybe_psum(tree: Any, axis_name: str | None) -> Any:
     """Inside a step: the sum over the devices of an axis; the tree itself where there is none."""
     return tree if axis_name is None else jax.lax.psum(tree, axis_name)
 
 
-def operations(lowered: Any) -> float | None:
+def count_flops(lowered: Any) -> float | None:
     """Floating-point operations of a function as it is written, before XLA puts a library's in
     place of them; None where JAX cannot tell. It does not for the plugins of GPUs, so the CPU's
     analysis is asked there, by a private name."""
@@ -72,8 +72,8 @@ class Compiled:
         """Compiles for all calls, which must have arguments of these shapes. With other processes
         the first call still compiles, since JAX cannot call what it lowered for several."""
         lowered = self._function.lower(state, arrays, *self.frozen)
-        self.flops = operations(lowered)
-        if distributed.count() == 1:
+        self.flops = count_flops(lowered)
+        if distributed.process_count() == 1:
             self._program = lowered.compile()
 
 
@@ -81,7 +81,7 @@ def first_devices(count: int | None) -> list[Any]:
     """The first devices of this process, or all. UserError where there are not so many."""
     available = jax.local_devices()
     if count is not None and not 1 <= count <= len(available):
-        where = "" if distributed.count() == 1 else " in this process"
+        where = "" if distributed.process_count() == 1 else " in this process"
         raise UserError(
             f"--devices is {count}, but there are {len(available)}{where} "
             f"({available[0].platform}); ask for 1 to that many."
@@ -94,9 +94,9 @@ class Devices:
     not so many, or one process has more than another."""
 
     def __init__(self, count: int | None = None):
-        self.list = distributed.agreed(lambda: first_devices(count))
+        self.list = distributed.run_on_all(lambda: first_devices(count))
         of_each, memories = zip(
-            *distributed.exchanged((len(self.list), self._own_memory())), strict=True
+            *distributed.all_gather_objects((len(self.list), self._own_memory())), strict=True
         )
         if len(set(of_each)) > 1:
             raise UserError(
@@ -105,7 +105,7 @@ class Devices:
             )
         self._of_all = [
             device
-            for process in range(distributed.count())
+            for process in range(distributed.process_count())
             for device in jax.local_devices(process)[: len(self.list)]
         ]
         # The least of all processes, since they have to choose alike.
@@ -131,7 +131,7 @@ class Devices:
 
     def own(self, batch_size: int) -> slice:
         """The rows of a batch that this process reads: all, or of several processes its part."""
-        size = batch_size // distributed.count()
+        size = batch_size // distributed.process_count()
         return slice(jax.process_index() * size, (jax.process_index() + 1) * size)
 
     def check_batch(self, name: str, batch_size: int, micro_batches: int = 1) -> None:
@@ -139,7 +139,11 @@ class Devices:
         into so many micro-batches."""
         n = len(self)
         if batch_size % (n * micro_batches):
-            of = "" if distributed.count() == 1 else f" of {distributed.count()} processes"
+            of = (
+                ""
+                if distributed.process_count() == 1
+                else f" of {distributed.process_count()} processes"
+            )
             parts, fewer = "", ""
             if micro_batches > 1:
                 parts = f", in {micro_batches} --{name}.micro-batches on each"
@@ -201,7 +205,9 @@ class Devices:
         if self.axis_name is None:
             return array
         return np.concatenate(
-            distributed.exchanged(array.reshape(array.shape[0] * array.shape[1], *array.shape[2:]))
+            distributed.all_gather_objects(
+                array.reshape(array.shape[0] * array.shape[1], *array.shape[2:])
+            )
         )
 
     def in_batches(self, apply: Callable[[Any], Any], arrays: Any, size: int) -> Any:

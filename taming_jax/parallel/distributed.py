@@ -98,30 +98,30 @@ def check_coordinator(address: str, process: int, timeout: float) -> None:
             time.sleep(0.2)
 
 
-def count() -> int:
+def process_count() -> int:
     """How many processes there are."""
     import jax
 
     return jax.process_count()
 
 
-def first() -> bool:
+def is_primary() -> bool:
     """Whether this process is the one that writes."""
     import jax
 
     return jax.process_index() == 0
 
 
-def one_speaks() -> None:
+def silence_secondary() -> None:
     """From here on the sentences of other processes than the first go nowhere; errors do not."""
-    if not first():
+    if not is_primary():
         progress.silence()
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
-def exchanged(value: Any) -> list[Any]:
+def all_gather_objects(value: Any) -> list[Any]:
     """What every process gives, by process. All of them must call this."""
-    if count() == 1:
+    if process_count() == 1:
         return [value]
     from jax.experimental.multihost_utils import process_allgather
 
@@ -132,7 +132,7 @@ def exchanged(value: Any) -> list[Any]:
     return [pickle.loads(row[:length]) for row, length in zip(rows, lengths, strict=True)]
 
 
-def agreed(function: Callable[[], T]) -> T:
+def run_on_all(function: Callable[[], T]) -> T:
     """What a function returns; where it fails in one process, all fail. It must not itself need
     the other processes."""
     error: BaseException | None = None
@@ -140,7 +140,7 @@ def agreed(function: Callable[[], T]) -> T:
         value = function()
     except (UserError, RunFailed) as raised:
         error = raised
-    errors = exchanged(error)
+    errors = all_gather_objects(error)
     if error is not None:
         raise error
     for process, other in enumerate(errors):
@@ -149,16 +149,16 @@ def agreed(function: Callable[[], T]) -> T:
     return value
 
 
-def from_first(function: Callable[[], T]) -> T:
+def run_on_primary(function: Callable[[], T]) -> T:
     """What a function returns in process 0, which alone runs it, in every process; or what it
     raises there."""
-    if count() == 1:
+    if process_count() == 1:
         return function()
     from jax.experimental.multihost_utils import broadcast_one_to_all
 
-    value = agreed(lambda: function() if first() else None)
-    content = pickle.dumps(value) if first() else b""
-    length = exchanged(len(content))[0]
+    value = run_on_all(lambda: function() if is_primary() else None)
+    content = pickle.dumps(value) if is_primary() else b""
+    length = all_gather_objects(len(content))[0]
     own = np.frombuffer(content.ljust(length), np.uint8)
     return pickle.loads(np.asarray(broadcast_one_to_all(own)).data)
 
@@ -170,7 +170,7 @@ def check_equal(
 ) -> None:
     """UserError, in every process, where one has another value than process 0. `compare` returns
     how two values differ, as phrases; `advice` is a sentence that follows them."""
-    values = exchanged(value)
+    values = all_gather_objects(value)
     for process, other in enumerate(values):
         if phrases := compare(other, values[0]):
             raise UserError(

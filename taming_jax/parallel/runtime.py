@@ -18,7 +18,7 @@ except ImportError:  # a version without this private function: it is taken not 
 
 from taming_jax.config.schema import Config
 from taming_jax.errors import UserError
-from taming_jax.files import user_cache
+from taming_jax.storage import user_cache
 
 # Implies --xla_gpu_exclude_nondeterministic_ops, and switches autotuning off (openxla/xla 12520).
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"

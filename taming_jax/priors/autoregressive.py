@@ -20,7 +20,7 @@ from taming_jax.config.schema import Config, PriorConfig
 from taming_jax.errors import UserError
 from taming_jax.losses import next_token, per_example
 from taming_jax.models.layers import Dtype
-from taming_jax.models.quantizers import select
+from taming_jax.models.quantizers import one_hot_lookup
 from taming_jax.priors.decoding import (
     Choose,
     Inputs,
@@ -33,7 +33,7 @@ from taming_jax.priors.windows import scan_windows
 
 
 class GPT(nn.Module):
-    """Tokens int32 [b,t] to logits float32 [b,t,spoken].
+    """Tokens int32 [b,t] to logits float32 [b,t,num_logits].
 
     A token is a code; or a class, `first` and after; or "none", which is the last. The network
     reads only its own part of `settings`, not how it is trained.
@@ -58,7 +58,7 @@ class GPT(nn.Module):
         return self.grid[0] * self.grid[1]
 
     @property
-    def longest(self) -> int:
+    def max_length(self) -> int:
         """The longest sequence."""
         return self.settings.block_size or self.length
 
@@ -66,39 +66,39 @@ class GPT(nn.Module):
     def window(self) -> tuple[int, int]:
         """Height and width of the largest grid that fits in a sequence, where the image's does not:
         a square."""
-        side = math.isqrt(self.longest)
-        return self.grid if self.length <= self.longest else (side, side)
+        side = math.isqrt(self.max_length)
+        return self.grid if self.length <= self.max_length else (side, side)
 
     @property
-    def first(self) -> int:
+    def first_class_token(self) -> int:
         """The token of the first class."""
         return self.codebook_size if self.settings.vocabulary is None else self.settings.first_class
 
     @property
-    def none(self) -> int:
+    def null_token(self) -> int:
         """The token of no class."""
         return self.settings.vocabulary or self.codebook_size + self.classes
 
     @property
-    def spoken(self) -> int:
+    def num_logits(self) -> int:
         """How many tokens there are logits of: the codes, then those that are none."""
         return self.settings.vocabulary or self.codebook_size
 
     def class_tokens(self, labels: jax.Array) -> jax.Array:
         """The tokens of classes int [...], from 0; `classes` stands for "none"."""
-        return jnp.where(labels == self.classes, self.none, self.first + labels)
+        return jnp.where(labels == self.classes, self.null_token, self.first_class_token + labels)
 
     def setup(self) -> None:
         settings, width = self.settings, self.settings.width
-        self.embedding = self.param("embedding", init, (self.none + 1, width))
+        self.embedding = self.param("embedding", init, (self.null_token + 1, width))
         if settings.positions == "learned":
-            self.learned = self.param("positions", init, (self.longest, width))
+            self.learned = self.param("positions", init, (self.max_length, width))
         block = nn.remat(Block, static_argnums=(5,)) if settings.remat else Block
         self.blocks = [
             block(settings, self.dtype, name=f"block_{i}") for i in range(settings.layers)
         ]
         self.norm_out = make_norm(settings.norm, self.dtype)
-        self.head = self.param("head", init, (width, self.spoken))
+        self.head = self.param("head", init, (width, self.num_logits))
         self.embedding_dropout = nn.Dropout(settings.dropout)
 
     def __call__(self, tokens: jax.Array, train: bool = False) -> jax.Array:
@@ -108,16 +108,18 @@ class GPT(nn.Module):
     def decode(
         self, tokens: jax.Array, cache: Cache, position: jax.Array | int
     ) -> tuple[jax.Array, Cache]:
-        """Logits [b,s,spoken] of tokens [b,s] at `position` and after, which see the earlier
+        """Logits [b,s,num_logits] of tokens [b,s] at `position` and after, which see the earlier
         ones through `cache`; and the cache with theirs."""
         return self._forward(tokens, cache, position, False)
 
     def _forward(
         self, tokens: jax.Array, cache: Cache | None, position: jax.Array | int, train: bool
     ) -> tuple[jax.Array, Cache]:
-        if isinstance(position, int) and position + tokens.shape[1] > self.longest:
-            raise ValueError(f"{tokens.shape[1]} tokens are more than the {self.longest} there are")
-        x = select(self.embedding, tokens)
+        if isinstance(position, int) and position + tokens.shape[1] > self.max_length:
+            raise ValueError(
+                f"{tokens.shape[1]} tokens are more than the {self.max_length} there are"
+            )
+        x = one_hot_lookup(self.embedding, tokens)
         at = position + jnp.arange(tokens.shape[1])
         places = None
         if self.settings.positions == "learned":
@@ -146,14 +148,14 @@ class GPT(nn.Module):
     def check_trainable(self) -> None:
         """Raises UserError where this prior can draw codes but cannot be trained."""
         tokens = self.settings.vocabulary
-        if tokens is not None and self.first + self.classes > tokens:
+        if tokens is not None and self.first_class_token + self.classes > tokens:
             raise UserError(
                 f"--prior.vocabulary {tokens} has no room for {self.classes} classes from token "
-                f"{self.first}; take a larger one, or another --prior.first-class."
+                f"{self.first_class_token}; take a larger one, or another --prior.first-class."
             )
-        if self.length > self.longest:
+        if self.length > self.max_length:
             raise UserError(
-                f"--prior.block-size {self.longest} does not hold the {self.length} codes of an "
+                f"--prior.block-size {self.max_length} does not hold the {self.length} codes of an "
                 "image; such a prior draws in windows, and is not trained on whole images."
             )
 
@@ -165,7 +167,7 @@ class GPT(nn.Module):
 
     @nn.nowrap
     def logits(self, params: Any, labels: jax.Array, codes: jax.Array) -> jax.Array:
-        """The logits [b,t,spoken] of codes int [b,t], each given the class and those before it."""
+        """The logits [b,t,num_logits] of codes int [b,t], given the class and the codes before."""
         tokens = self.teacher_forced(labels, codes)
         return cast(jax.Array, self.apply({"params": params}, tokens))
 
@@ -177,15 +179,17 @@ class GPT(nn.Module):
         example, so that neither dropout ("dropout") nor corrupted codes ("codes") depend on what
         else is in the batch, or on which device it is."""
         tokens = self.teacher_forced(labels, codes)
-        if self.settings.keep_codes < 1:
-            corrupt = functools.partial(corrupted, self.settings.keep_codes, self.codebook_size)
+        if self.settings.token_keep_prob < 1:
+            corrupt = functools.partial(
+                corrupted, self.settings.token_keep_prob, self.codebook_size
+            )
             rest = jax.vmap(corrupt)(keys["codes"], tokens[:, 1:])
             tokens = jnp.concatenate([tokens[:, :1], rest], 1)
         return next_token(self.train_logits(params, tokens, keys["dropout"]), codes)
 
     @nn.nowrap
     def train_logits(self, params: Any, tokens: jax.Array, keys: jax.Array) -> jax.Array:
-        """The logits [b,t,spoken] of tokens [b,t] with dropout, by one key [b] per example."""
+        """The logits [b,t,num_logits] of tokens [b,t] with dropout, by one key [b] per example."""
         if not self.settings.dropout:
             return cast(jax.Array, self.apply({"params": params}, tokens))
 
@@ -298,9 +302,9 @@ def next_logits(
     position: jax.Array | int,
     scale: jax.Array | float | None,
 ) -> tuple[jax.Array, Cache]:
-    """Logits [b,spoken] of the code at a position, given the token before it, and the cache with
-    that token. With a guidance scale, tokens [2b] and the cache hold the conditional sequences and
-    then the unconditional ones."""
+    """Logits [b,num_logits] of the code at a position, given the token before it, and the cache
+    with that token. With a guidance scale, tokens [2b] and the cache hold the conditional sequences
+    and then the unconditional ones."""
     logits, cache = cast(
         tuple[jax.Array, Cache],
         model.apply({"params": params}, tokens[:, None], cache, position, method=GPT.decode),

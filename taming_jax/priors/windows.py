@@ -66,8 +66,8 @@ def window_logits(
     rows: int | None = None,
     scale: jax.Array | float | None = None,
 ) -> jax.Array:
-    """Logits [b,spoken] of the code at a row and column of a grid [b,h,w] at least as large as the
-    model's window, given those before it in its window. Only the first `rows` rows of the
+    """Logits [b,num_logits] of the code at a row and column of a grid [b,h,w] at least as large as
+    the model's window, given those before it in its window. Only the first `rows` rows of the
     window are read, which include that code; default: all."""
     high, wide = model.window
     rows = high if rows is None else rows

@@ -20,12 +20,12 @@ import orbax.checkpoint as ocp
 from flax import traverse_util
 
 from taming_jax.config.load import differences, settings
-from taming_jax.config.migrations import ARRAYS, FORMAT, MICRO_BATCHES, format_of, migrated
+from taming_jax.config.migrations import ARRAYS, FORMAT, MICRO_BATCHES, SCORES, format_of, migrated
 from taming_jax.config.schema import Config
 from taming_jax.config.serialization import to_dict
-from taming_jax.data.datasets import unlike
+from taming_jax.data.datasets import fingerprint_diff
 from taming_jax.errors import RunFailed, UserError, say
-from taming_jax.files import text_hash
+from taming_jax.storage import text_hash
 from taming_jax.training.orbax_handlers import ALONE, arrays_handler, describe_failure
 from taming_jax.training.weights import describe_loaded, load_matching_weights
 from taming_jax.weights.arrays import digest, fill, named_arrays
@@ -113,8 +113,8 @@ class Store:
         values = {}
         for step in self.steps():
             with contextlib.suppress(ValueError):
-                if (metrics := self._about(step)["metrics"]) is not None:
-                    values[step] = self.judged(metrics)
+                if (score := self._about(step)["score"]) is not None:
+                    values[step] = score
         best = min(values, key=lambda step: values[step], default=None)
         return (None, math.inf) if best is None else (best, values[best])
 
@@ -142,6 +142,7 @@ class Store:
             "hashes": {"/".join(path): digest(array) for path, array in arrays.items()},
             "config": to_dict(config),
             "metrics": metrics,
+            "score": None if metrics is None else self.judged(metrics),
             "dataset": self._dataset,
         }
         if weights_only:
@@ -223,7 +224,9 @@ class Store:
             raise ValueError(f"it cannot be read ({type(error).__name__})") from error
         if text_hash(about) != expected:
             raise ValueError("its description is not what was saved")
-        format_of(about, folder)
+        if format_of(about, folder) < SCORES:
+            metrics = about["metrics"]
+            about["score"] = metrics and metrics.get(FD, metrics.get("nll"))
         return about
 
     def _config(self, about: dict[str, Any], step: int) -> Config:
@@ -334,7 +337,7 @@ class Store:
                 "which computed one adaptive weight for all of them. This one would train it "
                 "differently: choose another --workdir, or begin anew with --restart."
             )
-        others = unlike(self._dataset, checkpoint.dataset)
+        others = fingerprint_diff(self._dataset, checkpoint.dataset)
         if others:
             raise UserError(
                 f"{self.path} holds a run on other data: {'; '.join(others)}. Name the same data "

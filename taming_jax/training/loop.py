@@ -15,20 +15,21 @@ import jax
 import numpy as np
 
 from taming_jax.config.load import differences, read_config, validated, write_config
+from taming_jax.config.migrations import RENAMED_METRICS, rename_keys
 from taming_jax.config.schema import OF_A_MACHINE, Config, StageConfig
 from taming_jax.data.batches import Batch
 from taming_jax.errors import Interrupted, RunFailed, UserError, say
-from taming_jax.files import run_lock, usable
 from taming_jax.parallel import distributed
 from taming_jax.parallel.devices import Devices
 from taming_jax.parallel.runtime import prepare
 from taming_jax.progress import Progress
+from taming_jax.storage import run_lock, usable
 from taming_jax.training.checkpoints import FD, Store
 from taming_jax.training.log import Log
 from taming_jax.training.meter import Meter, Tracer
 from taming_jax.training.signals import Signals
 from taming_jax.training.stage import Stage
-from taming_jax.training.state import TrainState, copied
+from taming_jax.training.state import TrainState, copy_buffers
 from taming_jax.training.weights import (
     describe_loaded,
     describe_other_meaning,
@@ -62,12 +63,12 @@ def train(kind: Callable[..., Stage], config: Config, restart: bool = False) -> 
         signals = Signals()
         stack.callback(signals.restore)
         prepare(config)
-        if distributed.count() > 1:  # none of them may end before the others
+        if distributed.process_count() > 1:  # none of them may end before the others
             signals.listen()
-        distributed.one_speaks()
+        distributed.silence_secondary()
         check_alike(config)
         devices = Devices(config.devices)
-        distributed.from_first(lambda: stack.enter_context(run_lock(folder)) and None)
+        distributed.run_on_primary(lambda: stack.enter_context(run_lock(folder)) and None)
         stage = kind(config, devices, restart)
         config = stage.config
         store = Store(folder, stage.name, stage.best_metric, stage.dataset)
@@ -87,8 +88,8 @@ def train(kind: Callable[..., Stage], config: Config, restart: bool = False) -> 
             # A fresh state, too, is the first process's: another kind of device may round
             # otherwise. A copy, since the first step gives its state up: what is restored is
             # numpy's memory, and a fresh state is the stage's.
-            state = distributed.from_first(lambda: begin(state) or state)
-            state = copied(devices.replicate(state))
+            state = distributed.run_on_primary(lambda: begin(state) or state)
+            state = copy_buffers(devices.replicate(state))
             return Loop(stage, store, signals, restart).run(state)
         except OSError as error:
             raise RunFailed(f"{error.filename or folder}: {error.strerror or error}.") from error
@@ -144,7 +145,7 @@ def mean_metrics(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 def derived(term: str) -> tuple[bool, bool]:
     """Sorts a step's metrics: terms first, then sums of them, then gradients of the sums."""
-    return term.endswith("_gradient"), term in ("nll", "loss")
+    return term.endswith("_gradient"), term in ("reconstruction_loss", "nll", "loss")
 
 
 class Loop:
@@ -173,21 +174,28 @@ class Loop:
             say(f"{folder} is trained already, to step {start}; see {folder}/figures.")
             return folder
         name, meter = self.stage.name, Meter(self.devices.list[0], self.config, say)
-        rows = read_rows(folder / "metrics" / f"{name}.jsonl")
-        writers = open_writers(folder, name) if distributed.first() else []
+        rows = [
+            rename_keys(row, RENAMED_METRICS[name])
+            for row in read_rows(folder / "metrics" / f"{name}.jsonl")
+        ]
+        writers = open_writers(folder, name) if distributed.is_primary() else []
         self.log = Log(name, start, self.steps, rows, writers, meter)
         self.store.say = self.log.say
-        if distributed.first():
+        if distributed.is_primary():
             write_config(with_other_stage(self.config, name, self.restart), folder / "config.json")
         count, kind = len(self.devices), self.devices.list[0].platform
-        of = f" of {distributed.count()} processes" if distributed.count() > 1 else ""
+        of = (
+            f" of {distributed.process_count()} processes"
+            if distributed.process_count() > 1
+            else ""
+        )
         self.log.say(
             f"Training stage {self.stage.name} of {self.config.config} into {folder}: "
             f"{self.training.size} images, {self.settings.batch_size} a step, "
             f"step {start + 1} to {self.steps}, on {count} {kind} device{'s' * (count > 1)}{of}. "
             "Compiling takes a while."
         )
-        traced = self.settings.profile if distributed.first() else None
+        traced = self.settings.profile if distributed.is_primary() else None
         self.tracer = Tracer(traced, folder / "profile", self.log.say)
         with contextlib.ExitStack() as stack:
             for feed in (self.training, self.validation):
@@ -196,7 +204,7 @@ class Loop:
             stack.callback(self.store.wait)
             stack.callback(self.tracer.close)
             first = self.training.batch(start)
-            with contextlib.closing(self.validation.once()) as validation:
+            with contextlib.closing(self.validation.iterate_once()) as validation:
                 batch = next(validation)
             self.stage.compile(state, first, batch)
             self.log.begin()
@@ -230,7 +238,7 @@ class Loop:
                 if take_fd or not self.fd_every:
                     chosen = found
                     self.store.wait()  # for what it took: a best that was lost is not to be beaten
-                    best = distributed.from_first(lambda: self.store.best()[1])
+                    best = distributed.run_on_primary(lambda: self.store.best()[1])
                     save = save or self.store.judged(chosen) < best
                 # Drawn before it is saved: a run that ends in between is resumed, and draws again.
                 # After a signal there is no time for it.
@@ -260,7 +268,7 @@ class Loop:
         """The signal after which the run ends with this step. Several processes must end with the
         same one: at each they vote, and go by the vote of two steps before, which is known by now,
         so that no device is waited for."""
-        if distributed.count() == 1:
+        if distributed.process_count() == 1:
             return self.signals.received
         self.votes.append(self.devices.largest(self.signals.received or 0))
         if len(self.votes) <= 2:
@@ -268,15 +276,15 @@ class Loop:
         return int(self.devices.fetch(self.votes.pop(0))) or None
 
     def _save(self, state: TrainState, done: int, chosen: dict[str, float] | None) -> None:
-        if distributed.first():
+        if distributed.is_primary():
             self.store.save(done, self.devices.fetch(state), self.config, chosen)
 
     def _require(self, step: int) -> None:
         """Waits, in every process, for the checkpoint of a step. RunFailed where there is none."""
-        distributed.from_first(lambda: self.store.require(step))
+        distributed.run_on_primary(lambda: self.store.require(step))
 
     def _draw(self, state: TrainState, sums: dict[str, np.ndarray]) -> None:
-        if distributed.first():
+        if distributed.is_primary():
             with self.log.tolerating(f"The figures in {self.folder / 'figures'}"):
                 self.stage.draw(state, self.folder / "figures", sums, self.log.rows)
 
@@ -317,7 +325,7 @@ class Loop:
         after = f", after {allowed} steps skipped in a row" if allowed else ""
         raise RunFailed(
             f"not finite at step {step}{after}: {terms}; {where}. Lower the learning rate or "
-            f"bound the gradients by --{self.stage.name}.clip."
+            f"bound the gradients by --{self.stage.name}.grad-clip-norm."
         )
 
     def _evaluate(
@@ -325,7 +333,7 @@ class Loop:
     ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
         size, sums = self.validation.size, None
         with Progress("validation", size, "images") as progress:
-            for batch in self.validation.once():
+            for batch in self.validation.iterate_once():
                 part = self.devices.fetch(self.stage.eval_step(state, batch))
                 sums = part if sums is None else jax.tree.map(np.add, sums, part)
                 progress.update(self.settings.batch_size)

@@ -18,12 +18,12 @@ from taming_jax.config.load import differences
 from taming_jax.config.schema import Config
 from taming_jax.data import datasets
 from taming_jax.data.augment import augments
-from taming_jax.data.batches import take
+from taming_jax.data.batches import gather_batch
 from taming_jax.data.pixels import to_uint8
 from taming_jax.errors import UserError
 from taming_jax.models.vqgan import build_vqgan, decode_indices
 from taming_jax.parallel import distributed
-from taming_jax.parallel.devices import Compiled, Devices, averaged, in_batches, summed
+from taming_jax.parallel.devices import Compiled, Devices, in_batches, maybe_pmean, maybe_psum
 from taming_jax.priors.decoding import micro_batch, sample_keys
 from taming_jax.priors.registry import Prior, build_prior
 from taming_jax.training.accumulate import mean_over_parts
@@ -35,11 +35,11 @@ from taming_jax.training.state import (
     LABELS,
     Net,
     TrainState,
-    clipped,
-    copied,
+    apply_if_finite,
+    copy_buffers,
     example_keys,
     schedule,
-    stepped,
+    with_clipping,
 )
 from taming_jax.training.tokens import TokenFeed, Tokenizer
 
@@ -51,7 +51,9 @@ def adamw(config: Config) -> Any:
     decay = optax.add_decayed_weights(
         prior.weight_decay, mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
     )
-    return clipped(optax.chain(optax.scale_by_adam(*prior.betas), decay), prior.clip)
+    return with_clipping(
+        optax.chain(optax.scale_by_adam(*prior.betas), decay), prior.grad_clip_norm
+    )
 
 
 def learning_rate(config: Config, steps: int) -> optax.Schedule:
@@ -84,7 +86,7 @@ def training_step(
 ) -> tuple[TrainState, dict[str, Any]]:
     """The pure step of a run of so many: one batch of codes, gathered where it lies."""
     prior, seed = config.prior, config.seed
-    codes, labels = take(arrays)
+    codes, labels = gather_batch(arrays)
     codes = codes.astype(jnp.int32)
     keys = {
         name: example_keys(seed, purpose, state.step, arrays["place"])
@@ -98,11 +100,11 @@ def training_step(
         return jax.value_and_grad(lambda params: model.loss(params, *arrays).mean())(net.params)
 
     means = mean_over_parts(part, (labels, codes, keys), prior.micro_batches)
-    nll, gradient = averaged(means, axis_name)
+    nll, gradient = maybe_pmean(means, axis_name)
     metrics = {"nll": nll, "transformer_gradient": optax.tree.norm(gradient)}
     rate = learning_rate(config, steps)(state.step)
-    nets = state.nets | {"transformer": net.updated(adamw(config), gradient, rate)}
-    return stepped(state, nets, metrics, ("nll", "transformer_gradient"))
+    nets = state.nets | {"transformer": net.with_update(adamw(config), gradient, rate)}
+    return apply_if_finite(state, nets, metrics, ("nll", "transformer_gradient"))
 
 
 def chosen_generator(folder: Path, anew: bool) -> tuple[Any, Config, dict[str, Any] | None]:
@@ -128,7 +130,7 @@ class PriorStage(Stage):
     learned = ("transformer",)
 
     def __init__(self, config: Config, devices: Devices, restart: bool = False):
-        self.generator, trained, seen = distributed.from_first(
+        self.generator, trained, seen = distributed.run_on_primary(
             lambda: chosen_generator(config.folder, restart)
         )
         different = differences(config, trained, ("data", "vqgan"))
@@ -139,7 +141,7 @@ class PriorStage(Stage):
                 "anew, begin a prior on it with --restart."
             )
         super().__init__(config, devices)
-        others = datasets.unlike(self.dataset, seen)
+        others = datasets.fingerprint_diff(self.dataset, seen)
         if others:
             raise UserError(
                 f"the generator in {config.folder} was trained on other data: {'; '.join(others)}. "
@@ -164,7 +166,7 @@ class PriorStage(Stage):
 
     def init(self, key: jax.Array) -> TrainState:
         state = fresh_transformer(self.config, self.model, key)
-        generator = Net(copied(self.generator), ())
+        generator = Net(copy_buffers(self.generator), ())
         return state.replace(nets=state.nets | {"generator": generator})
 
     def compiled_step(self, step: int) -> Compiled:
@@ -172,22 +174,26 @@ class PriorStage(Stage):
 
     def _evaluate(self, state: TrainState, arrays: dict[str, Any]) -> dict[str, jax.Array]:
         """Sums over a batch of codes."""
-        codes, labels = take(arrays)
+        codes, labels = gather_batch(arrays)
         codes, weight = codes.astype(jnp.int32), arrays["weight"]
         params = state.nets["transformer"].params
         with jax.default_matmul_precision("highest"):
             metrics = self.model.evaluate(params, labels, codes)
         sums = {name: (values * weight).sum() for name, values in metrics.items()}
-        return summed(sums | {"examples": weight.sum()}, self.devices.axis_name)
+        return maybe_psum(sums | {"examples": weight.sum()}, self.devices.axis_name)
 
     def summarise(self, sums: dict[str, np.ndarray]) -> dict[str, float]:
-        """The means of the prior's metrics, of which `nll` is in nats per code, and that in bits
-        per dimension of the image."""
+        """The means of the prior's metrics, of which `nll` is in nats per code, and the rate of
+        the codes in bits per subpixel of the image."""
         data, examples = self.config.data, sums["examples"]
         means = {name: float(x / examples) for name, x in sums.items() if name != "examples"}
-        codes, dimensions = self.config.grid_size**2, data.image_size**2 * data.channels
+        codes, subpixels = self.config.grid_size**2, data.image_size**2 * data.channels
         nll = means.pop("nll")
-        return {"nll": nll, "bits_per_dim": nll * codes / dimensions / float(np.log(2)), **means}
+        return {
+            "nll": nll,
+            "code_bits_per_subpixel": nll * codes / subpixels / float(np.log(2)),
+            **means,
+        }
 
     def make_images(self, params: dict[str, Any], arrays: dict[str, jax.Array]) -> jax.Array:
         """Images uint8 [b,h,w,c] of `labels` and `numbers` int32 [b], drawn as the config says, by
@@ -208,7 +214,7 @@ class PriorStage(Stage):
         from taming_jax import figures  # not before: matplotlib is a second to import
 
         names, columns = self.splits.class_names, 8
-        classes = datasets.spread(len(names), 10).astype(np.int32)
+        classes = datasets.evenly_spaced(len(names), 10).astype(np.int32)
         params = self.devices.fetch({name: net.params for name, net in state.nets.items()})
         arrays = {
             "labels": np.repeat(classes, columns),

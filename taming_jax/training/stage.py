@@ -100,5 +100,5 @@ class Stage(abc.ABC):
         """The Fréchet distance of `make_images` to the validation split, where the settings have
         `fd_every`."""
         assert self._monitor is not None
-        params = {name: net.chosen for name, net in state.nets.items()}
+        params = {name: net.eval_params for name, net in state.nets.items()}
         return self._monitor.distance(functools.partial(self._make_images, params))

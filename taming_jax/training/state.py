@@ -30,7 +30,7 @@ class Net(struct.PyTreeNode):
     extra: Any = struct.field(default_factory=dict)
     ema: Any = None
 
-    def updated(
+    def with_update(
         self, optimiser: optax.GradientTransformation, gradients: Any, rate: jax.Array
     ) -> "Net":
         """The network after one step of its optimiser, at a learning rate."""
@@ -38,12 +38,12 @@ class Net(struct.PyTreeNode):
         params = jax.tree.map(lambda p, u: p - rate * u, self.params, updates)
         return self.replace(params=params, opt_state=opt_state)
 
-    def averaged(self, decay: float, step: jax.Array) -> "Net":
+    def with_ema(self, decay: float, step: jax.Array) -> "Net":
         """The moving average moved on by one step."""
-        return self.replace(ema=moved(self.ema, self.params, decay, step))
+        return self.replace(ema=ema_update(self.ema, self.params, decay, step))
 
     @property
-    def chosen(self) -> Any:
+    def eval_params(self) -> Any:
         """The parameters to evaluate with: the moving average where there is one."""
         return self.params if self.ema is None else self.ema
 
@@ -57,7 +57,7 @@ class TrainState(struct.PyTreeNode):
     skipped: jax.Array = struct.field(default_factory=lambda: jnp.zeros((), jnp.int32))
 
 
-def stepped(
+def apply_if_finite(
     state: TrainState, nets: dict[str, Net], metrics: dict[str, jax.Array], deciding: Sequence[str]
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """The state after a step that computed `metrics` and the updated networks `nets`, and the
@@ -73,7 +73,7 @@ def stepped(
     return after, metrics | {"skipped": skipped.astype(jnp.float32)}
 
 
-def moved(average: Any, value: Any, decay: float, n: jax.Array) -> Any:
+def ema_update(average: Any, value: Any, decay: float, n: jax.Array) -> Any:
     """A moving average after its update number `n`, from 0. Early on it follows faster,
     (1 + n) / (10 + n), so that it soon forgets where it began."""
     n = n.astype(jnp.float32)
@@ -82,7 +82,7 @@ def moved(average: Any, value: Any, decay: float, n: jax.Array) -> Any:
 
 
 @jax.jit
-def copied(tree: Any) -> Any:
+def copy_buffers(tree: Any) -> Any:
     """A tree in buffers of its own: a buffer that is in a donated state twice crashes JAX."""
     return jax.tree.map(jnp.copy, tree)
 
@@ -105,6 +105,6 @@ def schedule(settings: StageConfig, steps: int, rate: float) -> optax.Schedule:
     return lambda step: whole(step + 1)
 
 
-def clipped(optimiser: optax.GradientTransformation, clip: float | None) -> Any:
+def with_clipping(optimiser: optax.GradientTransformation, clip: float | None) -> Any:
     """The optimiser behind a bound on the gradients' global norm, where there is one."""
     return optimiser if clip is None else optax.chain(optax.clip_by_global_norm(clip), optimiser)

@@ -16,15 +16,15 @@ import numpy as np
 
 from taming_jax.config.schema import Config
 from taming_jax.data.augment import augmented, centred
-from taming_jax.data.batches import ResidentFeed, take
+from taming_jax.data.batches import ResidentFeed, gather_batch
 from taming_jax.data.datasets import Split
 from taming_jax.data.pixels import to_float
 from taming_jax.errors import say
-from taming_jax.files import read_arrays, text_hash, write_arrays
-from taming_jax.models.vqgan import VQGAN, encode, images_at_once
+from taming_jax.models.vqgan import VQGAN, encode, max_batch
 from taming_jax.parallel import distributed
 from taming_jax.parallel.devices import Devices
 from taming_jax.progress import Progress
+from taming_jax.storage import read_arrays, text_hash, write_arrays
 from taming_jax.training.state import AUGMENTATION, example_keys
 from taming_jax.weights.arrays import digest, hash_arrays
 
@@ -55,11 +55,11 @@ class Tokenizer:
             return indices.reshape(len(indices), -1)
 
         def plain(state: Any, arrays: dict[str, jax.Array]) -> jax.Array:
-            return codes(state["params"], centred(take(arrays)[0], config.data.image_size))
+            return codes(state["params"], centred(gather_batch(arrays)[0], config.data.image_size))
 
         def changed(state: Any, arrays: dict[str, jax.Array]) -> jax.Array:
             keys = example_keys(config.seed, AUGMENTATION, state["version"], arrays["place"])
-            return codes(state["params"], augmented(take(arrays)[0], keys, config.data))
+            return codes(state["params"], augmented(gather_batch(arrays)[0], keys, config.data))
 
         self._plain, self._changed = plain, changed
 
@@ -76,14 +76,14 @@ class Tokenizer:
         key = text_hash([hash_arrays(self._params), self._known[1], seen])[:16]
         starts = range(0, len(split.images), FILE)
         files = {at: self._folder / key / name / f"{at:08d}.npz" for at in starts}
-        held = distributed.from_first(lambda: {at: read_arrays(files[at]) for at in starts})
+        held = distributed.run_on_primary(lambda: {at: read_arrays(files[at]) for at in starts})
         codes = {at: kept["codes"] for at, kept in held.items() if kept is not None}
         if missing := [at for at in starts if at not in codes]:
             compiled = self.devices.compile(self._changed if version else self._plain)
             state = {"params": self._params, "version": np.int32(version)}
             state = self.devices.replicate(state)
             label = name + (f", version {version}" if version else "")
-            size = images_at_once(self._config.data.image_size**2, 256) * len(self.devices)
+            size = max_batch(self._config.data.image_size**2, 256) * len(self.devices)
             parts = {at: Split(*(x[at : at + FILE] for x in split)) for at in missing}
             count = sum(len(part.images) for part in parts.values())
             self._say(f"Encoding {label}: {count} images.")
@@ -97,7 +97,7 @@ class Tokenizer:
                     places = np.arange(start, start + len(part.images), dtype=np.int32)
                     arrays = part._asdict() | {"place": places}
                     codes[start] = self.devices.in_batches(encode, arrays, size).astype(self._dtype)
-                    if distributed.first():
+                    if distributed.is_primary():
                         write_arrays(files[start], {"codes": codes[start]})
         return Split(np.concatenate([codes[start] for start in starts]), split.labels)
 

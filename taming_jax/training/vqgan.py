@@ -15,7 +15,7 @@ from taming_jax.config.load import replaced
 from taming_jax.config.schema import Config
 from taming_jax.config.validation import warn_of_attention
 from taming_jax.data.augment import augmented
-from taming_jax.data.batches import Feed, feed, take
+from taming_jax.data.batches import Feed, feed, gather_batch
 from taming_jax.data.pixels import to_float, to_uint8
 from taming_jax.errors import UserError, say
 from taming_jax.models.lpips import load_lpips
@@ -31,13 +31,13 @@ from taming_jax.training.state import (
     REAL,
     Net,
     TrainState,
-    clipped,
-    copied,
+    apply_if_finite,
+    copy_buffers,
     example_keys,
     schedule,
-    stepped,
+    with_clipping,
 )
-from taming_jax.training.vqgan_step import Keys, Networks
+from taming_jax.training.vqgan_step import Keys, VQGANObjective
 
 
 def with_fixed_start(config: Config, examples: int, created: Config | None) -> Config:
@@ -64,7 +64,7 @@ class VQGANStage(Stage):
     """Stage 1 of a new run, or of the one that its folder holds, unless that begins anew."""
 
     name = "vqgan"
-    best_metric = "nll"
+    best_metric = "reconstruction_loss"
     learned = ("generator", "discriminator")
 
     def __init__(self, config: Config, devices: Devices, restart: bool = False):
@@ -72,15 +72,15 @@ class VQGANStage(Stage):
         frozen = devices.replicate(load_lpips() if settings.perceptual_weight else {})
         super().__init__(config, devices)
         store = Store(config.folder, self.name, self.best_metric)
-        created = None if restart else distributed.from_first(store.last_config)
+        created = None if restart else distributed.run_on_primary(store.last_config)
         config = with_fixed_start(config, len(self.splits.train.images), created)
         self.config = config
         start = config.vqgan.discriminator_start_step
         self.start = self.steps if start is None else start
         warn_of_attention(config)
-        self.networks = Networks.build(config, devices.axis_name)
+        self.networks = VQGANObjective.build(config, devices.axis_name)
         adam = optax.scale_by_adam(*settings.betas, settings.epsilon)
-        self._optimiser = clipped(adam, settings.clip)
+        self._optimiser = with_clipping(adam, settings.grad_clip_norm)
         self._rates = {
             "generator": schedule(settings, self.steps, settings.learning_rate),
             "discriminator": schedule(settings, self.steps, settings.discriminator_learning_rate),
@@ -124,7 +124,7 @@ class VQGANStage(Stage):
                 nets={
                     "generator": Net(
                         generator, self._optimiser.init(generator),
-                        ema=None if settings.ema_decay is None else copied(generator),
+                        ema=None if settings.ema_decay is None else copy_buffers(generator),
                     ),
                     "discriminator": Net(
                         discriminator, self._optimiser.init(discriminator), extra
@@ -146,7 +146,9 @@ class VQGANStage(Stage):
             def keys(purpose: int) -> jax.Array:
                 return example_keys(self.config.seed, purpose, state.step, arrays["place"])
 
-            images = to_float(augmented(take(arrays)[0], keys(AUGMENTATION), self.config.data))
+            images = to_float(
+                augmented(gather_batch(arrays)[0], keys(AUGMENTATION), self.config.data)
+            )
             draws = Keys()
             if settings.diff_augment:
                 draws = draws._replace(real=keys(REAL), fake=keys(FAKE))
@@ -157,12 +159,12 @@ class VQGANStage(Stage):
                 state.step - self.start, draws, self.temperature(state.step),
             )  # fmt: skip
             rate = self._rates["generator"](state.step)
-            generator = generator.updated(self._optimiser, found.generator, rate)
+            generator = generator.with_update(self._optimiser, found.generator, rate)
             if settings.ema_decay is not None:
-                generator = generator.averaged(settings.ema_decay, state.step)
+                generator = generator.with_ema(settings.ema_decay, state.step)
             if adversarial:
                 rate = self._rates["discriminator"](state.step)
-                learned = discriminator.updated(self._optimiser, found.discriminator, rate)
+                learned = discriminator.with_update(self._optimiser, found.discriminator, rate)
                 if settings.discriminator_every > 1:
                     learns = (state.step - self.start) % settings.discriminator_every == 0
                     learned = jax.tree.map(
@@ -174,7 +176,7 @@ class VQGANStage(Stage):
             if adversarial:
                 deciding += ["discriminator", "discriminator_gradient"]
                 deciding += ["lecam"] if settings.lecam_weight else []
-            return stepped(state, nets, found.metrics, deciding)
+            return apply_if_finite(state, nets, found.metrics, deciding)
 
         return step
 
@@ -221,7 +223,7 @@ class VQGANStage(Stage):
         from taming_jax import figures  # not before: matplotlib is a second to import
 
         counts = sums["counts"]
-        params = self.devices.fetch(state.nets["generator"].chosen)
+        params = self.devices.fetch(state.nets["generator"].eval_params)
         step = int(self.devices.fetch(state.step))
         images = self.splits.validation.images[:10]
         rng = np.random.default_rng(self.config.seed)

@@ -20,16 +20,16 @@ from jax import lax
 from taming_jax import losses
 from taming_jax.config.schema import Config, VQGANConfig
 from taming_jax.data.augment import diff_augmented
-from taming_jax.data.batches import take
+from taming_jax.data.batches import gather_batch
 from taming_jax.data.pixels import to_float, to_uint8
 from taming_jax.metrics.similarity import psnr
 from taming_jax.models.discriminator import Discriminator
 from taming_jax.models.lpips import lpips
 from taming_jax.models.quantizers import Noise
 from taming_jax.models.vqgan import VQGAN, build_vqgan, reconstruct
-from taming_jax.parallel.devices import averaged, summed
+from taming_jax.parallel.devices import maybe_pmean, maybe_psum
 from taming_jax.training.accumulate import mean_over_parts
-from taming_jax.training.state import Net, TrainState, moved
+from taming_jax.training.state import Net, TrainState, ema_update
 
 
 class Keys(NamedTuple):
@@ -79,7 +79,7 @@ class GeneratorPass(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Networks:
+class VQGANObjective:
     """The networks and losses of stage 1 as one config sets them; `axis_name` is that of the
     devices."""
 
@@ -90,7 +90,7 @@ class Networks:
     axis_name: str | None = None
 
     @classmethod
-    def build(cls, config: Config, axis_name: str | None = None) -> "Networks":
+    def build(cls, config: Config, axis_name: str | None = None) -> "VQGANObjective":
         settings, dtype = config.vqgan, jnp.dtype(config.dtype)
         discriminator = Discriminator(
             settings.discriminator_filters, settings.discriminator_layers, axis_name, dtype
@@ -99,25 +99,25 @@ class Networks:
 
     def mean(self, tree: Any) -> Any:
         """Averages over the devices."""
-        return averaged(tree, self.axis_name)
+        return maybe_pmean(tree, self.axis_name)
 
     def sum(self, tree: Any) -> Any:
         """Adds up over the devices."""
-        return summed(tree, self.axis_name)
+        return maybe_psum(tree, self.axis_name)
 
     def image_losses(
         self, images: jax.Array, reconstruction: jax.Array, lpips_params: Any
     ) -> dict[str, jax.Array]:
-        """The losses between images float [b,h,w,c] in [-1, 1], each [b]. `nll` is their weighted
-        sum; `l1` is reported for images in [0, 1]."""
+        """The losses between images float [b,h,w,c] in [-1, 1], each [b]. `reconstruction_loss` is
+        their weighted sum; `l1` is reported for images in [0, 1]."""
         settings = self.settings
         difference = losses.l1(images, reconstruction)
         found = {"l1": difference / 2}
-        nll = settings.l1_weight * difference
+        loss = settings.l1_weight * difference
         if settings.perceptual_weight:
             found["perceptual"] = lpips(lpips_params, images, reconstruction, self.dtype)
-            nll += settings.perceptual_weight * found["perceptual"]
-        return found | {"nll": nll}
+            loss += settings.perceptual_weight * found["perceptual"]
+        return found | {"reconstruction_loss": loss}
 
     def last_kernel_gradient(self, params: Any, last: jax.Array, cotangent: jax.Array) -> jax.Array:
         """The gradient at the decoder's last kernel from a cotangent of the reconstruction, given
@@ -194,7 +194,9 @@ class Networks:
         noise = None if keys.codes is None else Noise(keys.codes, temperature)
         forward = self.forward(generator, images, lpips_params, noise)
         cotangent, metrics = forward.cotangent, forward.metrics
-        metrics["loss"] = metrics["nll"] + settings.codebook_weight * metrics["codebook"]
+        metrics["loss"] = (
+            metrics["reconstruction_loss"] + settings.codebook_weight * metrics["codebook"]
+        )
         if not adversarial:
             return Gradients(forward.vjp(cotangent), None, None, metrics), forward.counts
         adversary = self.adversary(
@@ -232,7 +234,7 @@ class Networks:
         def image_loss(reconstruction: jax.Array) -> tuple[jax.Array, Any]:
             found = self.image_losses(images, reconstruction, lpips_params)
             means = {key: values.mean() for key, values in found.items()}
-            return means["nll"], means
+            return means["reconstruction_loss"], means
 
         (reconstruction, codebook), pullback, (indices, last) = jax.vjp(
             generate, params, has_aux=True
@@ -288,7 +290,7 @@ class Networks:
 
         means = self.mean({"real": real.mean(), "fake": fake.mean()})
         if settings.lecam_weight:
-            averages = moved(extra["lecam"], means, settings.lecam_decay, updates)
+            averages = ema_update(extra["lecam"], means, settings.lecam_decay, updates)
             extra["lecam"] = averages
 
         adversarial, for_generator = jax.value_and_grad(generator_loss)(fake)
@@ -304,11 +306,11 @@ class Networks:
     ) -> dict[str, jax.Array]:
         """Sums over a batch, from which `summarise` makes the metrics of a whole split."""
         generator, discriminator = state.nets["generator"], state.nets["discriminator"]
-        images, weight = to_float(take(arrays)[0]), arrays["weight"]
-        output = reconstruct(self.generator, generator.chosen, images)
+        images, weight = to_float(gather_batch(arrays)[0]), arrays["weight"]
+        output = reconstruct(self.generator, generator.eval_params, images)
         found = self.image_losses(images, output.images, lpips_params)
         found["codebook"] = losses.per_example(output.quantized.loss)
-        originals, made = take(arrays)[0] / 255, to_uint8(output.images) / 255
+        originals, made = gather_batch(arrays)[0] / 255, to_uint8(output.images) / 255
         found["psnr"] = psnr(originals, made)
         variables = {
             "params": discriminator.params,

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from taming_jax.errors import UserError
-from taming_jax.files import text_hash
+from taming_jax.storage import text_hash
 
 
 def named_arrays(tree: Any) -> dict[tuple[str, ...], Any]:

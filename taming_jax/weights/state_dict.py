@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from taming_jax.errors import UserError, say
-from taming_jax.files import whole
+from taming_jax.storage import atomic_file
 from taming_jax.weights.torch_file import open_tensors
 
 StateDict = dict[str, np.ndarray]
@@ -71,7 +71,7 @@ def write_state_dict(
 ) -> None:
     """Writes a `.safetensors` file with `rest` as its metadata, or a `.ckpt` as PyTorch Lightning
     writes it. The file appears whole or not at all. Raises OSError."""
-    with whole(file) as partial:
+    with atomic_file(file) as partial:
         if file.suffix == ".safetensors":
             from safetensors.numpy import save_file
 

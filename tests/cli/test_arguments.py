@@ -66,11 +66,11 @@ def test_help_of_stage_2_shows_the_settings_of_its_run(tmp_path, capsys):
 
 def test_settings_of_a_runs_dataset_are_flags(monkeypatch):
     """Those that are not given are None, so that processes can compare all of them."""
-    flags = "--data.path x --data.workers 2 --data.squeeze False --data.test-share 0.5"
+    flags = "--data.path x --data.workers 2 --data.resize-mode crop --data.test-share 0.5"
     monkeypatch.setattr(sys, "argv", ["encode.py", *flags.split()])
     given = parse(DataOnly, None)
     assert data_settings(given.data) == {
-        "path": "x", "workers": 2, "squeeze": False, "test_share": 0.5,
+        "path": "x", "workers": 2, "resize_mode": "crop", "test_share": 0.5,
     }  # fmt: skip
     fixed = {"image_size", "channels", "random_crop", "mirror"}
     names = {field.name for field in dataclasses.fields(DataConfig)} - fixed

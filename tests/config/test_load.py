@@ -93,7 +93,7 @@ def test_differences_name_what_is_trained_and_skip_what_may_change():
         ({"vqgan.discriminator_layers": 4}, "--vqgan.discriminator-layers 4 leave nothing"),
         ({"vqgan.decoder_blocks": -1}, "--vqgan.decoder-blocks"),
         ({"vqgan.learning_rate": -1.0}, "--vqgan.learning-rate"),
-        ({"vqgan.clip": 0.0}, "--vqgan.clip"),
+        ({"vqgan.grad_clip_norm": 0.0}, "--vqgan.grad-clip-norm"),
         ({"vqgan.betas": (1.0, 2.0)}, "--vqgan.betas"),
         ({"vqgan.lecam_weight": float("nan")}, "--vqgan.lecam-weight"),
         ({"prior.heads": 3}, "--prior.width 256 cannot be divided among 3"),

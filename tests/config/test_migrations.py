@@ -43,3 +43,14 @@ def test_remapped_codes_were_a_setting_before_format_5():
     config["vqgan"]["used_codes"] = [3, 1]
     with pytest.raises(UserError, match="remapped codes"):
         migrated(config, 4, migrations.SETTINGS)
+
+
+def test_settings_had_other_names_before_format_6():
+    old = {
+        "seed": 1, "data": {"squeeze": True, "bad_share": 0.2}, "vqgan": {"clip": None},
+        "prior": {"clip": 1.0, "keep_codes": 0.9},
+    }  # fmt: skip
+    assert migrated(old, 5, migrations.SETTINGS) == {
+        "seed": 1, "data": {"resize_mode": "squeeze", "max_corrupt_fraction": 0.2},
+        "vqgan": {"grad_clip_norm": None}, "prior": {"grad_clip_norm": 1.0, "token_keep_prob": 0.9},
+    }  # fmt: skip

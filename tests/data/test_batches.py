@@ -10,7 +10,7 @@ SPLIT = Split(np.arange(10, dtype=np.uint8).reshape(10, 1, 1, 1), np.arange(10, 
 
 
 def examples(feed, step):
-    images, labels = jax.jit(batches.take)(feed.batch(step).arrays)
+    images, labels = jax.jit(batches.gather_batch)(feed.batch(step).arrays)
     assert images.dtype == np.uint8 and (images.ravel() == labels).all()
     return labels.tolist()
 
@@ -34,12 +34,14 @@ def test_a_steps_number_alone_says_what_it_reads():
 
 def test_once_reads_each_example_once():
     feed = batches.ResidentFeed(SPLIT, 4, 0, Devices(1))
-    read = list(feed.once())
+    read = list(feed.iterate_once())
     assert [batch.arrays["weight"].sum() for batch in read] == [4, 4, 2]
     kept = [
         label
         for batch in read
-        for label, weight in zip(batches.take(batch.arrays)[1], batch.arrays["weight"], strict=True)
+        for label, weight in zip(
+            batches.gather_batch(batch.arrays)[1], batch.arrays["weight"], strict=True
+        )
         if weight
     ]
     assert kept == list(range(10))
@@ -57,7 +59,9 @@ def mapped(tmp_path):
 def taken(batch, devices):
     """A batch's examples and their places or weights, as the devices see them."""
     arrays = dict(batch.arrays)
-    seen = devices.compile(lambda _, arrays: batches.take(arrays))(devices.replicate(0), arrays)
+    seen = devices.compile(lambda _, arrays: batches.gather_batch(arrays))(
+        devices.replicate(0), arrays
+    )
     rest = [arrays[name] for name in ("place", "weight") if name in arrays]
     return [devices.gather(x) for x in (*seen, *rest)]
 
@@ -69,7 +73,7 @@ def test_streaming_and_resident_feeds_give_the_same_batches(mapped, count):
     assert [type(kind) for kind in kinds] == [batches.ResidentFeed, batches.StreamingFeed]
     steps = list(range(20))  # three epochs, and batches that cross their ends
     read = [[kind.batch(step) for step in steps] for kind in kinds]
-    read += [list(kind.once()) for kind in kinds]  # while training's are read ahead
+    read += [list(kind.iterate_once()) for kind in kinds]  # while training's are read ahead
     for resident, streamed in zip(read[0] + read[2], read[1] + read[3], strict=True):
         assert resident.step == streamed.step
         for one, other in zip(taken(resident, devices), taken(streamed, devices), strict=True):
@@ -98,11 +102,11 @@ def test_processes_read_a_part_each_of_the_same_batch(mapped, kind, monkeypatch)
     for process in range(2):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
         feed = kind(mapped, 8, 5, devices)
-        parts.append([feed.batch(9), *feed.once()])
+        parts.append([feed.batch(9), *feed.iterate_once()])
         feed.close()
     monkeypatch.undo()
     whole = batches.ResidentFeed(mapped, 8, 5, Devices(1))
-    for first, second, both in zip(*parts, [whole.batch(9), *whole.once()], strict=True):
+    for first, second, both in zip(*parts, [whole.batch(9), *whole.iterate_once()], strict=True):
         for one, other, expected in zip(
             *(taken(batch, Devices(1)) for batch in (first, second, both)), strict=True
         ):

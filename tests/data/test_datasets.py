@@ -109,11 +109,11 @@ def test_synthetic_images_of_any_size():
 
 def test_a_dataset_is_known_again_and_another_is_not():
     splits = datasets.load(DataConfig(name="synthetic", image_size=16))
-    known = json.loads(json.dumps(datasets.identity(splits)))
-    assert datasets.unlike(datasets.identity(splits), known) == []
+    known = json.loads(json.dumps(datasets.fingerprint(splits)))
+    assert datasets.fingerprint_diff(datasets.fingerprint(splits), known) == []
 
     def differs(**parts):
-        return datasets.unlike(datasets.identity(splits._replace(**parts)), known)
+        return datasets.fingerprint_diff(datasets.fingerprint(splits._replace(**parts)), known)
 
     train = splits.train
     off = np.random.default_rng(0).integers(-1, 2, train.images.shape)

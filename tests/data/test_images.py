@@ -23,15 +23,15 @@ from tests.data.pictures import encoded, picture
 
 def test_the_middle_square_resized_with_antialiasing():
     image = picture(1, 90, 60)
-    found = decode(encoded(image, "PNG"), 20, 3, squeeze=False)
+    found = decode(encoded(image, "PNG"), 20, 3, resize_mode="crop")
     expected = image.resize((30, 20), Image.Resampling.BICUBIC).crop((5, 0, 25, 20))
     np.testing.assert_array_equal(found, np.asarray(expected))
-    squeezed = decode(encoded(image, "PNG"), 20, 3, squeeze=True)
+    squeezed = decode(encoded(image, "PNG"), 20, 3, resize_mode="squeeze")
     expected = image.resize((20, 20), Image.Resampling.BICUBIC)
     np.testing.assert_array_equal(squeezed, np.asarray(expected))
     # Fine stripes become gray, not other stripes.
     stripes = Image.fromarray(np.tile(np.array([0, 255], np.uint8), (128, 64)))
-    gray = decode(encoded(stripes, "PNG"), 13, 1, squeeze=False)
+    gray = decode(encoded(stripes, "PNG"), 13, 1, resize_mode="crop")
     assert gray.shape == (13, 13, 1) and abs(gray.astype(int) - 127).max() < 40
 
 
@@ -39,7 +39,7 @@ def test_a_picture_is_turned_as_exif_says():
     image = picture(2, 60, 60)
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees
-    found = decode(encoded(image, "JPEG", exif=exif, quality=95), 60, 3, squeeze=False)
+    found = decode(encoded(image, "JPEG", exif=exif, quality=95), 60, 3, resize_mode="crop")
     expected = np.rot90(np.asarray(image), -1).astype(int)
     assert np.abs(found - expected).mean() < 8 < np.abs(found - np.asarray(image)).mean()
 
@@ -49,7 +49,7 @@ def test_a_picture_is_turned_as_exif_says():
 def test_every_format_and_mode(kind, mode):
     image = picture(3, 48, 48, mode)
     options = {"lossless": True} if kind == "WEBP" else {}
-    found = decode(encoded(image, kind, **options), 48, 3, squeeze=False)
+    found = decode(encoded(image, kind, **options), 48, 3, resize_mode="crop")
     reference = np.asarray(image.convert("RGB")).astype(int)
     assert found.shape == (48, 48, 3) and np.abs(found - reference).mean() < 12
 
@@ -59,20 +59,20 @@ def test_palettes_transparency_and_print_colours():
     reference = np.asarray(image).astype(int)
 
     def error(content):
-        return np.abs(decode(content, 32, 3, squeeze=False) - reference).mean()
+        return np.abs(decode(content, 32, 3, resize_mode="crop") - reference).mean()
 
     assert error(encoded(image.convert("P", palette=Image.Palette.ADAPTIVE), "PNG")) < 12
     assert error(encoded(image.convert("CMYK"), "JPEG", quality=95)) < 12
     clear = image.copy()
     clear.putalpha(0)
-    assert (decode(encoded(clear, "PNG"), 32, 3, squeeze=False) == 255).all(), "clear is white"
+    assert (decode(encoded(clear, "PNG"), 32, 3, resize_mode="crop") == 255).all(), "clear is white"
     deep = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
-    gray = decode(encoded(deep, "PNG"), 32, 1, squeeze=False)
+    gray = decode(encoded(deep, "PNG"), 32, 1, resize_mode="crop")
     assert np.abs(gray[..., 0].astype(int) - np.asarray(image.convert("L"))).max() <= 1
 
 
 def test_a_long_thin_picture_costs_no_memory():
-    found = decode(encoded(Image.new("RGB", (30_000, 3), "red"), "PNG"), 32, 3, squeeze=False)
+    found = decode(encoded(Image.new("RGB", (30_000, 3), "red"), "PNG"), 32, 3, resize_mode="crop")
     assert (found == [255, 0, 0]).all()
 
 
@@ -80,7 +80,7 @@ def test_a_long_thin_picture_costs_no_memory():
 def test_bombs_are_refused(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(Image.DecompressionBombError):
-        decode(encoded(picture(5, 40, 40), "PNG"), 32, 3, squeeze=False)
+        decode(encoded(picture(5, 40, 40), "PNG"), 32, 3, resize_mode="crop")
 
 
 def config_of(tmp_path, **settings):
@@ -145,7 +145,7 @@ def test_unreadable_pictures_are_named_and_left_out(tmp_path, capsys):
     root = pictures.write_folder(tmp_path / "data")
     whole = datasets.load(config_of(tmp_path))
     files, bad = harmed(root, 1 / 9)
-    config = config_of(tmp_path, bad_share=0.2)
+    config = config_of(tmp_path, max_corrupt_fraction=0.2)
     splits = datasets.load(config)
     last = capsys.readouterr().out.splitlines()[-1]
     kept = [i for i, file in enumerate(files) if file not in bad]
@@ -158,16 +158,18 @@ def test_unreadable_pictures_are_named_and_left_out(tmp_path, capsys):
     datasets.load(config)
     assert capsys.readouterr().out.splitlines() == [last]
     with pytest.raises(UserError, match="named in .*skipped.txt. Mend or remove them"):
-        datasets.load(replace(config, bad_share=0.05))
+        datasets.load(replace(config, max_corrupt_fraction=0.05))
 
 
 def test_unreadable_pictures_of_all_splits_are_summed(tmp_path):
     root = pictures.write_folder(tmp_path / "data")
     for split in pictures.SPLITS:
         next((root / split).rglob("*.jpg")).write_bytes(b"no picture")
-    assert len(datasets.load(config_of(tmp_path, bad_share=0.05)).test.images) == 8  # 3 of 60
+    assert (
+        len(datasets.load(config_of(tmp_path, max_corrupt_fraction=0.05)).test.images) == 8
+    )  # 3 of 60
     with pytest.raises(UserError, match="train: 1 of 42 .*; validation: 1 of 9 .*; test: 1 of 9"):
-        datasets.load(config_of(tmp_path, bad_share=0.04))
+        datasets.load(config_of(tmp_path, max_corrupt_fraction=0.04))
 
 
 def test_a_split_of_which_nothing_can_be_read(tmp_path):

@@ -46,7 +46,7 @@ def test_resizing_is_pillows_of_each_channel_in_floats():
 
 @pytest.mark.slow
 def test_distances_rise_with_blur_and_noise():
-    images = MNIST.train.images[datasets.spread(len(MNIST.train.images), 120)]
+    images = MNIST.train.images[datasets.evenly_spaced(len(MNIST.train.images), 120)]
     found = list(measured(images, Features(vgg(), Devices(1))).values())
     for term in ("FD", "KD"):
         rising = [each[term] for each in found]
@@ -61,7 +61,7 @@ def test_a_classifier_reads_digits_and_is_kept(tmp_path, monkeypatch):
     options = {"xla_backend_optimization_level": 3}
     monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=options))
     test = MNIST.test.images[:320, 4:24, 4:24]
-    rows = datasets.spread(len(MNIST.train.images), 2560)
+    rows = datasets.evenly_spaced(len(MNIST.train.images), 2560)
     train = Split(MNIST.train.images[rows, 4:24, 4:24], MNIST.train.labels[rows])
     extractor = features.digits(train, 10)
     _, probabilities = Features(extractor, Devices(1))(test)

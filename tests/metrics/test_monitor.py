@@ -28,7 +28,7 @@ def test_of_reconstructions(stage1):
     devices = Devices(2)
     stage = VQGANStage(config, devices)
     state = stage.init(jax.random.key(0))
-    images, params = stage.splits.validation.images, state.nets["generator"].chosen
+    images, params = stage.splits.validation.images, state.nets["generator"].eval_params
     made = reconstruct(stage.networks.generator, params, to_float(images)).images
     found = stage.distance(devices.replicate(state))
     assert found == pytest.approx(

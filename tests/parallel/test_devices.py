@@ -12,14 +12,14 @@ from taming_jax.config.load import load_config
 from taming_jax.config.schema import DataConfig
 from taming_jax.data import datasets
 from taming_jax.data.augment import augmented
-from taming_jax.data.batches import ResidentFeed, take
+from taming_jax.data.batches import ResidentFeed, gather_batch
 from taming_jax.data.pixels import to_float
 from taming_jax.errors import UserError
 from taming_jax.parallel.devices import Devices
 from taming_jax.training.checkpoints import Store
-from taming_jax.training.state import AUGMENTATION, copied, example_keys
+from taming_jax.training.state import AUGMENTATION, copy_buffers, example_keys
 from taming_jax.training.vqgan import VQGANStage
-from taming_jax.training.vqgan_step import Networks
+from taming_jax.training.vqgan_step import VQGANObjective
 from tests import commands, golden, small_runs
 
 OVERRIDES = {
@@ -68,7 +68,7 @@ def trained():
     feed, _ = stage.feeds()
     for step in range(100):
         state, _ = stage.train_step(state, feed.batch(step))
-    images, _ = take(feed.batch(100).arrays)
+    images, _ = gather_batch(feed.batch(100).arrays)
     return devices.fetch(state), np.asarray(images)
 
 
@@ -84,7 +84,7 @@ def test_one_two_and_four_devices_take_the_same_step(trained):
     found = {}
     for count in (1, 2, 4):
         devices = Devices(count)
-        networks = Networks.build(config, devices.axis_name)
+        networks = VQGANObjective.build(config, devices.axis_name)
         step = devices.compile(
             lambda nets, images, networks=networks: networks.gradients(
                 nets["generator"], nets["discriminator"], to_float(images), {}, True, 100
@@ -106,7 +106,7 @@ def test_augmentation_does_not_depend_on_the_devices():
 
         def see(step, arrays):
             keys = example_keys(7, AUGMENTATION, step, arrays["place"])
-            return augmented(take(arrays)[0], keys, data)
+            return augmented(gather_batch(arrays)[0], keys, data)
 
         feed = ResidentFeed(split, 32, 7, devices)
         out = devices.compile(see)(devices.replicate(np.int32(3)), feed.batch(3).arrays)
@@ -169,7 +169,7 @@ def test_a_small_run_takes_the_same_step_on_several_devices(small, several):
         template = stage.init(jax.random.key(0))
         state = store.restore(template, stage.config, (), ())
         feed, _ = stage.feeds()
-        state = copied(stage.devices.replicate(state))
+        state = copy_buffers(stage.devices.replicate(state))
         state, metrics = stage.train_step(state, feed.batch(4))
         feed.close()
         moments = {

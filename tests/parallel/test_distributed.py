@@ -34,7 +34,7 @@ STAGE1 = [
 STAGE2 = [
     "train_prior.py", "--config", "mnist_tiny", "--prior.batch-size", 8, "--prior.layers", 1,
     "--prior.width", 32, "--prior.dropout", 0.3, "--prior.label-dropout", 0.5,
-    "--prior.keep-codes", 0.8, "--prior.augmented-versions", 2, "--prior.steps",
+    "--prior.token-keep-prob", 0.8, "--prior.augmented-versions", 2, "--prior.steps",
 ]  # fmt: skip
 
 
@@ -236,10 +236,10 @@ def in_two_threads(monkeypatch):
         together.wait()
         return values
 
-    monkeypatch.setattr(distributed, "count", lambda: 1 if number() is None else 2)
-    monkeypatch.setattr(distributed, "first", lambda: not number())
+    monkeypatch.setattr(distributed, "process_count", lambda: 1 if number() is None else 2)
+    monkeypatch.setattr(distributed, "is_primary", lambda: not number())
     monkeypatch.setattr(jax, "process_index", lambda: number() or 0)
-    monkeypatch.setattr(distributed, "exchanged", exchanged)
+    monkeypatch.setattr(distributed, "all_gather_objects", exchanged)
     monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", lambda own: exchanged(own)[0])
 
     def call(function):
@@ -269,13 +269,13 @@ def test_what_fails_in_one_process_fails_in_all(in_two_threads):
                 raise UserError("no such folder")
             return "value"
 
-        return distributed.agreed(function)
+        return distributed.run_on_all(function)
 
     first, second = in_two_threads(second_fails)
     assert isinstance(first, UserError) and str(first) == "process 1: no such folder"
     assert isinstance(second, UserError) and str(second) == "no such folder"
 
-    assert in_two_threads(lambda process: distributed.agreed(lambda: process)) == [0, 1]
+    assert in_two_threads(lambda process: distributed.run_on_all(lambda: process)) == [0, 1]
 
 
 def test_the_first_process_alone_runs_what_all_get(in_two_threads):
@@ -286,7 +286,7 @@ def test_the_first_process_alone_runs_what_all_get(in_two_threads):
             ran.append(process)
             return array
 
-        return distributed.from_first(function)
+        return distributed.run_on_primary(function)
 
     for result in in_two_threads(of_first):
         np.testing.assert_array_equal(result, array)
@@ -296,7 +296,7 @@ def test_the_first_process_alone_runs_what_all_get(in_two_threads):
         def function():
             raise RunFailed("the disk is full")
 
-        return distributed.from_first(function)
+        return distributed.run_on_primary(function)
 
     first, second = in_two_threads(failing)
     assert isinstance(first, RunFailed) and str(first) == "the disk is full"

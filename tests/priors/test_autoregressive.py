@@ -19,7 +19,7 @@ def small(**settings):
     dtype = settings.pop("dtype", jnp.float32)
     model = GPT(11, 3, (3, 4), PriorConfig(**settings), dtype)
     tokens = jax.random.randint(jax.random.key(1), (4, 12), 0, 15)
-    params = jax.jit(model.init)(jax.random.key(0), tokens[:, : model.longest])["params"]
+    params = jax.jit(model.init)(jax.random.key(0), tokens[:, : model.max_length])["params"]
     # Larger than they start, so that what a position sees matters to what it says.
     return model, jax.tree.map(lambda p: 8 * p if p.ndim > 1 else p, params), tokens
 
@@ -76,7 +76,7 @@ def test_teacher_forcing_puts_the_class_first():
     codes = jnp.arange(12)[None] % 11
     tokens = model.teacher_forced(jnp.array([2]), codes)
     assert tokens.tolist() == [[13, *codes[0, :-1].tolist()]]
-    assert model.teacher_forced(jnp.array([3]), codes)[0, 0] == model.none
+    assert model.teacher_forced(jnp.array([3]), codes)[0, 0] == model.null_token
 
 
 def test_an_examples_dropout_does_not_depend_on_its_batch():

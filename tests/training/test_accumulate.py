@@ -13,7 +13,7 @@ from jax import lax
 from taming_jax.parallel.devices import Devices
 from taming_jax.training import accumulate
 from taming_jax.training.accumulate import divided, mean_over_parts
-from taming_jax.training.state import Net, moved
+from taming_jax.training.state import Net, ema_update
 from taming_jax.training.vqgan_step import Keys
 from tests import golden
 from tests.small_networks import QUICKLY, small_networks, small_state
@@ -125,7 +125,8 @@ def test_codes_that_are_drawn_depend_on_the_image_alone(state_and_images):
     golden.assert_trees_close(found, whole, "", 1e-5, 1e-6)
     other = (*arguments[:-1], Keys(codes=jax.random.split(jax.random.key(5), len(images))))
     assert (
-        learned({"quantizer": "gumbel"}, 1, 1, False, other).metrics["nll"] != whole.metrics["nll"]
+        learned({"quantizer": "gumbel"}, 1, 1, False, other).metrics["reconstruction_loss"]
+        != whole.metrics["reconstruction_loss"]
     )
 
 
@@ -139,7 +140,7 @@ def by_parts(networks, generator, discriminator, images, keys, steps, count):
         fake, stats = networks.discriminate(judge, before["batch_stats"], output.images, keys.fake)
         real, stats = networks.discriminate(judge, stats, x, keys.real)
         means = {"real": real.mean(), "fake": fake.mean()}
-        lecam = moved(before["lecam"], means, settings.lecam_decay, jnp.int32(steps))
+        lecam = ema_update(before["lecam"], means, settings.lecam_decay, jnp.int32(steps))
         lecam = lax.stop_gradient(lecam)
         of_images = settings.l1_weight * jnp.abs(output.images - x).mean()
         of_images += settings.codebook_weight * output.quantized.loss.mean()

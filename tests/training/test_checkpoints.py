@@ -11,7 +11,7 @@ import pytest
 from taming_jax.config.load import load_config
 from taming_jax.config.migrations import FORMAT
 from taming_jax.errors import UserError
-from taming_jax.files import text_hash
+from taming_jax.storage import text_hash
 from taming_jax.training.checkpoints import Store
 from taming_jax.training.state import Net, TrainState
 from taming_jax.weights.arrays import named_arrays

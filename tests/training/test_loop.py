@@ -207,7 +207,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path):
     with pytest.raises(RunFailed, match=r"not finite at step 8: l1, loss, generator_gradient") as e:
         train(tmp_path, stage={"broken": (8,)}, **settings)
     assert str(tmp_path / "checkpoints" / "vqgan" / "6") in str(e.value)
-    assert "--vqgan.clip" in str(e.value)
+    assert "--vqgan.grad-clip-norm" in str(e.value)
     assert max(Store(tmp_path, "vqgan").steps()) == 6
 
 

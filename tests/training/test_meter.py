@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from taming_jax.config.load import load_config
-from taming_jax.parallel.devices import operations
+from taming_jax.parallel.devices import count_flops
 from taming_jax.training.meter import Meter, peak_flops
 
 
@@ -20,10 +20,10 @@ def test_operations_are_counted_where_jax_does_not_count_them(monkeypatch):
     """As on a GPU, whose plugin tells nothing of what was not compiled."""
     x = jnp.ones((8, 8))
     lowered = jax.jit(lambda x: x @ x).lower(x)
-    expected = operations(lowered)
+    expected = count_flops(lowered)
     monkeypatch.setattr("jax._src.xla_bridge.using_pjrt_c_api", lambda *_: True)
     assert lowered.cost_analysis() is None
-    assert operations(lowered) == expected == 2 * 8**3
+    assert count_flops(lowered) == expected == 2 * 8**3
 
 
 def test_utilisation_is_of_the_devices_own_most():

@@ -20,7 +20,7 @@ from taming_jax.parallel.devices import Devices
 from taming_jax.priors.autoregressive import GPT
 from taming_jax.training.prior import fresh_transformer, training_step
 from taming_jax.training.state import Net
-from taming_jax.training.vqgan_step import Keys, Networks
+from taming_jax.training.vqgan_step import Keys, VQGANObjective
 
 # Sums, and what softmax, norms, distances and losses are made of. Activations (logistic, erf) and
 # products are computed in bfloat16.
@@ -144,7 +144,7 @@ on_devices = pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.m
 
 def stage_1(dtype, axis_name=None):
     """Stage 1's networks in this type, a state, and images."""
-    networks = Networks.build(load_config("mnist_tiny", SMALL | {"dtype": dtype}), axis_name)
+    networks = VQGANObjective.build(load_config("mnist_tiny", SMALL | {"dtype": dtype}), axis_name)
     keys = jax.random.split(jax.random.key(0), 3)
 
     @functools.partial(jax.jit, compiler_options=QUICKLY)
@@ -173,7 +173,7 @@ def test_stage_1_in_bfloat16_learns_almost_the_same(count):
         exact = exact or found
         assert_float32(found)
         assert_near(found.generator, exact.generator, 0.995, 0.99)
-        for name in ("l1", "nll", "codebook", "generator_gradient", "loss"):
+        for name in ("l1", "reconstruction_loss", "codebook", "generator_gradient", "loss"):
             assert found.metrics[name] == pytest.approx(exact.metrics[name], rel=0.03), name
 
 

@@ -38,7 +38,7 @@ def stage_of(workdir, count=1, **prior):
 
 @pytest.mark.parametrize("counts", [(1, 4), pytest.param((1, 2), marks=pytest.mark.slow)])
 def test_one_two_and_four_devices_take_the_same_step(stage1, counts):
-    settings = {"dropout": 0.3, "label_dropout": 0.5, "keep_codes": 0.8}
+    settings = {"dropout": 0.3, "label_dropout": 0.5, "token_keep_prob": 0.8}
     found = {}
     for count in counts:
         stage = stage_of(stage1, count, **settings)
@@ -58,7 +58,7 @@ def test_one_two_and_four_devices_take_the_same_step(stage1, counts):
 
 def test_a_batch_in_four_parts_is_the_same_step(stage1, monkeypatch):
     monkeypatch.setattr(accumulate, "unrolled", lambda: False)  # compiled sooner
-    settings = {"dropout": 0.3, "label_dropout": 0.5, "keep_codes": 0.8}
+    settings = {"dropout": 0.3, "label_dropout": 0.5, "token_keep_prob": 0.8}
     found = {}
     for count, parts in ((1, 1), (2, 4)):
         stage = stage_of(stage1, count, **settings, micro_batches=parts)
@@ -72,7 +72,7 @@ def test_a_batch_in_four_parts_is_the_same_step(stage1, monkeypatch):
 
 def test_a_step_learns_from_dropped_labels_and_corrupted_codes(stage1):
     """The loss of a step, computed again from its parts."""
-    stage = stage_of(stage1, dropout=0.0, label_dropout=0.5, keep_codes=0.7)
+    stage = stage_of(stage1, dropout=0.0, label_dropout=0.5, token_keep_prob=0.7)
     feed, _ = stage.feeds()
     batch = feed.batch(0)
     state = stage.init(jax.random.key(0))
@@ -195,7 +195,7 @@ def test_a_killed_prior_goes_on_bit_for_bit_and_keeps_its_own_generator(stage1, 
     rows = (whole / "metrics" / "prior.jsonl").read_text().splitlines()
     validation = json.loads(rows[-1])
     bits = validation["nll"] * 64 / (16 * 16) / np.log(2)
-    assert validation["bits_per_dim"] == pytest.approx(bits)
+    assert validation["code_bits_per_subpixel"] == pytest.approx(bits)
 
 
 def test_a_broken_prior_goes_on_bit_for_bit_and_keeps_its_own_generator(tmp_path):
@@ -220,7 +220,7 @@ def test_a_broken_prior_goes_on_bit_for_bit_and_keeps_its_own_generator(tmp_path
     assert moved, "stage 1 has moved on"
     validation = small_runs.read_rows(tmp_path / "whole", "prior")[-1]
     bits = validation["nll"] / np.log(2)  # of a code a pixel
-    assert validation["bits_per_dim"] == pytest.approx(bits)
+    assert validation["code_bits_per_subpixel"] == pytest.approx(bits)
 
 
 def test_a_run_leaves_its_figures(both):

@@ -11,11 +11,11 @@ from taming_jax.config.load import load_config
 from taming_jax.training.state import (
     Net,
     TrainState,
-    clipped,
-    copied,
-    moved,
+    apply_if_finite,
+    copy_buffers,
+    ema_update,
     schedule,
-    stepped,
+    with_clipping,
 )
 
 SETTINGS = load_config("mnist").vqgan
@@ -36,30 +36,30 @@ def test_the_learning_rate_warms_up_and_decays_over_the_run():
 def test_an_update_is_adams_at_the_rate_given():
     params = {"w": jnp.array([1.0, -2.0, 3.0])}
     gradients = [{"w": jnp.array(g)} for g in ([0.5, 0.1, -1.0], [0.2, -0.3, 0.4])]
-    ours, theirs = clipped(optax.scale_by_adam(0.5, 0.9), None), optax.adam(0.1, 0.5, 0.9)
+    ours, theirs = with_clipping(optax.scale_by_adam(0.5, 0.9), None), optax.adam(0.1, 0.5, 0.9)
     net, expected, state = Net(params, ours.init(params)), params, theirs.init(params)
     for gradient in gradients:
-        net = net.updated(ours, gradient, jnp.float32(0.1))
+        net = net.with_update(ours, gradient, jnp.float32(0.1))
         updates, state = theirs.update(gradient, state)
         expected = optax.apply_updates(expected, updates)
     np.testing.assert_allclose(net.params["w"], expected["w"], rtol=1e-6)
 
 
 def test_clipping_bounds_the_global_norm():
-    sgd = clipped(optax.identity(), 1.0)
+    sgd = with_clipping(optax.identity(), 1.0)
     params = {"a": jnp.zeros(2), "b": jnp.zeros(1)}
     gradients = {"a": jnp.array([3.0, 0.0]), "b": jnp.array([4.0])}
-    net = Net(params, sgd.init(params)).updated(sgd, gradients, jnp.float32(1.0))
+    net = Net(params, sgd.init(params)).with_update(sgd, gradients, jnp.float32(1.0))
     np.testing.assert_allclose(net.params["a"], [-0.6, 0.0], rtol=1e-6)
     np.testing.assert_allclose(net.params["b"], [-0.8], rtol=1e-6)
 
 
 def test_a_moving_average_starts_fast_and_ends_slow():
-    assert moved(0.0, 1.0, 0.99, jnp.int32(0)) == pytest.approx(0.9)
-    assert moved(0.0, 1.0, 0.99, jnp.int32(10**6)) == pytest.approx(0.01, rel=1e-3)
-    net = Net({"w": jnp.ones(2)}, (), ema={"w": jnp.zeros(2)}).averaged(0.5, jnp.int32(10**6))
-    np.testing.assert_allclose(net.chosen["w"], 0.5)
-    assert (net.replace(ema=None).chosen["w"] == 1).all()
+    assert ema_update(0.0, 1.0, 0.99, jnp.int32(0)) == pytest.approx(0.9)
+    assert ema_update(0.0, 1.0, 0.99, jnp.int32(10**6)) == pytest.approx(0.01, rel=1e-3)
+    net = Net({"w": jnp.ones(2)}, (), ema={"w": jnp.zeros(2)}).with_ema(0.5, jnp.int32(10**6))
+    np.testing.assert_allclose(net.eval_params["w"], 0.5)
+    assert (net.replace(ema=None).eval_params["w"] == 1).all()
 
 
 def test_a_step_that_is_not_finite_changes_nothing_but_the_counts():
@@ -74,7 +74,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counts():
         ({"loss": jnp.nan, "norm": 2.0}, 1),
     ):
         found = {key: jnp.float32(value) for key, value in metrics.items()}
-        step = jax.jit(functools.partial(stepped, deciding=tuple(found)))
+        step = jax.jit(functools.partial(apply_if_finite, deciding=tuple(found)))
         after, told = step(before, {"generator": net(5.0)}, found)
         assert (after.step, after.skipped, told["skipped"]) == (8, 2 + skips, 2 + skips)
         assert after.skipped.dtype == jnp.int32 and told["skipped"].dtype == jnp.float32
@@ -91,13 +91,13 @@ def test_a_metric_that_only_describes_a_step_does_not_skip_it():
         "gradient": jnp.float32(2),
         "perplexity": jnp.float32(jnp.nan),
     }
-    state, found = stepped(before, after, metrics, ("loss", "gradient"))
+    state, found = apply_if_finite(before, after, metrics, ("loss", "gradient"))
     assert (state.skipped, found["skipped"]) == (2, 2)
     assert (state.nets["generator"].params["w"] == 0).all() and jnp.isnan(found["perplexity"])
 
 
 def test_a_copy_shares_no_buffer():
     tree = {"w": jax.device_put(np.ones(8, np.float32))}
-    twice = copied({"a": tree["w"], "b": tree["w"]})
+    twice = copy_buffers({"a": tree["w"], "b": tree["w"]})
     pointers = {x.unsafe_buffer_pointer() for x in (tree["w"], *jax.tree.leaves(twice))}
     assert len(pointers) == 3

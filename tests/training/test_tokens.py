@@ -7,7 +7,7 @@ import pytest
 from taming_jax.config.load import load_config
 from taming_jax.data import datasets
 from taming_jax.data.augment import augmented
-from taming_jax.data.batches import permutation, take
+from taming_jax.data.batches import gather_batch, permutation
 from taming_jax.data.datasets import Split
 from taming_jax.models.vqgan import build_vqgan, encode
 from taming_jax.parallel.devices import Devices
@@ -109,7 +109,7 @@ def test_a_disk_that_takes_no_codes_is_no_trouble(tmp_path, generator, limited):
 
 
 def test_an_encoding_that_is_stopped_keeps_its_whole_files(tmp_path, generator, monkeypatch):
-    monkeypatch.setattr(tokens, "images_at_once", lambda *_: 50)  # two batches a file
+    monkeypatch.setattr(tokens, "max_batch", lambda *_: 50)  # two batches a file
     gather, left = Devices.gather, [None] * 3
 
     def stopped(*arguments):
@@ -153,11 +153,11 @@ def test_augmented_versions_are_encoded_when_they_are_read(tmp_path, generator):
         expected.append(np.asarray(codes).reshape(250, 64))
     assert all((expected[0] != other).any() for other in expected[1:])
     for step in (0, 2, 4, 6, 7, 8):  # the third batch crosses into the second epoch
-        codes, labels = take(feed.batch(step).arrays)
+        codes, labels = gather_batch(feed.batch(step).arrays)
         for i, p in enumerate(range(100 * step, 100 * step + 100)):
             example = permutation(CONFIG.seed, p // 250, 250)[p % 250]
             np.testing.assert_array_equal(codes[i], expected[p // 250 % 3][example])
             assert labels[i] == large.labels[example]
         versions = min((100 * step + 99) // 250, 2) + 1
         assert len(files(tmp_path)) == 3 * versions + 3
-    assert [len(take(b.arrays)[0]) for b in feed.once()] == [100, 100, 100]
+    assert [len(gather_batch(b.arrays)[0]) for b in feed.iterate_once()] == [100, 100, 100]

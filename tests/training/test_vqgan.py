@@ -11,7 +11,7 @@ from taming_jax.parallel.devices import Devices
 from taming_jax.training import loop
 from taming_jax.training.checkpoints import Store
 from taming_jax.training.vqgan import VQGANStage, with_fixed_start
-from taming_jax.training.vqgan_step import Networks
+from taming_jax.training.vqgan_step import VQGANObjective
 from taming_jax.training.writers import read_rows
 from tests import small_runs
 
@@ -24,13 +24,13 @@ SMALL = {
 
 def planted(monkeypatch, steps):
     """Makes the images of these steps (counted from 1) infinite."""
-    gradients = Networks.gradients
+    gradients = VQGANObjective.gradients
 
     def broken(self, generator, discriminator, images, lpips, adversarial, step, *rest):
         images += jnp.where(jnp.isin(step + 1, jnp.array(steps)), jnp.inf, 0)
         return gradients(self, generator, discriminator, images, lpips, adversarial, step, *rest)
 
-    monkeypatch.setattr(Networks, "gradients", broken)
+    monkeypatch.setattr(VQGANObjective, "gradients", broken)
 
 
 class Watched(VQGANStage):

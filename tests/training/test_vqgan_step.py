@@ -12,7 +12,7 @@ from taming_jax.models.lpips import load_lpips
 from taming_jax.models.vqgan import reconstruct
 from taming_jax.training import vqgan_step
 from taming_jax.training.state import Net, TrainState
-from taming_jax.training.vqgan_step import Keys, Networks
+from taming_jax.training.vqgan_step import Keys, VQGANObjective
 from tests import golden
 from tests.plain_step import ONES, plain_gradients
 from tests.small_networks import small_networks, small_state
@@ -28,7 +28,7 @@ OFFICIAL = {
 
 def test_reproduces_the_official_training_step():
     recorded = golden.load("compvis_losses")
-    networks = Networks.build(load_config("mnist", OFFICIAL))
+    networks = VQGANObjective.build(load_config("mnist", OFFICIAL))
     images = golden.nhwc(recorded["x"])
 
     def generator_of(state_dict):
@@ -53,7 +53,8 @@ def test_reproduces_the_official_training_step():
     )
     scalars = golden.under(recorded, "scalar/")
     ours = {
-        "total_loss": "loss", "quant_loss": "codebook", "nll_loss": "nll", "p_loss": "perceptual",
+        "total_loss": "loss", "quant_loss": "codebook", "nll_loss": "reconstruction_loss",
+        "p_loss": "perceptual",
         "g_loss": "adversarial", "d_weight": "adaptive_weight", "disc_loss": "discriminator",
         "logits_real": "logits_real", "logits_fake": "logits_fake",
     }  # fmt: skip
@@ -76,7 +77,7 @@ def networks_and_state(overrides, batch=4):
         "vqgan.channels": 64, "vqgan.multipliers": (1, 2), "vqgan.adaptive_weight": True,
     }  # fmt: skip
     config = load_config("mnist_tiny", sizes | overrides)
-    networks = Networks.build(config)
+    networks = VQGANObjective.build(config)
     keys = jax.random.split(jax.random.key(0), 4)
     images = jnp.tanh(2 * jax.random.normal(keys[0], (batch, 28, 28, 1)))
     quickly = {"xla_backend_optimization_level": 0}  # compiled, since it runs once
@@ -114,7 +115,7 @@ def assert_equals_the_plain_step(networks, generator, discriminator, images, par
     golden.assert_trees_close(
         found.discriminator, discriminator_gradient, "discriminator ", 1e-5, 1e-7
     )
-    names = {"l1", "nll", "codebook", "loss", "adversarial", "discriminator"}
+    names = {"l1", "reconstruction_loss", "codebook", "loss", "adversarial", "discriminator"}
     assert ("adaptive_weight" in found.metrics) == networks.settings.adaptive_weight
     if networks.settings.adaptive_weight:
         names.add("adaptive_weight")
@@ -127,7 +128,7 @@ def assert_equals_the_plain_step(networks, generator, discriminator, images, par
 @pytest.mark.slow
 def test_does_at_most_four_fifths_of_the_plain_arithmetic():
     config = load_config("mnist", {"vqgan.adaptive_weight": True})
-    networks = Networks.build(config)
+    networks = VQGANObjective.build(config)
     images = jax.ShapeDtypeStruct((64, 28, 28, 1), jnp.float32)
 
     def create():

@@ -39,7 +39,7 @@ CONFIG = Config(
     ),
     prior=PriorConfig(
         epochs=300, batch_size=32, layers=12, heads=8, width=512, dropout=0.2,
-        learning_rate=3e-4, clip=1.0, schedule="one-cycle", augmented_versions=8,
+        learning_rate=3e-4, grad_clip_norm=1.0, schedule="one-cycle", augmented_versions=8,
         guidance_scale=1.5,
     ),
 )  # fmt: skip

@@ -29,6 +29,6 @@ CONFIG = Config(
     ),
     prior=PriorConfig(
         epochs=200, batch_size=256, layers=6, heads=8, width=256, dropout=0.1,
-        learning_rate=3e-4, clip=1.0, schedule="one-cycle",
+        learning_rate=3e-4, grad_clip_norm=1.0, schedule="one-cycle",
     ),
 )  # fmt: skip

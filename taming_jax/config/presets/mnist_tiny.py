@@ -37,7 +37,7 @@ CONFIG = Config(
     ),
     prior=PriorConfig(
         steps=1000, batch_size=64, eval_every=250, checkpoint_every=250, draw_every=500,
-        layers=4, heads=4, width=128, dropout=0.0, learning_rate=1e-3, clip=1.0,
+        layers=4, heads=4, width=128, dropout=0.0, learning_rate=1e-3, grad_clip_norm=1.0,
         schedule="one-cycle", guidance_scale=2.0,
     ),
 )  # fmt: skip

@@ -8,26 +8,26 @@ import numpy as np
 import pytest
 
 from taming_jax.errors import UserError
-from taming_jax.files import read_arrays, run_lock, write_arrays, write_whole
+from taming_jax.storage import atomic_write, read_arrays, run_lock, write_arrays
 from tests import commands
 
 
 def test_a_file_is_written_whole_or_left_as_it_was(tmp_path, limited):
     file = tmp_path / "file"
-    write_whole(file, b"old")
+    atomic_write(file, b"old")
     limited(50)
     with pytest.raises(OSError, match="too large"):
-        write_whole(file, bytes(100))
+        atomic_write(file, bytes(100))
     assert file.read_bytes() == b"old" and list(tmp_path.iterdir()) == [file]
     limited(100)
-    write_whole(file, bytes(100))
+    atomic_write(file, bytes(100))
     assert file.read_bytes() == bytes(100)
 
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from taming_jax.files import run_lock
+from taming_jax.storage import run_lock
 
 with run_lock(Path(sys.argv[1])):
     print("held", flush=True)

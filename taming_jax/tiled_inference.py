@@ -14,7 +14,7 @@ Function = Callable[[np.ndarray], np.ndarray]
 Place = tuple[slice, slice]  # the rows and the columns of a tile
 
 
-def side_of(size: Sequence[int], tile: int | None, factor: int) -> int | None:
+def tile_side(size: Sequence[int], tile: int | None, factor: int) -> int | None:
     """The side, in codes, of the tiles for images of a size in pixels: that of `tile` pixels, or
     None where images are small enough to be taken as they are. UserError for other tiles."""
     whole = tile is None or isinstance(tile, int | np.integer)
@@ -28,7 +28,7 @@ def side_of(size: Sequence[int], tile: int | None, factor: int) -> int | None:
     return (tile or math.isqrt(PIXELS)) // factor
 
 
-def starts(size: int, tile: int, overlap: int) -> list[int]:
+def tile_starts(size: int, tile: int, overlap: int) -> list[int]:
     """Where tiles begin along an axis, so that they cover it and overlap at least so far."""
     if size <= tile:
         return [0]
@@ -36,9 +36,9 @@ def starts(size: int, tile: int, overlap: int) -> list[int]:
     return [round(i * (size - tile) / (count - 1)) for i in range(count)]
 
 
-def places(shape: Sequence[int], tile: int) -> Iterator[Place]:
+def iterate_tiles(shape: Sequence[int], tile: int) -> Iterator[Place]:
     """The tiles of a grid, a quarter of which overlaps with the next."""
-    rows, columns = (starts(size, tile, tile // 4) for size in shape)
+    rows, columns = (tile_starts(size, tile, tile // 4) for size in shape)
     for row in rows:
         for column in columns:
             yield slice(row, row + tile), slice(column, column + tile)
@@ -49,42 +49,42 @@ def in_pixels(place: Place, factor: int) -> Place:
     return rows, columns
 
 
-def middleness(shape: Sequence[int]) -> np.ndarray:
+def center_weight(shape: Sequence[int]) -> np.ndarray:
     """A weight for each entry of a tile, which grows from its edges to its middle."""
     each = (np.minimum(np.arange(1, n + 1), np.arange(n, 0, -1)) for n in shape)
     return np.multiply.outer(*each).astype(np.float32)
 
 
-def encoded(encode: Function, images: np.ndarray, factor: int, tile: int | None) -> np.ndarray:
+def encode_tiled(encode: Function, images: np.ndarray, factor: int, tile: int | None) -> np.ndarray:
     """Codes int32 [n,h/factor,w/factor] of images [n,h,w,c], by tiles of so many pixels a side (see
-    `side_of`): each code from the tile in whose middle it is nearest to be."""
+    `tile_side`): each code from the tile in whose middle it is nearest to be."""
     n, height, width = images.shape[:3]
-    grid, side = (height // factor, width // factor), side_of((height, width), tile, factor)
+    grid, side = (height // factor, width // factor), tile_side((height, width), tile, factor)
     if side is None:
         return encode(images)
     codes, best = np.zeros((n, *grid), np.int32), np.zeros(grid, np.float32)
-    for place in places(grid, side):
+    for place in iterate_tiles(grid, side):
         found = encode(images[:, *in_pixels(place, factor)])
-        weight = middleness(found.shape[1:])
+        weight = center_weight(found.shape[1:])
         codes[:, *place] = np.where(weight > best[place], found, codes[:, *place])
         best[place] = np.maximum(weight, best[place])
     return codes
 
 
-def decoded(
+def decode_tiled(
     decode: Function, codes: np.ndarray, factor: int, channels: int, tile: int | None
 ) -> np.ndarray:
     """Images float32 [n,h*factor,w*factor,channels] of codes [n,h,w], by tiles of so many pixels a
-    side (see `side_of`), which run into one another where they overlap."""
+    side (see `tile_side`), which run into one another where they overlap."""
     n, *grid = codes.shape
     size = [codes * factor for codes in grid]
-    side = side_of(size, tile, factor)
+    side = tile_side(size, tile, factor)
     if side is None:
         return decode(codes)
     total, weights = np.zeros((n, *size, channels), np.float32), np.zeros(size, np.float32)
-    for place in places(grid, side):
+    for place in iterate_tiles(grid, side):
         found, pixels = decode(codes[:, *place]), in_pixels(place, factor)
-        weight = middleness(found.shape[1:3])
+        weight = center_weight(found.shape[1:3])
         total[:, *pixels] += found * weight[..., None]
         weights[pixels] += weight
     return total / weights[..., None]

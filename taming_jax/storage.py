@@ -43,7 +43,7 @@ def check_writable(name: str, place: Path) -> None:
 
 
 @contextlib.contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """A file beside a place, to be written: whole, it gets its name there; where anything fails
     (OSError, of a full disk), what was there stays, and nothing is left that holds space."""
     partial = path.with_name(f".{path.name}.partial")
@@ -57,9 +57,9 @@ def whole(path: Path) -> Iterator[Path]:
             partial.unlink()
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def atomic_write(path: Path, content: bytes) -> None:
     """Writes a file whole or not at all. Raises OSError."""
-    with whole(path) as partial:
+    with atomic_file(path) as partial:
         partial.write_bytes(content)
 
 
@@ -69,7 +69,7 @@ def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     np.savez(content, **cast(dict[str, Any], arrays))
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, content.getvalue())
+        atomic_write(path, content.getvalue())
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
