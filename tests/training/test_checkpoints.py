@@ -114,7 +114,7 @@ def test_a_new_run_saves_where_a_half_deleted_checkpoint_lies(tmp_path):
     [
         ("about/metadata", b'"code_dim"', b'"code_dhm"'),
         ("about/metadata", b'"codebook_size": 128', b'"codebook_size": 129'),
-        ("about/metadata", f'"format": {FORMAT}'.encode(), b'"format": 6'),
+        ("about/metadata", f'"format": {FORMAT}'.encode(), f'"format": {FORMAT + 1}'.encode()),
         ("about/metadata", b"0.25", b"0.15"),
     ],
 )
