@@ -1,0 +1,130 @@
+"""The examples of docs/extending.md, run as they stand."""
+
+import dataclasses
+import re
+import shutil
+import types
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from taming_jax.config.load import read_config, replaced
+from taming_jax.data.datasets import SOURCES
+from taming_jax.models.quantizers import QUANTIZERS
+from taming_jax.priors.registry import PRIORS
+from taming_jax.run import load_run
+from taming_jax.training import loop, vqgan, vqgan_step, writers
+from taming_jax.training.prior import PriorStage
+from taming_jax.training.writers import read_rows
+from taming_jax.weights import layout
+from tests import small_runs
+from tests.commands import ROOT
+
+PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+BLOCK = re.compile(r"```(python|diff)\n(.*?)```", re.DOTALL)
+
+
+@pytest.fixture(autouse=True)
+def own_registries():
+    """What an example registers is there for its test only."""
+    kept = [(registry, dict(registry)) for registry in (SOURCES, QUANTIZERS, PRIORS)]
+    yield
+    for registry, before in kept:
+        registry.clear()
+        registry.update(before)
+
+
+def example(title: str, kind: str = "python") -> str:
+    """The code of a section of the page."""
+    section = PAGE.split(f"\n## {title}\n")[1].split("\n## ")[0]
+    return next(code for of_kind, code in BLOCK.findall(section) if of_kind == kind)
+
+
+def run_example(title: str) -> dict:
+    names: dict = {}
+    exec(compile(example(title), f"docs/extending.md, {title}", "exec"), names)
+    return names
+
+
+def with_diff(source: str, title: str) -> str:
+    """A source file after the diff of a section, which must fit it."""
+    lines = example(title, "diff").splitlines(keepends=True)
+    before = "".join(line[1:] for line in lines if line[0] in " -")
+    after = "".join(line[1:] for line in lines if line[0] in " +")
+    assert source.count(before) == 1, f"the diff of '{title}' does not fit"
+    return source.replace(before, after)
+
+
+def changed_module(module, title: str, names: dict):
+    """A module after the diff of a section, with what its example defines."""
+    changed = types.ModuleType(module.__name__)
+    changed.__dict__.update(names)
+    path = ROOT / f"{module.__name__.replace('.', '/')}.py"
+    exec(compile(with_diff(path.read_text(), title), str(path), "exec"), changed.__dict__)
+    return changed
+
+
+def test_the_sign_quantizer_finds_its_codes_again():
+    module = run_example("A quantizer")["SignQuantizer"]
+    settings = dataclasses.replace(small_runs.small_config(None).vqgan, code_dim=4)
+    quantizer = module(settings)
+    z = jax.random.normal(jax.random.key(0), (2, 3, 3, 4))
+    quantized = quantizer.apply({}, z)
+    found = quantizer.apply({}, quantized.indices, method="lookup")
+    np.testing.assert_array_equal(found, quantized.vectors)
+    assert quantized.indices.max() < quantizer.num_codes == 16
+
+
+def test_dataset_quantizer_loss_and_log_destination_train_together(tmp_path, monkeypatch):
+    run_example("A dataset")
+    run_example("A quantizer")
+    loss = run_example("A loss term and a metric")
+    monkeypatch.setattr(
+        vqgan_step.losses, "total_variation", loss["total_variation"], raising=False
+    )
+    step = changed_module(vqgan_step, "A loss term and a metric", {})
+    monkeypatch.setattr(vqgan, "VQGANObjective", step.VQGANObjective)
+    destinations = changed_module(writers, "A log destination", run_example("A log destination"))
+    monkeypatch.setattr(loop, "open_writers", destinations.open_writers)
+    config = small_runs.small_config(tmp_path / "run", data__name="stripes", vqgan__steps=3)
+    config = replaced(config, "vqgan", quantizer="sign", code_dim=4, codebook_size=16)
+    loop.train(vqgan.VQGANStage, config)
+    rows = read_rows(tmp_path / "run" / "metrics" / "vqgan.jsonl")
+    trained = [row for row in rows if row["split"] == "train"]
+    assert len(trained) == 3 and all(row["total_variation"] > 0 for row in trained)
+    for row in trained:
+        total = row["l1"] * 2 + 0.1 * row["total_variation"]
+        assert row["reconstruction_loss"] == pytest.approx(total, rel=1e-5)
+    table = (tmp_path / "run" / "csv" / "vqgan_train.csv").read_text()
+    assert table.count("total_variation") == 3 and "1,total_variation," in table
+
+
+def test_the_independent_prior_trains_and_draws(stage1, tmp_path):
+    run_example("A prior")
+    shutil.copytree(stage1, tmp_path / "run")
+    config = read_config(tmp_path / "run" / "config.json")
+    config = dataclasses.replace(config, workdir=str(tmp_path / "run"))
+    settings = {"steps": 5, "batch_size": 8, "label_dropout": 0.0, "guidance_scale": None}
+    config = replaced(config, "prior", kind="independent", **settings)
+    loop.train(PriorStage, config)
+    rows = read_rows(tmp_path / "run" / "metrics" / "prior.jsonl")
+    nll = [row["nll"] for row in rows if row["split"] == "train"]
+    assert (
+        nll[0] == pytest.approx(np.log(config.vqgan.codebook_size), rel=1e-5) and nll[-1] < nll[0]
+    )
+
+
+def test_a_checkpoint_of_another_project_becomes_a_run(stage1, tmp_path):
+    names = run_example("A checkpoint format")
+    run = load_run(stage1)
+    params = jax.tree.map(np.asarray, run.params)
+    arrays = layout.theirs(names["layout"](layout.paths(params)), params)
+    assert "G/encoder/conv_in.weight" in arrays
+    arrays = {name: np.ascontiguousarray(x) for name, x in arrays.items()}
+    save_file(arrays, tmp_path / "g.safetensors")
+    names["import_mine"](tmp_path / "g.safetensors", tmp_path / "run", run.config)
+    images = np.random.default_rng(0).uniform(-1, 1, (2, 16, 16, 1)).astype(np.float32)
+    imported = load_run(tmp_path / "run")
+    np.testing.assert_array_equal(imported.encode(images), run.encode(images))
