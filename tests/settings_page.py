@@ -49,7 +49,7 @@ def type_name(hint: typing.Any) -> str:
 def rows(prefix: str, kinds: tuple[type, ...]) -> list[str]:
     texts = {name: text for kind in kinds for name, text in field_texts(kind).items()}
     hints = typing.get_type_hints(kinds[-1])
-    lines = ["| setting | type | default | |", "| --- | --- | --- | --- |"]
+    lines = ["| setting | type | default | meaning |", "| --- | --- | --- | --- |"]
     for field in dataclasses.fields(kinds[-1]):
         if dataclasses.is_dataclass(field.default):
             continue
