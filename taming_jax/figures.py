@@ -1,6 +1,7 @@
-"""Every picture, from arrays to PNG. Images are uint8, or float in [-1, 1]; [n,h,w,c].
+"""Figures: plots and grids of images, written as PNG files.
 
-Figures are made without pyplot: no window, no global state, safe beside a notebook's own.
+Images [n,h,w,c] are uint8, or float in [-1, 1]. Figures do not use pyplot, so they open no window,
+have no global state, and do not interfere with the figures of a notebook.
 """
 
 import io
@@ -21,9 +22,9 @@ from taming_jax.storage import atomic_write
 DPI = 110
 GAP = 2  # pixels between the images of a grid
 INK, ACCENT, FAINT = "#1f2933", "#c2410c", "#9aa5b1"
-# Losses that only fall, and are easier to read by their orders of magnitude.
-LOGARITHMIC = {"l1", "perceptual", "codebook", "adaptive_weight"}
-# Titles of metrics, in the order of their curves; others follow, under their own names.
+# Metrics on a logarithmic scale, since they span orders of magnitude.
+LOG_SCALE = {"l1", "perceptual", "codebook", "adaptive_weight"}
+# The titles of metrics, in the order of their plots. Other metrics follow, titled by their names.
 TITLES = {
     "l1": "L1 (images in 0 to 1)",
     "perceptual": "perceptual (LPIPS)",
@@ -36,8 +37,8 @@ TITLES = {
     "code_bits_per_subpixel": "code rate (bits per subpixel)",
     "psnr": "PSNR (dB)",
     "fd_vgg16": "FD-VGG16",
-    "loss": "generator's whole loss",
-    "adversarial": "generator's adversarial loss",
+    "loss": "total generator loss",
+    "adversarial": "adversarial loss of the generator",
     "adaptive_weight": "adaptive weight",
     "discriminator": "discriminator loss",
     "lecam": "LeCAM",
@@ -47,24 +48,24 @@ TITLES = {
     "discriminator_gradient": "norm of the discriminator's gradient",
     "transformer_gradient": "norm of the transformer's gradient",
 }
-NOT_DRAWN = ("step", "epoch", "split", "skipped")  # of a row of the log
+NOT_PLOTTED = ("step", "epoch", "split", "skipped")  # keys of a log row that are not plotted
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Writes a PNG, whole or not at all."""
+    """Writes a figure as a PNG file atomically."""
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=DPI, facecolor="white")
     atomic_write(path, content.getvalue())
 
 
 def set_title(axes: Axes, title: str) -> None:
-    """Gives a plot a title, and takes the frame's top and right side away."""
+    """Sets the title of a plot and hides the top and right sides of its frame."""
     axes.set_title(title, loc="left", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def tiles(images: np.ndarray, columns: int, gap: int = GAP) -> np.ndarray:
-    """Images [n,h,w,c] side by side as one image, white between."""
+def tile_images(images: np.ndarray, columns: int, gap: int = GAP) -> np.ndarray:
+    """Arranges images [n,h,w,c] in rows of `columns` as one image uint8, with white gaps."""
     n, h, w, c = images.shape
     rows = math.ceil(n / columns)
     sheet = np.full((rows * (h + gap) - gap, columns * (w + gap) - gap, c), 255, np.uint8)
@@ -74,26 +75,26 @@ def tiles(images: np.ndarray, columns: int, gap: int = GAP) -> np.ndarray:
     return sheet
 
 
-def loss_curves(
+def plot_loss_curves(
     rows: Sequence[dict[str, Any]], path: Path, title: str, mark: int | None = None
 ) -> None:
-    """Draws every metric over the steps, training as a line and validation as dots, with a dotted
-    line at the step `mark`, where it lies within."""
+    """Plots each metric of the log's rows over the steps: training as a line, validation as dots. A
+    dotted line marks the step `mark`, if it is within the range."""
     steps = max(row["step"] for row in rows)
-    logged = dict.fromkeys(name for row in rows for name in row if name not in NOT_DRAWN)
+    logged = dict.fromkeys(name for row in rows for name in row if name not in NOT_PLOTTED)
     terms = sorted(logged, key=lambda name: [*TITLES, name].index(name))
     columns = min(4, len(terms))
     lines = math.ceil(len(terms) / columns)
     size = 3.6 * columns, 2.5 * lines + 0.7
     figure = Figure(figsize=size)
-    # By hand: a layout that is solved for takes most of a short run's last seconds.
+    # A fixed layout, since matplotlib's layout engines take seconds.
     figure.subplots_adjust(
         left=0.6 / size[0], right=1 - 0.15 / size[0], bottom=0.5 / size[1],
         top=1 - 0.7 / size[1], wspace=0.24, hspace=0.34,
     )  # fmt: skip
     for i, term in enumerate(terms):
         axes = figure.add_subplot(lines, columns, i + 1)
-        draw_term(axes, rows, term)
+        plot_metric(axes, rows, term)
         axes.set_xlim(0, steps)
         if i >= len(terms) - columns:
             axes.set_xlabel("step", fontsize=9)
@@ -106,8 +107,8 @@ def loss_curves(
     save(figure, path)
 
 
-def draw_term(axes: Axes, rows: Sequence[dict[str, Any]], term: str) -> None:
-    """Draws one metric of the log's rows. A long line of training gets its moving average."""
+def plot_metric(axes: Axes, rows: Sequence[dict[str, Any]], term: str) -> None:
+    """Plots one metric of the log's rows. A long training curve also gets a moving average."""
     for split in ("train", "validation"):
         points = [(row["step"], row[term]) for row in rows if row["split"] == split and term in row]
         x, y = np.array(points, float).reshape(-1, 2).T
@@ -124,27 +125,30 @@ def draw_term(axes: Axes, rows: Sequence[dict[str, Any]], term: str) -> None:
     axes.tick_params(labelsize=8)
     if term == "usage":
         axes.set_ylim(0, 1.05)
-    if term in LOGARITHMIC:
+    if term in LOG_SCALE:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()
 
 
-def reconstructions(images: np.ndarray, reconstruction: np.ndarray, path: Path, step: int) -> None:
-    """Originals, reconstructions and the absolute difference, a column an image."""
+def plot_reconstructions(
+    images: np.ndarray, reconstruction: np.ndarray, path: Path, step: int
+) -> None:
+    """Plots images, their reconstructions, and the absolute errors, one column per image."""
     images, reconstruction = to_uint8(images), to_uint8(reconstruction)
     error = np.abs(images.astype(int) - reconstruction).mean(-1)
-    coloured = colormaps["magma"](error.astype(np.uint8), bytes=True)[..., :3]
-    rows = [np.broadcast_to(row, coloured.shape) for row in (images, reconstruction, coloured)]
-    title = f"Validation images after step {step}; under each error its mean (0 to 1)"
+    colored = colormaps["magma"](error.astype(np.uint8), bytes=True)[..., :3]
+    rows = [np.broadcast_to(row, colored.shape) for row in (images, reconstruction, colored)]
+    title = f"Validation images after step {step}; the mean error (0 to 1) is below each column"
     names = ("original", "reconstruction", "error")
-    means = [f"{each.mean() / 255:.3f}" for each in error]
-    save(labelled_grid(np.concatenate(rows), names, len(images), title, means), path)
+    means = [f"{image_error.mean() / 255:.3f}" for image_error in error]
+    save(draw_grid(np.concatenate(rows), names, len(images), title, means), path)
 
 
-def codebook_usage(counts: np.ndarray, path: Path, of: str) -> None:
-    """How often each code is used, from counts [k], the most used first; `of` which images."""
+def plot_codebook_usage(counts: np.ndarray, path: Path, source: str) -> None:
+    """Plots how often each code is used, from counts [k], in descending order. `source` says in the
+    title which images the counts are from."""
     shares = np.sort(counts / counts.sum())[::-1]
     used = shares[shares > 0]
     perplexity = math.exp(-(used * np.log(used)).sum())
@@ -152,36 +156,36 @@ def codebook_usage(counts: np.ndarray, path: Path, of: str) -> None:
     axes = figure.add_subplot()
     axes.stairs(100 * shares, np.arange(len(shares) + 1) - 0.5, fill=True, color=INK)
     axes.axhline(100 / len(shares), color=ACCENT, linewidth=1, linestyle="--")
-    here = (len(shares) - 1, 100 / len(shares))
-    axes.annotate("if all were used alike", here, ha="right", va="bottom", fontsize=8, color=ACCENT)
+    line_end = (len(shares) - 1, 100 / len(shares))
+    axes.annotate("uniform usage", line_end, ha="right", va="bottom", fontsize=8, color=ACCENT)
     axes.set_xlim(-0.5, len(shares) - 0.5)
-    axes.set_xlabel("code, by use")
-    axes.set_ylabel("% of all uses")
+    axes.set_xlabel("codes, by usage")
+    axes.set_ylabel("usage (%)")
     set_title(
         axes,
-        f"Codes on {of}: {len(used)} of {len(shares)} in use "
+        f"Codes of {source}: {len(used)} of {len(shares)} in use "
         f"({100 * len(used) / len(shares):.0f} %), perplexity {perplexity:.1f}",
     )
     save(figure, path)
 
 
-def labelled_grid(
+def draw_grid(
     images: np.ndarray,
     names: Sequence[str],
     columns: int,
     title: str | None = None,
     below: Sequence[str] = (),
 ) -> Figure:
-    """Images [n,h,w,c] in rows of `columns`, with the name of each row (or none) beside it, and a
-    text below each column. Pixels are sharp where they are at least twice as large as the
-    screen's."""
-    picture = tiles(images, columns)
+    """Returns a figure of images [n,h,w,c] in rows of `columns`. `names` are the labels of the rows
+    (or empty), and `below` are the texts below the columns. If an image's pixels are at least two
+    figure pixels wide, they are drawn with sharp edges."""
+    sheet = tile_images(images, columns)
     names = [name if len(name) <= 24 else f"{name[:23]}…" for name in names]
-    # In inches. A layout that is solved for, matplotlib's "constrained", cuts long names.
+    # Sizes in inches. Matplotlib's "constrained" layout would cut off long names.
     width, margin = min(columns, 8.0), 0.05
-    height = width * picture.shape[0] / picture.shape[1]
+    height = width * sheet.shape[0] / sheet.shape[1]
     longest = max(map(len, names), default=0)
-    beside = max(0.8, 0.2 + 0.09 * longest) if names else margin  # letters of nine points
+    beside = max(0.8, 0.2 + 0.09 * longest) if names else margin  # the font size is 9 points
     above = margin if title is None else 0.4
     under = 0.25 if below else margin
     size = beside + width + margin, under + height + above
@@ -189,9 +193,9 @@ def labelled_grid(
     if title is not None:
         figure.suptitle(title, fontsize=10, x=0.01, ha="left", y=1 - 0.1 / size[1])
     axes = figure.add_axes((beside / size[0], under / size[1], width / size[0], height / size[1]))
-    sharp = width * DPI >= 2 * picture.shape[1]
+    sharp = width * DPI >= 2 * sheet.shape[1]
     axes.imshow(
-        np.broadcast_to(picture, (*picture.shape[:2], 3)),
+        np.broadcast_to(sheet, (*sheet.shape[:2], 3)),
         interpolation="nearest" if sharp else "antialiased",
     )
     axes.spines[:].set_visible(False)

@@ -1,7 +1,7 @@
 """The losses of both stages, as pure functions of arrays.
 
-Each returns one number an example, float32 [b], so that a step averages them and an evaluation
-can leave out the examples that only fill its last batch.
+Most return one value per example, float32 [b]: a training step averages them, and an evaluation
+ignores the examples that pad its last batch.
 """
 
 import jax
@@ -9,28 +9,28 @@ import jax.numpy as jnp
 
 
 def per_example(values: jax.Array) -> jax.Array:
-    """The mean over all axes but the first."""
+    """Averages over all axes except the first."""
     return values.reshape(len(values), -1).mean(-1)
 
 
 def l1(images: jax.Array, reconstruction: jax.Array) -> jax.Array:
-    """Absolute difference of images [b,h,w,c]: [b]."""
+    """Returns the mean absolute difference [b] of images [b,h,w,c]."""
     return per_example(jnp.abs(images - reconstruction))
 
 
 def generator_adversarial(fake: jax.Array) -> jax.Array:
-    """The generator's loss [b] from the discriminator's logits [b,h,w,1] on its images, for either
-    kind of discriminator loss, as in the official code."""
+    """Returns the generator's adversarial loss [b] from the discriminator's logits [b,h,w,1] for
+    its images. It is the same for both discriminator losses, as in the official code."""
     return -per_example(fake)
 
 
 def hinge(real: jax.Array, fake: jax.Array) -> jax.Array:
-    """The discriminator's hinge loss (arXiv 1705.02894) of logits [b,h,w,1]: [b]."""
+    """Returns the discriminator's hinge loss [b] (arXiv 1705.02894) of logits [b,h,w,1]."""
     return 0.5 * (per_example(jax.nn.relu(1 - real)) + per_example(jax.nn.relu(1 + fake)))
 
 
 def vanilla(real: jax.Array, fake: jax.Array) -> jax.Array:
-    """The discriminator's cross-entropy (arXiv 1406.2661) of logits [b,h,w,1]: [b]."""
+    """Returns the discriminator's cross-entropy [b] (arXiv 1406.2661) of logits [b,h,w,1]."""
     return 0.5 * (per_example(jax.nn.softplus(-real)) + per_example(jax.nn.softplus(fake)))
 
 
@@ -40,18 +40,20 @@ DISCRIMINATOR_LOSSES = {"hinge": hinge, "vanilla": vanilla}
 def lecam(
     real: jax.Array, fake: jax.Array, real_average: jax.Array, fake_average: jax.Array
 ) -> jax.Array:
-    """LeCAM regularisation (arXiv 2104.03310, equation 4) with relu as in its public code: logits
-    [b,h,w,1] are held near the moving average [] of the other kind's. Answers [b]."""
-    up = jnp.square(jax.nn.relu(real - fake_average))
-    down = jnp.square(jax.nn.relu(real_average - fake))
-    return per_example(up) + per_example(down)
+    """Returns the LeCAM regularization [b] (arXiv 2104.03310, equation 4), with ReLU as in its
+    public code: it keeps the logits [b,h,w,1] of real images close to the moving average [] of the
+    logits of fake images, and the other way around."""
+    real_excess = jnp.square(jax.nn.relu(real - fake_average))
+    fake_excess = jnp.square(jax.nn.relu(real_average - fake))
+    return per_example(real_excess) + per_example(fake_excess)
 
 
 def adaptive_weight(
     reconstruction_gradient: jax.Array, adversarial_gradient: jax.Array, largest: float = 1e4
 ) -> jax.Array:
-    """lambda of arXiv 2012.09841, equation 7: the ratio of the norms of two gradients at the
-    decoder's last kernel, within [0, largest]. delta is the official code's 1e-4."""
+    """Returns the adaptive weight lambda [] of arXiv 2012.09841, equation 7: the ratio of the norms
+    of the two gradients at the decoder's last kernel, clipped to [0, largest]. delta is 1e-4, as in
+    the official code."""
     ratio = jnp.linalg.norm(reconstruction_gradient.ravel()) / (
         jnp.linalg.norm(adversarial_gradient.ravel()) + 1e-4
     )
@@ -59,8 +61,9 @@ def adaptive_weight(
 
 
 def perplexity(counts: jax.Array) -> jax.Array:
-    """exp of the entropy of how often each code was used, from counts [k]: k when all are used
-    alike, 1 when only one is."""
+    """Returns the perplexity [] of the codes from their counts [k]: the exponential of the entropy
+    of their distribution. It is k if all codes are used equally often, and 1 if only one is used.
+    """
     shares = counts / jnp.maximum(counts.sum(), 1)
     return jnp.exp(
         -jnp.where(shares > 0, shares * jnp.log(jnp.where(shares > 0, shares, 1)), 0).sum()
@@ -68,6 +71,7 @@ def perplexity(counts: jax.Array) -> jax.Array:
 
 
 def next_token(logits: jax.Array, codes: jax.Array) -> jax.Array:
-    """Negative log-likelihood of codes int [b,t] under logits float32 [b,t,k], in nats a code."""
-    likely = jax.nn.log_softmax(logits)
-    return -per_example(jnp.take_along_axis(likely, codes[..., None], -1))
+    """Returns the negative log-likelihood [b] in nats per code of codes int [b,t] under logits
+    float32 [b,t,k]."""
+    log_probs = jax.nn.log_softmax(logits)
+    return -per_example(jnp.take_along_axis(log_probs, codes[..., None], -1))

@@ -53,10 +53,10 @@ def _read(folder: Path) -> tuple[Config, int, dict[str, Any] | None, Any, Any]:
         raise UserError(f"there is no folder {folder}; name a run's, such as runs/mnist_tiny.")
     prior = Store(folder, "prior")
     if prior.steps():
-        checkpoint = prior.chosen()
+        checkpoint = prior.load_best()
         transformer = checkpoint.nets["transformer"]["params"]
     else:
-        checkpoint, transformer = Store(folder, "vqgan").chosen(), None
+        checkpoint, transformer = Store(folder, "vqgan").load_best(), None
     config = _with_current_data(checkpoint.config, folder)
     return config, checkpoint.step, checkpoint.dataset, checkpoint.generator, transformer
 

@@ -63,8 +63,8 @@ def run_here(*arguments: object, draw: bool = True) -> tuple[int, str, str]:
         stack.enter_context(contextlib.redirect_stdout(out))
         stack.enter_context(contextlib.redirect_stderr(err))
         if not draw:
-            stack.enter_context(mock.patch("taming_jax.training.vqgan.VQGANStage.draw"))
-            stack.enter_context(mock.patch("taming_jax.training.prior.PriorStage.draw"))
+            stack.enter_context(mock.patch("taming_jax.training.vqgan.VQGANStage.draw_figures"))
+            stack.enter_context(mock.patch("taming_jax.training.prior.PriorStage.draw_figures"))
         status = status_of(*map(str, arguments))
     return status, out.getvalue(), err.getvalue()
 

@@ -50,7 +50,7 @@ def work(given):
     template = stage.init(jax.random.key(config.seed))
     restored = distributed.run_on_primary(lambda: store.restore(template, config, (), ()))
     before = jax.tree.map(np.array, moments(restored))
-    step, feed = int(restored.step), stage.feeds()[0]
+    step, feed = int(restored.step), stage.build_feeds()[0]
     batch = feed.batch(step)
     state = copy_buffers(devices.replicate(restored))
     seen = devices.gather(

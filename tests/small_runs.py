@@ -115,9 +115,9 @@ class Observed:
         self._on_step(batch.step)
         return self._stage.train_step(state, batch)
 
-    def draw(self, *arguments):
+    def draw_figures(self, *arguments):
         if self._draw:
-            self._stage.draw(*arguments)
+            self._stage.draw_figures(*arguments)
 
 
 def saved_steps(workdir, stage="vqgan"):

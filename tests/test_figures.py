@@ -8,7 +8,7 @@ from taming_jax import figures
 
 def test_tiles_are_in_reading_order():
     images = np.arange(5, dtype=np.uint8)[:, None, None, None].repeat(3, 1).repeat(4, 2)
-    sheet = figures.tiles(images, columns=3, gap=1)
+    sheet = figures.tile_images(images, columns=3, gap=1)
     assert sheet.shape == (3 + 1 + 3, 3 * 5 - 1, 1)
     assert (sheet[:3, 5:9] == 1).all() and (sheet[4:, :4] == 3).all()
     assert (sheet[3] == 255).all() and (sheet[4:, 10:] == 255).all()
@@ -22,7 +22,7 @@ def test_loss_curves_of_any_metrics(tmp_path, monkeypatch):
     monkeypatch.setattr(
         Axes, "set_title", lambda axes, *a, **k: titles.append(a[0]) or set_title(axes, *a, **k)
     )
-    figures.loss_curves(rows, path, "title", mark=150)
+    figures.plot_loss_curves(rows, path, "title", mark=150)
     assert titles == ["L1 (images in 0 to 1)", "share of codes in use", "sharpness"]
     with Image.open(path) as image:
         assert image.size[0] > image.size[1]
@@ -31,7 +31,7 @@ def test_loss_curves_of_any_metrics(tmp_path, monkeypatch):
 
 def test_long_class_names_have_room():
     images = np.zeros((16, 64, 64, 3), np.float32)
-    figure = figures.labelled_grid(images, ["n01440764_tench", "n02835271_bicycle-built"], 8)
+    figure = figures.draw_grid(images, ["n01440764_tench", "n02835271_bicycle-built"], 8)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     for label in figure.axes[0].get_yticklabels():
@@ -40,7 +40,7 @@ def test_long_class_names_have_room():
 
 def test_what_is_said_below_stands_under_its_column():
     images = np.zeros((8, 28, 28, 1), np.float32)
-    figure = figures.labelled_grid(images, ["one", "two"], 4, "title", ["0.1", "0.2", "0.3", "0.4"])
+    figure = figures.draw_grid(images, ["one", "two"], 4, "title", ["0.1", "0.2", "0.3", "0.4"])
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     axes, renderer = figure.axes[0], canvas.get_renderer()
@@ -53,7 +53,7 @@ def test_what_is_said_below_stands_under_its_column():
 
 def test_a_grid_without_names_is_as_wide_as_its_images():
     images = np.zeros((32, 28, 28, 1), np.uint8)
-    figure = figures.labelled_grid(images, (), 16, "title")
+    figure = figures.draw_grid(images, (), 16, "title")
     assert figure.get_figwidth() < 8.2 and not figure.axes[0].get_yticklabels()
 
 
@@ -61,5 +61,5 @@ def test_pixels_of_small_images_are_sharp():
     """Ten digits in a row are enlarged by less than three, which matplotlib alone would smooth."""
     for size, interpolation in ((28, "nearest"), (64, "antialiased")):
         images = np.zeros((30, size, size, 1), np.uint8)
-        figure = figures.labelled_grid(images, ["original", "reconstruction", "error"], 10)
+        figure = figures.draw_grid(images, ["original", "reconstruction", "error"], 10)
         assert figure.axes[0].images[0].get_interpolation() == interpolation

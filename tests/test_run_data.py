@@ -36,7 +36,7 @@ def place(tmp_path_factory):
         "birds_tiny", SETTINGS | overrides | {"workdir": str(place / "run")}
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("taming_jax.training.vqgan.VQGANStage.draw", lambda *_: None)
+        patch.setattr("taming_jax.training.vqgan.VQGANStage.draw_figures", lambda *_: None)
         taming_jax.train(config, "vqgan")
     (place / "old").rename(place / "new")
     return place

@@ -24,7 +24,7 @@ from taming_jax.data.datasets import Split
 from taming_jax.parallel.devices import Compiled, Devices
 from taming_jax.priors.registry import build_prior
 from taming_jax.training.meter import Meter
-from taming_jax.training.prior import fresh_transformer, training_step
+from taming_jax.training.prior import init_transformer, train_step
 from taming_jax.training.state import copy_buffers
 from taming_jax.training.vqgan import VQGANStage
 
@@ -64,11 +64,11 @@ def measure_step(
 
 def measure_vqgan(config: Config, devices: Devices, count: int) -> None:
     stage = VQGANStage(config, devices, restart=True)
-    feed, _ = stage.feeds()
+    feed, _ = stage.build_feeds()
     state = copy_buffers(devices.replicate(stage.init(jax.random.key(0))))
     print(HEADINGS)
     for number, name in ((stage.start - 1, "autoencoder"), (stage.start, "with discriminator")):
-        step = stage.compiled_step(number)
+        step = stage.select_step(number)
         state = measure_step(name, step, state, feed, config, devices, count)
 
 
@@ -80,9 +80,9 @@ def measure_prior(config: Config, devices: Devices, count: int) -> None:
     codes = rng.integers(0, model.codebook_size, (2048, config.grid_size**2)).astype(np.int32)
     split = Split(codes, rng.integers(0, 10, 2048).astype(np.int32))
     feed = ResidentFeed(split, config.prior.batch_size, 0, devices)
-    function = functools.partial(training_step, config, model, 1000, devices.axis_name)
+    function = functools.partial(train_step, config, model, 1000, devices.axis_name)
     step = devices.compile(function, donate=True)
-    state = copy_buffers(devices.replicate(fresh_transformer(config, model, jax.random.key(0))))
+    state = copy_buffers(devices.replicate(init_transformer(config, model, jax.random.key(0))))
     print(HEADINGS)
     measure_step("prior", step, state, feed, config, devices, count)
 

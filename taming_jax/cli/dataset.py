@@ -66,11 +66,9 @@ def main() -> None:
     for one, other in itertools.combinations(named, 2):
         print(f"{len(seen[one] & seen[other])} images of {other} are in {one} as well")
     if given.out is not None:
-        from taming_jax.figures import labelled_grid, save
+        from taming_jax.figures import draw_grid, save
 
         images = splits.train.images
         title = f"{config.data.path or config.data.name}: {len(images)} training images"
-        save(
-            labelled_grid(images[datasets.evenly_spaced(len(images), 64)], (), 8, title), given.out
-        )
+        save(draw_grid(images[datasets.evenly_spaced(len(images), 64)], (), 8, title), given.out)
         print(f"A sheet of them is in {given.out}.")

@@ -200,7 +200,7 @@ def check_place(given: Sample) -> str:
 
 def write(out: Path, kind: str, drawn: Drawn) -> None:
     """Writes what was drawn."""
-    from taming_jax.figures import labelled_grid, save
+    from taming_jax.figures import draw_grid, save
 
     each = len(drawn.images) // len(drawn.rows)
     try:
@@ -213,7 +213,7 @@ def write(out: Path, kind: str, drawn: Drawn) -> None:
                 images = np.concatenate([drawn.given[:, None], rows], 1)
                 images, each = images.reshape(-1, *images.shape[2:]), each + 1
                 below = ["given", *[""] * (each - 1)]
-            save(labelled_grid(images, drawn.rows, each, below=below), out)
+            save(draw_grid(images, drawn.rows, each, below=below), out)
         else:
             write_folder(out, drawn)
     except OSError as error:

@@ -46,7 +46,7 @@ def draw(evaluation: Evaluator, folder: Path, report: dict[str, Any]) -> None:
     protocol = evaluation.protocol
     counts = np.array(report["reconstruction"]["code_counts"])
     of = f"the {protocol.split} split"
-    figures.codebook_usage(counts, folder / "evaluation_codes.png", of)
+    figures.plot_codebook_usage(counts, folder / "evaluation_codes.png", of)
     if report["samples"] is not None:
         images, closest, distances = nearest(evaluation, 8)
         compared = min(len(evaluation.splits.train.images), protocol.kept)
@@ -54,7 +54,7 @@ def draw(evaluation: Evaluator, folder: Path, report: dict[str, Any]) -> None:
             f"Samples, the nearest of {compared} training images by {evaluation.extractor.name}'s "
             "features, and how far (1: from its nearest to a training image)"
         )
-        figure = figures.labelled_grid(
+        figure = figures.draw_grid(
             np.concatenate([images, closest]), ("sample", "training image"), len(images),
             title, [f"{distance:.2f}" for distance in distances],
         )  # fmt: skip

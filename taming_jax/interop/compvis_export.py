@@ -25,7 +25,7 @@ def export_run(folder: Path, out: Path, stage: str | None) -> int:
     import yaml
 
     stage = stage or ("prior" if Store(folder, "prior").steps() else "vqgan")
-    checkpoint = Store(folder, stage).chosen()
+    checkpoint = Store(folder, stage).load_best()
     own, names = checkpoint.config, class_names_of(checkpoint)
     model = Model(exported(own, len(names)), names, "discriminator" in checkpoint.nets)
     content = yaml.safe_dump(yaml_of(model))

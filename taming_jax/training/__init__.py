@@ -1,4 +1,4 @@
-"""Training of both stages."""
+"""Training of both stages: the VQ-GAN and the prior."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,11 +8,13 @@ if TYPE_CHECKING:
 
 
 def train(config: "Config | str", stage: str = "vqgan", *, restart: bool = False) -> Path:
-    """Trains a stage ("vqgan" or "prior") of a config, or of a preset by its name, to its last
-    step, and returns the run's folder. A run that the folder holds is resumed, unless `restart`.
+    """Trains one stage ("vqgan" or "prior") to its last step and returns the run's folder.
 
-    Raises UserError for what the user can fix and RunFailed where the run cannot go on; after
-    SIGINT or SIGTERM, and saving, Interrupted, which is a KeyboardInterrupt.
+    `config` is a config or the name of a preset. If the folder already holds a run, training
+    resumes from its newest checkpoint; with `restart`, it starts over.
+
+    Raises UserError for problems that you can fix, and RunFailed if the run cannot continue. After
+    SIGINT or SIGTERM, saves a checkpoint and raises Interrupted, a subclass of KeyboardInterrupt.
     """
     from taming_jax.config.load import load_config
     from taming_jax.errors import UserError
@@ -23,6 +25,6 @@ def train(config: "Config | str", stage: str = "vqgan", *, restart: bool = False
 
     stages: dict[str, type[Stage]] = {"vqgan": VQGANStage, "prior": PriorStage}
     if stage not in stages:
-        raise UserError(f"there is no stage '{stage}'; the stages are {', '.join(stages)}.")
+        raise UserError(f"there is no stage '{stage}'; choose one of {', '.join(stages)}.")
     config = load_config(config) if isinstance(config, str) else config
     return loop.train(stages[stage], config, restart)

@@ -1,9 +1,10 @@
-"""The checkpoints that generator, discriminator and transformer share, written by Orbax.
+"""Checkpoints of both stages, written by Orbax.
 
-A stage's checkpoints are in `checkpoints/NAME/STEP`. Each is one commit of two items: `state`, the
-arrays by their names, and `about`, which holds its format, the hash of each array, the config, the
-metrics, and the fingerprint of the dataset. Orbax makes a commit complete or absent, but restores a
-flipped byte silently: hence the hashes.
+The checkpoints of a stage are in `checkpoints/NAME/STEP`. Each is one atomic commit of two items:
+`state` holds the arrays by name, and `about` holds the metadata, which are the format number, the
+hash of each array, the config, the metrics, and the fingerprint of the dataset. A commit is either
+complete or absent, but Orbax does not detect corrupted bytes when it restores arrays, so `read`
+compares the hashes.
 """
 
 import contextlib
@@ -26,26 +27,26 @@ from taming_jax.config.serialization import to_dict
 from taming_jax.data.datasets import fingerprint_diff
 from taming_jax.errors import RunFailed, UserError, say
 from taming_jax.storage import text_hash
-from taming_jax.training.orbax_handlers import ALONE, arrays_handler, describe_failure
+from taming_jax.training.orbax_handlers import PRIMARY_ONLY, arrays_handler, describe_failure
 from taming_jax.training.weights import describe_loaded, load_matching_weights
 from taming_jax.weights.arrays import digest, fill, named_arrays
 
-FD = "fd_vgg16"  # a Fréchet distance: a validation that has it is judged by it
+FD = "fd_vgg16"  # a Fréchet distance, which takes precedence over `best_metric`
 
 
-def keep_settings(run: Path) -> str:
-    """A sentence that tells how to resume with the settings that a run has."""
+def advise_on_settings(run: Path) -> str:
+    """Returns a sentence that tells you how to resume a run with its own settings."""
     folder = shlex.quote(str(run))
     return (
-        "Leave these settings out; where a preset has changed since the run was created, take "
-        f"--config {shlex.quote(str(run / 'config.json'))} --workdir {folder} in its place."
+        "Leave these settings out; if the preset has changed since the run was created, use "
+        f"--config {shlex.quote(str(run / 'config.json'))} --workdir {folder} instead."
     )
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint that was read: its step, its arrays by name, the config it was trained with, the
-    fingerprint of its dataset (data/datasets.py; None where it has none), whether it holds weights
-    only, and the format it was written in."""
+    """The content of a checkpoint: its step, its arrays by name, the config of its run, the
+    fingerprint of its dataset (data/datasets.py) or None if that is not known, whether it holds
+    weights only, without optimizer states, and its format number."""
 
     step: int
     arrays: dict[tuple[str, ...], np.ndarray]
@@ -61,18 +62,18 @@ class Checkpoint(NamedTuple):
 
     @property
     def generator(self) -> Any:
-        """The generator's parameters to evaluate with: the moving average where there is one."""
+        """The generator's parameters for evaluation: the EMA if there is one."""
         net = self.nets["generator"]
         return net.get("ema", net["params"])
 
 
 class Store:
-    """The checkpoints of one stage in a run's folder: the last two and the best. Best is the lowest
-    Fréchet distance where the run measures it, else the lowest `best_metric`.
+    """The checkpoints of one stage in a run's folder: the last two and the best. The best one has
+    the lowest Fréchet distance if the run measures it, else the lowest `best_metric`.
 
-    `dataset` is the fingerprint (data/datasets.py) of the training data: each checkpoint keeps it,
-    and a resumed run must have the same. `say` is called with a sentence where a checkpoint is
-    damaged or could not be written.
+    `dataset` is the fingerprint (data/datasets.py) of the training data. Each checkpoint stores it,
+    and a resumed run must have the same one. `say` is called with a sentence if a checkpoint is
+    damaged or cannot be written.
     """
 
     def __init__(
@@ -88,32 +89,32 @@ class Store:
         self._failure = ""
         self.say: Callable[[str], None] = say
 
-    def judged(self, metrics: dict[str, float]) -> float:
-        """The metric of a validation by which checkpoints are compared."""
+    def score(self, metrics: dict[str, float]) -> float:
+        """Returns the validation metric that ranks checkpoints; lower is better."""
         return float(metrics.get(FD, metrics[self._best_metric]))
 
     def steps(self) -> list[int]:
-        """The steps that have a checkpoint, ascending."""
+        """Returns the steps that have a checkpoint, in ascending order."""
         if not self.path.is_dir():
             return []
         return sorted(int(p.name) for p in self.path.iterdir() if p.name.isdigit())
 
-    def last_config(self) -> Config | None:
-        """The config of the newest undamaged checkpoint of training; None where there is none."""
+    def read_last_config(self) -> Config | None:
+        """Returns the config of the newest undamaged checkpoint with optimizer states, or None."""
         for step in reversed(self.steps()):
             with contextlib.suppress(ValueError):
-                about = self._about(step)
-                if not about.get("weights_only"):
-                    return self._config(about, step)
+                metadata = self._read_metadata(step)
+                if not metadata.get("weights_only"):
+                    return self._read_config(metadata, step)
         return None
 
     def best(self) -> tuple[int | None, float]:
-        """The step of the best checkpoint and its metric; None and infinity where no checkpoint was
-        validated."""
+        """Returns the step of the best checkpoint and its score, or None and infinity if no
+        checkpoint has a score."""
         values = {}
         for step in self.steps():
             with contextlib.suppress(ValueError):
-                if (score := self._about(step)["score"]) is not None:
+                if (score := self._read_metadata(step)["score"]) is not None:
                     values[step] = score
         best = min(values, key=lambda step: values[step], default=None)
         return (None, math.inf) if best is None else (best, values[best])
@@ -126,42 +127,41 @@ class Store:
         metrics: dict[str, float] | None,
         weights_only: bool = False,
     ) -> None:
-        """Starts to write a checkpoint of numpy arrays; `wait`, or the next save, waits for the
-        disk. A step that has a checkpoint already keeps it. `weights_only` marks a checkpoint that
-        a run starts from, with new optimizers.
+        """Starts to write a checkpoint asynchronously. `wait` and the next save wait for it.
 
-        A checkpoint that cannot be written is reported by `say`; complete ones stay, and the next
-        save is tried as usual.
+        Does nothing if the step has a checkpoint already. The arrays of `state` must not change
+        until the checkpoint is written. `weights_only` marks a checkpoint without optimizer states.
+        If the checkpoint cannot be written, `say` reports it; earlier checkpoints stay.
         """
         self.wait()
         if step in self.steps():
             return
         arrays = {path: np.asarray(x) for path, x in named_arrays(state).items()}
-        about: dict[str, Any] = {
+        metadata: dict[str, Any] = {
             "format": FORMAT,
             "hashes": {"/".join(path): digest(array) for path, array in arrays.items()},
             "config": to_dict(config),
             "metrics": metrics,
-            "score": None if metrics is None else self.judged(metrics),
+            "score": None if metrics is None else self.score(metrics),
             "dataset": self._dataset,
         }
         if weights_only:
-            about["weights_only"] = True
-        about["hash"] = text_hash(about)
+            metadata["weights_only"] = True
+        metadata["hash"] = text_hash(metadata)
         handler = ocp.CompositeCheckpointHandler(
             state=arrays_handler(),
-            about=ocp.JsonCheckpointHandler(multiprocessing_options=ALONE),
-            composite_options=ocp.CompositeOptions(multiprocessing_options=ALONE),
+            about=ocp.JsonCheckpointHandler(multiprocessing_options=PRIMARY_ONLY),
+            composite_options=ocp.CompositeOptions(multiprocessing_options=PRIMARY_ONLY),
         )
         checkpointer = ocp.AsyncCheckpointer(
             handler,
-            # Otherwise threads wait for minutes for a folder that could not be made.
+            # Otherwise, threads wait for minutes if a folder cannot be created.
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
-            multiprocessing_options=ALONE,
+            multiprocessing_options=PRIMARY_ONLY,
         )
         items = ocp.args.Composite(
             state=ocp.args.PyTreeSave(traverse_util.unflatten_dict(arrays)),
-            about=ocp.args.JsonSave(about),
+            about=ocp.args.JsonSave(metadata),
         )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -169,11 +169,11 @@ class Store:
             checkpointer.save(self.path / str(step), args=items)
             self._writing = step, checkpointer
         except (OSError, ValueError, RuntimeError) as error:
-            self._report(step, error)
+            self._report_failure(step, error)
 
     def wait(self) -> None:
-        """Waits until the checkpoint that is being written is on disk, or reports that it is not;
-        deletes those that are neither among the last two nor the best."""
+        """Waits until the pending checkpoint is on disk, or reports that it could not be written.
+        Then deletes all checkpoints except the last two and the best."""
         if self._writing is None:
             return
         (step, checkpointer), self._writing = self._writing, None
@@ -182,187 +182,194 @@ class Store:
             checkpointer.close()
             for old in set(self.steps()[:-2]) - {self.best()[0]}:
                 shutil.rmtree(self.path / str(old))
-        except (OSError, ValueError, RuntimeError) as error:  # a full disk alone raises all of them
-            self._report(step, error)
+        except (OSError, ValueError, RuntimeError) as error:  # a full disk can raise any of these
+            self._report_failure(step, error)
 
     def _remove_partial(self) -> None:
-        """Deletes what is left of saves that failed or were killed."""
+        """Deletes the incomplete checkpoints that failed or interrupted saves leave."""
         for partial in self.path.glob("*.orbax-checkpoint-tmp*"):
             shutil.rmtree(partial, ignore_errors=True)
 
-    def _report(self, step: int, error: Exception) -> None:
+    def _report_failure(self, step: int, error: Exception) -> None:
         self._failure = describe_failure(error)
         self._remove_partial()
-        if step not in self.steps():  # else an old checkpoint could not be deleted
+        if step not in self.steps():  # otherwise, only the deletion of an old checkpoint failed
             self.say(
                 f"The checkpoint of step {step} could not be written to {self.path} "
-                f"({self._failure}); the run goes on, and the next one is tried."
+                f"({self._failure}); the run continues, and the next one is tried."
             )
 
     def require(self, step: int) -> None:
-        """Waits for the checkpoint of a step. Raises RunFailed where it could not be written."""
+        """Waits for the checkpoint of a step. Raises RunFailed if it could not be written."""
         self.wait()
         steps = self.steps()
         if step not in steps:
             before = f"the last one is of step {steps[-1]}" if steps else "there is none before it"
             raise RunFailed(
                 f"the checkpoint of step {step} could not be written to {self.path} "
-                f"({self._failure}), {before}. Make room, or fix what the message names; the same "
-                "command resumes."
+                f"({self._failure}), {before}. Free disk space or fix the cause, then resume with "
+                "the same command."
             )
 
-    def _about(self, step: int) -> dict[str, Any]:
-        """A checkpoint's description. Raises ValueError where it is damaged, and UserError where it
-        is intact but of a newer version of this program: every format has the same hash."""
+    def _read_metadata(self, step: int) -> dict[str, Any]:
+        """Reads the metadata of a checkpoint. Raises ValueError if they are damaged, and UserError
+        if they are intact but of a newer format. All formats hash the metadata in the same way."""
         folder = self.path / str(step)
         if not (folder / "_CHECKPOINT_METADATA").exists():
             raise ValueError("it is not complete")
         try:
-            about = json.loads((folder / "about" / "metadata").read_text(encoding="utf-8"))
-            expected = about.pop("hash")
+            metadata = json.loads((folder / "about" / "metadata").read_text(encoding="utf-8"))
+            expected = metadata.pop("hash")
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(f"it cannot be read ({type(error).__name__})") from error
-        if text_hash(about) != expected:
-            raise ValueError("its description is not what was saved")
-        if format_of(about, folder) < SCORES:
-            metrics = about["metrics"]
-            about["score"] = metrics and metrics.get(FD, metrics.get("nll"))
-        return about
+        if text_hash(metadata) != expected:
+            raise ValueError("its metadata differ from what was saved")
+        if format_of(metadata, folder) < SCORES:
+            metrics = metadata["metrics"]
+            metadata["score"] = metrics and metrics.get(FD, metrics.get("nll"))
+        return metadata
 
-    def _config(self, about: dict[str, Any], step: int) -> Config:
-        """The config of a checkpoint. Raises UserError where it has settings that this version does
-        not know."""
+    def _read_config(self, metadata: dict[str, Any], step: int) -> Config:
+        """Returns the config of a checkpoint. Raises UserError if it has settings that this version
+        does not know."""
         folder = self.path / str(step)
         try:
-            return settings(about["config"], format_of(about, folder))
+            return settings(metadata["config"], format_of(metadata, folder))
         except UserError as error:
             raise UserError(
                 f"{folder} was written by another version of this program: {error}"
             ) from error
 
     def read(self, step: int) -> Checkpoint:
-        """Reads a checkpoint.
+        """Reads the checkpoint of a step.
 
-        Raises ValueError, with what is wrong, where the checkpoint is damaged, and UserError where
-        it is intact but of another version of this program.
+        Raises ValueError with a description of the problem if the checkpoint is damaged, and
+        UserError if it is intact but was written by another version of this program.
         """
         folder = self.path / str(step)
-        about = self._about(step)
+        metadata = self._read_metadata(step)
         try:
-            tree = ocp.Checkpointer(arrays_handler(), multiprocessing_options=ALONE).restore(
+            tree = ocp.Checkpointer(arrays_handler(), multiprocessing_options=PRIMARY_ONLY).restore(
                 folder / "state"
             )
             arrays = {path: np.asarray(x) for path, x in traverse_util.flatten_dict(tree).items()}
-        except Exception as error:  # damage raises many kinds, none documented
+        except Exception as error:  # which exceptions damage raises is not documented
             raise ValueError(f"it cannot be read ({type(error).__name__})") from error
-        if {"/".join(path) for path in arrays} != set(about["hashes"]):
+        if {"/".join(path) for path in arrays} != set(metadata["hashes"]):
             raise ValueError("it does not hold the arrays that were saved")
         for path, array in arrays.items():
-            if digest(array) != about["hashes"]["/".join(path)]:
-                raise ValueError(f"the array {'.'.join(path)} is not what was saved")
-        number = format_of(about, folder)
+            if digest(array) != metadata["hashes"]["/".join(path)]:
+                raise ValueError(f"the array {'.'.join(path)} differs from what was saved")
+        number = format_of(metadata, folder)
         return Checkpoint(
-            step, migrated(arrays, number, ARRAYS), self._config(about, step),
-            about.get("dataset"), about.get("weights_only", False), number,
+            step, migrated(arrays, number, ARRAYS), self._read_config(metadata, step),
+            metadata.get("dataset"), metadata.get("weights_only", False), number,
         )  # fmt: skip
 
-    def readable(self, steps: Iterable[int]) -> Iterator[Checkpoint]:
-        """The undamaged checkpoints of some steps; damaged ones are reported. Raises UserError as
-        `read`."""
+    def read_undamaged(self, steps: Iterable[int]) -> Iterator[Checkpoint]:
+        """Yields the undamaged checkpoints of the given steps, and reports damaged ones. Raises
+        UserError in the same cases as `read`."""
         for step in steps:
             try:
                 yield self.read(step)
             except ValueError as error:
                 self.say(f"The checkpoint {self.path / str(step)} is damaged: {error}.")
 
-    def _first_readable(self, steps: Iterable[int], advice: str = "") -> Checkpoint:
-        """The first undamaged checkpoint of some steps. Raises UserError where all are damaged."""
-        for checkpoint in self.readable(steps):
+    def _read_first_undamaged(self, steps: Iterable[int], advice: str = "") -> Checkpoint:
+        """Returns the first undamaged checkpoint of the given steps. Raises UserError if all are
+        damaged; `advice` completes the message."""
+        for checkpoint in self.read_undamaged(steps):
             return checkpoint
         raise UserError(
-            f"every checkpoint in {self.path} is damaged; bring one back from a copy{advice}."
+            f"every checkpoint in {self.path} is damaged; restore one from a backup{advice}."
         )
 
-    def chosen(self) -> Checkpoint:
-        """The best checkpoint (the newest where none was validated), or where it is damaged the
-        newest that can be read. Raises UserError where there is none."""
+    def load_best(self) -> Checkpoint:
+        """Returns the best checkpoint, or the newest undamaged one if the best one is damaged or no
+        checkpoint has a score. Raises UserError if there is none."""
         steps, best = self.steps(), self.best()[0]
         if not steps:
             raise UserError(
-                f"{self.run} holds no {self.path.name} checkpoint; train one with "
+                f"{self.run} holds no {self.path.name} checkpoint; train this stage with "
                 f"train_{self.path.name}.py."
             )
         order = dict.fromkeys([*([] if best is None else [best]), *reversed(steps)])
-        return self._first_readable(order)
+        return self._read_first_undamaged(order)
 
     def restore(
         self, template: Any, config: Config, sections: tuple[str, ...], learned: tuple[str, ...]
     ) -> Any | None:
-        """The newest undamaged checkpoint as a state like `template`, or None where there is none
-        at all; of a checkpoint with weights only those of the networks that are `learned`. Damaged
-        ones are reported, and moved aside so that their steps can be saved again.
+        """Returns the newest undamaged checkpoint as a state with the structure of `template`, or
+        None if there is no checkpoint. From a checkpoint with weights only, it restores only the
+        `learned` networks.
 
-        Raises UserError where the checkpoints are of a run that trains something else, or where
-        none of them can be read.
+        Damaged checkpoints are reported, and moved aside so that their steps can be saved again.
+
+        Raises UserError if the checkpoints belong to a run with other settings or data, or if none
+        of them can be read.
         """
         steps = self.steps()
         if not steps:
             return None
-        checkpoint = self._first_readable(reversed(steps), ", or begin anew with --restart")
-        self._check_same(checkpoint, config, sections)
+        checkpoint = self._read_first_undamaged(reversed(steps), ", or start over with --restart")
+        self._check_compatible(checkpoint, config, sections)
         for damaged in steps[steps.index(checkpoint.step) + 1 :]:
-            self.say(f"The damaged one was moved to {self._move(damaged, 'damaged')}.")
+            place = self._move_aside(damaged, "damaged")
+            self.say(f"The damaged checkpoint was moved to {place}.")
         if checkpoint.step != steps[-1]:
-            self.say(f"The one before it, of step {checkpoint.step}, is used.")
+            self.say(f"The previous checkpoint, of step {checkpoint.step}, is used.")
         if not checkpoint.weights_only:
             return fill(template, checkpoint.arrays)
         loaded = load_matching_weights(learned, template, checkpoint.arrays)
         self.say(describe_loaded(loaded, self.run))
         return loaded.state
 
-    def _check_same(
+    def _check_compatible(
         self, checkpoint: Checkpoint, config: Config, sections: tuple[str, ...]
     ) -> None:
+        """Raises UserError if the checkpoint belongs to a run with other settings or data."""
         different = differences(config, checkpoint.config, sections)
         if different:
             raise UserError(
                 f"{self.path} holds a run with other settings: {'; '.join(different)}. "
-                f"{keep_settings(self.run)} Otherwise choose another --workdir, or begin anew with "
-                "--restart."
+                f"{advise_on_settings(self.run)} Otherwise choose another --workdir, or start over "
+                "with --restart."
             )
-        parts = checkpoint.config.vqgan.micro_batches
-        if self.path.name == "vqgan" and parts > 1 and checkpoint.format < MICRO_BATCHES:
+        count = checkpoint.config.vqgan.micro_batches
+        if self.path.name == "vqgan" and count > 1 and checkpoint.format < MICRO_BATCHES:
             raise UserError(
-                f"{self.path} holds a run with --vqgan.micro-batches {parts} of an older version, "
-                "which computed one adaptive weight for all of them. This one would train it "
-                "differently: choose another --workdir, or begin anew with --restart."
+                f"{self.path} holds a run with --vqgan.micro-batches {count} of an older version, "
+                "which computed one adaptive weight for all of them; this version computes one per "
+                "micro-batch. Choose another --workdir, or start over with --restart."
             )
         others = fingerprint_diff(self._dataset, checkpoint.dataset)
         if others:
             raise UserError(
-                f"{self.path} holds a run on other data: {'; '.join(others)}. Name the same data "
-                "by --data.path, or use another --workdir, or --restart to begin anew."
+                f"{self.path} holds a run on other data: {'; '.join(others)}. Set --data.path to "
+                "the same data, choose another --workdir, or start over with --restart."
             )
 
-    def _move(self, step: int, why: str) -> Path:
-        """Moves a checkpoint aside and returns its new place."""
-        place = self.path.with_name(f"{self.path.name}-{why}") / str(step)
-        while place.exists():
-            place = place.with_name(place.name + "-again")
-        place.parent.mkdir(exist_ok=True)
-        return (self.path / str(step)).rename(place)
+    def _move_aside(self, step: int, reason: str) -> Path:
+        """Moves a checkpoint to a folder named after the reason, and returns its new path."""
+        path = self.path.with_name(f"{self.path.name}-{reason}") / str(step)
+        while path.exists():
+            path = path.with_name(path.name + "-again")
+        path.parent.mkdir(exist_ok=True)
+        return (self.path / str(step)).rename(path)
 
     def clear(self, config: Config, sections: tuple[str, ...]) -> None:
-        """Deletes this stage's checkpoints, for a run that begins anew, and nothing else. One with
-        weights only stays, since the run starts from it, or is moved aside where it has other
-        settings; so is a folder that is not a complete checkpoint."""
+        """Deletes this stage's checkpoints, and nothing else, for a run that starts over.
+
+        A checkpoint with weights only stays, since the run starts from it; if its settings differ,
+        it is moved aside. Damaged and incomplete checkpoints are moved aside too.
+        """
         for step in self.steps():
             try:
-                about = self._about(step)
+                metadata = self._read_metadata(step)
             except ValueError:
-                self._move(step, "damaged")
+                self._move_aside(step, "damaged")
                 continue
-            if not about.get("weights_only"):
+            if not metadata.get("weights_only"):
                 shutil.rmtree(self.path / str(step))
-            elif differences(config, self._config(about, step), sections):
-                self._move(step, "imported")
+            elif differences(config, self._read_config(metadata, step), sections):
+                self._move_aside(step, "imported")

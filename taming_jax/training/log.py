@@ -1,4 +1,4 @@
-"""What a run reports: sentences and metrics on the screen, and rows to its log destinations."""
+"""The log of a run: messages and metrics on the screen, and rows to the metric writers."""
 
 import contextlib
 import time
@@ -9,16 +9,16 @@ from taming_jax.progress import Progress, say_above
 from taming_jax.training.meter import Meter
 from taming_jax.training.writers import Writer
 
-# Metrics that are only logged; all others are shown on the screen, too.
-NOT_SHOWN = ("loss", "codebook", "adversarial", "logits_real", "logits_fake", "skipped", "lecam")
+# Metrics that are logged, but not shown on the screen.
+HIDDEN = ("loss", "codebook", "adversarial", "logits_real", "logits_fake", "skipped", "lecam")
 
 
 class Log:
     """The log of one stage of a run, from step `start` to `steps`.
 
-    `rows` are the rows before `start`. Rows of a run that was killed after its last checkpoint are
-    discarded: their steps will be taken, and logged, again. Rows that could not be written are kept
-    until they can be.
+    `rows` are the rows logged so far. Those after `start` are discarded: if a run was killed after
+    its last checkpoint, the resumed run repeats those steps and logs them again. Writers keep rows
+    that they cannot write, and try again.
     """
 
     def __init__(
@@ -36,40 +36,43 @@ class Log:
         self._steps, self._row_step = steps, start
         self._name = name
         self._progress: Progress | None = None
-        self._waited, self._steps_began = 0.0, time.monotonic()
-        self._each("resume", start)
+        self._waited, self._steps_started = 0.0, time.monotonic()
+        self._call_writers("resume", start)
 
-    def begin(self) -> None:
-        """Starts the clock and the progress, after compilation, which is no step's time."""
-        self._steps_began = time.monotonic()
+    def start_progress(self) -> None:
+        """Starts the clock and the progress bar. Call this after compilation, so that the speed of
+        the steps does not include it."""
+        self._steps_started = time.monotonic()
         self._progress = Progress(self._name, self._steps, "steps", initial=self._row_step)
 
     def say(self, sentence: str) -> None:
-        """Prints a sentence, above the progress bar where there is one."""
+        """Prints a sentence, above the progress bar if there is one."""
         say_above(sentence)
 
     @contextlib.contextmanager
-    def tolerating(self, what: str) -> Iterator[None]:
-        """Around writing what a run can do without until it can be written: an error is reported,
-        once."""
+    def tolerate_write_errors(self, target: str) -> Iterator[None]:
+        """A context for writing `target`, which is not essential to the run. An OSError is reported
+        once and not raised."""
         try:
             yield
         except OSError as error:
-            if what not in self._unwritable:
-                self._unwritable.add(what)
-                self.say(f"{what} cannot be written ({error}); the run goes on, and tries again.")
+            if target not in self._unwritable:
+                self._unwritable.add(target)
+                self.say(
+                    f"{target} cannot be written ({error}); the run continues and tries again."
+                )
         else:
-            if what in self._unwritable:
-                self._unwritable.remove(what)
-                self.say(f"{what} can be written again.")
+            if target in self._unwritable:
+                self._unwritable.remove(target)
+                self.say(f"{target} can be written again.")
 
-    def _each(self, method: str, *arguments: Any) -> None:
-        """Calls a method of each writer, whether or not those before raised."""
+    def _call_writers(self, method: str, *arguments: Any) -> None:
+        """Calls a method of each writer, even if an earlier writer fails."""
         for writer in self._writers:
-            with self.tolerating(f"The log for {type(writer).__name__}"):
+            with self.tolerate_write_errors(f"The log for {type(writer).__name__}"):
                 getattr(writer, method)(*arguments)
 
-    def row(
+    def log_metrics(
         self,
         step: int,
         epoch: float,
@@ -77,45 +80,47 @@ class Log:
         metrics: dict[str, float],
         flops: float | None = None,
     ) -> None:
-        """Logs the metrics of a step. A row of training is followed by one about its speed, and,
-        with the operations of a step on one device, how much of the device that used."""
+        """Logs the metrics of a step. For the training split it also logs the speed, and, if
+        `flops`, the operations per step on one device, is given, the utilization of the device."""
         values = {"epoch": round(epoch, 4), **metrics}
         self.rows.append({"step": step, "split": split, **values})
-        self._each("scalars", step, split, values)
-        names = [key for key in metrics if key not in NOT_SHOWN and not key.endswith("_gradient")]
+        self._call_writers("write_scalars", step, split, values)
+        names = [key for key in metrics if key not in HIDDEN and not key.endswith("_gradient")]
         shown = "  ".join(f"{key} {metrics[key]:.4g}" for key in names)
         if split == "validation":
             self.say(f"step {step}/{self._steps}  validation  {shown}")
         elif self._progress is not None:
-            self._progress.set_postfix_str(shown + self._pace(step, flops), refresh=False)
+            self._progress.set_postfix_str(shown + self._log_speed(step, flops), refresh=False)
 
     @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Around waiting for data."""
-        begin = time.monotonic()
-        self._steps_began = self._steps_began or begin
+    def measure_waiting(self) -> Iterator[None]:
+        """A context that measures the time spent waiting for data."""
+        start = time.monotonic()
+        self._steps_started = self._steps_started or start
         yield
-        self._waited += time.monotonic() - begin
+        self._waited += time.monotonic() - start
 
-    def _pace(self, step: int, flops: float | None) -> str:
-        """Logs how fast the steps since the last row were (without what followed that row:
-        validation, figures, a checkpoint), what they used of a device, and the share of their time
-        spent waiting for data; returns that share where it is worth mentioning."""
-        spent, steps = time.monotonic() - self._steps_began, step - self._row_step
-        waiting = self._waited / spent
-        speed = {"steps_per_second": round(steps / spent, 4), "waiting": round(waiting, 4)}
-        self._each("scalars", step, "speed", speed | self._meter(flops, steps / spent))
-        self._waited, self._steps_began, self._row_step = 0.0, 0.0, step
+    def _log_speed(self, step: int, flops: float | None) -> str:
+        """Logs the speed of the steps since the last row, their use of a device, and the share of
+        time spent waiting for data. The time excludes validation, figures, and checkpoints after
+        the last row. Returns the share of waiting as text, or "" if it is below 1 %."""
+        elapsed, steps = time.monotonic() - self._steps_started, step - self._row_step
+        waiting = self._waited / elapsed
+        speed = {"steps_per_second": round(steps / elapsed, 4), "waiting": round(waiting, 4)}
+        self._call_writers(
+            "write_scalars", step, "speed", speed | self._meter(flops, steps / elapsed)
+        )
+        self._waited, self._steps_started, self._row_step = 0.0, 0.0, step
         return f"  waiting for data {waiting:.0%}" if waiting >= 0.01 else ""
 
     def advance(self, step: int) -> None:
-        """Shows that `step` steps are done."""
+        """Advances the progress bar to `step`."""
         if self._progress is not None:
             self._progress.update(step - self._progress.n)
 
     def close(self) -> None:
         if self._progress is not None:
             self._progress.close()
-        self._each("close")
-        for what in sorted(self._unwritable):
-            self.say(f"{what} could not be written to the end.")
+        self._call_writers("close")
+        for target in sorted(self._unwritable):
+            self.say(f"{target} could not be written completely.")

@@ -1,5 +1,4 @@
-"""What training takes of a device: its memory, its arithmetic, its time, and a trace of chosen
-steps."""
+"""Measurements of a device during training: memory, throughput, and profiler traces."""
 
 import re
 import resource
@@ -12,10 +11,11 @@ import jax
 
 from taming_jax.config.schema import Config
 
-# The most that a device does in a second, in 10^12 operations, as NVIDIA's data sheets have it,
-# without sparsity: float32 (in TF32, where there is one, as XLA multiplies float32), and bfloat16.
-# A device's name is one of these, and perhaps more of BESIDES; the longest one counts.
-PEAKS: dict[str, tuple[float, float | None]] = {
+# Peak throughput without sparsity in 10^12 operations per second, from NVIDIA's data sheets, for
+# float32 and bfloat16. The float32 value is for TF32 where the device has it, since XLA uses it by
+# default. A device's name is one of these, followed by any number of NAME_SUFFIX; the longest match
+# counts.
+PEAK_TFLOPS: dict[str, tuple[float, float | None]] = {
     "NVIDIA B200": (1125, 2250),
     "NVIDIA GH200": (494.7, 989.4),
     "NVIDIA H200": (494.7, 989.4),
@@ -40,23 +40,23 @@ PEAKS: dict[str, tuple[float, float | None]] = {
 }
 
 
-# What a device's name may have besides: its memory's size and kind, its connector.
-BESIDES = r"\d+ ?GB|SXM\d?|PCI[Ee]|HBM\w+"
+# Parts that may follow a device's name: the size and type of its memory, and its connector.
+NAME_SUFFIX = r"\d+ ?GB|SXM\d?|PCI[Ee]|HBM\w+"
 
 
 def peak_flops(device_kind: str, dtype: str) -> float | None:
-    """Floating-point operations a second that a device can do at most; None where unknown."""
-    for name in sorted(PEAKS, key=len, reverse=True):
+    """Returns the peak floating-point operations per second of a device, or None if unknown."""
+    for name in sorted(PEAK_TFLOPS, key=len, reverse=True):
         rest = device_kind.removeprefix(name)
-        if rest != device_kind and re.fullmatch(rf"([- ]({BESIDES}))*", rest):
-            peak = PEAKS[name][dtype == "bfloat16"]
+        if rest != device_kind and re.fullmatch(rf"([- ]({NAME_SUFFIX}))*", rest):
+            peak = PEAK_TFLOPS[name][dtype == "bfloat16"]
             return None if peak is None else peak * 1e12
     return None
 
 
 def peak_memory(device: Any) -> int:
-    """The most bytes that were in use at once on a device; where it keeps no account, as a CPU
-    does not, in this process."""
+    """Returns the peak memory of a device in bytes. If the device does not report it, as is the
+    case for a CPU, returns the peak memory of this process."""
     stats = device.memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]
@@ -65,20 +65,20 @@ def peak_memory(device: Any) -> int:
 
 
 class Meter:
-    """Reads what steps take of one device, the first. `say` is told, once, where the most that it
-    can do is not known."""
+    """A meter of the memory and throughput of training on one device. Calls `say` once if the peak
+    throughput of a GPU is not known."""
 
     def __init__(self, device: Any, config: Config, say: Callable[[str], None]):
         self._device, self._peak = device, peak_flops(device.device_kind, config.dtype)
         if self._peak is None and device.platform == "gpu":
             say(
-                f"How much a {device.device_kind} can do at most in {config.dtype} is not known "
-                "here: the log has no utilisation."
+                f"The peak throughput of {device.device_kind} in {config.dtype} is not known, so "
+                "the log has no utilization."
             )
 
     def __call__(self, flops: float | None, steps_per_second: float) -> dict[str, float]:
-        """`memory_peak_bytes`; `flops_per_second`, where the operations of a step are known; and
-        `utilisation`, their share of the most there can be, where that is."""
+        """Returns `memory_peak_bytes`; `flops_per_second`, if `flops` per step are known; and
+        `utilisation`, their share of the peak throughput, if that is known too."""
         metrics: dict[str, float] = {"memory_peak_bytes": peak_memory(self._device)}
         if flops is not None:
             metrics["flops_per_second"] = flops * steps_per_second
@@ -88,38 +88,42 @@ class Meter:
 
 
 class Tracer:
-    """jax.profiler's trace of steps `first` to `last` of a run, in `folder`; of none where `steps`
-    is None."""
+    """A tracer that writes jax.profiler's trace of some steps to `folder`. `steps` holds the first
+    and the last step to trace; None traces no step."""
 
     def __init__(self, steps: tuple[int, int] | None, folder: Path, say: Callable[[str], None]):
         self._first, self._last = steps or (0, 0)
         self._folder, self._say, self._running = folder, say, False
 
     def step(self, number: int) -> jax.profiler.StepTraceAnnotation:
-        """A context for a step, by its number (the first is 1)."""
+        """Returns a context for a step. Step numbers start at 1."""
         if self._first <= number <= self._last and not self._running:
             self._first = number
             try:
                 jax.profiler.start_trace(self._folder, create_perfetto_trace=True)
                 self._running = True
-            except (OSError, RuntimeError) as error:  # another profiler is tracing
-                self._say(f"No step is traced ({error}); the run goes on.")
+            except (OSError, RuntimeError) as error:  # another profiler is active
+                self._say(
+                    f"The profiler cannot start ({error}); the run continues without a trace."
+                )
                 self._last = 0
         return jax.profiler.StepTraceAnnotation("step", step_num=number)
 
-    def after(self, number: int, results: Any) -> None:
-        """After a step, with its results, for which the last traced step waits."""
+    def end_step(self, number: int, results: Any) -> None:
+        """Ends the trace after its last step, once that step has computed its `results`."""
         if self._running and number >= self._last:
             jax.block_until_ready(results)
             self.close()
 
     def close(self) -> None:
-        """Ends a trace and writes it, if the disk allows."""
+        """Stops a running trace and writes it. Reports an error instead of raising it."""
         if not self._running:
             return
         self._running = False
         try:
             jax.profiler.stop_trace()
-            self._say(f"Steps {self._first} to {self._last} are traced in {self._folder}.")
+            self._say(f"The trace of steps {self._first} to {self._last} is in {self._folder}.")
         except (OSError, RuntimeError) as error:
-            self._say(f"The trace cannot be written to {self._folder} ({error}); the run goes on.")
+            self._say(
+                f"The trace cannot be written to {self._folder} ({error}); the run continues."
+            )

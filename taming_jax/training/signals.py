@@ -1,4 +1,4 @@
-"""What SIGINT and SIGTERM do to a run that trains: the first one saves after the current step."""
+"""Handling of SIGINT and SIGTERM during training: the first one saves after the current step."""
 
 import math
 import os
@@ -11,36 +11,41 @@ from typing import Any
 
 from taming_jax.errors import say
 
-TWICE = 1  # seconds within which a second signal counts as the first, sent twice
+DUPLICATE_SECONDS = 1  # a second signal within this time is a duplicate of the first
 
 
 class Signals:
-    """Remembers the first SIGINT or SIGTERM after `listen`. A second one acts as it would without
-    this class, unless it comes within a second of the first, as when a launcher signals both a
-    process and its parent. Python allows handlers in the main thread only; in other threads
-    nothing is caught.
+    """A handler that records the first SIGINT or SIGTERM after `listen`.
+
+    A second signal has its usual effect, unless it arrives within a second of the first: a launcher
+    may signal both a process and its parent. Python allows signal handlers in the main thread only;
+    in other threads this class does nothing.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self._when = -math.inf
-        self._before: dict[int, Any] = {}
+        self._received_at = -math.inf
+        self._previous_handlers: dict[int, Any] = {}
 
     def listen(self) -> None:
-        """Installs the handlers, unless they are installed already."""
-        if threading.current_thread() is threading.main_thread() and not self._before:
+        """Installs the handlers if they are not installed yet."""
+        if threading.current_thread() is threading.main_thread() and not self._previous_handlers:
             for signum in (signal.SIGINT, signal.SIGTERM):
-                self._before[signum] = signal.signal(signum, self._receive)
+                self._previous_handlers[signum] = signal.signal(signum, self._receive)
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
         if self.received is None:
-            self.received, self._when = signum, time.monotonic()
-            say("\nStopping after this step, and saving; a second signal does neither.", sys.stderr)
-        elif time.monotonic() - self._when > TWICE:
+            self.received, self._received_at = signum, time.monotonic()
+            say(
+                "\nStopping after this step and saving a checkpoint. Send the signal again to stop "
+                "now without saving.",
+                sys.stderr,
+            )
+        elif time.monotonic() - self._received_at > DUPLICATE_SECONDS:
             self.restore()
             os.kill(os.getpid(), signum)
 
     def restore(self) -> None:
-        """Installs the handlers that were there before."""
-        while self._before:
-            signal.signal(*self._before.popitem())
+        """Restores the previous handlers."""
+        while self._previous_handlers:
+            signal.signal(*self._previous_handlers.popitem())

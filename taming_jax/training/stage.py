@@ -1,4 +1,4 @@
-"""What the two stages of the pipeline have in common, and what the loop needs of them."""
+"""The base class of the two training stages, which is all that the training loop knows of them."""
 
 import abc
 import functools
@@ -13,17 +13,18 @@ from taming_jax.data import datasets
 from taming_jax.data.batches import Batch, Feed
 from taming_jax.metrics.monitor import ValidationFD
 from taming_jax.parallel.devices import Compiled, Devices
-from taming_jax.training.accumulate import repeated
+from taming_jax.training.accumulate import count_loop_iterations
 from taming_jax.training.state import TrainState
 
 
 class Stage(abc.ABC):
-    """A stage of the pipeline, as the loop needs it.
+    """A training stage.
 
-    `learned` names the networks that it trains. `best_metric` names the metric of a validation that
-    chooses the best checkpoint, lower being better. `dataset` is the fingerprint of its data
-    (data/datasets.py), `config` what it was built from, with what is decided when a run is created.
-    `evaluation` computes sums over a batch of the validation split, for `summarise`.
+    `learned` names the networks that the stage trains. `best_metric` names the validation metric
+    that chooses the best checkpoint; lower is better. `dataset` is the fingerprint of the data
+    (data/datasets.py). `config` is the config of the stage, including the values that are fixed
+    when a run is created. `evaluation` computes sums over a batch of the validation split for
+    `summarize`.
     """
 
     name: ClassVar[str]
@@ -48,57 +49,58 @@ class Stage(abc.ABC):
         return getattr(self.config, self.name)
 
     @abc.abstractmethod
-    def feeds(self) -> tuple[Feed, Feed]:
-        """The training and the validation data."""
+    def build_feeds(self) -> tuple[Feed, Feed]:
+        """Returns the feeds of the training and the validation split."""
 
     @abc.abstractmethod
     def init(self, key: jax.Array) -> TrainState:
-        """A fresh state, on one device."""
+        """Returns a freshly initialized state on one device."""
 
     @abc.abstractmethod
-    def compiled_step(self, step: int) -> Compiled:
-        """The training step that is number `step`, from 0, on the devices. Its metrics include
-        `skipped`, the number of steps skipped so far; figures and logs take whatever else there
-        is."""
+    def select_step(self, step: int) -> Compiled:
+        """Returns the compiled training step for step number `step`, counted from 0. Its metrics
+        include `skipped`, the number of steps skipped so far. All of its metrics appear in the log
+        and in the figures."""
 
     @abc.abstractmethod
     def make_images(self, params: dict[str, Any], arrays: dict[str, jax.Array]) -> jax.Array:
-        """Images uint8 [b,h,w,c], by the parameters of each network, for a batch of validation
-        `images`, their `labels` and `numbers` int32 [b]."""
+        """Returns images uint8 [b,h,w,c] made with the parameters of each network. `arrays` is a
+        batch of validation `images`, with their `labels` and `numbers` int32 [b]."""
 
     @abc.abstractmethod
-    def summarise(self, sums: dict[str, np.ndarray]) -> dict[str, float]:
-        """The metrics of a split from the sum over its batches: perplexity, say, cannot be averaged
-        over batches."""
+    def summarize(self, sums: dict[str, np.ndarray]) -> dict[str, float]:
+        """Returns the metrics of a split from the sums over its batches. Metrics such as perplexity
+        cannot be averaged over batches."""
 
     @abc.abstractmethod
-    def draw(
+    def draw_figures(
         self, state: TrainState, folder: Path, sums: dict[str, np.ndarray], rows: list[dict]
     ) -> None:
-        """Writes the stage's figures, from the state, a validation's sums, and the log's rows."""
+        """Writes the stage's figures from the state, a validation's sums, and the log's rows."""
 
     def compile(self, state: TrainState, training: Batch, validation: Batch) -> None:
-        """Compiles the steps of a run from a training batch on, and the evaluation."""
-        for step in {self.compiled_step(training.step), self.compiled_step(self.steps - 1)}:
+        """Compiles the evaluation, and the steps that a run needs from this training batch on."""
+        for step in {self.select_step(training.step), self.select_step(self.steps - 1)}:
             step.prepare(state, training.arrays)
         self.evaluation.prepare(state, validation.arrays)
 
-    def flops(self, step: int) -> float | None:
-        """The operations of a step on one device, after `compile`; None where JAX cannot tell."""
-        flops = self.compiled_step(step).flops
-        return flops and flops * repeated(self.settings.micro_batches)
+    def count_flops(self, step: int) -> float | None:
+        """Returns the floating-point operations of a step on one device, or None if JAX cannot
+        count them. Call this after `compile`."""
+        flops = self.select_step(step).flops
+        return flops and flops * count_loop_iterations(self.settings.micro_batches)
 
     def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
-        """The state after a step, which gives up the one before, and the step's metrics."""
-        return self.compiled_step(batch.step)(state, batch.arrays)
+        """Returns the state after a step and the step's metrics. The old state is donated."""
+        return self.select_step(batch.step)(state, batch.arrays)
 
     def eval_step(self, state: TrainState, batch: Batch) -> dict[str, Any]:
-        """Sums over a batch of the validation split, for `summarise`."""
+        """Returns sums over a batch of the validation split for `summarize`."""
         return self.evaluation(state, batch.arrays)
 
-    def distance(self, state: TrainState) -> float:
-        """The Fréchet distance of `make_images` to the validation split, where the settings have
-        `fd_every`."""
+    def compute_fd(self, state: TrainState) -> float:
+        """Returns the Fréchet distance between the images of `make_images` and the validation
+        split. This requires the setting `fd_every`."""
         assert self._monitor is not None
         params = {name: net.eval_params for name, net in state.nets.items()}
         return self._monitor.distance(functools.partial(self._make_images, params))

@@ -1,9 +1,9 @@
-"""A dataset as grids of codes, encoded once and kept beside the checkpoints.
+"""Datasets encoded as grids of codes, stored next to the checkpoints.
 
-`tokens/KEY/SPLIT/` holds an encoded split in files of some thousand images each. KEY is a hash of
-the generator's arrays, the images themselves and how they are augmented, so a file of another
-generator or of other images is never read. A file that is missing or damaged is encoded again, so
-an encoding that was stopped resumes.
+`tokens/KEY/SPLIT/` holds an encoded split in files of a few thousand images each. KEY is a hash of
+the generator's arrays, the images, and the augmentation settings, so files of another generator or
+of other images are never read. Missing and damaged files are encoded again, so that an interrupted
+encoding resumes.
 """
 
 import functools
@@ -25,15 +25,15 @@ from taming_jax.parallel import distributed
 from taming_jax.parallel.devices import Devices
 from taming_jax.progress import Progress
 from taming_jax.storage import read_arrays, text_hash, write_arrays
-from taming_jax.training.state import AUGMENTATION, example_keys
+from taming_jax.training.state import AUGMENTATION, make_example_keys
 from taming_jax.weights.arrays import digest, hash_arrays
 
-FILE = 4096  # images a file
+IMAGES_PER_FILE = 4096
 
 
 class Tokenizer:
-    """A generator that encodes splits of a dataset into `folder` (a run's tokens/), or reads them
-    from there."""
+    """A generator that encodes the splits of a dataset. It stores the codes in `folder` (a run's
+    tokens/), and reads those that are stored already."""
 
     def __init__(
         self,
@@ -47,64 +47,79 @@ class Tokenizer:
         self.devices, self.seed = devices, config.seed
         self._folder, self._params, self._config = folder, params, config
         self._dtype, self._say = np.min_scalar_type(config.vqgan.codebook_size - 1), say
-        self._known: tuple[np.ndarray | None, str] = None, ""  # the last images, and their digest
+        self._last_digest: tuple[np.ndarray | None, str] = None, ""  # images and their digest
 
-        def codes(params: Any, images: jax.Array) -> jax.Array:
+        def encode_images(params: Any, images: jax.Array) -> jax.Array:
             with jax.default_matmul_precision("highest"):
                 indices = encode(model, params, to_float(images)).indices
             return indices.reshape(len(indices), -1)
 
-        def plain(state: Any, arrays: dict[str, jax.Array]) -> jax.Array:
-            return codes(state["params"], centred(gather_batch(arrays)[0], config.data.image_size))
+        def encode_plain(state: Any, arrays: dict[str, jax.Array]) -> jax.Array:
+            return encode_images(
+                state["params"], centred(gather_batch(arrays)[0], config.data.image_size)
+            )
 
-        def changed(state: Any, arrays: dict[str, jax.Array]) -> jax.Array:
-            keys = example_keys(config.seed, AUGMENTATION, state["version"], arrays["place"])
-            return codes(state["params"], augmented(gather_batch(arrays)[0], keys, config.data))
+        def encode_augmented(state: Any, arrays: dict[str, jax.Array]) -> jax.Array:
+            keys = make_example_keys(config.seed, AUGMENTATION, state["version"], arrays["place"])
+            return encode_images(
+                state["params"], augmented(gather_batch(arrays)[0], keys, config.data)
+            )
 
-        self._plain, self._changed = plain, changed
+        self._encode_plain, self._encode_augmented = encode_plain, encode_augmented
 
     def __call__(self, name: str, split: Split, version: int = 0) -> Split:
-        """The split with its images as codes, unsigned [n, h' * w'] in raster order. Version 0 is
-        of the images as they are, others of the images augmented, each in another way. Products
-        are computed at the highest precision."""
+        """Returns the split with its images as codes, unsigned int [n, h' * w'] in raster order.
+
+        Version 0 encodes the images without augmentation; every other version encodes a different
+        augmentation of them. Matrix products use the highest precision.
+        """
         data = self._config.data
-        seen = [data.image_size]
+        settings = [data.image_size]
         if version:
-            seen += [data.random_crop, data.mirror, self._config.seed, version]
-        if self._known[0] is not split.images:  # read through once, not for each version
-            self._known = split.images, digest(split.images)
-        key = text_hash([hash_arrays(self._params), self._known[1], seen])[:16]
-        starts = range(0, len(split.images), FILE)
-        files = {at: self._folder / key / name / f"{at:08d}.npz" for at in starts}
-        held = distributed.run_on_primary(lambda: {at: read_arrays(files[at]) for at in starts})
-        codes = {at: kept["codes"] for at, kept in held.items() if kept is not None}
-        if missing := [at for at in starts if at not in codes]:
-            compiled = self.devices.compile(self._changed if version else self._plain)
+            settings += [data.random_crop, data.mirror, self._config.seed, version]
+        if self._last_digest[0] is not split.images:  # read all images once, not once per version
+            self._last_digest = split.images, digest(split.images)
+        key = text_hash([hash_arrays(self._params), self._last_digest[1], settings])[:16]
+        starts = range(0, len(split.images), IMAGES_PER_FILE)
+        files = {start: self._folder / key / name / f"{start:08d}.npz" for start in starts}
+        stored = distributed.run_on_primary(
+            lambda: {start: read_arrays(files[start]) for start in starts}
+        )
+        codes = {start: arrays["codes"] for start, arrays in stored.items() if arrays is not None}
+        if missing := [start for start in starts if start not in codes]:
+            compiled = self.devices.compile(
+                self._encode_augmented if version else self._encode_plain
+            )
             state = {"params": self._params, "version": np.int32(version)}
             state = self.devices.replicate(state)
             label = name + (f", version {version}" if version else "")
             size = max_batch(self._config.data.image_size**2, 256) * len(self.devices)
-            parts = {at: Split(*(x[at : at + FILE] for x in split)) for at in missing}
+            parts = {
+                start: Split(*(x[start : start + IMAGES_PER_FILE] for x in split))
+                for start in missing
+            }
             count = sum(len(part.images) for part in parts.values())
             self._say(f"Encoding {label}: {count} images.")
             with Progress(f"encoding {label}", count, "images") as progress:
 
-                def encode(rows: dict[str, np.ndarray]) -> jax.Array:
+                def encode_batch(batch: dict[str, np.ndarray]) -> jax.Array:
                     progress.update(size)
-                    return compiled(state, self.devices.shard(rows))
+                    return compiled(state, self.devices.shard(batch))
 
                 for start, part in parts.items():
                     places = np.arange(start, start + len(part.images), dtype=np.int32)
                     arrays = part._asdict() | {"place": places}
-                    codes[start] = self.devices.in_batches(encode, arrays, size).astype(self._dtype)
+                    codes[start] = self.devices.in_batches(encode_batch, arrays, size).astype(
+                        self._dtype
+                    )
                     if distributed.is_primary():
                         write_arrays(files[start], {"codes": codes[start]})
         return Split(np.concatenate([codes[start] for start in starts]), split.labels)
 
 
 class TokenFeed(ResidentFeed):
-    """A split on the devices as codes. In epoch e the stream reads version e % `versions` of each
-    example; a version is encoded when it is first needed."""
+    """A feed of a split as codes that are resident on the devices. Epoch e reads version
+    e % `versions` of each example. Each version is encoded when it is first needed."""
 
     def __init__(
         self,
@@ -115,11 +130,11 @@ class TokenFeed(ResidentFeed):
         versions: int = 1,
     ):
         first = tokenizer(name, split)
-        self._encoded = functools.partial(tokenizer, name, split)
-        # Room for all versions, so that the step that reads them is compiled once.
+        self._encode = functools.partial(tokenizer, name, split)
+        # Allocate all versions now, so that the step that reads them is compiled only once.
         self._codes = np.zeros((versions, *first.images.shape), first.images.dtype)
         self._codes[0] = first.images
-        self._held = {0}
+        self._encoded_versions = {0}
         self._labels = np.tile(first.labels, versions)
         super().__init__(
             Split(self._rows(), self._labels), batch_size, tokenizer.seed, tokenizer.devices
@@ -131,10 +146,10 @@ class TokenFeed(ResidentFeed):
 
     def _index(self, epochs: np.ndarray, index: np.ndarray) -> np.ndarray:
         versions = epochs % len(self._codes)
-        missing = set(versions.tolist()) - self._held
+        missing = set(versions.tolist()) - self._encoded_versions
         for version in sorted(missing):
-            self._codes[version] = self._encoded(version).images
-            self._held.add(version)
+            self._codes[version] = self._encode(version).images
+            self._encoded_versions.add(version)
         if missing:
             self._resident |= self._devices.replicate({"images": self._rows()})
         return versions * np.int32(self.size) + index

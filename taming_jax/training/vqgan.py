@@ -1,4 +1,4 @@
-"""Stage 1: generator and discriminator trained against each other."""
+"""Stage 1: adversarial training of the generator and the discriminator."""
 
 import functools
 from collections.abc import Callable
@@ -31,37 +31,39 @@ from taming_jax.training.state import (
     REAL,
     Net,
     TrainState,
+    add_clipping,
     apply_if_finite,
+    build_schedule,
     copy_buffers,
-    example_keys,
-    schedule,
-    with_clipping,
+    make_example_keys,
 )
 from taming_jax.training.vqgan_step import Keys, VQGANObjective
 
 
-def with_fixed_start(config: Config, examples: int, created: Config | None) -> Config:
-    """The config with the step at which the discriminator starts. It is computed when a run is
-    created, and kept when the run is resumed, `created` being the config it has so far: were it
-    computed again for a longer run, a discriminator that has started could be switched off.
+def fix_discriminator_start(config: Config, examples: int, created: Config | None) -> Config:
+    """Returns the config with the step at which the discriminator starts.
 
-    Raises UserError where the config names another step than the run's.
+    The step is computed when a run is created and stays the same when the run is resumed: computing
+    it again for an extended run could switch off a discriminator that has already started.
+    `created` is the config of the existing run, or None for a new run.
+
+    Raises UserError if the config sets another step than that of the existing run.
     """
-    given, own = config.vqgan.discriminator_start_step, config.vqgan.start_step(examples)
-    start = own if created is None else created.vqgan.start_step(examples)
-    if given not in (None, start):
-        fixed = "no start of the discriminator" if start is None else str(start)
+    setting, default = config.vqgan.discriminator_start_step, config.vqgan.start_step(examples)
+    start = default if created is None else created.vqgan.start_step(examples)
+    if setting not in (None, start):
+        fixed = "no discriminator" if start is None else str(start)
         raise UserError(
-            f"--vqgan.discriminator-start-step is {given}, but the run in {config.folder} was "
-            f"created with {fixed}; leave the setting out, or begin anew with --restart."
+            f"--vqgan.discriminator-start-step is {setting}, but the run in {config.folder} was "
+            f"created with {fixed}; leave the setting out, or start over with --restart."
         )
-    if start != own:
-        say(f"The discriminator starts after step {start}, which was fixed when this run began.")
+    if start != default:
+        say(f"The discriminator starts after step {start}, which was fixed when the run began.")
     return replaced(config, "vqgan", discriminator_start_step=start)
 
 
 class VQGANStage(Stage):
-    """Stage 1 of a new run, or of the one that its folder holds, unless that begins anew."""
+    """Stage 1 of a new run, or of the existing run in the folder unless `restart` is set."""
 
     name = "vqgan"
     best_metric = "reconstruction_loss"
@@ -72,21 +74,23 @@ class VQGANStage(Stage):
         frozen = devices.replicate(load_lpips() if settings.perceptual_weight else {})
         super().__init__(config, devices)
         store = Store(config.folder, self.name, self.best_metric)
-        created = None if restart else distributed.run_on_primary(store.last_config)
-        config = with_fixed_start(config, len(self.splits.train.images), created)
+        created = None if restart else distributed.run_on_primary(store.read_last_config)
+        config = fix_discriminator_start(config, len(self.splits.train.images), created)
         self.config = config
         start = config.vqgan.discriminator_start_step
         self.start = self.steps if start is None else start
         warn_of_attention(config)
         self.networks = VQGANObjective.build(config, devices.axis_name)
         adam = optax.scale_by_adam(*settings.betas, settings.epsilon)
-        self._optimiser = with_clipping(adam, settings.grad_clip_norm)
+        self._optimizer = add_clipping(adam, settings.grad_clip_norm)
         self._rates = {
-            "generator": schedule(settings, self.steps, settings.learning_rate),
-            "discriminator": schedule(settings, self.steps, settings.discriminator_learning_rate),
+            "generator": build_schedule(settings, self.steps, settings.learning_rate),
+            "discriminator": build_schedule(
+                settings, self.steps, settings.discriminator_learning_rate
+            ),
         }
         self._steps = {
-            adversarial: devices.compile(self.step_function(adversarial), frozen, donate=True)
+            adversarial: devices.compile(self.build_step(adversarial), frozen, donate=True)
             for adversarial in (False, True)
         }
         self.evaluation = devices.compile(self._evaluate, frozen)
@@ -96,7 +100,7 @@ class VQGANStage(Stage):
         )
         self._decode = jax.jit(functools.partial(decode_indices, model))
 
-    def feeds(self) -> tuple[Feed, Feed]:
+    def build_feeds(self) -> tuple[Feed, Feed]:
         size, share = self.config.vqgan.batch_size, self.config.data.resident_share
         train, validation = (
             feed(split, size, self.config.seed, self.devices, share)
@@ -109,11 +113,12 @@ class VQGANStage(Stage):
         images = jnp.zeros((1, data.image_size, data.image_size, data.channels))
         for_generator, for_discriminator = jax.random.split(key)
 
-        # Run once: three seconds less to compile when it is not optimised, to the same values.
+        # This runs only once. Without optimizations it compiles three seconds faster, with the same
+        # results.
         @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
         def create() -> TrainState:
             generator = self.networks.generator.init(for_generator, images)["params"]
-            # A stem of one image would make BatchNorm divide by zero: initialised in evaluation.
+            # In training mode, BatchNorm would divide by zero: the batch is a single image.
             variables = self.networks.discriminator.init(for_discriminator, images, train=False)
             extra = {"batch_stats": variables["batch_stats"]}
             if settings.lecam_weight:
@@ -123,11 +128,11 @@ class VQGANStage(Stage):
                 step=jnp.zeros((), jnp.int32),
                 nets={
                     "generator": Net(
-                        generator, self._optimiser.init(generator),
+                        generator, self._optimizer.init(generator),
                         ema=None if settings.ema_decay is None else copy_buffers(generator),
                     ),
                     "discriminator": Net(
-                        discriminator, self._optimiser.init(discriminator), extra
+                        discriminator, self._optimizer.init(discriminator), extra
                     ),
                 },
                 skipped=jnp.zeros((), jnp.int32),
@@ -135,68 +140,70 @@ class VQGANStage(Stage):
 
         return create()
 
-    def step_function(self, adversarial: bool) -> Callable[..., tuple[TrainState, Any]]:
-        """The pure step(state, arrays, lpips_params) -> (state, metrics), before (False) or after
-        (True) the discriminator's start."""
+    def build_step(self, adversarial: bool) -> Callable[..., tuple[TrainState, Any]]:
+        """Returns the pure function step(state, arrays, lpips_params) -> (state, metrics) for the
+        time before (False) or after (True) the discriminator starts."""
         settings = self.config.vqgan
 
         def step(state: TrainState, arrays: Any, lpips_params: Any) -> tuple[TrainState, Any]:
             generator, discriminator = state.nets["generator"], state.nets["discriminator"]
 
-            def keys(purpose: int) -> jax.Array:
-                return example_keys(self.config.seed, purpose, state.step, arrays["place"])
+            def make_keys(purpose: int) -> jax.Array:
+                return make_example_keys(self.config.seed, purpose, state.step, arrays["place"])
 
             images = to_float(
-                augmented(gather_batch(arrays)[0], keys(AUGMENTATION), self.config.data)
+                augmented(gather_batch(arrays)[0], make_keys(AUGMENTATION), self.config.data)
             )
-            draws = Keys()
+            keys = Keys()
             if settings.diff_augment:
-                draws = draws._replace(real=keys(REAL), fake=keys(FAKE))
+                keys = keys._replace(real=make_keys(REAL), fake=make_keys(FAKE))
             if self.networks.generator.quantizer.draws:
-                draws = draws._replace(codes=keys(CODES))
-            found = self.networks.gradients(
+                keys = keys._replace(codes=make_keys(CODES))
+            gradients = self.networks.compute_gradients(
                 generator, discriminator, images, lpips_params, adversarial,
-                state.step - self.start, draws, self.temperature(state.step),
+                state.step - self.start, keys, self.gumbel_temperature(state.step),
             )  # fmt: skip
             rate = self._rates["generator"](state.step)
-            generator = generator.with_update(self._optimiser, found.generator, rate)
+            generator = generator.apply_gradients(self._optimizer, gradients.generator, rate)
             if settings.ema_decay is not None:
-                generator = generator.with_ema(settings.ema_decay, state.step)
+                generator = generator.update_ema(settings.ema_decay, state.step)
             if adversarial:
                 rate = self._rates["discriminator"](state.step)
-                learned = discriminator.with_update(self._optimiser, found.discriminator, rate)
+                updated = discriminator.apply_gradients(
+                    self._optimizer, gradients.discriminator, rate
+                )
                 if settings.discriminator_every > 1:
-                    learns = (state.step - self.start) % settings.discriminator_every == 0
-                    learned = jax.tree.map(
-                        lambda new, old: jnp.where(learns, new, old), learned, discriminator
+                    is_update = (state.step - self.start) % settings.discriminator_every == 0
+                    updated = jax.tree.map(
+                        lambda new, old: jnp.where(is_update, new, old), updated, discriminator
                     )
-                discriminator = learned.replace(extra=found.extra)
+                discriminator = updated.replace(extra=gradients.extra)
             nets = {"generator": generator, "discriminator": discriminator}
             deciding = ["loss", "generator_gradient"]
             if adversarial:
                 deciding += ["discriminator", "discriminator_gradient"]
                 deciding += ["lecam"] if settings.lecam_weight else []
-            return apply_if_finite(state, nets, found.metrics, deciding)
+            return apply_if_finite(state, nets, gradients.metrics, deciding)
 
         return step
 
-    def temperature(self, step: jax.Array) -> jax.Array:
-        """That of the Gumbel-softmax trick at a step."""
+    def gumbel_temperature(self, step: jax.Array) -> jax.Array:
+        """Returns the Gumbel-softmax temperature at a step: a cosine from the first to the last."""
         first, last = self.config.vqgan.gumbel_temperature
         share = (1 + jnp.cos(jnp.pi * step / self.steps)) / 2
         return last + (first - last) * share
 
-    def compiled_step(self, step: int) -> Compiled:
+    def select_step(self, step: int) -> Compiled:
         return self._steps[step >= self.start]
 
     def _evaluate(self, state: TrainState, arrays: Any, lpips_params: Any) -> dict[str, Any]:
-        """Sums over a batch, with the discriminator's losses once it has started."""
+        """Returns sums over a batch. Adversarial losses are 0 before the discriminator starts."""
         with jax.default_matmul_precision("highest"):
             started = (state.step > self.start).astype(jnp.float32)
             return self.networks.evaluate(state, arrays, lpips_params, started)
 
-    def summarise(self, sums: dict[str, np.ndarray]) -> dict[str, float]:
-        """The metrics of a split. `usage` is the share of codes used at all."""
+    def summarize(self, sums: dict[str, np.ndarray]) -> dict[str, float]:
+        """Returns the metrics of a split. `usage` is the share of codes that are used at all."""
         counts, examples, started = (sums[key] for key in ("counts", "examples", "started"))
         metrics = {}
         for key, value in sums.items():
@@ -210,17 +217,17 @@ class VQGANStage(Stage):
         return metrics
 
     def make_images(self, params: dict[str, Any], arrays: dict[str, jax.Array]) -> jax.Array:
-        """The reconstructions of images."""
+        """Returns the reconstructions uint8 [b,h,w,c] of `images`."""
         with jax.default_matmul_precision("highest"):
             images = to_float(arrays["images"])
             return to_uint8(
                 reconstruct(self.networks.generator, params["generator"], images).images
             )
 
-    def draw(
+    def draw_figures(
         self, state: TrainState, folder: Path, sums: dict[str, np.ndarray], rows: list[dict]
     ) -> None:
-        from taming_jax import figures  # not before: matplotlib is a second to import
+        from taming_jax import figures  # slow to import
 
         counts = sums["counts"]
         params = self.devices.fetch(state.nets["generator"].eval_params)
@@ -228,27 +235,29 @@ class VQGANStage(Stage):
         images = self.splits.validation.images[:10]
         rng = np.random.default_rng(self.config.seed)
         grid = self.config.grid_size
-        random = rng.choice(len(counts), (32, grid, grid), p=counts / counts.sum())
-        random = random.astype(np.int32)
-        order = np.argsort(-counts, kind="stable")[:256].astype(np.int32)
-        solid = np.broadcast_to(order[:, None, None], (len(order), *[min(grid, 8)] * 2))
+        random_codes = rng.choice(len(counts), (32, grid, grid), p=counts / counts.sum())
+        random_codes = random_codes.astype(np.int32)
+        most_used = np.argsort(-counts, kind="stable")[:256].astype(np.int32)
+        solid = np.broadcast_to(most_used[:, None, None], (len(most_used), *[min(grid, 8)] * 2))
         decoded = [self._decode(params, solid[i : i + 32]) for i in range(0, len(solid), 32)]
 
-        figures.loss_curves(
+        figures.plot_loss_curves(
             rows, folder / "loss_curves.png", "VQ-GAN (dotted: discriminator starts)", self.start
         )
-        figures.reconstructions(
+        figures.plot_reconstructions(
             images, self._reconstruct(params, images), folder / "reconstructions.png", step
         )
-        figures.codebook_usage(
+        figures.plot_codebook_usage(
             counts, folder / "codebook_usage.png", f"the validation split after step {step}"
         )
-        title = f"Codes drawn independently, as often as images use them (step {step}, no prior)"
-        figure = figures.labelled_grid(self._decode(params, random), (), 8, title)
+        title = (
+            f"Independently drawn codes with the frequencies of the images (step {step}, no prior)"
+        )
+        figure = figures.draw_grid(self._decode(params, random_codes), (), 8, title)
         figures.save(figure, folder / "random_latents.png")
         title = (
-            f"The {len(order)} most used of {len(counts)} codes ({(counts > 0).sum()} are in use), "
-            f"each decoded from a grid of itself (step {step})"
+            f"The {len(most_used)} most used of {len(counts)} codes ({(counts > 0).sum()} in use), "
+            f"each decoded from a grid of that code (step {step})"
         )
-        figure = figures.labelled_grid(np.concatenate(decoded), (), 16, title)
+        figure = figures.draw_grid(np.concatenate(decoded), (), 16, title)
         figures.save(figure, folder / "codebook.png")

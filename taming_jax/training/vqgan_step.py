@@ -1,10 +1,11 @@
 """The losses of stage 1 and their gradients.
 
-The step runs the generator once forward and once back. What the image should become is collected
-as cotangents of the reconstruction (perceptual and L1 in one, adversarial in the other); the
-adaptive weight needs both only at the decoder's last kernel, one convolution away; then their
-weighted sum is pulled back through the generator. The discriminator's forward pass on the
-reconstruction serves both players, with a pullback for each.
+The step runs one forward pass and one backward pass of the generator. The gradients of the losses
+are first taken with respect to the reconstruction: one cotangent for the perceptual and L1 losses,
+and one for the adversarial loss. The adaptive weight needs gradients only at the decoder's last
+kernel, which follow from the cotangents through a single convolution. The weighted sum of the
+cotangents is then pulled back through the generator. The generator's and the discriminator's
+adversarial losses share the discriminator's forward pass on the reconstruction.
 """
 
 import functools
@@ -28,13 +29,13 @@ from taming_jax.models.lpips import lpips
 from taming_jax.models.quantizers import Noise
 from taming_jax.models.vqgan import VQGAN, build_vqgan, reconstruct
 from taming_jax.parallel.devices import maybe_pmean, maybe_psum
-from taming_jax.training.accumulate import mean_over_parts
+from taming_jax.training.accumulate import average_micro_batches
 from taming_jax.training.state import Net, TrainState, ema_update
 
 
 class Keys(NamedTuple):
-    """Keys [b] each, where something draws: for what the discriminator sees of real and of fake
-    images, and for their codes."""
+    """One random key per example [b] for each use of randomness, or None if the settings do not
+    need it: augmentation of the discriminator's real and fake images, and sampling of codes."""
 
     real: jax.Array | None = None
     fake: jax.Array | None = None
@@ -45,8 +46,8 @@ NO_KEYS = Keys()
 
 
 class Gradients(NamedTuple):
-    """What a step learns from a batch, averaged over the devices. `discriminator` and `extra` (its
-    state afterwards) are None where the adversarial part is off."""
+    """The gradients and metrics of a step, averaged over the devices. `extra` is the new extra
+    state of the discriminator. `discriminator` and `extra` are None before it starts."""
 
     generator: Any
     discriminator: Any
@@ -54,9 +55,10 @@ class Gradients(NamedTuple):
     metrics: dict[str, jax.Array]
 
 
-class Adversary(NamedTuple):
-    """What the discriminator says: the generator's adversarial cotangent of the reconstruction,
-    the gradient of the discriminator's own loss on this device, and its state afterwards."""
+class DiscriminatorPass(NamedTuple):
+    """The discriminator's forward pass: the adversarial loss's cotangent of the reconstruction, the
+    gradient of the discriminator's own loss on this device, its new extra state, and the metrics.
+    """
 
     cotangent: jax.Array
     gradient: Any
@@ -65,10 +67,13 @@ class Adversary(NamedTuple):
 
 
 class GeneratorPass(NamedTuple):
-    """The generator's forward pass: its reconstruction float32 [b,h,w,c], the input of its last
-    convolution, the image losses' cotangent of the reconstruction, `vjp(cotangent of the
-    reconstruction)` to the gradient of its parameters, in which the codebook loss is included, how
-    often each code was used [k], and the losses."""
+    """The generator's forward pass.
+
+    `reconstruction` is float32 [b,h,w,c]; `last` is the input of the decoder's last convolution;
+    `cotangent` is the image losses' cotangent of the reconstruction; `vjp` maps a cotangent of the
+    reconstruction to the gradient of the parameters, including that of the codebook loss; `counts`
+    [k] is how often each code was used; `metrics` holds the losses.
+    """
 
     reconstruction: jax.Array
     last: jax.Array
@@ -80,8 +85,7 @@ class GeneratorPass(NamedTuple):
 
 @dataclass(frozen=True)
 class VQGANObjective:
-    """The networks and losses of stage 1 as one config sets them; `axis_name` is that of the
-    devices."""
+    """The networks and losses of stage 1. `axis_name` is the mapped axis of devices, or None."""
 
     settings: VQGANConfig
     generator: VQGAN
@@ -102,26 +106,28 @@ class VQGANObjective:
         return maybe_pmean(tree, self.axis_name)
 
     def sum(self, tree: Any) -> Any:
-        """Adds up over the devices."""
+        """Sums over the devices."""
         return maybe_psum(tree, self.axis_name)
 
-    def image_losses(
+    def compute_image_losses(
         self, images: jax.Array, reconstruction: jax.Array, lpips_params: Any
     ) -> dict[str, jax.Array]:
-        """The losses between images float [b,h,w,c] in [-1, 1], each [b]. `reconstruction_loss` is
-        their weighted sum; `l1` is reported for images in [0, 1]."""
+        """Returns the losses [b] between images float [b,h,w,c] in [-1, 1] and reconstructions.
+        `reconstruction_loss` is their weighted sum. `l1` is reported for images in [0, 1]."""
         settings = self.settings
         difference = losses.l1(images, reconstruction)
-        found = {"l1": difference / 2}
+        terms = {"l1": difference / 2}
         loss = settings.l1_weight * difference
         if settings.perceptual_weight:
-            found["perceptual"] = lpips(lpips_params, images, reconstruction, self.dtype)
-            loss += settings.perceptual_weight * found["perceptual"]
-        return found | {"reconstruction_loss": loss}
+            terms["perceptual"] = lpips(lpips_params, images, reconstruction, self.dtype)
+            loss += settings.perceptual_weight * terms["perceptual"]
+        return terms | {"reconstruction_loss": loss}
 
-    def last_kernel_gradient(self, params: Any, last: jax.Array, cotangent: jax.Array) -> jax.Array:
-        """The gradient at the decoder's last kernel from a cotangent of the reconstruction, given
-        the input of that convolution, averaged over the devices."""
+    def compute_last_kernel_gradient(
+        self, params: Any, last: jax.Array, cotangent: jax.Array
+    ) -> jax.Array:
+        """Returns the gradient at the decoder's last kernel, averaged over the devices, from the
+        input of the last convolution and a cotangent of the reconstruction."""
 
         def convolve(kernel: jax.Array) -> jax.Array:
             images = lax.conv_general_dilated(
@@ -130,21 +136,21 @@ class VQGANObjective:
             )  # fmt: skip
             return images.astype(jnp.float32)
 
-        _, pull = jax.vjp(convolve, params["decoder"]["conv_out"]["kernel"])
-        return self.mean(pull(cotangent)[0])
+        _, pullback = jax.vjp(convolve, params["decoder"]["conv_out"]["kernel"])
+        return self.mean(pullback(cotangent)[0])
 
     def discriminate(
         self, params: Any, stats: Any, images: jax.Array, keys: jax.Array | None = None
     ) -> tuple[jax.Array, dict[str, Any]]:
-        """Logits in training mode, and the running statistics afterwards."""
+        """Returns the logits in training mode and the updated running statistics."""
         if keys is not None:
             images = diff_augmented(images, keys, self.settings.diff_augment)
-        logits, changed = self.discriminator.apply(
+        logits, updates = self.discriminator.apply(
             {"params": params, "batch_stats": stats}, images, mutable=["batch_stats"]
         )
-        return logits, changed["batch_stats"]
+        return logits, updates["batch_stats"]
 
-    def gradients(
+    def compute_gradients(
         self,
         generator: Net,
         discriminator: Net,
@@ -155,30 +161,31 @@ class VQGANObjective:
         keys: Keys = NO_KEYS,
         temperature: jax.Array | float = 1.0,
     ) -> Gradients:
-        """Every loss and gradient of one step on images float [b,h,w,c] in [-1, 1].
+        """Returns all losses and gradients of one step on images float [b,h,w,c] in [-1, 1].
 
-        `discriminator_steps` is how many steps the discriminator has taken (LeCAM's averages need
-        it); `keys` are for what of it draws, codes at a `temperature`.
+        `discriminator_steps` is the number of steps since the discriminator started, which LeCAM's
+        averages need. `keys` are the random keys, and `temperature` is that of sampled codes.
 
-        With `micro_batches` the images are taken in as many parts, each with its own adaptive
-        weight and BatchNorm statistics, and everything is averaged over them.
+        With the setting `micro_batches`, each micro-batch has its own adaptive weight and BatchNorm
+        statistics, and the results are averaged.
         """
         settings = self.settings
         step = functools.partial(
-            self.micro_batch, generator.params, discriminator, lpips_params, adversarial,
+            self.compute_micro_batch_gradients,
+            generator.params, discriminator, lpips_params, adversarial,
             jnp.asarray(discriminator_steps, jnp.int32), jnp.asarray(temperature, jnp.float32),
         )  # fmt: skip
-        found, counts = mean_over_parts(step, (images, keys), settings.micro_batches)
-        gradient, learned, metrics = self.mean(
-            (found.generator, found.discriminator, found.metrics)
+        gradients, counts = average_micro_batches(step, (images, keys), settings.micro_batches)
+        generator_gradient, discriminator_gradient, metrics = self.mean(
+            (gradients.generator, gradients.discriminator, gradients.metrics)
         )
         metrics["perplexity"] = losses.perplexity(self.sum(counts))
-        metrics["generator_gradient"] = optax.tree.norm(gradient)
+        metrics["generator_gradient"] = optax.tree.norm(generator_gradient)
         if adversarial:
-            metrics["discriminator_gradient"] = optax.tree.norm(learned)
-        return Gradients(gradient, learned, found.extra, metrics)
+            metrics["discriminator_gradient"] = optax.tree.norm(discriminator_gradient)
+        return Gradients(generator_gradient, discriminator_gradient, gradients.extra, metrics)
 
-    def micro_batch(
+    def compute_micro_batch_gradients(
         self,
         generator: Any,
         discriminator: Net,
@@ -188,8 +195,8 @@ class VQGANObjective:
         temperature: jax.Array,
         arrays: tuple[jax.Array, Keys],
     ) -> tuple[Gradients, jax.Array]:
-        """The gradients and losses of a part of a batch, images and keys, on this device; and how
-        often it used each code [k]."""
+        """Returns the gradients and losses of one micro-batch on this device, and how often it used
+        each code [k]. `arrays` holds the images and the keys."""
         settings, (images, keys) = self.settings, arrays
         noise = None if keys.codes is None else Noise(keys.codes, temperature)
         forward = self.forward(generator, images, lpips_params, noise)
@@ -199,14 +206,16 @@ class VQGANObjective:
         )
         if not adversarial:
             return Gradients(forward.vjp(cotangent), None, None, metrics), forward.counts
-        adversary = self.adversary(
+        adversary = self.forward_discriminator(
             discriminator.params, discriminator.extra, images, forward.reconstruction,
             discriminator_steps, keys,
         )  # fmt: skip
         metrics |= adversary.metrics
         weight = jnp.asarray(settings.discriminator_weight, jnp.float32)
         if settings.adaptive_weight:
-            at_last_kernel = functools.partial(self.last_kernel_gradient, generator, forward.last)
+            at_last_kernel = functools.partial(
+                self.compute_last_kernel_gradient, generator, forward.last
+            )
             weight *= losses.adaptive_weight(
                 at_last_kernel(cotangent), at_last_kernel(adversary.cotangent),
                 settings.adaptive_weight_max,
@@ -214,26 +223,26 @@ class VQGANObjective:
             metrics["adaptive_weight"] = weight
         metrics["loss"] += weight * metrics["adversarial"]
         gradient = forward.vjp(cotangent + weight * adversary.cotangent)
-        found = Gradients(gradient, adversary.gradient, adversary.extra, metrics)
-        return found, forward.counts
+        gradients = Gradients(gradient, adversary.gradient, adversary.extra, metrics)
+        return gradients, forward.counts
 
     def forward(
         self, params: Any, images: jax.Array, lpips_params: Any, noise: Noise | None = None
     ) -> GeneratorPass:
-        """The generator's forward pass on images, and the losses between them and their
-        reconstruction."""
+        """Runs the generator's forward pass on images, and computes the losses between them and
+        their reconstruction."""
 
         def generate(params: Any) -> tuple[Any, Any]:
-            output, changed = self.generator.apply(
+            output, variables = self.generator.apply(
                 {"params": params}, images, noise, mutable=["intermediates"]
             )
-            last = changed["intermediates"]["decoder"]["last"][0]
+            last = variables["intermediates"]["decoder"]["last"][0]
             codebook = output.quantized.loss.mean()
             return (output.images, codebook), (output.quantized.indices, last)
 
         def image_loss(reconstruction: jax.Array) -> tuple[jax.Array, Any]:
-            found = self.image_losses(images, reconstruction, lpips_params)
-            means = {key: values.mean() for key, values in found.items()}
+            terms = self.compute_image_losses(images, reconstruction, lpips_params)
+            means = {key: values.mean() for key, values in terms.items()}
             return means["reconstruction_loss"], means
 
         (reconstruction, codebook), pullback, (indices, last) = jax.vjp(
@@ -246,15 +255,17 @@ class VQGANObjective:
 
         cotangent, metrics = jax.grad(image_loss, has_aux=True)(reconstruction)
         metrics |= {"codebook": codebook}
-        return GeneratorPass(reconstruction, last, cotangent, vjp, self.counts(indices), metrics)
+        return GeneratorPass(
+            reconstruction, last, cotangent, vjp, self.count_codes(indices), metrics
+        )
 
-    def counts(self, indices: jax.Array, weight: jax.Array | float = 1.0) -> jax.Array:
-        """How often each code was used on this device, float32 [k]; `weight` [b,1,1] counts an
-        example for more or less than once."""
+    def count_codes(self, indices: jax.Array, weight: jax.Array | float = 1.0) -> jax.Array:
+        """Returns how often each code was used on this device, float32 [k], with each example
+        weighted by `weight` [b,1,1]."""
         one_hot = jax.nn.one_hot(indices, self.settings.codebook_size)
         return (one_hot * jnp.asarray(weight)[..., None]).sum((0, 1, 2))
 
-    def adversary(
+    def forward_discriminator(
         self,
         params: Any,
         extra: dict[str, Any],
@@ -262,9 +273,9 @@ class VQGANObjective:
         reconstruction: jax.Array,
         updates: jax.Array,
         keys: Keys,
-    ) -> Adversary:
-        """The adversarial part: one forward pass on the reconstruction, one on the images. `extra`
-        is the discriminator's state after `updates` steps."""
+    ) -> DiscriminatorPass:
+        """Runs the discriminator's forward pass on the reconstruction and on the images. `extra` is
+        its extra state after `updates` steps."""
         settings, stats = self.settings, extra["batch_stats"]
         fake, pull_fake, stats = jax.vjp(
             lambda params, x: self.discriminate(params, stats, x, keys.fake),
@@ -281,37 +292,38 @@ class VQGANObjective:
 
         def discriminator_loss(real: jax.Array, fake: jax.Array) -> tuple[jax.Array, Any]:
             loss = losses.DISCRIMINATOR_LOSSES[settings.discriminator_loss](real, fake).mean()
-            found = {"discriminator": loss}
+            terms = {"discriminator": loss}
             if settings.lecam_weight:
-                held = losses.lecam(real, fake, averages["real"], averages["fake"]).mean()
-                loss += settings.lecam_weight * held
-                found["lecam"] = held
-            return loss, found
+                lecam = losses.lecam(real, fake, averages["real"], averages["fake"]).mean()
+                loss += settings.lecam_weight * lecam
+                terms["lecam"] = lecam
+            return loss, terms
 
         means = self.mean({"real": real.mean(), "fake": fake.mean()})
         if settings.lecam_weight:
             averages = ema_update(extra["lecam"], means, settings.lecam_decay, updates)
             extra["lecam"] = averages
 
+        # The cotangents of the logits: one for the generator, two for the discriminator.
         adversarial, for_generator = jax.value_and_grad(generator_loss)(fake)
-        (for_real, for_fake), found = jax.grad(discriminator_loss, (0, 1), has_aux=True)(real, fake)
+        (for_real, for_fake), terms = jax.grad(discriminator_loss, (0, 1), has_aux=True)(real, fake)
         gradient = jax.tree.map(jnp.add, pull_real(for_real)[0], pull_fake(for_fake)[0])
-        metrics = found | {
+        metrics = terms | {
             "adversarial": adversarial, "logits_real": means["real"], "logits_fake": means["fake"]
         }  # fmt: skip
-        return Adversary(pull_fake(for_generator)[1], gradient, extra, metrics)
+        return DiscriminatorPass(pull_fake(for_generator)[1], gradient, extra, metrics)
 
     def evaluate(
         self, state: TrainState, arrays: dict[str, jax.Array], lpips_params: Any, started: jax.Array
     ) -> dict[str, jax.Array]:
-        """Sums over a batch, from which `summarise` makes the metrics of a whole split."""
+        """Returns sums over a batch, from which `summarize` computes the metrics of a split."""
         generator, discriminator = state.nets["generator"], state.nets["discriminator"]
         images, weight = to_float(gather_batch(arrays)[0]), arrays["weight"]
         output = reconstruct(self.generator, generator.eval_params, images)
-        found = self.image_losses(images, output.images, lpips_params)
-        found["codebook"] = losses.per_example(output.quantized.loss)
-        originals, made = gather_batch(arrays)[0] / 255, to_uint8(output.images) / 255
-        found["psnr"] = psnr(originals, made)
+        metrics = self.compute_image_losses(images, output.images, lpips_params)
+        metrics["codebook"] = losses.per_example(output.quantized.loss)
+        originals, outputs = gather_batch(arrays)[0] / 255, to_uint8(output.images) / 255
+        metrics["psnr"] = psnr(originals, outputs)
         variables = {
             "params": discriminator.params,
             "batch_stats": discriminator.extra["batch_stats"],
@@ -326,8 +338,8 @@ class VQGANObjective:
                 real, fake
             ),
         }
-        sums = {key: (values * weight).sum() for key, values in found.items()}
+        sums = {key: (values * weight).sum() for key, values in metrics.items()}
         sums |= {key: started * (values * weight).sum() for key, values in adversarial.items()}
         sums |= {"examples": weight.sum(), "started": started * weight.sum()}
-        sums["counts"] = self.counts(output.quantized.indices, weight[:, None, None])
+        sums["counts"] = self.count_codes(output.quantized.indices, weight[:, None, None])
         return self.sum(sums)

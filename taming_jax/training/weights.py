@@ -1,4 +1,4 @@
-"""A run that starts from trained weights, instead of random ones."""
+"""Initializing a run from the trained weights of another run."""
 
 import collections
 from collections.abc import Mapping
@@ -16,9 +16,9 @@ from taming_jax.weights.arrays import named_arrays
 Name = tuple[str, ...]
 
 
-class Loaded(NamedTuple):
-    """A state of a run's first step, the names of its parameters that were loaded, and of those
-    that are still random."""
+class LoadedWeights(NamedTuple):
+    """A run's initial state, with the names of the parameters that were loaded and of those that
+    keep their random initialization."""
 
     state: Any
     loaded: list[Name]
@@ -27,11 +27,11 @@ class Loaded(NamedTuple):
 
 def load_matching_weights(
     learned: tuple[str, ...], template: Any, arrays: Mapping[Name, np.ndarray]
-) -> Loaded:
-    """A fresh state whose `learned` networks get the weights of the same names and shapes. Where
-    there is a moving average of these, average and parameters both start as it; optimizers start
-    anew."""
-    result = Loaded(None, [], [])
+) -> LoadedWeights:
+    """Returns a fresh state in which the `learned` networks have the weights of the same names and
+    shapes from `arrays`. If those hold an EMA, both the parameters and the EMA start from it.
+    Optimizer states are new."""
+    result = LoadedWeights(None, [], [])
     leaves = []
     for path, leaf in named_arrays(template).items():
         source = path
@@ -45,44 +45,48 @@ def load_matching_weights(
         fits = array is not None and array.shape == leaf.shape
         if is_learned and path[2] == "params":
             (result.loaded if fits else result.random).append(path)
-        # Each in memory of its own, since the state is donated.
+        # Copy each array, since the state is donated.
         leaves.append(np.array(array, leaf.dtype) if fits else np.asarray(leaf))
     return result._replace(state=jax.tree.unflatten(jax.tree.structure(template), leaves))
 
 
-def describe_loaded(loaded: Loaded, source: Path) -> str:
-    """Which weights were loaded and which are new, as a sentence. Raises UserError where none were
-    loaded."""
+def describe_loaded(loaded: LoadedWeights, source: Path) -> str:
+    """Returns a sentence that lists which weights were loaded and which are new. Raises UserError
+    if none were loaded."""
     if not loaded.loaded:
-        raise UserError(f"no weight of {source} has a name and shape of this run's; leave it out.")
-    new = f"new: {listed(loaded.random)}" if loaded.random else "nothing is new"
-    return f"Begins from {source}: of its weights are kept {listed(loaded.loaded)}; {new}."
+        raise UserError(
+            f"no weight of {source} matches a name and shape of this run; choose another run, or "
+            "leave the setting out."
+        )
+    new = f"new: {summarize_names(loaded.random)}" if loaded.random else "nothing is new"
+    return f"Starting from {source}: loaded {summarize_names(loaded.loaded)}; {new}."
 
 
-def listed(paths: list[Name]) -> str:
-    """How many arrays of which modules: "generator.encoder 54, generator.decoder 60"."""
+def summarize_names(paths: list[Name]) -> str:
+    """Returns the number of arrays per module: "generator.encoder 54, generator.decoder 60"."""
     counts = collections.Counter(".".join((path[1], path[3])) for path in paths)
     return ", ".join(f"{name} {count}" for name, count in counts.items())
 
 
-def describe_other_meaning(
+def describe_mismatches(
     learned: tuple[str, ...],
     config: Config,
     template: Any,
     other: Config,
     arrays: Mapping[Name, np.ndarray],
 ) -> list[str]:
-    """What makes weights of the same shapes mean something else, as sentences: settings of another
-    run, or another generator, whose codes its prior predicted."""
+    """Returns sentences about differences that give weights of the same shapes another meaning:
+    settings that differ from the other run's, or another generator, whose codes the other prior
+    predicted."""
     sections = ("vqgan", "prior") if "transformer" in learned else ("vqgan",)
     phrases = differences(config, other, sections, lambda f: bool(f.metadata.get("meaning")))
-    sentences = [f"{phrase} as in the run of those weights." for phrase in phrases]
+    sentences = [f"{phrase} as in the run that the weights come from." for phrase in phrases]
     frozen = {
         path: leaf for path, leaf in named_arrays(template).items()
         if path[0] == "nets" and path[1] not in learned and path[2] == "params"
     }  # fmt: skip
     if any(not np.array_equal(x, arrays.get(path, np.empty(0))) for path, x in frozen.items()):
         sentences.append(
-            "those weights predicted the codes of another stage 1, which mean something else."
+            "the weights were trained on the codes of another stage 1, which mean something else."
         )
     return sentences

@@ -1,4 +1,5 @@
-"""Where the metrics of a run go: destinations are classes like `Writer`, in `open_writers`."""
+"""Metric writers. To add a destination, write a class with the methods of `Writer`, and add it to
+`open_writers`."""
 
 import contextlib
 import json
@@ -14,29 +15,29 @@ from tensorboardX.record_writer import RecordWriter
 
 
 class Writer(Protocol):
-    """A log destination of one stage. Its methods raise OSError where something could not be
-    written, and are called again with what comes next."""
+    """A destination for the metrics of one stage. Methods raise OSError if they cannot write; the
+    run continues, and calls them again for the next metrics."""
 
     def resume(self, step: int) -> None:
-        """Discards what was logged after a step: the run resumes there, and logs it again. This is
-        also called for a new run, with step 0."""
+        """Discards everything logged after `step`: the run resumes from there and logs it again. A
+        new run calls this with step 0."""
 
-    def scalars(self, step: int, group: str, values: dict[str, float]) -> None:
-        """Logs the metrics of a step, whose names may differ from step to step. `group` is "train",
-        "validation" or "speed"."""
+    def write_scalars(self, step: int, group: str, values: dict[str, float]) -> None:
+        """Writes the metrics of a step. Their names may differ between steps. `group` is "train",
+        "validation", or "speed"."""
 
     def close(self) -> None:
-        """Writes what is left."""
+        """Writes any buffered metrics and closes the destination."""
 
 
 def open_writers(folder: Path, name: str) -> list[Writer]:
-    """The log destinations of a stage in a run's folder."""
+    """Opens the metric writers of a stage in a run's folder."""
     return [JsonLines(folder / "metrics", name), TensorBoard(folder / "tensorboard" / name)]
 
 
 class JsonLines:
-    """One JSON object per line: NAME.jsonl holds the metrics, which are the same whenever and
-    wherever a run is computed, and NAME_speed.jsonl how fast that was."""
+    """A writer of one JSON object per line. NAME.jsonl holds the metrics, which are reproducible,
+    and NAME_speed.jsonl holds the training speed, which is not."""
 
     def __init__(self, folder: Path, name: str):
         self._folder = folder
@@ -47,34 +48,34 @@ class JsonLines:
     def resume(self, step: int) -> None:
         for path in self._unwritten:
             content = path.read_bytes() if path.exists() else b""
-            for row, end in complete_rows(content):
+            for row, end in parse_rows(content):
                 if row["step"] > step or content[end - 1 : end] != b"\n":
                     break
                 self._sizes[path] = end
             if len(content) > self._sizes[path]:
                 os.truncate(path, self._sizes[path])
 
-    def scalars(self, step: int, group: str, values: dict[str, float]) -> None:
+    def write_scalars(self, step: int, group: str, values: dict[str, float]) -> None:
         speed = group == "speed"
         row = {"step": step} | ({} if speed else {"split": group}) | values
         self._unwritten[self._paths[speed]] += json.dumps(row) + "\n"
         self.close()
 
     def close(self) -> None:
-        """Writes all rows, including those that could not be written before."""
+        """Writes all buffered rows, including those that an earlier call could not write."""
         for path, rows in self._unwritten.items():
             if not rows:
                 continue
             self._folder.mkdir(parents=True, exist_ok=True)
             with path.open("ab") as file:
                 size = min(self._sizes[path], os.fstat(file.fileno()).st_size)
-                file.truncate(size)  # without the part of a row that was written
+                file.truncate(size)  # drop a partly written row
                 file.write(rows.encode())
             self._sizes[path], self._unwritten[path] = size + len(rows.encode()), ""
 
 
-def complete_rows(content: bytes) -> Iterator[tuple[dict[str, Any], int]]:
-    """The rows of JSON lines up to the first damaged line, each with the position of its end."""
+def parse_rows(content: bytes) -> Iterator[tuple[dict[str, Any], int]]:
+    """Yields the rows of JSON lines up to the first damaged line, each with its end offset."""
     end = 0
     for line in content.splitlines(keepends=True):
         try:
@@ -88,20 +89,22 @@ def complete_rows(content: bytes) -> Iterator[tuple[dict[str, Any], int]]:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file of JSON lines, up to the first damaged one."""
-    return [row for row, _ in complete_rows(path.read_bytes())] if path.exists() else []
+    """Returns the rows of a file of JSON lines, up to the first damaged line."""
+    return [row for row, _ in parse_rows(path.read_bytes())] if path.exists() else []
 
 
 class TensorBoard:
-    """Event files in a folder, by tensorboardX's synchronous writer of records: its SummaryWriter's
-    thread dies on a full disk, and the next call then waits for it forever."""
+    """A writer of TensorBoard event files. It uses tensorboardX's synchronous record writer,
+    because the thread of SummaryWriter dies on a full disk and the next call then blocks forever.
+    """
 
     def __init__(self, folder: Path):
         self._folder = folder
         self._records: RecordWriter | None = None
-        self._start: int | None = None  # the step to resume from, until that is written
+        self._start: int | None = None  # the step to resume from, until an event records it
 
     def _write(self, step: int, **content: Any) -> None:
+        """Writes an event, after those that must precede it."""
         events = [event_pb2.Event(wall_time=time.time(), step=step, **content)]
         if self._start is not None:
             start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
@@ -117,7 +120,7 @@ class TensorBoard:
             self._records.flush()
             self._start = None
         except OSError:
-            # The file may end in part of an event: the next one goes to another file.
+            # The file may end with a partly written event: write the next event to a new file.
             records, self._records = self._records, None
             with contextlib.suppress(OSError):
                 if records is not None:
@@ -125,14 +128,14 @@ class TensorBoard:
             raise
 
     def resume(self, step: int) -> None:
-        self._start = step  # written with what comes next
+        self._start = step  # written together with the next event
 
-    def scalars(self, step: int, group: str, values: dict[str, float]) -> None:
-        parts = [
+    def write_scalars(self, step: int, group: str, values: dict[str, float]) -> None:
+        scalars = [
             summary_pb2.Summary.Value(tag=f"{group}/{key}", simple_value=value)
             for key, value in values.items()
         ]
-        self._write(step, summary=summary_pb2.Summary(value=parts))
+        self._write(step, summary=summary_pb2.Summary(value=scalars))
 
     def close(self) -> None:
         if self._records is not None:

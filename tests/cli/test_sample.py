@@ -105,10 +105,10 @@ def test_training_draws_the_images_that_sampling_draws(run, both, tmp_path, monk
     params = {"transformer": run.transformer, "generator": run.params}
     state = TrainState(jnp.int32(2), {name: Net(x, ()) for name, x in params.items()})
     shown = []
-    monkeypatch.setattr(figures, "loss_curves", lambda *_, **__: None)
-    monkeypatch.setattr(figures, "labelled_grid", lambda images, *_: shown.append(images))
+    monkeypatch.setattr(figures, "plot_loss_curves", lambda *_, **__: None)
+    monkeypatch.setattr(figures, "draw_grid", lambda images, *_: shown.append(images))
     monkeypatch.setattr(figures, "save", lambda *_: None)
-    stage.draw(state, tmp_path, {}, [])
+    stage.draw_figures(state, tmp_path, {}, [])
     expected = run.sample(range(4), 8, seed=config.seed, devices=1)
     np.testing.assert_array_equal(shown[0], to_uint8(expected))
 

@@ -30,7 +30,7 @@ def test_of_reconstructions(stage1):
     state = stage.init(jax.random.key(0))
     images, params = stage.splits.validation.images, state.nets["generator"].eval_params
     made = reconstruct(stage.networks.generator, params, to_float(images)).images
-    found = stage.distance(devices.replicate(state))
+    found = stage.compute_fd(devices.replicate(state))
     assert found == pytest.approx(
         expected(stage._monitor.features, images, np.asarray(to_uint8(made))), rel=1e-3
     )
@@ -51,7 +51,7 @@ def test_of_samples(both):
         guidance_scale=config.prior.guidance_scale,
     )  # fmt: skip
     made = decode_indices(stage.vqgan, state.nets["generator"].params, codes)
-    found = stage.distance(devices.replicate(state))
+    found = stage.compute_fd(devices.replicate(state))
     assert found == pytest.approx(
         expected(stage._monitor.features, split.images, np.asarray(to_uint8(made))), rel=1e-3
     )

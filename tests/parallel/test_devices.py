@@ -17,7 +17,7 @@ from taming_jax.data.pixels import to_float
 from taming_jax.errors import UserError
 from taming_jax.parallel.devices import Devices
 from taming_jax.training.checkpoints import Store
-from taming_jax.training.state import AUGMENTATION, copy_buffers, example_keys
+from taming_jax.training.state import AUGMENTATION, copy_buffers, make_example_keys
 from taming_jax.training.vqgan import VQGANStage
 from taming_jax.training.vqgan_step import VQGANObjective
 from tests import commands, golden, small_runs
@@ -65,7 +65,7 @@ def trained():
     devices = Devices(1)
     stage = VQGANStage(config, devices)
     state = stage.init(jax.random.key(0))
-    feed, _ = stage.feeds()
+    feed, _ = stage.build_feeds()
     for step in range(100):
         state, _ = stage.train_step(state, feed.batch(step))
     images, _ = gather_batch(feed.batch(100).arrays)
@@ -86,7 +86,7 @@ def test_one_two_and_four_devices_take_the_same_step(trained):
         devices = Devices(count)
         networks = VQGANObjective.build(config, devices.axis_name)
         step = devices.compile(
-            lambda nets, images, networks=networks: networks.gradients(
+            lambda nets, images, networks=networks: networks.compute_gradients(
                 nets["generator"], nets["discriminator"], to_float(images), {}, True, 100
             )
         )
@@ -105,7 +105,7 @@ def test_augmentation_does_not_depend_on_the_devices():
         devices = Devices(count)
 
         def see(step, arrays):
-            keys = example_keys(7, AUGMENTATION, step, arrays["place"])
+            keys = make_example_keys(7, AUGMENTATION, step, arrays["place"])
             return augmented(gather_batch(arrays)[0], keys, data)
 
         feed = ResidentFeed(split, 32, 7, devices)
@@ -168,7 +168,7 @@ def test_a_small_run_takes_the_same_step_on_several_devices(small, several):
         store = Store(small, "vqgan")
         template = stage.init(jax.random.key(0))
         state = store.restore(template, stage.config, (), ())
-        feed, _ = stage.feeds()
+        feed, _ = stage.build_feeds()
         state = copy_buffers(stage.devices.replicate(state))
         state, metrics = stage.train_step(state, feed.batch(4))
         feed.close()

@@ -314,11 +314,14 @@ def test_other_settings_packages_flags_data_and_devices_are_refused(
 ):
     configs = [load_config("mnist_tiny", {"seed": 7 + process}) for process in range(2)]
     assert_both_refuse(
-        in_two_threads(lambda process: loop.check_alike(configs[process])),
+        in_two_threads(lambda process: loop.check_processes(configs[process])),
         "process 1 differs from process 0: --seed is 8, not 7. Start all processes with the same",
     )
     places = [load_config("mnist_tiny", {"workdir": str(tmp_path / str(p))}) for p in range(2)]
-    assert in_two_threads(lambda process: loop.check_alike(places[process])) == [None, None]
+    assert in_two_threads(lambda process: loop.check_processes(places[process])) == [
+        None,
+        None,
+    ]
 
     versions = threading.local()
     own = importlib.metadata.version
@@ -329,14 +332,14 @@ def test_other_settings_packages_flags_data_and_devices_are_refused(
     def with_other_jax(process):
         if process == 1:
             versions.jax = "0.0.1"
-        loop.check_alike(configs[0])
+        loop.check_processes(configs[0])
 
     assert_both_refuse(
         in_two_threads(with_other_jax),
         f"process 1 differs from process 0: jax is 0.0.1, not {jax.__version__}. Start all",
     )
     monkeypatch.setattr(distributed, "PACKAGES", ("a package of a checkout", "numpy"))
-    assert in_two_threads(lambda process: loop.check_alike(configs[0])) == [None, None]
+    assert in_two_threads(lambda process: loop.check_processes(configs[0])) == [None, None]
     assert_both_refuse(
         in_two_threads(lambda process: Devices(1 + process)),
         "the processes have 1, 2 devices; all must have as many",

@@ -12,7 +12,7 @@ from jax import lax
 
 from taming_jax.parallel.devices import Devices
 from taming_jax.training import accumulate
-from taming_jax.training.accumulate import divided, mean_over_parts
+from taming_jax.training.accumulate import average_micro_batches, split_batch
 from taming_jax.training.state import Net, ema_update
 from taming_jax.training.vqgan_step import Keys
 from tests import golden
@@ -23,7 +23,7 @@ from tests.training.test_vqgan_step import networks_and_state
 @pytest.mark.parametrize("devices", [1, 2, 4])
 def test_a_part_holds_the_same_examples_on_any_number_of_devices(devices):
     places = np.arange(24).reshape(devices, -1)
-    parts = np.stack([divided(own, 3) for own in places], 1)
+    parts = np.stack([split_batch(own, 3) for own in places], 1)
     for number, part in enumerate(parts):
         assert sorted(part.ravel()) == list(range(number, 24, 3))
 
@@ -35,9 +35,9 @@ def test_the_mean_of_parts_is_that_of_what_each_returns():
         return {"sum": values.sum(), "square": jnp.square(values.sum())}
 
     values = jnp.arange(1.0, 7.0)  # 1 + 4, 2 + 5 and 3 + 6
-    means = jax.jit(lambda x: mean_over_parts(function, (x, None), 3))(values)
+    means = jax.jit(lambda x: average_micro_batches(function, (x, None), 3))(values)
     assert means["sum"] == 7 and means["square"] == pytest.approx((25 + 49 + 81) / 3)
-    assert mean_over_parts(function, (values, None), 1)["square"] == 441
+    assert average_micro_batches(function, (values, None), 1)["square"] == 441
 
 
 def compiled(count, batch=32):
@@ -55,7 +55,7 @@ def compiled(count, batch=32):
         return jnp.square(x).sum()
 
     def gradient(kernels, images):
-        return mean_over_parts(lambda x: jax.grad(loss)(kernels, x), images, count)
+        return average_micro_batches(lambda x: jax.grad(loss)(kernels, x), images, count)
 
     return jax.jit(gradient).lower(kernels, images).compile(), (kernels, images)
 
@@ -99,7 +99,7 @@ def learned(overrides, parts, count, adversarial, arguments):
     def gradients(nets, arrays):
         images, keys = arrays
         keys = jax.tree.map(jax.random.wrap_key_data, keys)
-        return networks.gradients(*nets, images, {}, adversarial, 100, keys, 0.8)
+        return networks.compute_gradients(*nets, images, {}, adversarial, 100, keys, 0.8)
 
     arrays = images, jax.tree.map(jax.random.key_data, keys)
     step = devices.compile(gradients)
@@ -193,7 +193,7 @@ def by_parts(networks, generator, discriminator, images, keys, steps, count):
 def test_the_adversarial_part_in_two_parts_is_that_of_their_losses_written_out(
     overrides, count, unrolled, monkeypatch, state_and_images
 ):
-    monkeypatch.setattr(accumulate, "unrolled", lambda: unrolled)
+    monkeypatch.setattr(accumulate, "should_unroll", lambda: unrolled)
     networks = small_networks(overrides, 2)
     *state, images = state_and_images
     keys = Keys()

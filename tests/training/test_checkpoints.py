@@ -161,28 +161,28 @@ def test_a_checkpoint_of_a_newer_format_is_refused_and_left_where_it_is(tmp_path
     store = saved(tmp_path, {1: 0.5, 2: 0.25})
     rewritten(store.path / "2", lambda about: about.update(format=FORMAT + 1))
     says = rf"vqgan/2 was written by a newer taming_jax \(format {FORMAT + 1}; .*update it"
-    for use in (lambda: restored(store), store.best, store.chosen):
+    for use in (lambda: restored(store), store.best, store.load_best):
         with pytest.raises(UserError, match=says):
             use()
     assert store.steps() == [1, 2]
 
 
 def test_the_last_config_is_that_of_the_newest_undamaged_checkpoint_of_training(tmp_path):
-    assert Store(tmp_path, "vqgan").last_config() is None
+    assert Store(tmp_path, "vqgan").read_last_config() is None
     store = saved(tmp_path, {1: None})
     longer = dataclasses.replace(CONFIG, vqgan=dataclasses.replace(CONFIG.vqgan, steps=99))
     store.save(2, state(2), longer, None)
     store.wait()
-    assert store.last_config() == longer
+    assert store.read_last_config() == longer
     (store.path / "2" / "about" / "metadata").write_text("{")
-    assert store.last_config() == CONFIG
+    assert store.read_last_config() == CONFIG
     rewritten(store.path / "1", lambda about: about["config"].update(new=1))
     with pytest.raises(UserError, match="written by another version of this program: .* 'new'"):
-        store.last_config()
+        store.read_last_config()
     imported = Store(tmp_path / "imported", "vqgan")
     imported.save(0, {"step": np.zeros((), np.int32)}, CONFIG, None, weights_only=True)
     imported.require(0)
-    assert imported.last_config() is None
+    assert imported.read_last_config() is None
 
 
 def test_older_damage_does_not_stop_a_run(tmp_path):
@@ -198,9 +198,9 @@ def test_older_damage_does_not_stop_a_run(tmp_path):
 def test_the_choice_falls_back_with_a_sentence(tmp_path, capsys):
     saved(tmp_path, {1: 0.2, 2: 0.5, 3: 0.4})
     store = Store(tmp_path, "vqgan")
-    assert store.chosen().step == 1
+    assert store.load_best().step == 1
     flip_byte(largest_file(store.path / "1" / "state"))
-    assert store.chosen().step == 3
+    assert store.load_best().step == 3
     assert f"{store.path / '1'} is damaged" in capsys.readouterr().out
 
 
@@ -220,7 +220,9 @@ def test_another_architecture_is_refused_by_name(tmp_path):
     with pytest.raises(UserError, match="--vqgan.code-dim is 8, not 4") as error:
         restored(store, config=other)
     # As where a preset has changed since.
-    assert f"take --config {tmp_path / 'config.json'} --workdir {tmp_path} in" in str(error.value)
+    assert f"use --config {tmp_path / 'config.json'} --workdir {tmp_path} instead" in str(
+        error.value
+    )
     longer = dataclasses.replace(CONFIG, vqgan=dataclasses.replace(CONFIG.vqgan, steps=99))
     assert_equal(restored(store, config=longer), state(1))
 

@@ -113,7 +113,7 @@ def test_a_run_outlives_a_disk_in_trouble(disk, tmp_path, capsys, monkeypatch, t
     def draw(stage, state, folder, sums, rows):
         (folder / "big.png").write_bytes(bytes(5000))
 
-    monkeypatch.setattr(Parabola, "draw", draw)
+    monkeypatch.setattr(Parabola, "draw_figures", draw)
     logs = ["JsonLines", "TensorBoard"]
     # Their open files would keep the disk from being made read-only.
     monkeypatch.setattr("taming_jax.training.loop.run_lock", lambda *_: contextlib.nullcontext())

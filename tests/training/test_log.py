@@ -25,7 +25,7 @@ def test_the_bar_counts_no_compilation(monkeypatch):
     log = make_log()
     time.sleep(0.5)  # compilation
     assert screen.getvalue() == ""
-    log.begin()
+    log.start_progress()
     time.sleep(0.05)
     log.advance(21)
     bar = log._progress
@@ -49,7 +49,7 @@ def test_a_new_metric_is_shown_and_goes_to_every_destination():
         def resume(self, step):
             assert step == 20
 
-        def scalars(self, step, group, values):
+        def write_scalars(self, step, group, values):
             self.lines.append((step, group, values.get("sharpness")))
 
         def close(self):
@@ -57,8 +57,8 @@ def test_a_new_metric_is_shown_and_goes_to_every_destination():
 
     writers = [Lines(), Lines()]
     log = make_log(writers=writers)
-    log.begin()
-    log.row(30, 1.0, "train", {"sharpness": 0.25, "loss": 2.0})
+    log.start_progress()
+    log.log_metrics(30, 1.0, "train", {"sharpness": 0.25, "loss": 2.0})
     assert log._progress.postfix == "sharpness 0.25"
     log.close()
     for writer in writers:

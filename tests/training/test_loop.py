@@ -36,7 +36,7 @@ class Parabola:
         self.best, self.broken, self.on_step = best, broken, on_step
         self.evaluated, self.drawn = [], []
 
-    def feeds(self):
+    def build_feeds(self):
         return tuple(ResidentFeed(SPLIT, 4, 0, self.devices) for _ in range(2))
 
     def init(self, key):
@@ -45,7 +45,7 @@ class Parabola:
     def compile(self, state, training, validation):
         assert "place" in training.arrays and "weight" in validation.arrays
 
-    def flops(self, step):
+    def count_flops(self, step):
         return 3.0
 
     def train_step(self, state, batch):
@@ -65,15 +65,15 @@ class Parabola:
             "step": state.step * batch.arrays["weight"].sum(),
         }
 
-    def summarise(self, sums):
+    def summarize(self, sums):
         step = float(sums["step"] / sums["n"])
         self.evaluated.append(step)
         return {"nll": (step - self.best) ** 2}
 
-    def distance(self, state):
+    def compute_fd(self, state):
         return abs(int(state.step) - self.nearest)
 
-    def draw(self, state, folder, sums, rows):
+    def draw_figures(self, state, folder, sums, rows):
         assert sums["n"] == 20 and rows[-1]["split"] == "validation"
         self.drawn.append(int(state.step))
 
@@ -132,7 +132,7 @@ def test_the_best_is_remembered_over_a_resume_and_forgotten_by_a_restart(tmp_pat
     steps = Store(tmp_path, "vqgan").steps()
     assert steps == [3, 15, 16]
     train(tmp_path, stage={"best": 3}, **settings | {"steps": 16})
-    assert "trained already, to step 16" in capsys.readouterr().out
+    assert "already trained to step 16" in capsys.readouterr().out
     again = train(tmp_path, restart=True, stage={"best": 9}, **settings)
     assert again.evaluated == [3, 6, 9, 10]
     store = Store(tmp_path, "vqgan")
@@ -147,9 +147,10 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     said = [line for line in lines if "skipped" in line]
     assert said == [
-        "Step 3 was skipped: not finite in l1, loss, generator_gradient.",
-        "Step 4 was skipped: not finite in l1, loss, generator_gradient.",
-        "Step 7 was skipped, and 1 more up to step 8: not finite in l1, loss, generator_gradient.",
+        "Step 3 was skipped: non-finite values in l1, loss, generator_gradient.",
+        "Step 4 was skipped: non-finite values in l1, loss, generator_gradient.",
+        "Step 7 was skipped, and 1 more up to step 8: non-finite values in l1, loss, "
+        "generator_gradient.",
         f"Done: 10 steps, 4 of them skipped. The figures are in {tmp_path}/figures.",
     ]
     rows = [r for r in read_rows(tmp_path / "metrics" / "vqgan.jsonl") if r["split"] == "train"]
@@ -169,7 +170,7 @@ def test_too_many_skipped_in_a_row_stop_the_run(tmp_path):
     settings = {"skipped_in_a_row": 2, "log_every": 5, "eval_every": 5, "checkpoint_every": 5}
     train(tmp_path / "never", stage={"broken": (1, 2, 4, 5, 7, 8)}, **settings)
     # Neither a window's end nor a finite step before it makes a difference.
-    says = r"not finite at step 7, after 2 steps skipped in a row: l1, loss, generator_gradient; "
+    says = r"at step 7, after 2 steps skipped in a row: l1, loss, generator_gradient; "
     with pytest.raises(RunFailed, match=says + "the last good checkpoint is .*/vqgan/5"):
         train(tmp_path, stage={"broken": (3, 5, 6, 7)}, **settings)
 
@@ -204,7 +205,9 @@ def test_a_metric_that_only_describes_a_step_is_left_out_of_the_log(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path):
     settings = CADENCES | {"skipped_in_a_row": 0}
-    with pytest.raises(RunFailed, match=r"not finite at step 8: l1, loss, generator_gradient") as e:
+    with pytest.raises(
+        RunFailed, match=r"non-finite values at step 8: l1, loss, generator_gradient"
+    ) as e:
         train(tmp_path, stage={"broken": (8,)}, **settings)
     assert str(tmp_path / "checkpoints" / "vqgan" / "6") in str(e.value)
     assert "--vqgan.grad-clip-norm" in str(e.value)
@@ -264,7 +267,7 @@ def test_a_signal_in_the_last_step_saves_before_it_draws(tmp_path, monkeypatch):
             time.sleep(0.02)
         drawn.append(store.steps())
 
-    monkeypatch.setattr(Parabola, "draw", draw)
+    monkeypatch.setattr(Parabola, "draw_figures", draw)
     train(
         tmp_path,
         stage={"on_step": lambda step: step == 9 and os.kill(os.getpid(), signal.SIGTERM)},
@@ -291,14 +294,16 @@ def test_memory_that_does_not_suffice_is_a_sentence(tmp_path):
     def on_step(step):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
 
-    with pytest.raises(RunFailed, match=r"a step of 4 images; lower --vqgan.batch-size"):
+    with pytest.raises(
+        RunFailed, match=r"a step of 4 images does not fit .*; lower --vqgan.batch-size"
+    ):
         train(tmp_path, stage={"on_step": on_step})
 
 
 def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys):
     train(tmp_path, **CADENCES)
     lines = capsys.readouterr().out.splitlines()
-    assert f"into {tmp_path}: 20 images, 4 a step, step 1 to 10, on 1 cpu device." in lines[0]
+    assert f"into {tmp_path}: 20 images, 4 per step, steps 1 to 10, on 1 cpu device." in lines[0]
     assert "step 3/10  validation  nll 9" in lines
     assert lines[-1] == f"Done: 10 steps. The figures are in {tmp_path}/figures."
     assert not any("\r" in line for line in lines)
@@ -320,7 +325,7 @@ def test_steps_can_be_traced(tmp_path, capsys):
     events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
     steps = {e["args"]["step_num"] for e in events if e.get("name") == "step"}
     assert steps == {"3", "4"}
-    assert f"Steps 3 to 4 are traced in {tmp_path / 'profile'}" in capsys.readouterr().out
+    assert f"The trace of steps 3 to 4 is in {tmp_path / 'profile'}" in capsys.readouterr().out
 
 
 def test_a_torn_last_line_of_the_log_is_left_out(tmp_path):
@@ -388,7 +393,7 @@ def test_which_section_of_the_config_is_written(tmp_path):
     given = load_config("mnist_tiny", overrides)
 
     def steps(stage, restart):
-        config = loop.with_other_stage(given, stage, restart)
+        config = loop.keep_other_stage(given, stage, restart)
         return config.vqgan.steps, config.prior.steps
 
     assert steps("vqgan", False) == (5, 4) and steps("vqgan", True) == (5, 6)
@@ -429,7 +434,7 @@ def test_figures_that_cannot_be_drawn_do_not_cost_the_run(tmp_path, capsys, monk
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Parabola, "draw", full)
+    monkeypatch.setattr(Parabola, "draw_figures", full)
     train(tmp_path, **CADENCES)
     assert capsys.readouterr().out.count("figures cannot be written ([Errno 28]") == 1
     assert max(Store(tmp_path, "vqgan").steps()) == 10
@@ -440,7 +445,7 @@ def test_a_run_that_ends_at_its_last_drawing_draws_again(tmp_path, monkeypatch):
         raise RuntimeError("killed")
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError):
-        patch.setattr(Parabola, "draw", killed)
+        patch.setattr(Parabola, "draw_figures", killed)
         train(tmp_path, **CADENCES | {"draw_every": 10})
     assert train(tmp_path, **CADENCES | {"draw_every": 10}).drawn == [10]
 

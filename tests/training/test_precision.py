@@ -18,7 +18,7 @@ from taming_jax.models.lpips import load_lpips, lpips
 from taming_jax.models.vqgan import build_vqgan
 from taming_jax.parallel.devices import Devices
 from taming_jax.priors.autoregressive import GPT
-from taming_jax.training.prior import fresh_transformer, training_step
+from taming_jax.training.prior import init_transformer, train_step
 from taming_jax.training.state import Net
 from taming_jax.training.vqgan_step import Keys, VQGANObjective
 
@@ -167,7 +167,7 @@ def test_stage_1_in_bfloat16_learns_almost_the_same(count):
         networks, nets, images = stage_1(dtype, devices.axis_name)
 
         def step(nets, x, networks=networks):
-            return networks.gradients(*nets, x, {}, True, 100)
+            return networks.compute_gradients(*nets, x, {}, True, 100)
 
         found = called(devices, step, nets, devices.shard(images))
         exact = exact or found
@@ -187,7 +187,9 @@ def test_the_discriminator_in_bfloat16_learns_almost_the_same(count):
 
         def step(net, x, networks=networks):
             fake = -x[:, ::-1] / 2
-            found = networks.adversary(net.params, net.extra, x, fake, jnp.int32(100), Keys())
+            found = networks.forward_discriminator(
+                net.params, net.extra, x, fake, jnp.int32(100), Keys()
+            )
             return networks.mean((found.gradient, found.metrics)), found.extra
 
         (gradient, metrics), extra = called(devices, step, net, devices.shard(images))
@@ -205,8 +207,8 @@ def stage_2(dtype, count=1):
     rng = np.random.default_rng(0)
     codes = rng.integers(0, model.codebook_size, (64, model.length)).astype(np.uint8)
     feed = ResidentFeed(Split(codes, rng.integers(0, 10, 64).astype(np.int32)), 16, 0, devices)
-    step = functools.partial(training_step, config, model, 100, devices.axis_name)
-    return devices, step, fresh_transformer(config, model, jax.random.key(0)), feed.batch(0).arrays
+    step = functools.partial(train_step, config, model, 100, devices.axis_name)
+    return devices, step, init_transformer(config, model, jax.random.key(0)), feed.batch(0).arrays
 
 
 @on_devices
@@ -224,7 +226,9 @@ def test_stage_2_in_bfloat16_learns_almost_the_same(count):
 
 def test_no_gradient_is_summed_in_bfloat16():
     networks, nets, images = stage_1("bfloat16")
-    of_vqgan = jax.make_jaxpr(lambda nets, x: networks.gradients(*nets, x, {}, True))(nets, images)
+    of_vqgan = jax.make_jaxpr(lambda nets, x: networks.compute_gradients(*nets, x, {}, True))(
+        nets, images
+    )
     _, step, state, arrays = stage_2("bfloat16")
     for jaxpr in (of_vqgan, jax.make_jaxpr(step)(state, arrays)):
         sums = [op for op in operations(jaxpr) if op.primitive.name == "reduce_sum"]

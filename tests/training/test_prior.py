@@ -16,12 +16,12 @@ from taming_jax.training import accumulate
 from taming_jax.training.checkpoints import Store
 from taming_jax.training.prior import (
     PriorStage,
-    adamw,
-    fresh_transformer,
-    learning_rate,
-    training_step,
+    build_optimizer,
+    build_prior_schedule,
+    init_transformer,
+    train_step,
 )
-from taming_jax.training.state import CODES, LABELS, example_keys
+from taming_jax.training.state import CODES, LABELS, make_example_keys
 from tests import commands, golden, small_runs
 from tests.conftest import TINY
 from tests.training.test_resume import stopped_after
@@ -42,7 +42,7 @@ def test_one_two_and_four_devices_take_the_same_step(stage1, counts):
     found = {}
     for count in counts:
         stage = stage_of(stage1, count, **settings)
-        feed, _ = stage.feeds()
+        feed, _ = stage.build_feeds()
         state = stage.devices.replicate(stage.init(jax.random.key(0)))
         # The second step, since Adam's first turns the noise of small gradients into full ones.
         losses = []
@@ -57,12 +57,12 @@ def test_one_two_and_four_devices_take_the_same_step(stage1, counts):
 
 
 def test_a_batch_in_four_parts_is_the_same_step(stage1, monkeypatch):
-    monkeypatch.setattr(accumulate, "unrolled", lambda: False)  # compiled sooner
+    monkeypatch.setattr(accumulate, "should_unroll", lambda: False)  # compiled sooner
     settings = {"dropout": 0.3, "label_dropout": 0.5, "token_keep_prob": 0.8}
     found = {}
     for count, parts in ((1, 1), (2, 4)):
         stage = stage_of(stage1, count, **settings, micro_batches=parts)
-        feed, _ = stage.feeds()
+        feed, _ = stage.build_feeds()
         state = stage.devices.replicate(stage.init(jax.random.key(0)))
         state, metrics = stage.train_step(state, feed.batch(0))
         # Adam's first moment is the averaged gradient, times what it does not keep of the last.
@@ -73,7 +73,7 @@ def test_a_batch_in_four_parts_is_the_same_step(stage1, monkeypatch):
 def test_a_step_learns_from_dropped_labels_and_corrupted_codes(stage1):
     """The loss of a step, computed again from its parts."""
     stage = stage_of(stage1, dropout=0.0, label_dropout=0.5, token_keep_prob=0.7)
-    feed, _ = stage.feeds()
+    feed, _ = stage.build_feeds()
     batch = feed.batch(0)
     state = stage.init(jax.random.key(0))
     params = jax.tree.map(np.array, state.nets["transformer"].params)
@@ -84,11 +84,11 @@ def test_a_step_learns_from_dropped_labels_and_corrupted_codes(stage1):
     place = jnp.arange(8)
     dropped = [
         bool(jax.random.bernoulli(key, 0.5))
-        for key in example_keys(stage.config.seed, LABELS, jnp.int32(0), place)
+        for key in make_example_keys(stage.config.seed, LABELS, jnp.int32(0), place)
     ]
     assert 0 < sum(dropped) < 8
     tokens = stage.model.teacher_forced(np.where(dropped, stage.model.classes, labels), codes)
-    keys = example_keys(stage.config.seed, CODES, jnp.int32(0), place)
+    keys = make_example_keys(stage.config.seed, CODES, jnp.int32(0), place)
     rest = [corrupted(0.7, 128, key, row) for key, row in zip(keys, tokens[:, 1:], strict=True)]
     tokens = jnp.concatenate([tokens[:, :1], jnp.stack(rest)], 1)
     logits = np.asarray(stage.model.apply({"params": params}, tokens), np.float64)
@@ -99,7 +99,7 @@ def test_a_step_learns_from_dropped_labels_and_corrupted_codes(stage1):
 
 def test_a_step_that_is_not_finite_is_skipped(stage1):
     stage = stage_of(stage1)
-    feed, _ = stage.feeds()
+    feed, _ = stage.build_feeds()
     state = stage.init(jax.random.key(0))
     params = state.nets["transformer"].params
     params["head"] = params["head"].at[0, 0].set(jnp.inf)
@@ -120,20 +120,20 @@ def test_decay_is_for_matrices_only():
     config = load_config("mnist_tiny", {"prior.weight_decay": 0.5})
     params = {"matrix": jnp.ones((2, 2)), "vector": jnp.ones(2)}
     zeros = jax.tree.map(jnp.zeros_like, params)
-    updates, _ = adamw(config).update(zeros, adamw(config).init(params), params)
+    updates, _ = build_optimizer(config).update(zeros, build_optimizer(config).init(params), params)
     assert (updates["matrix"] == 0.5).all() and (updates["vector"] == 0).all()
 
 
 def test_one_cycle_begins_peaks_and_ends_as_pytorchs():
     config = load_config("mnist", {"prior.learning_rate": 3e-4})
-    rates = np.array([learning_rate(config, 1000)(step) for step in range(1001)])
+    rates = np.array([build_prior_schedule(config, 1000)(step) for step in range(1001)])
     np.testing.assert_allclose(rates[[0, 300, 1000]], [3e-4 / 25, 3e-4, 3e-4 / 25e4], rtol=1e-3)
     assert (np.diff(rates[:301]) > 0).all() and (np.diff(rates[300:]) < 0).all()
 
 
 def test_cosine_warms_up_and_decays_to_nothing():
     config = load_config("mnist", {"prior.schedule": "cosine", "prior.warmup_steps": 100})
-    rates = np.array([learning_rate(config, 1000)(step) for step in range(1000)])
+    rates = np.array([build_prior_schedule(config, 1000)(step) for step in range(1000)])
     assert rates.argmax() == 99 and rates[99] == pytest.approx(config.prior.learning_rate)
     assert rates[0] == pytest.approx(rates[99] / 100, rel=1e-4) and rates[-1] < 1e-9
 
@@ -149,8 +149,8 @@ def test_a_step_does_no_encoding_and_little_else():
         "index": jax.ShapeDtypeStruct((b,), jnp.int32),
         "place": jax.ShapeDtypeStruct((b,), jnp.int32),
     }
-    state = jax.eval_shape(lambda: fresh_transformer(config, model, jax.random.key(0)))
-    step = jax.jit(training_step, static_argnums=(0, 1, 2, 3))
+    state = jax.eval_shape(lambda: init_transformer(config, model, jax.random.key(0)))
+    step = jax.jit(train_step, static_argnums=(0, 1, 2, 3))
     flops = step.lower(config, model, 100, None, state, arrays).compile().cost_analysis()["flops"]
     parameters = sum(p.size for p in jax.tree.leaves(state.nets["transformer"].params))
     # Two products forward, four back, of t x t x width each, in every layer.

@@ -11,11 +11,11 @@ from taming_jax.config.load import load_config
 from taming_jax.training.state import (
     Net,
     TrainState,
+    add_clipping,
     apply_if_finite,
+    build_schedule,
     copy_buffers,
     ema_update,
-    schedule,
-    with_clipping,
 )
 
 SETTINGS = load_config("mnist").vqgan
@@ -23,33 +23,33 @@ SETTINGS = load_config("mnist").vqgan
 
 def test_the_learning_rate_warms_up_and_decays_over_the_run():
     settings = dataclasses.replace(SETTINGS, warmup_steps=10, final_learning_rate=0.2)
-    rates = [float(schedule(settings, 100, 3.0)(step)) for step in range(100)]
+    rates = [float(build_schedule(settings, 100, 3.0)(step)) for step in range(100)]
     np.testing.assert_allclose(rates[:10], 3.0 * np.arange(1, 11) / 10, rtol=1e-5)
     progress = np.arange(1, 91) / 90
     cosine = 0.2 + 0.8 * (1 + np.cos(np.pi * progress)) / 2
     np.testing.assert_allclose(rates[10:], 3.0 * cosine, rtol=1e-4)
-    short = [float(schedule(settings, 4, 3.0)(step)) for step in range(4)]
+    short = [float(build_schedule(settings, 4, 3.0)(step)) for step in range(4)]
     np.testing.assert_allclose(short, rates[:4], rtol=1e-6)  # four steps are all warm-up
-    assert {float(schedule(SETTINGS, 100, 3.0)(step)) for step in (0, 50, 99)} == {3.0}
+    assert {float(build_schedule(SETTINGS, 100, 3.0)(step)) for step in (0, 50, 99)} == {3.0}
 
 
 def test_an_update_is_adams_at_the_rate_given():
     params = {"w": jnp.array([1.0, -2.0, 3.0])}
     gradients = [{"w": jnp.array(g)} for g in ([0.5, 0.1, -1.0], [0.2, -0.3, 0.4])]
-    ours, theirs = with_clipping(optax.scale_by_adam(0.5, 0.9), None), optax.adam(0.1, 0.5, 0.9)
+    ours, theirs = add_clipping(optax.scale_by_adam(0.5, 0.9), None), optax.adam(0.1, 0.5, 0.9)
     net, expected, state = Net(params, ours.init(params)), params, theirs.init(params)
     for gradient in gradients:
-        net = net.with_update(ours, gradient, jnp.float32(0.1))
+        net = net.apply_gradients(ours, gradient, jnp.float32(0.1))
         updates, state = theirs.update(gradient, state)
         expected = optax.apply_updates(expected, updates)
     np.testing.assert_allclose(net.params["w"], expected["w"], rtol=1e-6)
 
 
 def test_clipping_bounds_the_global_norm():
-    sgd = with_clipping(optax.identity(), 1.0)
+    sgd = add_clipping(optax.identity(), 1.0)
     params = {"a": jnp.zeros(2), "b": jnp.zeros(1)}
     gradients = {"a": jnp.array([3.0, 0.0]), "b": jnp.array([4.0])}
-    net = Net(params, sgd.init(params)).with_update(sgd, gradients, jnp.float32(1.0))
+    net = Net(params, sgd.init(params)).apply_gradients(sgd, gradients, jnp.float32(1.0))
     np.testing.assert_allclose(net.params["a"], [-0.6, 0.0], rtol=1e-6)
     np.testing.assert_allclose(net.params["b"], [-0.8], rtol=1e-6)
 
@@ -57,7 +57,7 @@ def test_clipping_bounds_the_global_norm():
 def test_a_moving_average_starts_fast_and_ends_slow():
     assert ema_update(0.0, 1.0, 0.99, jnp.int32(0)) == pytest.approx(0.9)
     assert ema_update(0.0, 1.0, 0.99, jnp.int32(10**6)) == pytest.approx(0.01, rel=1e-3)
-    net = Net({"w": jnp.ones(2)}, (), ema={"w": jnp.zeros(2)}).with_ema(0.5, jnp.int32(10**6))
+    net = Net({"w": jnp.ones(2)}, (), ema={"w": jnp.zeros(2)}).update_ema(0.5, jnp.int32(10**6))
     np.testing.assert_allclose(net.eval_params["w"], 0.5)
     assert (net.replace(ema=None).eval_params["w"] == 1).all()
 

@@ -12,7 +12,7 @@ from taming_jax.data.datasets import Split
 from taming_jax.models.vqgan import build_vqgan, encode
 from taming_jax.parallel.devices import Devices
 from taming_jax.training import tokens
-from taming_jax.training.state import AUGMENTATION, example_keys
+from taming_jax.training.state import AUGMENTATION, make_example_keys
 from taming_jax.training.tokens import TokenFeed, Tokenizer
 
 CONFIG = load_config(
@@ -36,7 +36,7 @@ def generator():
 
 @pytest.fixture(autouse=True)
 def small_files(monkeypatch):
-    monkeypatch.setattr(tokens, "FILE", 100)
+    monkeypatch.setattr(tokens, "IMAGES_PER_FILE", 100)
 
 
 SPLIT = Split(*(part[:250] for part in datasets.load(CONFIG.data).train))
@@ -147,7 +147,7 @@ def test_augmented_versions_are_encoded_when_they_are_read(tmp_path, generator):
     expected = [encoded(tmp_path / "again", generator, large, config=AUGMENTED).images]
     through = jax.jit(lambda p, x: encode(model, p, x).indices)
     for version in (1, 2):
-        keys = example_keys(CONFIG.seed, AUGMENTATION, version, np.arange(250))
+        keys = make_example_keys(CONFIG.seed, AUGMENTATION, version, np.arange(250))
         images = np.asarray(augmented(large.images, keys, AUGMENTED.data))
         codes = through(params, images / np.float32(127.5) - 1)
         expected.append(np.asarray(codes).reshape(250, 64))

@@ -10,7 +10,7 @@ from taming_jax.errors import RunFailed, UserError
 from taming_jax.parallel.devices import Devices
 from taming_jax.training import loop
 from taming_jax.training.checkpoints import Store
-from taming_jax.training.vqgan import VQGANStage, with_fixed_start
+from taming_jax.training.vqgan import VQGANStage, fix_discriminator_start
 from taming_jax.training.vqgan_step import VQGANObjective
 from taming_jax.training.writers import read_rows
 from tests import small_runs
@@ -30,7 +30,7 @@ def planted(monkeypatch, steps):
         images += jnp.where(jnp.isin(step + 1, jnp.array(steps)), jnp.inf, 0)
         return gradients(self, generator, discriminator, images, lpips, adversarial, step, *rest)
 
-    monkeypatch.setattr(VQGANObjective, "gradients", broken)
+    monkeypatch.setattr(VQGANObjective, "compute_gradients", broken)
 
 
 class Watched(VQGANStage):
@@ -60,13 +60,15 @@ def test_an_infinity_is_skipped_counted_and_survived_and_too_many_in_a_row_are_n
         built.append(Watched(config, devices))
         return built[0]
 
-    with pytest.raises(RunFailed, match="not finite at step 55, after 2 steps skipped .*: .*l1"):
+    with pytest.raises(
+        RunFailed, match="non-finite values at step 55, after 2 steps skipped .*: .*l1"
+    ):
         loop.train(build, load_config("mnist_tiny", SMALL | settings))
     before, after = built[0].before, built[0].after
     assert (int(before.step), int(before.skipped)) == (49, 0)
     assert (int(after.step), int(after.skipped)) == (50, 1)
     jax.tree.map(np.testing.assert_array_equal, after.nets, before.nets)
-    assert "Step 50 was skipped: not finite in " in capsys.readouterr().out
+    assert "Step 50 was skipped: non-finite values in " in capsys.readouterr().out
     rows = read_rows(tmp_path / "metrics" / "vqgan.jsonl")
     assert [row["skipped"] for row in rows] == 49 * [0] + [1, 1, 1, 2, 3]
     assert all(np.isfinite(value) for r in rows for key, value in r.items() if key != "split")
@@ -113,7 +115,7 @@ def test_a_resumed_stage_takes_the_discriminators_start_from_its_checkpoints(
 
 @pytest.mark.slow
 def test_a_longer_run_keeps_the_discriminators_start(config_of, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(VQGANStage, "draw", lambda *_: None)
+    monkeypatch.setattr(VQGANStage, "draw_figures", lambda *_: None)
     loop.train(VQGANStage, config_of(4))
     assert adversarial_steps(tmp_path) == [3, 4]
     assert read_config(tmp_path / "config.json").vqgan.discriminator_start_step == 2
@@ -143,7 +145,7 @@ def test_the_discriminators_start_is_decided_once(created, given, start):
         return load_config("mnist_tiny", {f"vqgan.{key}": x for key, x in settings.items()})
 
     before = None if created is None else config(created)
-    found = with_fixed_start(config(given), 20, before)
+    found = fix_discriminator_start(config(given), 20, before)
     assert found.vqgan.discriminator_start_step == start
 
 
@@ -153,7 +155,7 @@ def test_a_discriminator_that_is_held_back_learns_in_every_second_step_only():
         "vqgan__adaptive_weight": True, "vqgan__diff_augment": ("color", "translation", "cutout"),
     }  # fmt: skip
     stage = VQGANStage(small_runs.small_config(None, **settings), Devices(1))
-    training, _ = stage.feeds()
+    training, _ = stage.build_feeds()
     states = [stage.devices.replicate(stage.init(jax.random.key(0)))]
     for step in range(4):
         before = jax.tree.map(np.array, states[-1])

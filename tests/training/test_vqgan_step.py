@@ -48,7 +48,7 @@ def test_reproduces_the_official_training_step():
     np.testing.assert_array_equal(output.quantized.indices, recorded["indices"])
     golden.assert_close(output.images, golden.nhwc(recorded["reconstruction"]), "reconstruction")
 
-    found = jax.jit(networks.gradients, static_argnums=4)(
+    found = jax.jit(networks.compute_gradients, static_argnums=4)(
         generator, discriminator, images, load_lpips(), True
     )
     scalars = golden.under(recorded, "scalar/")
@@ -105,7 +105,7 @@ def test_equals_the_plain_step(adaptive):
 
 
 def assert_equals_the_plain_step(networks, generator, discriminator, images, params):
-    found = jax.jit(networks.gradients, static_argnums=4)(
+    found = jax.jit(networks.compute_gradients, static_argnums=4)(
         generator, discriminator, images, params, True
     )
     gradient, discriminator_gradient, losses = jax.jit(plain_gradients, static_argnums=0)(
@@ -138,7 +138,7 @@ def test_does_at_most_four_fifths_of_the_plain_arithmetic():
         return generator, Net(disc["params"], (), {"batch_stats": disc["batch_stats"]})
 
     arguments = (*jax.eval_shape(create), images, jax.eval_shape(load_lpips_arrays))
-    ours = jax.jit(networks.gradients, static_argnums=4).lower(*arguments, True)
+    ours = jax.jit(networks.compute_gradients, static_argnums=4).lower(*arguments, True)
     # Not even counting that the official code evaluates LPIPS twice a step.
     plain = jax.jit(plain_gradients, static_argnums=(0, 6)).lower(networks, *arguments, ONES, False)
     flops = [lowered.compile().cost_analysis()["flops"] for lowered in (ours, plain)]
@@ -175,7 +175,7 @@ def test_lecam_holds_logits_near_the_other_kinds_average():
     networks, (generator, discriminator, images) = small_networks({}), small_state()
     zeros = {"real": jnp.float32(0.0), "fake": jnp.float32(0.0)}
     discriminator = discriminator.replace(extra=discriminator.extra | {"lecam": zeros})
-    found = jax.jit(networks.gradients, static_argnums=4)(
+    found = jax.jit(networks.compute_gradients, static_argnums=4)(
         generator, discriminator, images, {}, True, jnp.int32(0)
     )
     # The first update of a moving average keeps a tenth of the old value.
@@ -200,7 +200,7 @@ def test_lecam_holds_logits_near_the_other_kinds_average():
 
 def test_before_its_start_the_discriminator_is_left_alone():
     networks, (generator, discriminator, images) = small_networks({}), small_state()
-    found = jax.jit(networks.gradients, static_argnums=4)(
+    found = jax.jit(networks.compute_gradients, static_argnums=4)(
         generator, discriminator, images, {}, False
     )
     assert found.discriminator is None and found.extra is None
@@ -220,7 +220,7 @@ def test_augmentation_of_what_the_discriminator_sees_is_differentiated():
     settings = {"diff_augment": kinds, "adaptive_weight": False, "lecam_weight": 0.0}
     networks, (generator, discriminator, images) = small_networks(settings), small_state()
     keys = Keys(*(jax.random.split(jax.random.key(i), len(images)) for i in (5, 6)))
-    found = jax.jit(networks.gradients, static_argnums=4)(
+    found = jax.jit(networks.compute_gradients, static_argnums=4)(
         generator, discriminator, images, {}, True, 0, keys
     )
     stats = discriminator.extra["batch_stats"]

@@ -14,7 +14,7 @@ from taming_jax.training.state import Net, TrainState
 from taming_jax.training.vqgan import VQGANStage
 from taming_jax.training.weights import (
     describe_loaded,
-    describe_other_meaning,
+    describe_mismatches,
     load_matching_weights,
 )
 from tests import commands
@@ -59,7 +59,7 @@ def test_weights_of_the_same_names_and_shapes_are_kept():
     assert begun.random == [("nets", "discriminator", "params", "layer", "kernel")]
     sentence = describe_loaded(begun, "runs/it")
     assert sentence == (
-        "Begins from runs/it: of its weights are kept discriminator.layer 1, generator.layer 2; "
+        "Starting from runs/it: loaded discriminator.layer 1, generator.layer 2; "
         "new: discriminator.layer 1."
     )
 
@@ -71,7 +71,7 @@ def test_other_shapes_are_new_and_nothing_kept_is_refused():
     # A prior's generator is its own.
     begun = load_matching_weights(PriorStage.learned, state(), arrays())
     assert not begun.state.nets["generator"].params["layer"]["kernel"].any()
-    with pytest.raises(UserError, match="no weight of runs/it has a name and shape"):
+    with pytest.raises(UserError, match="no weight of runs/it matches a name and shape"):
         describe_loaded(begun, "runs/it")
 
 
@@ -90,11 +90,11 @@ def test_a_run_begins_from_anothers_weights(script, both, stage1, tmp_path):
     line += ["--devices", 1, f"--{stage}.init-from", both, "--workdir", workdir]
     status, out, err = commands.run_here(script, *line, draw=False)
     assert status == 0, err
-    assert f"Begins from {both}: of its weights are kept" in out
+    assert f"Starting from {both}: loaded" in out
     assert ("new: discriminator.conv_0" in out) == (stage == "vqgan")
     assert "the codes of another stage 1" not in out
     name = "generator" if stage == "vqgan" else "transformer"
-    before, after = (Store(folder, stage).chosen() for folder in (both, workdir))
+    before, after = (Store(folder, stage).load_best() for folder in (both, workdir))
     kept = 0
     for path, array in after.arrays.items():
         if path[:3] == ("nets", name, "params"):
@@ -105,7 +105,7 @@ def test_a_run_begins_from_anothers_weights(script, both, stage1, tmp_path):
     assert kept > 5
     # The same command again resumes, though the source is gone.
     status, out, err = commands.run_here(script, *line, "--no-compile-cache", draw=False)
-    assert status == 0 and "is trained already" in out, err
+    assert status == 0 and "is already trained" in out, err
     elsewhere = [x if x != both else tmp_path / "none" for x in line]
     elsewhere[-1] = tmp_path / "other"
     if stage == "vqgan":
@@ -138,7 +138,7 @@ def test_an_imported_run_goes_on(both, tmp_path):
     assert status == 2 and "the dataset of this imported run is not known" in err, err
     line += ["--data.name", config.data.name]
     status, out, err = commands.run_here("train_vqgan.py", *line, "--vqgan.steps", 1, draw=False)
-    assert status == 0 and "Begins from" in out and "new: discriminator.conv_0" in out, err
+    assert status == 0 and "Starting from" in out and "new: discriminator.conv_0" in out, err
     status, out, err = commands.run_here("train_prior.py", *line, "--prior.steps", 1, draw=False)
     assert status == 0 and "; nothing is new." in out, err
     assert taming_jax.load_config(workdir / "config.json").data.name == config.data.name
@@ -146,9 +146,9 @@ def test_an_imported_run_goes_on(both, tmp_path):
     first = workdir / "checkpoints" / "prior" / "0"
     again = ("train_prior.py", *line, "--prior.steps", 1, "--restart")
     status, out, err = commands.run_here(*again, draw=False)
-    assert status == 0 and "Begins from" in out and first.is_dir(), err
+    assert status == 0 and "Starting from" in out and first.is_dir(), err
     status, out, err = commands.run_here(*again, "--prior.dropout", 0.3, draw=False)
-    assert status == 0 and "Begins from" not in out and not first.is_dir(), err
+    assert status == 0 and "Starting from" not in out and not first.is_dir(), err
     assert (workdir / "checkpoints" / "prior-imported" / "0").is_dir()
     status, _, err = commands.run_here(*again, "--prior.init-from", tmp_path / "none", draw=False)
     assert status == 2 and "none holds no prior checkpoint" in err, err
@@ -157,7 +157,7 @@ def test_an_imported_run_goes_on(both, tmp_path):
 
 def test_weights_that_mean_something_else_are_named(both):
     """As another number of heads, or another stage 1, makes them."""
-    checkpoint = Store(both, "prior").chosen()
+    checkpoint = Store(both, "prior").load_best()
     config = checkpoint.config
     other = taming_jax.load_config(both / "config.json", {"prior.heads": 2})
     nets = checkpoint.nets
@@ -165,9 +165,9 @@ def test_weights_that_mean_something_else_are_named(both):
         name: Net(jax.tree.map(np.copy, net["params"]), ()) for name, net in nets.items()
     })  # fmt: skip
     arguments = (config, template, other, checkpoint.arrays)
-    assert describe_other_meaning(("transformer",), *arguments) == [
-        "--prior.heads is 4, not 2 as in the run of those weights."
+    assert describe_mismatches(("transformer",), *arguments) == [
+        "--prior.heads is 4, not 2 as in the run that the weights come from."
     ]
     template.nets["generator"].params["quant_conv"]["bias"][0] += 1
-    assert "another stage 1" in describe_other_meaning(("transformer",), *arguments)[1]
-    assert describe_other_meaning(("generator", "discriminator"), *arguments) == []
+    assert "another stage 1" in describe_mismatches(("transformer",), *arguments)[1]
+    assert describe_mismatches(("generator", "discriminator"), *arguments) == []
