@@ -84,7 +84,7 @@ class Log:
         `flops`, the operations per step on one device, is given, the utilization of the device."""
         values = {"epoch": round(epoch, 4), **metrics}
         self.rows.append({"step": step, "split": split, **values})
-        self._call_writers("write_scalars", step, split, values)
+        self._call_writers("scalars", step, split, values)
         names = [key for key in metrics if key not in HIDDEN and not key.endswith("_gradient")]
         shown = "  ".join(f"{key} {metrics[key]:.4g}" for key in names)
         if split == "validation":
@@ -107,9 +107,7 @@ class Log:
         elapsed, steps = time.monotonic() - self._steps_started, step - self._row_step
         waiting = self._waited / elapsed
         speed = {"steps_per_second": round(steps / elapsed, 4), "waiting": round(waiting, 4)}
-        self._call_writers(
-            "write_scalars", step, "speed", speed | self._meter(flops, steps / elapsed)
-        )
+        self._call_writers("scalars", step, "speed", speed | self._meter(flops, steps / elapsed))
         self._waited, self._steps_started, self._row_step = 0.0, 0.0, step
         return f"  waiting for data {waiting:.0%}" if waiting >= 0.01 else ""
 

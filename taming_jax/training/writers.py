@@ -22,7 +22,7 @@ class Writer(Protocol):
         """Discards everything logged after `step`: the run resumes from there and logs it again. A
         new run calls this with step 0."""
 
-    def write_scalars(self, step: int, group: str, values: dict[str, float]) -> None:
+    def scalars(self, step: int, group: str, values: dict[str, float]) -> None:
         """Writes the metrics of a step. Their names may differ between steps. `group` is "train",
         "validation", or "speed"."""
 
@@ -55,7 +55,7 @@ class JsonLines:
             if len(content) > self._sizes[path]:
                 os.truncate(path, self._sizes[path])
 
-    def write_scalars(self, step: int, group: str, values: dict[str, float]) -> None:
+    def scalars(self, step: int, group: str, values: dict[str, float]) -> None:
         speed = group == "speed"
         row = {"step": step} | ({} if speed else {"split": group}) | values
         self._unwritten[self._paths[speed]] += json.dumps(row) + "\n"
@@ -130,7 +130,7 @@ class TensorBoard:
     def resume(self, step: int) -> None:
         self._start = step  # written together with the next event
 
-    def write_scalars(self, step: int, group: str, values: dict[str, float]) -> None:
+    def scalars(self, step: int, group: str, values: dict[str, float]) -> None:
         scalars = [
             summary_pb2.Summary.Value(tag=f"{group}/{key}", simple_value=value)
             for key, value in values.items()

@@ -49,7 +49,7 @@ def test_a_new_metric_is_shown_and_goes_to_every_destination():
         def resume(self, step):
             assert step == 20
 
-        def write_scalars(self, step, group, values):
+        def scalars(self, step, group, values):
             self.lines.append((step, group, values.get("sharpness")))
 
         def close(self):

@@ -15,7 +15,7 @@ def rows(*steps):
 
 def write(writer, *steps):
     for step in steps:
-        writer.write_scalars(step, "train", {"nll": 0.5})
+        writer.scalars(step, "train", {"nll": 0.5})
 
 
 def test_rows_that_could_not_be_written_are_written_later(tmp_path, limited):
@@ -48,8 +48,8 @@ def test_a_resumed_run_cuts_later_rows_and_a_torn_line(tmp_path):
 
 def test_how_fast_a_run_is_goes_to_a_file_of_its_own(tmp_path):
     writer = JsonLines(tmp_path, "prior")
-    writer.write_scalars(2, "validation", {"nll": 0.5})
-    writer.write_scalars(2, "speed", {"steps_per_second": 3.0})
+    writer.scalars(2, "validation", {"nll": 0.5})
+    writer.scalars(2, "speed", {"steps_per_second": 3.0})
     assert read_rows(tmp_path / "prior.jsonl") == [{"step": 2, "split": "validation", "nll": 0.5}]
     assert read_rows(tmp_path / "prior_speed.jsonl") == [{"step": 2, "steps_per_second": 3.0}]
 
@@ -57,13 +57,13 @@ def test_how_fast_a_run_is_goes_to_a_file_of_its_own(tmp_path):
 def test_tensorboard_goes_on_in_another_file_after_a_failure(tmp_path, limited):
     writer = TensorBoard(tmp_path / "events")
     writer.resume(10)
-    writer.write_scalars(11, "train", {"nll": 0.5})
+    writer.scalars(11, "train", {"nll": 0.5})
     (file,) = (tmp_path / "events").iterdir()
     limited(file.stat().st_size + 5)
     with pytest.raises(OSError, match="too large"):
-        writer.write_scalars(12, "train", {"nll": 0.4})
+        writer.scalars(12, "train", {"nll": 0.4})
     limited(10_000)
-    writer.write_scalars(13, "train", {"nll": 0.3})
+    writer.scalars(13, "train", {"nll": 0.3})
     writer.close()
     assert scalars(tmp_path / "events") == {
         ("train/nll", 11): 0.5,
