@@ -277,7 +277,7 @@ class Store:
         for checkpoint in self.readable(steps):
             return checkpoint
         raise UserError(
-            f"every checkpoint in {self.path} is damaged; bring one back from a copy{advice}."
+            f"every checkpoint in {self.path} is damaged; restore one from a backup{advice}."
         )
 
     def chosen(self) -> Checkpoint:
@@ -362,4 +362,4 @@ class Store:
             if not about.get("weights_only"):
                 shutil.rmtree(self.path / str(step))
             elif differences(config, self._config(about, step), sections):
-                self._move(step, "imported")
+                self._move(step, "weights-only")
