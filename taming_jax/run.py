@@ -173,7 +173,7 @@ class Run:
     @functools.cached_property
     def _sampler(self) -> Sampler:
         params = {"transformer": self.transformer, "generator": self.params}
-        return Sampler(self.config, self.prior, self.model, params)
+        return Sampler(self.config, self.prior, self.model, params, self.decode)
 
     @functools.cached_property
     def _likelihood(self) -> Callable[..., jax.Array]:
@@ -270,8 +270,7 @@ class Run:
         """The images of `sample`, in parts: image `numbers[i]`, int32 [n], of class `labels[i]`,
         int32 [n]; `settings` are those of `sample`, and `known` int [n,t], codes that are not to be
         drawn, with -1 where they are."""
-        for part in self._sampler.drawn(labels, numbers, **settings):
-            yield part if part.ndim == 4 else self.decode(part)
+        return self._sampler.drawn(labels, numbers, **settings)
 
     def sampling(self, **settings: Any) -> Settings:
         """The settings of `sample`, what is None as the run's config has it. UserError where they
@@ -280,19 +279,14 @@ class Run:
 
     def log_likelihood(self, images: Any, labels: Any) -> np.ndarray:
         """The logarithm of the probability, in nats, that the prior gives the codes of images
-        [n,h,w,c] of classes int [n] (or names): float32 [n]."""
-        numbers = self.labels(np.asarray(labels).tolist())
-        if len(numbers) != len(images):
-            raise UserError(f"{len(images)} images and {len(numbers)} labels were given.")
-        return self.code_likelihood(self.encode(images), numbers)
+        [n,h,w,c] of classes (numbers or names, one of all images or one of each): float32 [n]."""
+        return self.code_likelihood(self.encode(images), self._labels_of(labels, len(images)))
 
     def code_likelihood(self, indices: np.ndarray, numbers: np.ndarray) -> np.ndarray:
         """The same of code indices int32 [n,h',w'] and classes int32 [n]."""
-        given, known = "x".join(map(str, indices.shape[1:])), "x".join(map(str, self.prior.window))
+        given, known = indices.shape[1:], self.prior.window
         if given != known:
-            raise UserError(
-                f"images of {given} codes were given; the prior's likelihood is of {known} codes."
-            )
+            raise UserError(f"the prior's likelihoods are of grids of {known} codes, not {given}.")
         return self._batched(self._likelihood, (numbers, indices), 1, self.transformer)
 
     def tokens(self, split: str = "train") -> Split:

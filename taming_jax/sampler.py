@@ -2,7 +2,7 @@
 shared over the devices."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,8 +30,16 @@ class Settings(NamedTuple):
 class Sampler:
     """Draws images of a run's config by its prior and generator, on any number of devices."""
 
-    def __init__(self, config: Config, prior: Prior, generator: VQGAN, params: dict[str, Any]):
-        self.preset, self.factor = config.prior, config.downsample_factor
+    def __init__(
+        self,
+        config: Config,
+        prior: Prior,
+        generator: VQGAN,
+        params: dict[str, Any],
+        decode: Callable[[np.ndarray], np.ndarray],
+    ):
+        """`decode` makes images of grids of codes that are larger than the training images'."""
+        self.preset, self.factor, self._decode = config.prior, config.downsample_factor, decode
         self.prior, self.generator, self.params = prior, generator, params
         self._placed = functools.cache(self._place)
         self._compiled = functools.cache(self._compile)
@@ -74,8 +82,7 @@ class Sampler:
         progress: bool = False,
         **settings: Any,
     ) -> Iterator[np.ndarray]:
-        """See `Run.drawn`. Of a grid that is larger than the training images', whose images may be
-        too large to be decoded here, it yields the codes int32 [b,h',w']."""
+        """See `Run.drawn`."""
         if batch_size is not None and batch_size < 1:
             raise UserError(f"the batch size is {batch_size}; it must be 1 or more.")
         temperature, top_k, top_p, guidance_scale = self.settings(**settings, seed=seed)
@@ -110,7 +117,8 @@ class Sampler:
                 flying.append(draw(params, shards | common))
                 if len(flying) == most or start + batch >= n:
                     for part in map(used.gather, flying):
-                        yield part[:left]
+                        part = part[:left]
+                        yield part if grid == self.prior.grid else self._decode(part)
                         shown.update(len(part))
                         left -= len(part)
                     flying = []

@@ -136,11 +136,12 @@ def writable(folder: Path) -> Iterator[None]:
 def usable(folder: Path) -> None:
     """Makes the folders that a run writes in. UserError where one of them, or the config, cannot be
     written."""
-    for name in ("checkpoints", "metrics", "figures"):
-        with writable(folder):
+    with writable(folder):
+        for name in ("checkpoints", "metrics", "figures"):
             (folder / name).mkdir(parents=True, exist_ok=True)
-        check_writable("--workdir", folder / name)
-    check_writable("--workdir", folder / "config.json")
+            tempfile.TemporaryFile(dir=folder / name).close()
+        if (folder / "config.json").exists():
+            (folder / "config.json").open("a").close()
 
 
 def text_hash(content: Any) -> str:

@@ -19,9 +19,9 @@ from taming_jax.config.load import (
     preset_names,
     read_config,
     replaced,
-    validated,
 )
 from taming_jax.config.schema import Config, DataConfig
+from taming_jax.config.validation import validated
 from taming_jax.errors import UserError
 from taming_jax.parallel.distributed import Processes
 from taming_jax.storage import check_writable

@@ -15,7 +15,7 @@ from typing import Any
 from taming_jax.config.migrations import FORMAT, SETTINGS, format_of, migrated
 from taming_jax.config.schema import UNKNOWN, Config
 from taming_jax.config.serialization import from_dict, to_dict
-from taming_jax.config.validation import check, flag
+from taming_jax.config.validation import flag, validated
 from taming_jax.errors import UserError
 from taming_jax.storage import atomic_write
 
@@ -75,12 +75,6 @@ def replaced(config: Config, section: str, **values: Any) -> Config:
     """A config with other values in one of its sections."""
     changed = dataclasses.replace(getattr(config, section), **values)
     return dataclasses.replace(config, **{section: changed})
-
-
-def validated(config: Config) -> Config:
-    """The config itself, where its settings can work together; UserError where they cannot."""
-    check(config)
-    return config
 
 
 def is_fixed(field: dataclasses.Field) -> bool:

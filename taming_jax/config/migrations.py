@@ -24,7 +24,7 @@ def without_used_codes(config: dict[str, Any]) -> dict[str, Any]:
     """Since format 5 all codes of an imported codebook are used."""
     vqgan = dict(config.get("vqgan", {}))
     if vqgan.pop("used_codes", None):
-        raise UserError("it was imported with remapped codes, which are not read any more.")
+        raise UserError("its remapped codes are no longer supported; use an older version.")
     return config | {"vqgan": vqgan}
 
 

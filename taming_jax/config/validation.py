@@ -22,8 +22,8 @@ def check_ranges(settings: Any, *names: str) -> None:
             raise UserError(f"{flag(*names, field.name)} is {value}; it {values.words}.")
 
 
-def check(config: "Config") -> None:
-    """UserError where the settings of a config cannot work, or not together."""
+def validated(config: "Config") -> "Config":
+    """The config itself; UserError where its settings cannot work, or not together."""
     check_ranges(config)
     data, vqgan, prior = config.data, config.vqgan, config.prior
     for name, stage in (("vqgan", vqgan), ("prior", prior)):
@@ -75,6 +75,7 @@ def check(config: "Config") -> None:
             "--prior.warmup-steps belongs to --prior.schedule cosine; one cycle has its own."
         )
     check_sampling(prior, vqgan.codebook_size, prior.label_dropout)
+    return config
 
 
 def warn_of_attention(config: "Config") -> None:

@@ -39,6 +39,8 @@ def reconstructions(evaluation: Evaluator) -> dict[str, Any]:
     sums: dict[str, float] = defaultdict(float)
     counts, moments, bits = np.zeros(config.vqgan.codebook_size, np.int64), Moments(), 0.0
     has_likelihood = evaluation.prior_fits and run.prior.window == run.prior.grid
+    if evaluation.prior_fits and not has_likelihood:
+        evaluation.warnings.append("No likelihood: an image has more codes than a sequence.")
     for place, images in evaluation.parts(chosen, "reconstructions"):
         decoded, indices, values = devices.in_batches(
             lambda part: measure(params, devices.shard(part)), images, size

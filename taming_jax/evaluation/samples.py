@@ -5,7 +5,6 @@ from typing import Any
 import numpy as np
 
 from taming_jax.data.datasets import evenly_spaced
-from taming_jax.evaluation.protocol import Protocol
 from taming_jax.evaluation.subject import Evaluator
 from taming_jax.metrics import distances
 from taming_jax.metrics.distances import FeatureStats
@@ -26,10 +25,13 @@ def samples(evaluation: Evaluator) -> dict[str, Any]:
         if classifier is not None:
             own = classes if classifier is evaluation.features else classifier(images)[1]
             predictions.append(own.argmax(1))
-    report: dict[str, Any] = {
-        "fd": distances.frechet_distance(stats.moments, evaluation.reference_moments),
-        **feature_distances(protocol, evaluation.reference.features, stats.features),
-    }
+    fd = distances.frechet_distance(stats.moments, evaluation.reference_moments)
+    report: dict[str, Any] = {"fd": fd}
+    real, fake = evaluation.reference.features, stats.features
+    if min(len(real), len(fake)) > protocol.neighbours:
+        kd, deviation = distances.kernel_distance(fake, real, protocol.seed)
+        report |= {"kd": kd, "kd_deviation": deviation}
+        report |= distances.manifold(real, fake, protocol.neighbours)
     if evaluation.extractor.name == "InceptionV3":
         mean, deviation = distances.inception_score(
             np.concatenate(probabilities), seed=protocol.seed
@@ -38,16 +40,6 @@ def samples(evaluation: Evaluator) -> dict[str, Any]:
     if predictions:
         report["accuracy"] = float((np.concatenate(predictions) == labels).mean())
     return report
-
-
-def feature_distances(protocol: Protocol, real: np.ndarray, fake: np.ndarray) -> dict[str, float]:
-    """Kernel distance, precision, recall, density and coverage of features [m,d] to features
-    [n,d]; nothing where there are too few of them."""
-    if min(len(real), len(fake)) <= protocol.neighbours:
-        return {}
-    kd, deviation = distances.kernel_distance(fake, real, protocol.seed)
-    shares = distances.manifold(real, fake, protocol.neighbours)
-    return {"kd": kd, "kd_deviation": deviation} | shares
 
 
 def nearest(evaluation: Evaluator, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -139,7 +139,7 @@ def stage1(section: dict[str, Any], file: Path, step: int) -> Config:
             "colour images to the same are read."
         )
     if params.get("remap"):
-        raise UserError(f"{file} remaps its codes; that is not read.")
+        raise UserError(f"{file} uses `remap`, which is not supported.")
     if dd.get("dropout"):
         say(f"{file} has a dropout of {dd['dropout']}, which this one trains on without.")
     sizes: dict[str, Any] = {ours: dd[theirs] for theirs, ours in NETWORK.items()}
@@ -224,8 +224,8 @@ def exported(config: Config, classes: int) -> Config:
     codes, without what belongs to this machine and its data. Raises UserError for what the official
     models cannot be."""
     vqgan, prior = config.vqgan, config.prior
-    for what in unknown_parts(vqgan, prior if classes else None):
-        raise UserError(f"the official code has no {what}; this run cannot be exported.")
+    if reasons := mismatches(vqgan, prior if classes else None):
+        raise UserError(f"this run cannot be exported: the official code {'; '.join(reasons)}.")
     vqgan = dataclasses.replace(vqgan, init_from=None, discriminator_start_step=None)
     prior = dataclasses.replace(prior, init_from=None)
     if classes:
@@ -242,24 +242,24 @@ def exported(config: Config, classes: int) -> Config:
     )
 
 
-def unknown_parts(vqgan: VQGANConfig, prior: PriorConfig | None) -> list[str]:
-    """What the official models do not have of a run's stage 1 and prior."""
-    encoder, decoder = vqgan.blocks, vqgan.decoder_blocks or vqgan.blocks + 1
-    latents = vqgan.latent_channels
-    parts = {
-        f"quantizer {vqgan.quantizer}": vqgan.quantizer not in ("nearest", "gumbel"),
-        f"decoder of {decoder} blocks per level beside an encoder of {encoder}, only of "
-        f"{encoder + 1} (--vqgan.decoder-blocks)": decoder != encoder + 1,
-        f"networks of {vqgan.channels} channels, only of multiples of 32": any(
-            vqgan.channels * multiplier % 32 for multiplier in vqgan.multipliers
+def mismatches(vqgan: VQGANConfig, prior: PriorConfig | None) -> list[str]:
+    """What the official models need that a run's stage 1 and prior do not have."""
+    quantizer, channels, latents = vqgan.quantizer, vqgan.channels, vqgan.latent_channels
+    blocks, expected = vqgan.decoder_blocks or vqgan.blocks + 1, vqgan.blocks + 1
+    reasons = {
+        f"has no quantizer {quantizer}": quantizer not in ("nearest", "gumbel"),
+        f"needs {expected} blocks per level of the decoder (--vqgan.decoder-blocks), but this run "
+        f"has {blocks}": blocks != expected,
+        f"needs a multiple of 32 channels, but this run has {channels}": any(
+            channels * multiplier % 32 for multiplier in vqgan.multipliers
         ),
-        f"Gumbel codes of {vqgan.code_dim} dimensions, only of as many as latents have channels, "
-        f"{latents}": vqgan.quantizer == "gumbel" and vqgan.code_dim != latents,
-    }
+        f"needs Gumbel codes of {latents} dimensions, but this run's have {vqgan.code_dim}":
+        quantizer == "gumbel" and vqgan.code_dim != latents,
+    }  # fmt: skip
     for name, only in TRANSFORMER.items() if prior else ():
         value = getattr(prior, name)
-        parts[f"transformer with a {name} of {value}, only of {only}"] = value != only
-    return [part for part, is_unknown in parts.items() if is_unknown]
+        reasons[f"needs {name} {only}, but this run has {value}"] = value != only
+    return [reason for reason, is_missing in reasons.items() if is_missing]
 
 
 def yaml_of(model: Model) -> dict[str, Any]:

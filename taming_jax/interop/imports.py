@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from taming_jax.config.load import validated, write_config
+from taming_jax.config.load import write_config
 from taming_jax.config.schema import Config
+from taming_jax.config.validation import validated
 from taming_jax.errors import RunFailed, UserError, say
 from taming_jax.models.discriminator import Discriminator
 from taming_jax.models.vqgan import build_vqgan
@@ -69,16 +70,19 @@ def import_run(folder: Path, model: Model, parts: Sequence[Part], source: object
 
 def fitted(model: Model) -> Model:
     """The model with settings that training can continue with: new optimizers warm up, and a
-    discriminator that the file holds is on from the first step; a new one never is where it does
-    not fit the images. Raises UserError for settings that cannot work."""
-    vqgan, prior = model.config.vqgan, model.config.prior
+    discriminator that the file holds is on from the first step. What does not fit small images is
+    off. Raises UserError for settings that cannot work."""
+    size, vqgan, prior = model.config.data.image_size, model.config.vqgan, model.config.prior
     vqgan = dataclasses.replace(vqgan, warmup_steps=max(vqgan.warmup_steps, WARMUP))
     if prior.schedule == "cosine":  # one cycle has its own warm-up
         prior = dataclasses.replace(prior, warmup_steps=max(prior.warmup_steps, WARMUP))
     if model.discriminator:
         vqgan = dataclasses.replace(vqgan, discriminator_start=0.0)
-    elif model.config.data.image_size < 3 * 2**vqgan.discriminator_layers:
+    elif size < 3 * 2**vqgan.discriminator_layers:
+        say(f"Images of {size} px are too small for a discriminator: training will not use one.")
         vqgan = dataclasses.replace(vqgan, discriminator_start=1.0)
+    if size < 16:
+        vqgan = dataclasses.replace(vqgan, perceptual_weight=0.0)
     config = dataclasses.replace(model.config, vqgan=vqgan, prior=prior)
     return model._replace(config=validated(config))
 
@@ -113,7 +117,7 @@ def read_networks(part: Part, shapes: Mapping[str, Any]) -> dict[str, Any]:
     known = expected_arrays(part.tables, shapes)
     check(part.file, part.state_dict, known, part.others, part.described)
     size = sum(int(np.prod(shape)) for shape in known.values()) * 4
-    with Progress("reading", size, "B") as progress:
+    with Progress("converting", size, "B") as progress:
 
         def converted(path: tuple[Any, ...], array: np.ndarray) -> np.ndarray:
             name = ".".join(map(str, path))

@@ -21,6 +21,7 @@ from taming_jax import progress
 from taming_jax.errors import RunFailed, UserError, say
 
 HEARTBEAT = 60  # seconds of silence after which a process counts as gone
+CHUNK = 2**26  # bytes that are broadcast at once, which every device holds twice
 
 T = TypeVar("T")
 
@@ -160,7 +161,8 @@ def run_on_primary(function: Callable[[], T]) -> T:
     content = pickle.dumps(value) if is_primary() else b""
     length = all_gather_objects(len(content))[0]
     own = np.frombuffer(content.ljust(length), np.uint8)
-    return pickle.loads(np.asarray(broadcast_one_to_all(own)).data)
+    parts = [broadcast_one_to_all(own[at : at + CHUNK]) for at in range(0, length, CHUNK)]
+    return pickle.loads(np.concatenate(parts).data)
 
 
 def check_equal(

@@ -372,4 +372,4 @@ class Store:
             if not metadata.get("weights_only"):
                 shutil.rmtree(self.path / str(step))
             elif differences(config, self._read_config(metadata, step), sections):
-                self._move_aside(step, "imported")
+                self._move_aside(step, "weights-only")

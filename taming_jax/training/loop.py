@@ -14,9 +14,10 @@ from typing import Any, cast
 import jax
 import numpy as np
 
-from taming_jax.config.load import differences, read_config, validated, write_config
+from taming_jax.config.load import differences, read_config, write_config
 from taming_jax.config.migrations import RENAMED_METRICS, rename_keys
 from taming_jax.config.schema import OF_A_MACHINE, Config, StageConfig
+from taming_jax.config.validation import validated
 from taming_jax.data.batches import Batch
 from taming_jax.errors import Interrupted, RunFailed, UserError, say
 from taming_jax.parallel import distributed

@@ -78,11 +78,10 @@ def expected(layout: Layout, shapes: Mapping[Path, tuple[int, ...]]) -> dict[str
     return found
 
 
-def ours(layout: Layout, state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """Our parameters from another program's state dict, of which an array is read when it is
-    asked for."""
+def ours(layout: Layout, state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Our parameters from another program's state dict."""
     flat = {
-        path: entry.ours(*(np.asarray(state_dict[name]) for name in entry.names))
+        path: entry.ours(*(state_dict[name] for name in entry.names))
         for path, entry in layout.items()
     }
     return traverse_util.unflatten_dict(flat)

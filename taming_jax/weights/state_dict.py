@@ -1,5 +1,5 @@
-"""State dicts in files: PyTorch's (`.ckpt`, `.pt`, `.pth`) and safetensors; and what is said of one
-that is not as it should be."""
+"""State dicts in files, PyTorch's (`.ckpt`, `.pt`, `.pth`) and safetensors, and checks of what they
+hold."""
 
 import importlib.util
 import json
@@ -39,18 +39,20 @@ def open_state_dict(file: Path) -> tuple[StateDict, dict[str, Any]]:
 
 
 def open_safetensors(file: Path) -> tuple[StateDict, dict[str, Any]]:
-    """The same of a safetensors file, whose metadata is its rest."""
+    """The arrays of a safetensors file, and its metadata."""
     import safetensors
 
     try:
-        # The framework "numpy" does not read bfloat16.
-        with safetensors.safe_open(file, "flax") as content:
-            names = content.keys()
-            arrays = {name: np.asarray(content.get_tensor(name)) for name in names}
-            return arrays, dict(content.metadata() or {})
+        flax, numpy = (safetensors.safe_open(file, kind) for kind in ("flax", "numpy"))
+
+        def read(name: str) -> np.ndarray:
+            is_bfloat16 = numpy.get_slice(name).get_dtype() == "BF16"  # which numpy does not have
+            return np.asarray((flax if is_bfloat16 else numpy).get_tensor(name))
+
+        return {name: read(name) for name in list(numpy.keys())}, dict(numpy.metadata() or {})
     except FileNotFoundError:
         raise UserError(f"there is no file {file}.") from None
-    except (OSError, ValueError, TypeError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, safetensors.SafetensorError) as error:
         raise UserError(f"{file} is not a safetensors file that can be read ({error}).") from error
 
 

@@ -3,7 +3,7 @@ in the one before version 1.6.
 
 They are pickles. Tensors and plain containers are read; in place of everything else that a file
 names stands an object that does nothing, so none of its code runs. Tensors are views of the mapped
-file, so only what is used of it stays in memory.
+file, but for those of bfloat16, which are converted to float32.
 """
 
 import collections
@@ -121,7 +121,7 @@ def open_tensors(file: Path) -> Any:
     except FileNotFoundError:
         raise UserError(f"there is no file {file}.") from None
     except DAMAGE as error:
-        raise UserError(f"{file} is not a whole file of PyTorch's ({error}).") from error
+        raise UserError(f"{file} is not a complete PyTorch file ({error}).") from error
 
 
 def from_zip(stream: IO[bytes], mapped: mmap.mmap) -> Any:
@@ -153,9 +153,9 @@ def stored_bytes(mapped: mmap.mmap, part: zipfile.ZipInfo) -> memoryview:
 
 
 def from_stream(mapped: mmap.mmap) -> Any:
-    """Reads the older format: three pickles about the file, the content's, the storages' keys in
-    order, and the storages, each after its length. The content is read twice, since its storages
-    come after it."""
+    """Reads the older format: three header pickles, the content's, the storages' keys in order, and
+    the storages, each after its length. The content is read twice, since its storages come after
+    it."""
     if mapped[:1] != b"\x80":
         raise ValueError("it does not begin as one")
     kinds: dict[str, tuple[str, int]] = {}
@@ -169,7 +169,7 @@ def from_stream(mapped: mmap.mmap) -> Any:
         return TensorUnpickler(mapped, storage).load()
 
     if load() != MAGIC:
-        raise ValueError("its first number is another")
+        raise ValueError("its magic number is wrong")
     load(), load()
     start = mapped.tell()
     load()

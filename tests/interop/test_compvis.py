@@ -242,7 +242,7 @@ def test_a_token_before_the_codes_is_the_class(command, tmp_path):
         (VQ | {"target": "taming.models.vqgan.EMAVQ"}, r"is of taming.models.vqgan.EMAVQ; VQModel"),
         (changed(VQ, ddconfig__double_z=True), r"sets double_z to True; only False is read"),
         (changed(VQ, ddconfig__in_channels=4), r"is of images of 4 channels to 3"),
-        (changed(VQ, remap="used.npy"), "remaps its codes"),
+        (changed(VQ, remap="used.npy"), "uses `remap`"),
         (changed(NET, cond_stage_config=NET["params"]["first_stage_config"]),
          r"conditions images on what VQModel makes of others"),
         (changed(NET, permuter_config={"target": "taming.x.ZCurve"}), r"permutes its codes by"),
@@ -295,11 +295,11 @@ def test_files_that_are_not_as_they_should_be(command, tmp_path):
     content = whole.ckpt.read_bytes()
     for share in (0.0, 0.5, 0.99):
         whole.ckpt.write_bytes(content[: int(share * len(content))])
-        refused("is not a whole file of PyTorch's", whole)
+        refused("is not a complete PyTorch file", whole)
     flipped = bytearray(content)
     flipped[len(content) // 2] ^= 1
     whole.ckpt.write_bytes(flipped)
-    refused("is not a whole file of PyTorch's", whole)
+    refused("is not a complete PyTorch file", whole)
     whole.ckpt.write_text("no checkpoint")
     refused("is", whole)
     whole.ckpt.unlink()
@@ -399,7 +399,7 @@ def test_runs_that_the_official_code_cannot_have(command, both, tmp_path, monkey
         (("--workdir", both, "--out", tmp_path / "x.ckpt"), "which is not installed; install it"),
         (
             ("--workdir", both, "--out", tmp_path / "x.safetensors"),
-            "blocks per level beside an enc",
+            "blocks per level of the decoder",
         ),
         (
             ("--workdir", tmp_path / "none", "--out", tmp_path / "x.safetensors"),

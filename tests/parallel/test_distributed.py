@@ -278,7 +278,8 @@ def test_what_fails_in_one_process_fails_in_all(in_two_threads):
     assert in_two_threads(lambda process: distributed.run_on_all(lambda: process)) == [0, 1]
 
 
-def test_the_first_process_alone_runs_what_all_get(in_two_threads):
+def test_the_first_process_alone_runs_what_all_get(in_two_threads, monkeypatch):
+    monkeypatch.setattr(distributed, "CHUNK", 100)  # so that it comes in several
     array, ran = np.arange(1000), []
 
     def of_first(process):

@@ -1,6 +1,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors import numpy as numpy_file
 from safetensors.flax import save_file
 
 from taming_jax.errors import UserError
@@ -15,6 +16,21 @@ def test_safetensors_of_any_float_are_read(tmp_path):
     assert rest == {"global_step": "7"} and sorted(found) == ["brain", "whole"]
     np.testing.assert_array_equal(found["whole"], values)
     np.testing.assert_array_equal(found["brain"], arrays["brain"])
+
+
+def test_safetensors_keep_their_types(tmp_path):
+    arrays = {"double": np.array([1e300]), "count": np.array([2**40])}
+    numpy_file.save_file(arrays, tmp_path / "m.safetensors")
+    found, _ = open_state_dict(tmp_path / "m.safetensors")
+    for name, array in arrays.items():
+        assert found[name].dtype == array.dtype
+        np.testing.assert_array_equal(found[name], array)
+
+
+def test_a_type_that_cannot_be_read_is_a_sentence(tmp_path):
+    save_file({"x": jnp.ones(3, jnp.float8_e4m3fn)}, tmp_path / "m.safetensors")
+    with pytest.raises(UserError, match="is not a safetensors file that can be read"):
+        open_state_dict(tmp_path / "m.safetensors")
 
 
 def test_a_safetensors_file_that_is_not_whole_is_a_sentence(tmp_path):
