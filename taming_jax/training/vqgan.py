@@ -152,7 +152,7 @@ class VQGANStage(Stage):
             draws = Keys()
             if settings.diff_augment:
                 draws = draws._replace(real=keys(REAL), fake=keys(FAKE))
-            if self.networks.generator.quantizer.draws:
+            if self.networks.generator.quantizer.stochastic:
                 draws = draws._replace(codes=keys(CODES))
             found = self.networks.gradients(
                 generator, discriminator, images, lpips_params, adversarial,
