@@ -13,7 +13,7 @@ from taming_jax.config.validation import check_sampling
 from taming_jax.errors import UserError
 from taming_jax.models.vqgan import VQGAN, decode_indices, max_batch
 from taming_jax.parallel.devices import Compiled, Devices
-from taming_jax.priors.decoding import micro_batch, sample_keys
+from taming_jax.priors.decoding import sample_keys, sampling_batch_size
 from taming_jax.priors.registry import Prior
 from taming_jax.progress import Progress
 
@@ -94,7 +94,7 @@ class Sampler:
                 raise UserError(f"a prefix holds at most {length} codes from 0 to {codes - 1}.")
             given[:, : known.shape[1]] = known
         (used, params), draw = self._placed(devices), self._compiled(devices, top_k, grid)
-        micro = micro_batch(used.list[0])
+        micro = sampling_batch_size(used.list[0])
         if grid != self.prior.grid:
             micro = max_batch(length * self.factor**2, micro)
         batch = micro * len(used)

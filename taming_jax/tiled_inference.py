@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from taming_jax.errors import UserError
-from taming_jax.models.vqgan import PIXELS
+from taming_jax.models.vqgan import MAX_PIXELS
 
 Function = Callable[[np.ndarray], np.ndarray]
 Place = tuple[slice, slice]  # the rows and the columns of a tile
@@ -23,9 +23,9 @@ def tile_side(size: Sequence[int], tile: int | None, factor: int) -> int | None:
             f"tiles of {tile} pixels were asked for; take a multiple of {factor}, {4 * factor} or "
             "more."
         )
-    if tile is None and size[0] * size[1] <= PIXELS:
+    if tile is None and size[0] * size[1] <= MAX_PIXELS:
         return None
-    return (tile or math.isqrt(PIXELS)) // factor
+    return (tile or math.isqrt(MAX_PIXELS)) // factor
 
 
 def tile_starts(size: int, tile: int, overlap: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""The PatchGAN discriminator of pix2pix (arXiv 1611.07004) as the official VQ-GAN uses it."""
+"""The PatchGAN discriminator of pix2pix (arXiv 1611.07004), as in the official VQ-GAN."""
 
 import flax.linen as nn
 import jax
@@ -8,10 +8,10 @@ from taming_jax.models.layers import BatchNorm, Conv, Dtype
 
 
 class Discriminator(nn.Module):
-    """Images float [b,h,w,c] to logits float32 [b,h',w',1], one a patch.
+    """A network that maps images float [b,h,w,c] to logits float32 [b,h',w',1], one per patch.
 
-    4x4 convolutions: one and `layers` - 1 of stride 2, then two of stride 1. In training BatchNorm
-    takes the statistics of the batch over all devices of `axis_name`, and its running ones change
+    It has `layers` 4x4 convolutions of stride 2, then two of stride 1. In training, BatchNorm uses
+    the statistics of the batch over all devices of `axis_name` and updates the running statistics
     (collection `batch_stats`).
     """
 

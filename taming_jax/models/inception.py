@@ -1,5 +1,5 @@
-"""InceptionV3 as the Fréchet inception distance has it: the network of TensorFlow's 2015 release,
-in the layout that pytorch-fid gave it (github.com/mseitzer/pytorch-fid)."""
+"""InceptionV3 as used for the Fréchet inception distance: the network of TensorFlow's 2015 release,
+with the layout and names of pytorch-fid (github.com/mseitzer/pytorch-fid)."""
 
 from collections.abc import Sequence
 
@@ -7,15 +7,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-SIZE = 299  # of the images that it was made for
+SIZE = 299  # height and width of the images that the network was trained on
 FEATURES = 2048
 CLASSES = 1008
 
-Unit = tuple[str, int, tuple[int, int], int, str | tuple[int, int]]
-
 
 class BasicConv(nn.Module):
-    """A convolution without bias, normalised by the statistics it was trained with, and relu."""
+    """A convolution without bias, normalization by the running statistics, and ReLU."""
 
     features: int
     size: tuple[int, int] = (1, 1)
@@ -33,11 +31,14 @@ class BasicConv(nn.Module):
 
 
 class Mixed(nn.Module):
-    """Branches side by side, [b,h,w,c] to [b,h',w',sum]. A branch is a sequence of convolutions, of
-    name, features, size and stride; those of 1xn and nx1 keep height and width. Where its last item
-    is a tuple, these are two convolutions of the same input, side by side. `pool` says what the
-    last branch pools first: "average" (without what pads the border, as TensorFlow did), "most"
-    (stride 1), or, with nothing after it, "halve"."""
+    """Parallel branches on images [b,h,w,c], concatenated to [b,h',w',sum of the features].
+
+    A branch is a sequence of convolutions, each given as (name, features, size, stride). An item
+    that is a tuple of convolutions applies them in parallel to the same input. `pool` is the
+    operation that starts the last branch: "average" (which excludes the padding, as in TensorFlow)
+    or "max", both of stride 1 and followed by a 1x1 convolution, or "downsample", a max pooling of
+    stride 2 without a convolution.
+    """
 
     branches: tuple[tuple, ...]
     pool: str
@@ -45,30 +46,31 @@ class Mixed(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        parts = []
+        outputs = []
         for branch in self.branches:
             h = x
             for item in branch:
                 if isinstance(item[0], tuple):
-                    h = jnp.concatenate([unit(each)(h) for each in item], -1)
+                    h = jnp.concatenate([make_conv(spec)(h) for spec in item], -1)
                 else:
-                    h = unit(item)(h)
-            parts.append(h)
-        if self.pool == "halve":
-            parts.append(nn.max_pool(x, (3, 3), (2, 2)))
+                    h = make_conv(item)(h)
+            outputs.append(h)
+        if self.pool == "downsample":
+            outputs.append(nn.max_pool(x, (3, 3), (2, 2)))
         else:
-            same = ((1, 1), (1, 1))
+            padding = ((1, 1), (1, 1))
             if self.pool == "average":
-                h = nn.avg_pool(x, (3, 3), (1, 1), same, count_include_pad=False)
+                h = nn.avg_pool(x, (3, 3), (1, 1), padding, count_include_pad=False)
             else:
-                h = nn.max_pool(x, (3, 3), (1, 1), same)
-            parts.append(BasicConv(self.pool_features, name="branch_pool")(h))
-        return jnp.concatenate(parts, -1)
+                h = nn.max_pool(x, (3, 3), (1, 1), padding)
+            outputs.append(BasicConv(self.pool_features, name="branch_pool")(h))
+        return jnp.concatenate(outputs, -1)
 
 
-def unit(item: Sequence) -> BasicConv:
-    """A convolution from its name, features, size, and stride: of stride 1 it keeps the size."""
-    name, features, (rows, columns), stride = item
+def make_conv(spec: Sequence) -> BasicConv:
+    """Returns the convolution for (name, features, size, stride). At stride 1 it keeps the height
+    and width."""
+    name, features, (rows, columns), stride = spec
     padding = (rows // 2, columns // 2) if stride == 1 else (0, 0)
     return BasicConv(features, (rows, columns), stride, padding, name=name)
 
@@ -77,6 +79,7 @@ ONE, THREE, FIVE = (1, 1), (3, 3), (5, 5)
 
 
 def block_35(pool_features: int, name: str) -> Mixed:
+    """Returns a block for feature maps of 35x35."""
     return Mixed((
         (("branch1x1", 64, ONE, 1),),
         (("branch5x5_1", 48, ONE, 1), ("branch5x5_2", 64, FIVE, 1)),
@@ -86,6 +89,7 @@ def block_35(pool_features: int, name: str) -> Mixed:
 
 
 def block_17(c: int, name: str) -> Mixed:
+    """Returns a block for feature maps of 17x17."""
     row, column = (1, 7), (7, 1)
     return Mixed((
         (("branch1x1", 192, ONE, 1),),
@@ -97,6 +101,7 @@ def block_17(c: int, name: str) -> Mixed:
 
 
 def block_8(pool: str, name: str) -> Mixed:
+    """Returns a block for feature maps of 8x8."""
     row, column = (1, 3), (3, 1)
     return Mixed((
         (("branch1x1", 320, ONE, 1),),
@@ -108,8 +113,8 @@ def block_8(pool: str, name: str) -> Mixed:
 
 
 class InceptionV3(nn.Module):
-    """Images float [b,299,299,3] in [-1, 1] to features [b,2048], the mean over all places, and
-    the logits [b,1008] of 2015's ImageNet classes."""
+    """A network that maps images float [b,299,299,3] in [-1, 1] to features [b,2048], averaged over
+    all positions, and logits [b,1008] of the ImageNet classes of the 2015 release."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -126,15 +131,15 @@ class InceptionV3(nn.Module):
             (("branch3x3", 384, THREE, 2),),
             (("branch3x3dbl_1", 64, ONE, 1), ("branch3x3dbl_2", 96, THREE, 1),
              ("branch3x3dbl_3", 96, THREE, 2)),
-        ), "halve", name="Mixed_6a")(x)  # fmt: skip
+        ), "downsample", name="Mixed_6a")(x)  # fmt: skip
         for c, name in ((128, "Mixed_6b"), (160, "Mixed_6c"), (160, "Mixed_6d"), (192, "Mixed_6e")):
             x = block_17(c, name)(x)
         x = Mixed((
             (("branch3x3_1", 192, ONE, 1), ("branch3x3_2", 320, THREE, 2)),
             (("branch7x7x3_1", 192, ONE, 1), ("branch7x7x3_2", 192, (1, 7), 1),
              ("branch7x7x3_3", 192, (7, 1), 1), ("branch7x7x3_4", 192, THREE, 2)),
-        ), "halve", name="Mixed_7a")(x)  # fmt: skip
+        ), "downsample", name="Mixed_7a")(x)  # fmt: skip
         x = block_8("average", "Mixed_7b")(x)
-        x = block_8("most", "Mixed_7c")(x)
+        x = block_8("max", "Mixed_7c")(x)
         features = x.mean((1, 2))
         return features, nn.Dense(CLASSES, name="fc")(features)

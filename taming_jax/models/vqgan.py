@@ -1,4 +1,4 @@
-"""The generator of stage 1: encoder, quantizer and decoder."""
+"""The generator of stage 1: an encoder, a quantizer, and a decoder."""
 
 from typing import Any, NamedTuple, cast
 
@@ -12,18 +12,18 @@ from taming_jax.models.autoencoder import Decoder, Encoder
 from taming_jax.models.layers import Dtype, conv
 from taming_jax.models.quantizers import QUANTIZERS, Noise, Quantized, Quantizer
 
-PIXELS = 2**20  # of all images that a device encodes or decodes at once
+MAX_PIXELS = 2**20  # that a device encodes or decodes at once, in all images together
 
 
 class Reconstruction(NamedTuple):
-    """`images` float32 [b,h,w,c], about [-1, 1], and what the quantizer returned."""
+    """Images float32 [b,h,w,c], approximately in [-1, 1], and the output of the quantizer."""
 
     images: jax.Array
     quantized: Quantized
 
 
 class VQGAN(nn.Module):
-    """Images float [b,h,w,c] in [-1, 1] through a grid of codes and back."""
+    """An autoencoder of images float [b,h,w,c] in [-1, 1] with a grid of codes as latents."""
 
     encoder: nn.Module
     quantizer: Quantizer
@@ -40,27 +40,30 @@ class VQGAN(nn.Module):
         return Reconstruction(self.decode(quantized.vectors), quantized)
 
     def encode(self, images: jax.Array, noise: Noise | None = None) -> Quantized:
-        """Images float [b,h,w,c] to codes; see Quantized."""
+        """Encodes images float [b,h,w,c] as codes; see `Quantized`."""
         return self.quantizer(self.quant_conv(self.encoder(images)), noise)
 
     def decode(self, vectors: jax.Array) -> jax.Array:
-        """Codes float [b,h',w',d] to images float32 [b,h,w,c]."""
+        """Decodes codes float [b,h',w',d] to images float32 [b,h,w,c]."""
         return self.decoder(self.post_quant_conv(vectors)).astype(jnp.float32)
 
     def decode_indices(self, indices: jax.Array) -> jax.Array:
-        """Indices int [b,h',w'] to images float32 [b,h,w,c]."""
+        """Decodes indices int [b,h',w'] to images float32 [b,h,w,c]."""
         return self.decode(self.quantizer.lookup(indices))
 
 
 def build_vqgan(config: Config) -> VQGAN:
-    """The generator that a config describes. UserError where its quantizer has another number of
-    codes."""
+    """Builds the generator that a config describes.
+
+    Raises UserError if the number of codes of the quantizer is not `codebook_size`.
+    """
     settings, data, dtype = config.vqgan, config.data, jnp.dtype(config.dtype)
     quantizer = QUANTIZERS[settings.quantizer](settings)
     if quantizer.num_codes != settings.codebook_size:
         raise UserError(
             f"--vqgan.codebook-size is {settings.codebook_size}, but these settings of the "
-            f"quantizer {settings.quantizer} give {quantizer.num_codes} codes; take that."
+            f"quantizer {settings.quantizer} give {quantizer.num_codes} codes. Set "
+            f"--vqgan.codebook-size {quantizer.num_codes}."
         )
     return VQGAN(
         encoder=Encoder(settings, data.image_size, dtype),
@@ -71,23 +74,23 @@ def build_vqgan(config: Config) -> VQGAN:
     )
 
 
-def max_batch(pixels: int, most: int) -> int:
-    """How many images of so many pixels a device encodes or decodes at once, so that large ones fit
-    in memory: a million pixels in all, at most so many images."""
-    return min(max(PIXELS // pixels, 1), most)
+def max_batch(pixels: int, limit: int) -> int:
+    """Returns the number of images of `pixels` pixels that a device encodes or decodes at once:
+    together `MAX_PIXELS` pixels, so that they fit in memory, and at most `limit` images."""
+    return min(max(MAX_PIXELS // pixels, 1), limit)
 
 
 def reconstruct(model: VQGAN, params: Any, images: jax.Array) -> Reconstruction:
-    """Images float [b,h,w,c] in [-1, 1] through the codes and back."""
+    """Encodes and decodes images float [b,h,w,c] in [-1, 1]."""
     return cast(Reconstruction, model.apply({"params": params}, images))
 
 
 def encode(model: VQGAN, params: Any, images: jax.Array) -> Quantized:
-    """Images float [b,h,w,c] in [-1, 1] to codes."""
+    """Encodes images float [b,h,w,c] in [-1, 1] as codes."""
     return cast(Quantized, model.apply({"params": params}, images, method=VQGAN.encode))
 
 
 def decode_indices(model: VQGAN, params: Any, indices: jax.Array) -> jax.Array:
-    """Indices int [b,h',w'] to images float32 [b,h,w,c], clipped to [-1, 1]."""
+    """Decodes indices int [b,h',w'] to images float32 [b,h,w,c], clipped to [-1, 1]."""
     images = model.apply({"params": params}, indices, method=VQGAN.decode_indices)
     return jnp.clip(cast(jax.Array, images), -1, 1)

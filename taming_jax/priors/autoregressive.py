@@ -1,8 +1,9 @@
 """The autoregressive prior: a causal transformer over grids of codes, in raster order.
 
-Its sequence begins with the image's class, or "none", so that the first code is learned as well:
-logits at position i are those of code i, given the class and the codes before it. One table embeds
-the codes, then the classes, then "none"; the head predicts codes only.
+A sequence starts with the class of the image or with the null token, so that the model also learns
+the first code: the logits at position i predict code i, given the class and the previous codes. The
+embedding table holds the codes, then the classes, then the null token. The head predicts only
+codes.
 """
 
 import functools
@@ -22,21 +23,21 @@ from taming_jax.losses import next_token, per_example
 from taming_jax.models.layers import Dtype
 from taming_jax.models.quantizers import one_hot_lookup
 from taming_jax.priors.decoding import (
-    Choose,
     Inputs,
+    TokenSampler,
+    append_unconditional,
     apply_guidance,
-    token_choice,
-    with_unconditional,
+    make_token_sampler,
 )
 from taming_jax.priors.transformer import Block, Cache, init, make_norm
 from taming_jax.priors.windows import scan_windows
 
 
 class GPT(nn.Module):
-    """Tokens int32 [b,t] to logits float32 [b,t,num_logits].
+    """A transformer that maps tokens int32 [b,t] to logits float32 [b,t,num_logits].
 
-    A token is a code; or a class, `first` and after; or "none", which is the last. The network
-    reads only its own part of `settings`, not how it is trained.
+    A token is a code, a class (from `first_class_token` on), or the null token, which comes last.
+    The network reads only the settings of the architecture, not those of the training.
     """
 
     codebook_size: int
@@ -47,25 +48,25 @@ class GPT(nn.Module):
 
     @classmethod
     def build(cls, config: Config, classes: int) -> "GPT":
-        """The prior that a config describes, for a dataset with that many classes."""
+        """Builds the prior that a config describes, for a dataset with that many classes."""
         grid = config.grid_size, config.grid_size
         dtype = jnp.dtype(config.dtype)
         return cls(config.vqgan.codebook_size, classes, grid, config.prior, dtype)
 
     @property
     def length(self) -> int:
-        """Codes an image has."""
+        """The number of codes of a training image."""
         return self.grid[0] * self.grid[1]
 
     @property
     def max_length(self) -> int:
-        """The longest sequence."""
+        """The maximum length of a sequence."""
         return self.settings.block_size or self.length
 
     @property
     def window(self) -> tuple[int, int]:
-        """Height and width of the largest grid that fits in a sequence, where the image's does not:
-        a square."""
+        """The height and width of the grid that the model reads at once: the grid of the training
+        images if it fits in a sequence, otherwise the largest square that does."""
         side = math.isqrt(self.max_length)
         return self.grid if self.length <= self.max_length else (side, side)
 
@@ -76,23 +77,23 @@ class GPT(nn.Module):
 
     @property
     def null_token(self) -> int:
-        """The token of no class."""
+        """The token of images without a class."""
         return self.settings.vocabulary or self.codebook_size + self.classes
 
     @property
     def num_logits(self) -> int:
-        """How many tokens there are logits of: the codes, then those that are none."""
+        """The number of logits: the codes, then any other tokens of the vocabulary."""
         return self.settings.vocabulary or self.codebook_size
 
-    def class_tokens(self, labels: jax.Array) -> jax.Array:
-        """The tokens of classes int [...], from 0; `classes` stands for "none"."""
+    def labels_to_tokens(self, labels: jax.Array) -> jax.Array:
+        """Returns the tokens of labels int [...], where the label `classes` means no class."""
         return jnp.where(labels == self.classes, self.null_token, self.first_class_token + labels)
 
     def setup(self) -> None:
         settings, width = self.settings, self.settings.width
         self.embedding = self.param("embedding", init, (self.null_token + 1, width))
         if settings.positions == "learned":
-            self.learned = self.param("positions", init, (self.max_length, width))
+            self.position_embedding = self.param("positions", init, (self.max_length, width))
         block = nn.remat(Block, static_argnums=(5,)) if settings.remat else Block
         self.blocks = [
             block(settings, self.dtype, name=f"block_{i}") for i in range(settings.layers)
@@ -102,14 +103,14 @@ class GPT(nn.Module):
         self.embedding_dropout = nn.Dropout(settings.dropout)
 
     def __call__(self, tokens: jax.Array, train: bool = False) -> jax.Array:
-        """Logits at every position. In training dropout draws from the "dropout" key."""
+        """Returns the logits at every position. In training, dropout uses the "dropout" key."""
         return self._forward(tokens, None, 0, train)[0]
 
     def decode(
         self, tokens: jax.Array, cache: Cache, position: jax.Array | int
     ) -> tuple[jax.Array, Cache]:
-        """Logits [b,s,num_logits] of tokens [b,s] at `position` and after, which see the earlier
-        ones through `cache`; and the cache with theirs."""
+        """Returns the logits [b,s,num_logits] for tokens [b,s] at the positions from `position` on,
+        which attend to the earlier tokens through `cache`, and the updated cache."""
         return self._forward(tokens, cache, position, False)
 
     def _forward(
@@ -117,99 +118,109 @@ class GPT(nn.Module):
     ) -> tuple[jax.Array, Cache]:
         if isinstance(position, int) and position + tokens.shape[1] > self.max_length:
             raise ValueError(
-                f"{tokens.shape[1]} tokens are more than the {self.max_length} there are"
+                f"{tokens.shape[1]} tokens from position {position} on exceed the maximum length "
+                f"{self.max_length}"
             )
         x = one_hot_lookup(self.embedding, tokens)
-        at = position + jnp.arange(tokens.shape[1])
-        places = None
+        positions = position + jnp.arange(tokens.shape[1])
+        coordinates = None
         if self.settings.positions == "learned":
-            x = x + self.learned[at]
+            x = x + self.position_embedding[positions]
         else:
-            # The class stands at row and column 0, the codes' rows and columns count from 1.
-            row, column = jnp.divmod(at - 1, self.window[1])
-            of_class = 0 if self.settings.positions == "rotary" else -1
-            places = jnp.where(at[:, None] > 0, jnp.stack([row, column], -1) + 1, of_class)
+            # The class has row and column 0; the rows and columns of the codes start at 1.
+            row, column = jnp.divmod(positions - 1, self.window[1])
+            code_coordinates = jnp.stack([row, column], -1) + 1
+            class_coordinate = 0 if self.settings.positions == "rotary" else -1
+            coordinates = jnp.where(positions[:, None] > 0, code_coordinates, class_coordinate)
         x = self.embedding_dropout(x.astype(self.dtype), deterministic=not train)
-        grown: Cache = []
+        new_cache: Cache = []
         for i, block in enumerate(self.blocks):
-            x, kept = block(x, cache[i] if cache is not None else None, position, places, train)
-            grown.append(kept)
+            layer_cache = cache[i] if cache is not None else None
+            x, layer_cache = block(x, layer_cache, position, coordinates, train)
+            new_cache.append(layer_cache)
         x = self.norm_out(x)
         head = self.head.astype(self.dtype)
-        return jnp.matmul(x, head, preferred_element_type=jnp.float32), grown
+        return jnp.matmul(x, head, preferred_element_type=jnp.float32), new_cache
 
-    def empty_cache(self, batch: int, length: int) -> Cache:
-        """A cache for sequences of up to `length` tokens."""
+    def init_cache(self, batch: int, length: int) -> Cache:
+        """Returns an empty cache for sequences of up to `length` tokens."""
         heads = self.settings.heads
         shape = (batch, heads, length, self.settings.width // heads)
         return [(jnp.zeros(shape, self.dtype),) * 2 for _ in range(self.settings.layers)]
 
     @nn.nowrap
     def check_trainable(self) -> None:
-        """Raises UserError where this prior can draw codes but cannot be trained."""
+        """Raises UserError if this prior can only sample and cannot be trained."""
         tokens = self.settings.vocabulary
         if tokens is not None and self.first_class_token + self.classes > tokens:
             raise UserError(
-                f"--prior.vocabulary {tokens} has no room for {self.classes} classes from token "
-                f"{self.first_class_token}; take a larger one, or another --prior.first-class."
+                f"--prior.vocabulary {tokens} is too small for {self.classes} classes from token "
+                f"{self.first_class_token}. Set a larger vocabulary or a lower --prior.first-class."
             )
         if self.length > self.max_length:
             raise UserError(
-                f"--prior.block-size {self.max_length} does not hold the {self.length} codes of an "
-                "image; such a prior draws in windows, and is not trained on whole images."
+                f"--prior.block-size {self.max_length} is smaller than the {self.length} codes of "
+                "an image, so this prior can sample in windows but cannot be trained. Set a larger "
+                "--prior.block-size."
             )
 
     @nn.nowrap
-    def teacher_forced(self, labels: jax.Array, codes: jax.Array) -> jax.Array:
-        """The tokens [b,t] from which codes int [b,t] are predicted: the class, then all codes but
-        the last."""
-        return jnp.concatenate([self.class_tokens(labels)[:, None], codes[:, :-1]], 1)
+    def shift_right(self, labels: jax.Array, codes: jax.Array) -> jax.Array:
+        """Returns the input tokens [b,t] that predict codes int [b,t]: the class, followed by all
+        codes but the last."""
+        return jnp.concatenate([self.labels_to_tokens(labels)[:, None], codes[:, :-1]], 1)
 
     @nn.nowrap
     def logits(self, params: Any, labels: jax.Array, codes: jax.Array) -> jax.Array:
-        """The logits [b,t,num_logits] of codes int [b,t], given the class and the codes before."""
-        tokens = self.teacher_forced(labels, codes)
+        """Returns the logits [b,t,num_logits] for codes int [b,t], given the class and the previous
+        codes."""
+        tokens = self.shift_right(labels, codes)
         return cast(jax.Array, self.apply({"params": params}, tokens))
 
     @nn.nowrap
     def loss(
         self, params: Any, labels: jax.Array, codes: jax.Array, keys: Mapping[str, jax.Array]
     ) -> jax.Array:
-        """The training loss, float32 [b], of codes int [b,t] of classes int [b]. One key [b] per
-        example, so that neither dropout ("dropout") nor corrupted codes ("codes") depend on what
-        else is in the batch, or on which device it is."""
-        tokens = self.teacher_forced(labels, codes)
+        """Returns the training loss, float32 [b], for codes int [b,t] and labels int [b].
+
+        `keys` hold one key per example [b] for dropout ("dropout") and for corrupted codes
+        ("codes"), so that neither depends on the rest of the batch or on the device.
+        """
+        tokens = self.shift_right(labels, codes)
         if self.settings.token_keep_prob < 1:
             corrupt = functools.partial(
-                corrupted, self.settings.token_keep_prob, self.codebook_size
+                corrupt_codes, self.settings.token_keep_prob, self.codebook_size
             )
-            rest = jax.vmap(corrupt)(keys["codes"], tokens[:, 1:])
-            tokens = jnp.concatenate([tokens[:, :1], rest], 1)
+            corrupted = jax.vmap(corrupt)(keys["codes"], tokens[:, 1:])
+            tokens = jnp.concatenate([tokens[:, :1], corrupted], 1)
         return next_token(self.train_logits(params, tokens, keys["dropout"]), codes)
 
     @nn.nowrap
     def train_logits(self, params: Any, tokens: jax.Array, keys: jax.Array) -> jax.Array:
-        """The logits [b,t,num_logits] of tokens [b,t] with dropout, by one key [b] per example."""
+        """Returns the logits [b,t,num_logits] for tokens [b,t], with dropout by one key per example
+        in `keys` [b]."""
         if not self.settings.dropout:
             return cast(jax.Array, self.apply({"params": params}, tokens))
 
-        def one(tokens: jax.Array, key: jax.Array) -> jax.Array:
+        def apply_example(tokens: jax.Array, key: jax.Array) -> jax.Array:
             logits = self.apply({"params": params}, tokens[None], True, rngs={"dropout": key})
             return cast(jax.Array, logits)[0]
 
-        return jax.vmap(one)(tokens, keys)
+        return jax.vmap(apply_example)(tokens, keys)
 
     @nn.nowrap
     def evaluate(self, params: Any, labels: jax.Array, codes: jax.Array) -> dict[str, jax.Array]:
-        """The metrics of a validation, each float32 [b]."""
+        """Returns the validation metrics, float32 [b] each."""
         logits = self.logits(params, labels, codes)
         correct = (logits.argmax(-1) == codes).astype(jnp.float32)
         return {"nll": next_token(logits, codes), "accuracy": per_example(correct)}
 
     @nn.nowrap
     def log_likelihood(self, params: Any, labels: jax.Array, codes: jax.Array) -> jax.Array:
-        """The logarithm of the probability, in nats, float32 [b], that grids of codes int [b,h,w],
-        as large as the window, are drawn by `sample`."""
+        """Returns the log-likelihood in nats, float32 [b], of grids of codes int [b,h,w].
+
+        This is the log probability that `sample` draws them. They must be as large as the window.
+        """
         flat = codes.reshape(len(codes), -1)
         return -next_token(self.logits(params, labels, flat), flat) * flat.shape[1]
 
@@ -228,26 +239,32 @@ class GPT(nn.Module):
         grid: tuple[int, int] | None = None,
         pieces: int | None = None,
     ) -> jax.Array:
-        """Grids of codes int32 [b,h,w] of classes int32 [b], with one key [b] per image.
+        """Samples grids of codes int32 [b,h,w] for labels int32 [b], with one key per image [b].
 
-        A label of `classes` means no class. `temperature` is 0 (the most likely code) or more;
-        `top_k` is from 1 to the codebook's size, `top_p` above 0, up to 1. `guidance_scale` is one
-        number of 0 or more, or one per position [h*w]; without it there is no unconditional pass.
-        `known` int [b,p], p up to h*w, holds codes that are not to be drawn, and -1 where they are.
-
-        The grid is the training images' by default. The codes of a larger one are drawn one by one
-        in windows; otherwise the positions are scanned in so many `pieces` (default: one per 32
-        positions, at most eight), each with a cache no longer than it needs.
+        Args:
+          params: Parameters of the network.
+          labels: Classes from 0, where the label `classes` means no class.
+          keys: Random keys.
+          temperature: At least 0. At 0, the most likely codes are chosen.
+          top_k: From 1 to the codebook size. Default: all codes.
+          top_p: Above 0, up to 1. Default: all codes.
+          guidance_scale: At least 0, either one number or one per position [h*w]. By default, there
+            is no guidance and no unconditional pass.
+          known: Fixed codes int [b,p], p <= h*w, or -1 for codes to sample. Default: none.
+          grid: Height and width. A grid larger than the window is sampled in windows, without a
+            cache. Default: the grid of the training images.
+          pieces: Number of consecutive scans over the positions. The cache grows between them, so
+            that it is no longer than necessary. Default: one per 32 positions, at most eight.
         """
         height, width = grid = grid or self.grid
-        choose = token_choice(keys, temperature, top_k, top_p)
-        given = jnp.full((len(labels), height * width), -1, jnp.int32)
+        choose = make_token_sampler(keys, temperature, top_k, top_p)
+        fixed = jnp.full((len(labels), height * width), -1, jnp.int32)
         if known is not None:
-            given = given.at[:, : known.shape[1]].set(known)
+            fixed = fixed.at[:, : known.shape[1]].set(known)
         scales = guidance_scale
         if scales is not None:
             scales = jnp.broadcast_to(scales, (height * width,))
-        inputs = jnp.arange(height * width), scales, given.T
+        inputs = jnp.arange(height * width), scales, fixed.T
         if grid == self.window:
             codes = scan_positions(self, params, labels, choose, inputs, pieces)
         else:
@@ -255,46 +272,48 @@ class GPT(nn.Module):
         return codes.reshape(-1, height, width)
 
 
-def corrupted(keep: float, codebook_size: int, key: jax.Array, codes: jax.Array) -> jax.Array:
-    """Codes [t] of which a share `keep` stays and the others are drawn anew, as the official code's
-    `pkeep`."""
-    which, what = jax.random.split(key)
-    drawn = jax.random.randint(what, codes.shape, 0, codebook_size)
-    return jnp.where(jax.random.bernoulli(which, keep, codes.shape), codes, drawn)
+def corrupt_codes(
+    keep_prob: float, codebook_size: int, key: jax.Array, codes: jax.Array
+) -> jax.Array:
+    """Keeps each of the codes [t] with probability `keep_prob` and replaces the others by random
+    codes, like `pkeep` in the official code."""
+    mask_key, code_key = jax.random.split(key)
+    random_codes = jax.random.randint(code_key, codes.shape, 0, codebook_size)
+    return jnp.where(jax.random.bernoulli(mask_key, keep_prob, codes.shape), codes, random_codes)
 
 
 def scan_positions(
     model: GPT,
     params: Any,
     labels: jax.Array,
-    choose: Choose,
+    choose: TokenSampler,
     inputs: Inputs,
     pieces: int | None = None,
 ) -> jax.Array:
-    """Codes int32 [b,t] of the training images' grid, by one scan with a cache."""
+    """Samples the codes int32 [b,t] of a grid that is as large as the window, with a cache."""
     length, scales = len(inputs[0]), inputs[1]
 
-    def step(carry: tuple[jax.Array, Cache], at: Any) -> tuple[tuple[jax.Array, Cache], jax.Array]:
-        (tokens, cache), (position, scale, given) = carry, at
-        logits, cache = next_logits(model, params, tokens, cache, position, scale)
-        codes = jnp.where(given < 0, choose(logits[:, : model.codebook_size], position), given)
+    def step(carry: tuple[jax.Array, Cache], x: Any) -> tuple[tuple[jax.Array, Cache], jax.Array]:
+        (tokens, cache), (position, scale, known) = carry, x
+        logits, cache = compute_next_logits(model, params, tokens, cache, position, scale)
+        codes = jnp.where(known < 0, choose(logits[:, : model.codebook_size], position), known)
         tokens = codes if scale is None else jnp.concatenate([codes, codes])
         return (tokens, cache), codes
 
     pieces = min(-(-length // 32), 8) if pieces is None else pieces
     bounds = [length * i // pieces for i in range(pieces + 1)]
-    tokens, parts = model.class_tokens(with_unconditional(model, labels, scales)), []
-    cache = model.empty_cache(len(tokens), 0)
+    tokens, parts = model.labels_to_tokens(append_unconditional(model, labels, scales)), []
+    cache = model.init_cache(len(tokens), 0)
     for start, stop in itertools.pairwise(bounds):
-        longer = ((0, 0), (0, 0), (0, stop - start), (0, 0))
-        cache = jax.tree.map(lambda x, longer=longer: jnp.pad(x, longer), cache)
-        here = jax.tree.map(lambda x, part=slice(start, stop): x[part], inputs)
-        (tokens, cache), codes = lax.scan(step, (tokens, cache), here)
+        padding = ((0, 0), (0, 0), (0, stop - start), (0, 0))
+        cache = jax.tree.map(lambda x, padding=padding: jnp.pad(x, padding), cache)
+        piece = jax.tree.map(lambda x, part=slice(start, stop): x[part], inputs)
+        (tokens, cache), codes = lax.scan(step, (tokens, cache), piece)
         parts.append(codes)
     return jnp.concatenate(parts).T
 
 
-def next_logits(
+def compute_next_logits(
     model: GPT,
     params: Any,
     tokens: jax.Array,
@@ -302,9 +321,9 @@ def next_logits(
     position: jax.Array | int,
     scale: jax.Array | float | None,
 ) -> tuple[jax.Array, Cache]:
-    """Logits [b,num_logits] of the code at a position, given the token before it, and the cache
-    with that token. With a guidance scale, tokens [2b] and the cache hold the conditional sequences
-    and then the unconditional ones."""
+    """Returns the logits [b,num_logits] of the code at a position, given the previous tokens [b],
+    and the updated cache. With a guidance scale, the tokens [2b] and the cache hold the conditional
+    sequences, followed by the unconditional ones."""
     logits, cache = cast(
         tuple[jax.Array, Cache],
         model.apply({"params": params}, tokens[:, None], cache, position, method=GPT.decode),

@@ -1,4 +1,4 @@
-"""The priors by name, and what the rest of the program needs of one."""
+"""The registry of priors, and the interface that the rest of the program uses."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -10,41 +10,41 @@ from taming_jax.priors.autoregressive import GPT
 
 
 class Prior(Protocol):
-    """What a prior needs to have: a Linen module of these, listed in `PRIORS`.
+    """The interface of a prior: a Linen module, listed in `PRIORS`.
 
-    It is initialized by tokens int32 [b,t]. Codes are int32 in raster order, labels int32 [b] are
-    classes from 0, and `classes` itself stands for no class. Each method is a pure function of the
+    Tokens int32 [b,t] initialize it. Codes are int32 in raster order. Labels int32 [b] are classes
+    from 0, where the label `classes` means no class. Each method is a pure function of the
     parameters, for use inside `jit`.
     """
 
     codebook_size: int
     classes: int
     grid: tuple[int, int]
-    """Height and width of the training images' grids of codes."""
+    """The height and width of the grids of codes of the training images."""
 
     @property
     def window(self) -> tuple[int, int]:
-        """Height and width of the smallest grid that it draws."""
+        """The height and width of the smallest grid that the prior samples."""
 
     @classmethod
     def build(cls, config: Config, classes: int) -> "Prior":
-        """The prior that a config describes, for a dataset with that many classes."""
+        """Builds the prior that a config describes, for a dataset with that many classes."""
 
     def init(self, rngs: Any, tokens: Any) -> Any:
-        """Fresh variables, as of any Linen module."""
+        """Returns new variables, as in any Linen module."""
 
     def check_trainable(self) -> None:
-        """Raises UserError where this prior can draw codes but cannot be trained."""
+        """Raises UserError if this prior can only sample and cannot be trained."""
 
     def loss(
         self, params: Any, labels: jax.Array, codes: jax.Array, keys: Mapping[str, jax.Array]
     ) -> jax.Array:
-        """The training loss, float32 [b], of codes [b,t]. `keys` hold one key [b] per example for
-        each purpose, "dropout" and "codes"."""
+        """Returns the training loss, float32 [b], for codes [b,t]. `keys` hold one key per example
+        [b] for each of "dropout" and "codes"."""
 
     def evaluate(self, params: Any, labels: jax.Array, codes: jax.Array) -> dict[str, jax.Array]:
-        """The metrics of a validation of codes [b,t], float32 [b] each: "nll", by which the best
-        checkpoint is chosen, in nats per code, and others."""
+        """Returns the validation metrics of codes [b,t], float32 [b] each. One of them is "nll" in
+        nats per code, which selects the best checkpoint."""
 
     def sample(
         self,
@@ -59,10 +59,10 @@ class Prior(Protocol):
         known: jax.Array | None = None,
         grid: tuple[int, int] | None = None,
     ) -> jax.Array:
-        """Grids of codes [b,h,w], with one key [b] per image; see `GPT.sample`."""
+        """Samples grids of codes [b,h,w], with one key per image [b]; see `GPT.sample`."""
 
     def log_likelihood(self, params: Any, labels: jax.Array, codes: jax.Array) -> jax.Array:
-        """The logarithm of the probability, in nats, float32 [b], of grids of codes [b,h,w], as
+        """Returns the log-likelihood in nats, float32 [b], of grids of codes [b,h,w] that are as
         large as the window."""
 
 
@@ -70,5 +70,5 @@ PRIORS: dict[str, type[Prior]] = {"autoregressive": GPT}
 
 
 def build_prior(config: Config, classes: int) -> Prior:
-    """The prior that a config describes, for a dataset with that many classes."""
+    """Builds the prior that a config describes, for a dataset with that many classes."""
     return PRIORS[config.prior.kind].build(config, classes)

@@ -1,5 +1,5 @@
-"""Grids of codes larger than those that an autoregressive prior was trained on, in windows of them
-(arXiv 2012.09841, section 3.3). `model` is a GPT."""
+"""Sampling of grids of codes that are larger than those that an autoregressive prior was trained
+on, in sliding windows (arXiv 2012.09841, section 3.3). `model` is a `GPT`."""
 
 import functools
 import itertools
@@ -9,54 +9,55 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from taming_jax.priors.decoding import Choose, Inputs, apply_guidance, with_unconditional
+from taming_jax.priors.decoding import Inputs, TokenSampler, append_unconditional, apply_guidance
 
 
 def scan_windows(
     model: Any,
     params: Any,
     labels: jax.Array,
-    choose: Choose,
+    choose: TokenSampler,
     inputs: Inputs,
     grid: tuple[int, int],
 ) -> jax.Array:
-    """Draws the codes int32 [b,h*w] of a grid at least as large as the model's window, each given
-    the codes before it in a window around it. The window moves with the code, and so do the
-    positions: no cache carries over from one code to the next. Each pass reads only as many
-    quarters of its window as have been drawn.
+    """Samples the codes int32 [b,h*w] of a grid that is at least as large as the model's window.
+
+    Each code depends on the previous codes within a window around it. The window, and with it the
+    positions of its codes, moves with every code, so no cache can be reused. To save time, each
+    pass reads only as many quarters of the window as can contain sampled codes.
     """
-    (height, width), high = grid, model.window[0]
-    quarter = -(-high // 4)
+    (height, width), window_height = grid, model.window[0]
+    quarter = -(-window_height // 4)
 
-    def visible_rows(row: int) -> int:
-        """How many rows of their window the codes of a row see."""
-        top = min(max(row - high // 2, 0), height - high)
-        return min(-(-(row - top + 1) // quarter) * quarter, high)
+    def count_visible_rows(row: int) -> int:
+        """Returns how many rows of their window the codes of a row read."""
+        top = min(max(row - window_height // 2, 0), height - window_height)
+        return min(-(-(row - top + 1) // quarter) * quarter, window_height)
 
-    def step(rows: int, codes: jax.Array, at: Any) -> tuple[jax.Array, None]:
-        position, scale, known = at
+    def step(rows: int, codes: jax.Array, x: Any) -> tuple[jax.Array, None]:
+        position, scale, known = x
         row, column = jnp.divmod(position, width)
         grids = codes.reshape(-1, height, width)
-        logits = window_logits(model, params, labels, grids, row, column, rows, scale)
+        logits = compute_window_logits(model, params, labels, grids, row, column, rows, scale)
         chosen = jnp.where(known < 0, choose(logits[:, : model.codebook_size], position), known)
         return codes.at[:, position].set(chosen), None
 
     codes = inputs[2].T
-    for rows, group in itertools.groupby(range(height), visible_rows):
+    for rows, group in itertools.groupby(range(height), count_visible_rows):
         members = list(group)
         part = slice(members[0] * width, (members[-1] + 1) * width)
-        here = jax.tree.map(lambda x, part=part: x[part], inputs)
-        codes, _ = lax.scan(functools.partial(step, rows), codes, here)
+        piece = jax.tree.map(lambda x, part=part: x[part], inputs)
+        codes, _ = lax.scan(functools.partial(step, rows), codes, piece)
     return codes
 
 
-def window_start(at: jax.Array | int, window: int, size: int) -> jax.Array:
-    """Where the window of a code begins, along an axis of so many codes: half of it before the
-    code, but for the edges."""
-    return jnp.clip(jnp.asarray(at) - window // 2, 0, size - window)
+def compute_window_start(index: jax.Array | int, window: int, size: int) -> jax.Array:
+    """Returns the start of the window around the code at `index`, along an axis of `size` codes.
+    The code is at the center of the window, except near the edges."""
+    return jnp.clip(jnp.asarray(index) - window // 2, 0, size - window)
 
 
-def window_logits(
+def compute_window_logits(
     model: Any,
     params: Any,
     labels: jax.Array,
@@ -66,18 +67,19 @@ def window_logits(
     rows: int | None = None,
     scale: jax.Array | float | None = None,
 ) -> jax.Array:
-    """Logits [b,num_logits] of the code at a row and column of a grid [b,h,w] at least as large as
-    the model's window, given those before it in its window. Only the first `rows` rows of the
-    window are read, which include that code; default: all."""
-    high, wide = model.window
-    rows = high if rows is None else rows
-    top = window_start(row, high, codes.shape[1])
-    left = window_start(column, wide, codes.shape[2])
-    seen = lax.dynamic_slice(codes, (0, top, left), (len(codes), rows, wide))
-    seen = jnp.maximum(seen, 0).reshape(len(codes), -1)  # what comes later is not looked at
+    """Returns the logits [b,num_logits] of the code at a row and column, given the previous codes
+    in its window. The grid of codes [b,h,w] is at least as large as the model's window. Reads only
+    the first `rows` rows of the window, which must include the code. Default: all rows."""
+    height, width = model.window
+    rows = height if rows is None else rows
+    top = compute_window_start(row, height, codes.shape[1])
+    left = compute_window_start(column, width, codes.shape[2])
+    window = lax.dynamic_slice(codes, (0, top, left), (len(codes), rows, width))
+    # Codes that are not sampled yet are -1. They come later, so their value has no effect.
+    window = jnp.maximum(window, 0).reshape(len(codes), -1)
     if scale is not None:
-        seen = jnp.concatenate([seen, seen])
-    logits = model.logits(params, with_unconditional(model, labels, scale), seen)
-    here = (row - top) * wide + column - left
-    logits = lax.dynamic_index_in_dim(logits, here, 1, keepdims=False)
+        window = jnp.concatenate([window, window])
+    logits = model.logits(params, append_unconditional(model, labels, scale), window)
+    position = (row - top) * width + column - left
+    logits = lax.dynamic_index_in_dim(logits, position, 1, keepdims=False)
     return apply_guidance(logits, scale)

@@ -24,7 +24,7 @@ from taming_jax.errors import UserError
 from taming_jax.models.vqgan import build_vqgan, decode_indices
 from taming_jax.parallel import distributed
 from taming_jax.parallel.devices import Compiled, Devices, in_batches, maybe_pmean, maybe_psum
-from taming_jax.priors.decoding import micro_batch, sample_keys
+from taming_jax.priors.decoding import sample_keys, sampling_batch_size
 from taming_jax.priors.registry import Prior, build_prior
 from taming_jax.training.accumulate import average_micro_batches
 from taming_jax.training.checkpoints import Store, advise_on_settings
@@ -227,7 +227,9 @@ class PriorStage(Stage):
             "numbers": np.tile(np.arange(columns, dtype=np.int32), len(classes)),
         }
         images = in_batches(
-            functools.partial(self._draw_images, params), arrays, micro_batch(self.devices.list[0])
+            functools.partial(self._draw_images, params),
+            arrays,
+            sampling_batch_size(self.devices.list[0]),
         )
         step = int(self.devices.fetch(state.step))
         figures.plot_loss_curves(rows, folder / "prior_loss.png", "Prior")

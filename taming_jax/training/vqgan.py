@@ -157,7 +157,7 @@ class VQGANStage(Stage):
             keys = Keys()
             if settings.diff_augment:
                 keys = keys._replace(real=make_keys(REAL), fake=make_keys(FAKE))
-            if self.networks.generator.quantizer.draws:
+            if self.networks.generator.quantizer.stochastic:
                 keys = keys._replace(codes=make_keys(CODES))
             gradients = self.networks.compute_gradients(
                 generator, discriminator, images, lpips_params, adversarial,

@@ -154,7 +154,7 @@ def test_the_log_likelihood_is_that_of_the_codes(run):
     images, labels = test.images[:11], test.labels[:11]
     codes = run.encode(images).reshape(11, -1)
     np.testing.assert_array_equal(run.tokens("test").images[:11], codes)
-    tokens = run.prior.teacher_forced(labels, codes)
+    tokens = run.prior.shift_right(labels, codes)
     logits = np.asarray(run.prior.apply({"params": run.transformer}, tokens), np.float64)
     likely = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     expected = np.take_along_axis(likely, codes[..., None], -1).sum((1, 2))

@@ -50,7 +50,7 @@ def test_decoding_with_a_cache_equals_the_whole_sequence(settings):
     model, params, tokens = small(**settings)
     whole = jax.jit(model.apply)({"params": params}, tokens)
     decode = jax.jit(functools.partial(model.apply, method=GPT.decode))
-    cache, position = model.empty_cache(4, 12), 0
+    cache, position = model.init_cache(4, 12), 0
     for size in (5, 1, 1, 5):
         part = tokens[:, position : position + size]
         logits, cache = decode({"params": params}, part, cache, position)
@@ -74,9 +74,9 @@ def test_rotary_positions_depend_on_differences_only():
 def test_teacher_forcing_puts_the_class_first():
     model, _, _ = small()
     codes = jnp.arange(12)[None] % 11
-    tokens = model.teacher_forced(jnp.array([2]), codes)
+    tokens = model.shift_right(jnp.array([2]), codes)
     assert tokens.tolist() == [[13, *codes[0, :-1].tolist()]]
-    assert model.teacher_forced(jnp.array([3]), codes)[0, 0] == model.null_token
+    assert model.shift_right(jnp.array([3]), codes)[0, 0] == model.null_token
 
 
 def test_an_examples_dropout_does_not_depend_on_its_batch():

@@ -9,7 +9,7 @@ import pytest
 from taming_jax.losses import next_token
 from taming_jax.priors import autoregressive, windows
 from taming_jax.priors.autoregressive import GPT
-from taming_jax.priors.decoding import guided, keep_top_k, keep_top_p, token_choice
+from taming_jax.priors.decoding import guide_logits, keep_top_k, keep_top_p, make_token_sampler
 from tests import golden
 from tests.priors.test_autoregressive import MODERN, small
 
@@ -30,7 +30,7 @@ def uncached(model, params, labels, codes, scale=None):
         return logits
     none = jnp.full_like(labels, model.classes)
     without = model.logits(params, none, codes)
-    return guided(logits, without, scale)
+    return guide_logits(logits, without, scale)
 
 
 LABELS = jnp.array([0, 1, 2, 2])
@@ -58,11 +58,11 @@ def test_logits_with_the_cache_equal_those_of_the_whole_sequence(settings, scale
     model, params, _ = small(**settings)
     codes = jax.random.randint(jax.random.key(4), (4, 12), 0, 11)
     expected = uncached(model, params, LABELS, codes, scale)
-    tokens, cache = model.teacher_forced(LABELS, codes), model.empty_cache(4, 12)
+    tokens, cache = model.shift_right(LABELS, codes), model.init_cache(4, 12)
     if scale is not None:
-        none = model.teacher_forced(jnp.full_like(LABELS, model.classes), codes)
-        tokens, cache = jnp.concatenate([tokens, none]), model.empty_cache(8, 12)
-    step = jax.jit(autoregressive.next_logits, static_argnums=0)
+        none = model.shift_right(jnp.full_like(LABELS, model.classes), codes)
+        tokens, cache = jnp.concatenate([tokens, none]), model.init_cache(8, 12)
+    step = jax.jit(autoregressive.compute_next_logits, static_argnums=0)
     for position in range(12):
         logits, cache = step(model, params, tokens[:, position], cache, position, scale)
         golden.assert_close(logits, expected[:, position], f"position {position}", 1e-4, 1e-6)
@@ -144,7 +144,7 @@ def test_guidance_raises_a_classifiers_agreement():
         seen = jnp.where(jax.random.bernoulli(for_drop, 0.2, (256,)), model.classes, labels)
 
         def loss(params):
-            tokens = model.teacher_forced(seen, codes)
+            tokens = model.shift_right(seen, codes)
             return next_token(model.apply({"params": params}, tokens), codes).mean()
 
         updates, state = adam.update(jax.grad(loss)(params), state)
@@ -214,7 +214,7 @@ def test_logits_in_a_window_are_those_of_a_plain_forward_pass(settings, scale):
     assert model.window == ((3, 3) if "block_size" in settings else (3, 4))
     codes = jax.random.randint(jax.random.key(2), (4, 7, 9), 0, 11)
     logits = jax.jit(
-        lambda row, column: windows.window_logits(
+        lambda row, column: windows.compute_window_logits(
             model, params, LABELS, codes, row, column, scale=scale
         )
     )
@@ -238,7 +238,7 @@ def test_greedy_codes_of_a_large_grid_are_the_most_likely_in_their_windows():
 
 def test_a_window_as_large_as_the_grid_draws_what_the_cache_does():
     model, params, _ = small()
-    choose = token_choice(KEYS, 1.0, None, 0.9)
+    choose = make_token_sampler(KEYS, 1.0, None, 0.9)
     inputs = jnp.arange(12), jnp.full(12, 1.5), jnp.full((12, 4), -1)
     draw = jax.jit(windows.scan_windows, static_argnums=(0, 3, 5))
     codes = draw(model, params, LABELS, choose, inputs, (3, 4))

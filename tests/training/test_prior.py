@@ -11,7 +11,7 @@ import pytest
 
 from taming_jax.config.load import load_config
 from taming_jax.parallel.devices import Devices
-from taming_jax.priors.autoregressive import GPT, corrupted
+from taming_jax.priors.autoregressive import GPT, corrupt_codes
 from taming_jax.training import accumulate
 from taming_jax.training.checkpoints import Store
 from taming_jax.training.prior import (
@@ -87,9 +87,9 @@ def test_a_step_learns_from_dropped_labels_and_corrupted_codes(stage1):
         for key in make_example_keys(stage.config.seed, LABELS, jnp.int32(0), place)
     ]
     assert 0 < sum(dropped) < 8
-    tokens = stage.model.teacher_forced(np.where(dropped, stage.model.classes, labels), codes)
+    tokens = stage.model.shift_right(np.where(dropped, stage.model.classes, labels), codes)
     keys = make_example_keys(stage.config.seed, CODES, jnp.int32(0), place)
-    rest = [corrupted(0.7, 128, key, row) for key, row in zip(keys, tokens[:, 1:], strict=True)]
+    rest = [corrupt_codes(0.7, 128, key, row) for key, row in zip(keys, tokens[:, 1:], strict=True)]
     tokens = jnp.concatenate([tokens[:, :1], jnp.stack(rest)], 1)
     logits = np.asarray(stage.model.apply({"params": params}, tokens), np.float64)
     likely = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -112,7 +112,7 @@ def test_a_step_that_is_not_finite_is_skipped(stage1):
 
 def test_corruption_keeps_the_share_it_says():
     codes = jnp.full(20_000, 7)
-    kept = (corrupted(0.7, 64, jax.random.key(0), codes) == 7).mean()
+    kept = (corrupt_codes(0.7, 64, jax.random.key(0), codes) == 7).mean()
     assert kept == pytest.approx(0.7 + 0.3 / 64, abs=0.02)
 
 
