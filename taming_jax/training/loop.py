@@ -238,9 +238,9 @@ class Loop:
                 self._log_pending()
             score_metrics = None
             if evaluate:
-                sums, metrics = self._evaluate(state, done, take_fd)
+                sums, validation_metrics = self._evaluate(state, done, take_fd)
                 if take_fd or not self.fd_every:
-                    score_metrics = metrics
+                    score_metrics = validation_metrics
                     self.store.wait()  # a best checkpoint whose save failed must not count as best
                     best = distributed.run_on_primary(lambda: self.store.best()[1])
                     save = save or self.store.score(score_metrics) < best
@@ -253,7 +253,7 @@ class Loop:
                         self._save(state, done, score_metrics)
                     self._draw_figures(state, sums)
             # Check for signals last, since they can arrive at any time before this.
-            stop = self._stop_signal()
+            stop = self._agree_on_signal()
             if save or stop is not None:
                 self._log_pending()
                 self._save(state, done, score_metrics)
@@ -270,7 +270,7 @@ class Loop:
             f"Done: {self.steps} steps{skipped}. The figures are in {self.folder}/figures."
         )
 
-    def _stop_signal(self) -> int | None:
+    def _agree_on_signal(self) -> int | None:
         """Returns the signal that ends the run after this step, or None.
 
         Several processes must stop after the same step. They exchange their signals at each step,
