@@ -1,4 +1,4 @@
-"""Running the project's commands as a user does."""
+"""Helpers that run the project's commands as a user does."""
 
 import contextlib
 import importlib.metadata
@@ -14,14 +14,14 @@ from unittest import mock
 
 ROOT = Path(__file__).parents[1]
 
-# Has XLA compile quickly, which is most of what a small run takes.
+# Flags for fast compilation, because a small run spends most of its time on compilation.
 QUICK = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 if importlib.metadata.version("jax").startswith("0.10."):
-    QUICK += " --xla_cpu_use_fusion_emitters=false"  # later versions do not start with it
+    QUICK += " --xla_cpu_use_fusion_emitters=false"  # later versions fail with this flag
 
 
 def start(*arguments: object, devices: int = 1, cwd: Path | None = None) -> subprocess.Popen[str]:
-    """A command of the repository's top level, begun."""
+    """Starts a command from the top level of the repository."""
     environment = os.environ | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK}",
         "PYTHONPATH": str(ROOT),
@@ -34,30 +34,30 @@ def start(*arguments: object, devices: int = 1, cwd: Path | None = None) -> subp
 
 
 def run(*arguments: object, devices: int = 1, cwd: Path | None = None) -> tuple[int, str, str]:
-    """A command run to its end: exit status, stdout, stderr."""
+    """Runs a command to its end. Returns its exit status, stdout, and stderr."""
     process = start(*arguments, devices=devices, cwd=cwd)
     out, err = process.communicate(timeout=300)
     return process.returncode, out, err
 
 
 def status_of(script: str, *arguments: object) -> int:
-    """The exit status of a command that runs in this process."""
-    own_arguments, own_handler = sys.argv, signal.getsignal(signal.SIGINT)
+    """Runs a command in this process and returns its exit status."""
+    previous_arguments, previous_handler = sys.argv, signal.getsignal(signal.SIGINT)
     sys.argv = [script, *map(str, arguments)]
     try:
         runpy.run_path(str(ROOT / script), run_name="__main__")
     except SystemExit as exit:
         return exit.code
     finally:
-        sys.argv = own_arguments
-        signal.signal(signal.SIGINT, own_handler)  # which the commands leave to the system
+        sys.argv = previous_arguments
+        signal.signal(signal.SIGINT, previous_handler)  # the commands reset it to the default
     raise AssertionError(f"{script} has no exit status")
 
 
 def run_here(*arguments: object, draw: bool = True) -> tuple[int, str, str]:
-    """A command run to its end in this process, which spares it the start of another: exit status,
-    stdout, stderr. It sees the four devices of tests/conftest.py unless it names fewer. Without
-    `draw` it trains without figures, which take seconds."""
+    """Runs a command to its end in this process, which saves the time to start another process.
+    Returns its exit status, stdout, and stderr. The command uses the four devices of
+    tests/conftest.py by default. Without `draw`, training draws no figures, which take seconds."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stdout(out))
@@ -70,7 +70,7 @@ def run_here(*arguments: object, draw: bool = True) -> tuple[int, str, str]:
 
 
 def free_port() -> int:
-    """A port of this machine on which nothing listens."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    """Returns a port of this machine that is not in use."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

@@ -1,6 +1,9 @@
-"""Four devices on any machine, set before JAX starts; tests that want one say so. And programs
-compiled quickly, and kept in one place: most of a small run's time is compilation, and many are
-compiled again. `XLA_FLAGS=--xla_backend_optimization_level=3` has them compiled as users have them.
+"""Settings and fixtures of all tests.
+
+Tests run on four simulated devices, which are configured before JAX starts; tests that need one
+device say so. Programs are compiled quickly and cached, because small runs spend most of their time
+on compilation and often compile the same programs. To compile as users do, set
+`XLA_FLAGS=--xla_backend_optimization_level=3`.
 """
 
 import gc
@@ -15,23 +18,23 @@ from filelock import FileLock
 
 from tests import commands
 
-os.environ["XLA_FLAGS"] = " ".join(  # the last one counts
+os.environ["XLA_FLAGS"] = " ".join(  # the last value of a flag takes precedence
     ["--xla_force_host_platform_device_count=4", commands.QUICK, os.environ.get("XLA_FLAGS", "")]
 )
 
-# Before numpy is imported: threads of its BLAS that wait for cores which the other tests hold made
-# products of matrices 60 times slower.
+# This must be set before NumPy is imported. If other tests occupy the cores, waiting threads of its
+# BLAS make matrix products 60 times slower.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the processes that run tests inherit it
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # inherited by the test processes
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="taming_jax-test-cache-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
-# What JAX and Flax note of where an operation comes from, for messages and profiles, costs time.
+# Recording the source of each operation, for messages and profiles, takes time.
 os.environ.setdefault("FLAX_PROFILE", "false")
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 
-# Tracing makes so many objects that looking for garbage among them takes a tenth of the time.
+# Tracing creates so many objects that garbage collection takes a tenth of the time.
 gc.set_threshold(100_000, 50, 100)
 
 LONGEST = [
@@ -42,30 +45,31 @@ LONGEST = [
 
 
 def pytest_collection_modifyitems(items):
-    """The longest files first, so that no core is left alone with one of them at the end."""
-    places = {name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
+    """Runs the longest files first, so that none of them runs alone at the end."""
+    ranks = {name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(LONGEST)))
 
 
 @pytest.fixture(autouse=True)
-def own_sigint():
-    """The handler of SIGINT that commands run in this process replace."""
-    before = signal.getsignal(signal.SIGINT)
+def restore_sigint():
+    """Restores the handler of SIGINT, which commands that run in this process replace."""
+    previous = signal.getsignal(signal.SIGINT)
     yield
-    signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGINT, previous)
 
 
 @pytest.fixture
-def limited():
-    """A bound on the size of files, at which a write ends half done, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+def limit_file_size():
+    """Returns a function that limits the size of files. Writes beyond the limit are incomplete, as
+    on a full disk."""
+    previous = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
     def limit(size):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, previous[1]))
 
     yield limit
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, previous)
     signal.signal(signal.SIGXFSZ, handler)
 
 
@@ -77,7 +81,7 @@ TINY = [
 
 
 def make_once(tmp_path_factory, name, make):
-    """A folder that the first process of the test run to need it makes, for all of them."""
+    """Returns a folder that all test processes share. The first process that needs it makes it."""
     base = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         base = base.parent
@@ -91,7 +95,7 @@ def make_once(tmp_path_factory, name, make):
 
 @pytest.fixture(scope="session")
 def stage1(tmp_path_factory):
-    """The folder of a small run that has stage 1 only. Copy it to write in it."""
+    """The folder of a small run with stage 1 only. Copy it before you write to it."""
 
     def make(workdir):
         line = ("train_vqgan.py", *TINY, 3, "--workdir", workdir, "--devices", 1)
@@ -103,7 +107,7 @@ def stage1(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def both(stage1, tmp_path_factory):
-    """The folder of a small run of both stages. Copy it to write in it."""
+    """The folder of a small run with both stages. Copy it before you write to it."""
 
     def make(workdir):
         shutil.copytree(stage1, workdir, dirs_exist_ok=True)

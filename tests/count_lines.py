@@ -1,5 +1,5 @@
-"""Counts the code lines of the package and the scripts, without blank lines, comments and
-docstrings: `python -m tests.count_lines`."""
+"""Counts the lines of code of the package and the scripts, without blank lines, comments, and
+docstrings. Run it as `python -m tests.count_lines`."""
 
 import ast
 import io
@@ -15,6 +15,7 @@ SKIPPED = {
 
 
 def count_lines(source: str) -> int:
+    """Returns the number of lines of code in a Python source."""
     lines: set[int] = set()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type not in SKIPPED:

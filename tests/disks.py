@@ -1,4 +1,4 @@
-"""A small disk of a test's own, to fill it or to make it read-only."""
+"""A small disk for a test, which can be filled or made read-only."""
 
 import contextlib
 import os
@@ -7,21 +7,23 @@ from pathlib import Path
 
 
 class NoDisk(Exception):
-    """No disk can be had here, for the reason that is said."""
+    """Raised if no disk can be mounted, with the reason."""
 
 
 class Disk:
+    """A mounted disk."""
+
     def __init__(self, folder: Path):
         self.folder = folder
         self._filler = folder / "filler"
 
     def fill(self, leave: int = 0) -> None:
-        """Leaves room for that many bytes, of what others who write at the time leave."""
+        """Fills the disk except for `leave` bytes, even while other programs write to it."""
         with self._filler.open("wb") as file:
             while True:
-                found = os.statvfs(self.folder)
+                stats = os.statvfs(self.folder)
                 with contextlib.suppress(OSError):
-                    os.posix_fallocate(file.fileno(), 0, found.f_bavail * found.f_frsize - leave)
+                    os.posix_fallocate(file.fileno(), 0, stats.f_bavail * stats.f_frsize - leave)
                     break
 
     def free(self) -> None:
@@ -34,15 +36,15 @@ class Disk:
 
 @contextlib.contextmanager
 def mounted(folder: Path, mebibytes: int = 8):
-    """A disk at a folder. NoDisk where none may be mounted."""
+    """Mounts a disk at a folder. Raises NoDisk if mounting is not possible."""
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={mebibytes}m", "tmpfs", str(folder)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True)
+        result = subprocess.run(command, capture_output=True, text=True)
     except FileNotFoundError:
         raise NoDisk("there is no mount command") from None
-    if done.returncode:
-        raise NoDisk(f"none can be mounted here ({done.stderr.strip()})")
+    if result.returncode:
+        raise NoDisk(f"mounting is not possible here ({result.stderr.strip()})")
     try:
         yield Disk(folder)
     finally:

@@ -1,4 +1,4 @@
-"""What the official PyTorch modules computed, where those files are at hand, and how to compare."""
+"""Recorded outputs of the official PyTorch modules, and functions that compare arrays with them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,40 +14,42 @@ FOLDER = Path(__file__).parents[2] / "shared" / "golden"
 
 
 def load(name: str) -> dict[str, np.ndarray]:
+    """Returns the recorded arrays of a module. Skips the test if the file does not exist."""
     file = FOLDER / f"{name}.npz"
     if not file.exists():
-        pytest.skip(f"{file.name} of the recorded official modules is not at hand")
+        pytest.skip(f"the recorded outputs {file.name} are not available")
     with np.load(file) as content:
         return dict(content)
 
 
-def under(golden: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    """The arrays below a prefix, without it."""
+def select_prefix(golden: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    """Returns the arrays whose names start with a prefix, without the prefix in their names."""
     return {k.removeprefix(prefix): v for k, v in golden.items() if k.startswith(prefix)}
 
 
-def without_counts(state_dict: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """A discriminator's, without how often its BatchNorm was updated, which ours does not count."""
+def drop_counts(state_dict: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns a state dict without the update counts of BatchNorm, which our BatchNorm lacks."""
     return {k: v for k, v in state_dict.items() if not k.endswith("num_batches_tracked")}
 
 
-def converted(table: Callable, params: Any, state_dict: dict[str, np.ndarray]) -> Any:
-    """A recorded state dict as parameters, by the table that says where those of ours are in it.
-    It must hold them all, in their shapes, and no others."""
+def convert_state_dict(table: Callable, params: Any, state_dict: dict[str, np.ndarray]) -> Any:
+    """Converts a recorded state dict to our parameters, by the layout from `table`. The state dict
+    must have exactly the arrays of the layout, with their shapes."""
     layout = table(paths(params))
     assert expected(layout, paths(params)) == {k: x.shape for k, x in state_dict.items()}
     return jax.tree.map(np.ascontiguousarray, ours(layout, state_dict))
 
 
-def nhwc(array: np.ndarray) -> np.ndarray:
+def to_nhwc(array: np.ndarray) -> np.ndarray:
+    """Transposes an array from NCHW to NHWC."""
     return array.transpose(0, 2, 3, 1)
 
 
 def assert_close(
     actual: Any, expected: Any, what: str, relative: float = 1e-4, floor: float = 1e-6
 ) -> None:
-    """The largest difference, over the array's largest value, is at most `relative`; `floor` is
-    always allowed."""
+    """Checks that the largest difference, relative to the largest expected value, is at most
+    `relative`. Absolute differences up to `floor` are always allowed."""
     actual, expected = np.asarray(actual), np.asarray(expected)
     assert actual.shape == expected.shape, f"{what}: {actual.shape} is not {expected.shape}"
     difference = np.abs(actual.astype(np.float64) - expected).max()
@@ -58,7 +60,7 @@ def assert_close(
 def assert_trees_close(
     actual: Any, expected: Any, what: str, relative: float = 1e-4, floor: float = 1e-6
 ) -> None:
-    """The same for every leaf of two trees of the same structure."""
+    """Applies `assert_close` to every leaf of two trees, which must have the same structure."""
     left, structure = jax.tree_util.tree_flatten_with_path(actual)
     right, other = jax.tree_util.tree_flatten_with_path(expected)
     assert structure == other, f"{what}: {structure} is not {other}"

@@ -1,12 +1,13 @@
-"""One step of stage 1 written the way of the papers' code, to compare ours with.
+"""A reference implementation of a step of stage 1 in the style of the official code.
 
-The gradient of each loss at the decoder's last kernel is taken by a backward pass of its own, then
-the gradient of the losses' sum by another. Then it is the discriminator's turn: the loss module is
-called anew on the reconstruction, detached, where the official one evaluates LPIPS again before it
-comes to the discriminator (`lpips_twice`). As in PyTorch, a forward pass is kept for its backward
-passes, and nothing else is shared.
+One backward pass per loss computes its gradient with respect to the last kernel of the decoder, and
+another one computes the gradient of the total loss. Then the loss module runs again on the detached
+reconstruction for the discriminator. With `lpips_twice`, it evaluates LPIPS again before that, like
+the official loss module. As in PyTorch, the backward passes share their forward pass and nothing
+else.
 
-Unlike both projects it runs the generator only once, so that it sees the same reconstruction.
+Unlike the official code, this step runs the generator only once, so that both networks use the same
+reconstruction.
 """
 
 import jax
@@ -15,19 +16,19 @@ import jax.numpy as jnp
 from taming_jax import losses
 from taming_jax.models.lpips import lpips
 
-# Passed as an argument: the compiler does not know that these are ones, so it cannot see that two
-# passes, one times this and one times that, are the same and leave one of them out.
+# Passed as an argument, so that the compiler does not know that the values are ones and cannot
+# merge two passes that differ only in such a factor.
 ONES = jnp.ones(6)
 
 
 def plain_gradients(
     networks, generator, discriminator, images, lpips_params, ones, lpips_twice=True
 ):
-    """Gradients of the generator's and of the discriminator's loss, the losses and the weight."""
+    """Returns the gradients of the generator and of the discriminator, and the metrics."""
     settings = networks.settings
     stats = discriminator.extra["batch_stats"]
 
-    def logits_of(params, x):
+    def discriminate(params, x):
         variables = {"params": params, "batch_stats": stats}
         return networks.discriminator.apply(variables, x, mutable=["batch_stats"])[0]
 
@@ -39,39 +40,41 @@ def plain_gradients(
         if settings.perceptual_weight:
             perceptual = lpips(lpips_params, images, output.images, networks.dtype).mean()
             nll += settings.perceptual_weight * perceptual
-        adversarial = -logits_of(discriminator.params, output.images).mean()
+        adversarial = -discriminate(discriminator.params, output.images).mean()
         codebook = output.quantized.loss.mean()
         return (nll, adversarial, codebook), (output.images, difference.mean() / 2, perceptual)
 
     (nll, adversarial, codebook), backward, (reconstruction, l1, perceptual) = jax.vjp(
         terms, generator.params, has_aux=True
     )
-    none = jnp.zeros(())
+    zero = jnp.zeros(())
 
-    def at_last_kernel(*seeds):
+    def last_kernel_gradient(*seeds):
         return backward(seeds)[0]["decoder"]["conv_out"]["kernel"]
 
     weight = jnp.asarray(settings.discriminator_weight, jnp.float32)
     if settings.adaptive_weight:
-        of_nll = at_last_kernel(ones[0], none, none)
-        of_adversarial = at_last_kernel(none, ones[1], none)
-        weight *= losses.adaptive_weight(of_nll, of_adversarial, settings.adaptive_weight_max)
+        nll_gradient = last_kernel_gradient(ones[0], zero, zero)
+        adversarial_gradient = last_kernel_gradient(zero, ones[1], zero)
+        weight *= losses.adaptive_weight(
+            nll_gradient, adversarial_gradient, settings.adaptive_weight_max
+        )
     total = nll + weight * adversarial + settings.codebook_weight * codebook
     gradient = backward((ones[2], weight, settings.codebook_weight * ones[2]))[0]
 
-    found = {}
+    metrics = {}
     if settings.perceptual_weight and lpips_twice:
         again = lpips(lpips_params, ones[3] * images, ones[4] * reconstruction, networks.dtype)
-        found["perceptual_again"] = again.mean()
+        metrics["perceptual_again"] = again.mean()
 
     def discriminator_loss(params):
-        real, fake = logits_of(params, images), logits_of(params, ones[5] * reconstruction)
+        real, fake = discriminate(params, images), discriminate(params, ones[5] * reconstruction)
         return losses.DISCRIMINATOR_LOSSES[settings.discriminator_loss](real, fake).mean()
 
     loss, discriminator_gradient = jax.value_and_grad(discriminator_loss)(discriminator.params)
-    found |= {
+    metrics |= {
         "l1": l1, "perceptual": perceptual, "reconstruction_loss": nll, "codebook": codebook,
         "loss": total,
         "adversarial": adversarial, "adaptive_weight": weight, "discriminator": loss,
     }  # fmt: skip
-    return gradient, discriminator_gradient, found
+    return gradient, discriminator_gradient, metrics

@@ -1,4 +1,4 @@
-"""Stage 1 with networks that are compiled in no time: for what does not depend on the real ones."""
+"""Stage 1 with tiny networks that compile fast, for tests that do not need the real networks."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ from taming_jax.models.vqgan import VQGAN
 from taming_jax.training.state import Net
 from taming_jax.training.vqgan_step import VQGANObjective
 
-QUICKLY = {"xla_backend_optimization_level": 0}  # compiled, for what runs once
+QUICKLY = {"xla_backend_optimization_level": 0}  # fast compilation of programs that run once
 
 
 class SmallEncoder(nn.Module):
@@ -33,7 +33,7 @@ class SmallDecoder(nn.Module):
 
 
 def small_networks(overrides, parts=1, axis_name=None):
-    """The networks and losses; by default with LeCAM and an adaptive weight."""
+    """Returns the networks and losses, by default with LeCAM and an adaptive weight."""
     settings = {
         "lecam_weight": 0.5,
         "discriminator_weight": 0.7,
@@ -41,16 +41,16 @@ def small_networks(overrides, parts=1, axis_name=None):
         "adaptive_weight": True,
     }
     config = load_config("mnist_tiny", {f"vqgan.{k}": v for k, v in (settings | overrides).items()})
-    kind = GumbelQuantizer if config.vqgan.quantizer == "gumbel" else VectorQuantizer
+    quantizer_type = GumbelQuantizer if config.vqgan.quantizer == "gumbel" else VectorQuantizer
     small = dataclasses.replace(config.vqgan, codebook_size=16, code_dim=4, latent_channels=6)
-    generator = VQGAN(SmallEncoder(), kind(small), SmallDecoder(), small)
+    generator = VQGAN(SmallEncoder(), quantizer_type(small), SmallDecoder(), small)
     discriminator = Discriminator(4, 1, axis_name)
     return VQGANObjective(config.vqgan, generator, discriminator, jnp.float32, axis_name)
 
 
 @functools.cache
 def small_state():
-    """Generator, discriminator and images [16,12,12,1] for any of the small networks."""
+    """Returns a generator, a discriminator, and images [16,12,12,1] for all small networks."""
 
     @functools.partial(jax.jit, compiler_options=QUICKLY)
     def create():

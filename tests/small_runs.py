@@ -1,7 +1,7 @@
-"""Runs of a few hundred parameters, trained in this process, and what they leave.
+"""Helpers that train models of a few hundred parameters in this process and read their files.
 
-Compiling the stages is nearly all of their time. Those of stage 1 are therefore kept, for runs that
-differ in their folder only.
+Compilation takes nearly all of the time. Therefore the compiled stage 1 is cached for runs that
+differ only in their folder.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ SETTINGS = {
 }  # fmt: skip
 
 
-# Everything on that a step can have, so that every kind of state is compared.
+# All optional parts of a step, so that tests compare every kind of state.
 EVERYTHING = {
     "vqgan__lecam_weight": 0.1, "vqgan__adaptive_weight": True,
     "vqgan__diff_augment": ("color", "translation"), "data__mirror": True,
@@ -37,11 +37,11 @@ EVERYTHING = {
 
 
 class Killed(BaseException):
-    """Ends a run at once, as SIGKILL does; nothing in the package handles it."""
+    """An exception that ends a run at once, like SIGKILL: nothing in the package handles it."""
 
 
 def kill_at(step):
-    """For `on_step`: ends the run when `step` steps are done and the next one is to begin."""
+    """Returns an `on_step` that ends the run after `step` steps, before the next one."""
 
     def on_step(done):
         if done == step:
@@ -51,7 +51,7 @@ def kill_at(step):
 
 
 def stop_at(step, signum=signal.SIGTERM):
-    """For `on_step`: sends this process a signal when `step` steps are done."""
+    """Returns an `on_step` that sends this process a signal after `step` steps."""
 
     def on_step(done):
         if done == step:
@@ -62,39 +62,39 @@ def stop_at(step, signum=signal.SIGTERM):
 
 @functools.cache
 def vqgan_stage(config):
-    """Stage 1 of a config without a folder, on its devices."""
+    """Returns stage 1 of a config without a folder, on the devices of the config."""
     return VQGANStage(config, loop.Devices(config.devices))
 
 
 @functools.cache
 def first_state(stage):
-    """The fresh state of one of these."""
+    """Returns the initial state of a stage from `vqgan_stage`."""
     return jax.tree.map(np.asarray, stage.init(jax.random.key(stage.config.seed)))
 
 
 def small_config(workdir, **settings):
-    """A config whose settings are named `data__path` for `data.path`."""
+    """Returns a config with the given settings, which are named `data__path` for `data.path`."""
     overrides = {name.replace("__", "."): value for name, value in settings.items()}
     return load_config("mnist_tiny", SETTINGS | overrides | {"workdir": workdir and str(workdir)})
 
 
 def train(workdir, stage="vqgan", on_step=lambda done: None, draw=False, **settings):
-    """Trains a stage of `small_config`. `on_step` is called before each step with the number of
-    those done; figures are drawn where `draw` is set."""
+    """Trains a stage of `small_config`. Calls `on_step` with the number of completed steps before
+    each step. Draws figures only with `draw`."""
     config = small_config(workdir, **settings)
 
     def build(config, devices, restart=False):
         if stage == "prior":
-            built = PriorStage(config, devices)
+            built_stage = PriorStage(config, devices)
         else:
-            built = vqgan_stage(dataclasses.replace(config, workdir=None))
-        return Observed(built, config.workdir, on_step, draw)
+            built_stage = vqgan_stage(dataclasses.replace(config, workdir=None))
+        return ObservedStage(built_stage, config.workdir, on_step, draw)
 
     loop.train(build, config)
 
 
-class Observed:
-    """A stage that calls a function before each step, and draws figures only if asked to."""
+class ObservedStage:
+    """A stage that calls a function before each step, and draws figures only with `draw`."""
 
     def __init__(self, stage, workdir, on_step, draw):
         self._stage, self._on_step, self._draw = stage, on_step, draw
@@ -109,7 +109,7 @@ class Observed:
         return jax.tree.map(jnp.array, first_state(self._stage))
 
     def compile(self, *_):
-        """Nothing: the first step compiles what later runs find compiled."""
+        """Does nothing. The first step compiles the programs, and later runs reuse them."""
 
     def train_step(self, state, batch):
         self._on_step(batch.step)
@@ -134,20 +134,20 @@ def read_rows(workdir, stage="vqgan"):
 
 
 def assert_same_arrays(arrays, expected):
-    """Bit for bit."""
+    """Checks that arrays are equal bit for bit."""
     assert set(arrays) == set(expected) and len(arrays) > 50
     for path, array in expected.items():
         np.testing.assert_array_equal(arrays[path], array, err_msg=".".join(path))
 
 
 def assert_same_run(workdir, expected, step, stage="vqgan"):
-    """The arrays of a checkpoint and the log of two runs, bit for bit."""
+    """Checks that a checkpoint and the log of two runs are equal bit for bit."""
     assert_same_arrays(arrays_at(workdir, step, stage), arrays_at(expected, step, stage))
     assert read_rows(workdir, stage) == read_rows(expected, stage)
 
 
 def assert_rows_close(rows, expected, tolerance):
-    """Rows of logs with the same terms and nearly the same numbers."""
+    """Checks that rows of logs have the same keys and nearly the same values."""
     for row, other in zip(rows, expected, strict=True):
         assert row.keys() == other.keys() and row["split"] == other["split"]
         for key in row.keys() - {"split"}:

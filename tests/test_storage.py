@@ -12,14 +12,14 @@ from taming_jax.storage import atomic_write, read_arrays, run_lock, write_arrays
 from tests import commands
 
 
-def test_a_file_is_written_whole_or_left_as_it_was(tmp_path, limited):
+def test_a_file_is_written_whole_or_left_as_it_was(tmp_path, limit_file_size):
     file = tmp_path / "file"
     atomic_write(file, b"old")
-    limited(50)
+    limit_file_size(50)
     with pytest.raises(OSError, match="too large"):
         atomic_write(file, bytes(100))
     assert file.read_bytes() == b"old" and list(tmp_path.iterdir()) == [file]
-    limited(100)
+    limit_file_size(100)
     atomic_write(file, bytes(100))
     assert file.read_bytes() == bytes(100)
 
@@ -82,7 +82,7 @@ def test_a_file_system_without_locks_costs_a_sentence(tmp_path, monkeypatch, cap
     assert "has no locks (No locks available)" in capsys.readouterr().out
 
 
-def test_arrays_are_kept_where_there_is_room(tmp_path, limited):
+def test_arrays_are_kept_where_there_is_room(tmp_path, limit_file_size):
     file = tmp_path / "new" / "kept.npz"
     arrays = {"a": np.arange(5000), "b": np.ones((2, 3), np.float32)}
     write_arrays(file, arrays)
@@ -90,7 +90,7 @@ def test_arrays_are_kept_where_there_is_room(tmp_path, limited):
     for name, array in arrays.items():
         np.testing.assert_array_equal(found[name], array)
     whole = file.read_bytes()
-    limited(1000)
+    limit_file_size(1000)
     write_arrays(tmp_path / "other.npz", arrays)
     assert not (tmp_path / "other.npz").exists()
     assert read_arrays(tmp_path / "other.npz") is None

@@ -1,4 +1,4 @@
-"""A short ordeal (tests/torture.py); a long one is for whoever changes what a run keeps."""
+"""A short version of tests/torture.py. Run a long one if you change what a run stores."""
 
 import re
 import subprocess

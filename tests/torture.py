@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""A small run of both stages that is killed, harmed and moved, again and again, by seed; at the end
-it must be what a run is that nothing happened to.
+"""Injects faults into small runs of both stages: kills them, damages their files, and moves them to
+other devices. The faults depend on the seed. At the end, nothing may be lost.
 
     python tests/torture.py --faults 200 --seed 1
 
-Three quarters of the faults befall a run whose devices stay the same: its last checkpoints and its
-log must equal the unbroken run's bit for bit. The others befall a run that moves between one, two
-and four devices and two processes: it must take every step once, and the first step after each move
-must be the one that one device would take. Exits with status 1 where anything was lost.
+Three quarters of the faults hit a run that always uses the same devices. Its last checkpoints and
+its log must equal those of an uninterrupted run bit for bit. The other faults hit a run that moves
+between one, two, and four devices, and two processes. It must take every step once, and the first
+step after each move must equal the step that one device takes. Exits with status 1 if anything is
+lost.
 """
 
 import argparse
@@ -38,10 +39,11 @@ from taming_jax.training.checkpoints import Store  # noqa: E402
 from tests import commands, disks, golden  # noqa: E402
 from tests.data import pictures  # noqa: E402
 
-EVERY = 5  # steps to a checkpoint
-# Images so small that BatchNorm adds up at most 200 values of a channel. XLA's CPU code adds some
-# 500 one after another (more of them in a tree): 400 equal values err by 4e-6, which the gradient
-# of a bias before BatchNorm, where most cancels, makes more than a move is allowed.
+CHECKPOINT_EVERY = 5  # steps
+# The images are so small that BatchNorm sums at most 200 values per channel. XLA's CPU code sums up
+# to about 500 values sequentially, and more of them in a tree. The sum of 400 equal values has an
+# error of 4e-6. Cancellation in the gradient of a bias before BatchNorm amplifies it beyond the
+# tolerance of `check_first_step`.
 SETTINGS = {
     "vqgan": [
         "train_vqgan.py", "--config", "birds_tiny", "--data.name", "folder", "--data.image-size",
@@ -56,26 +58,25 @@ SETTINGS = {
         "--prior.draw-every", "1000000",
     ],
 }  # fmt: skip
-LAYOUTS = ("1", "2", "4", "2x1")  # devices, or processes x devices of each
-
+LAYOUTS = ("1", "2", "4", "2x1")  # devices, or processes x devices per process
 
 Table = collections.Counter
 
 
-class Lost(Exception):
-    """Something that should have survived did not."""
+class TortureError(Exception):
+    """Raised if a run lost something or failed in an unexpected way."""
 
 
 @dataclasses.dataclass
-class Place:
-    """Where everything lies. The run and the image cache are on `disk`, what the programs may
-    write besides in `home`."""
+class Workspace:
+    """The folders of a run. The run and the image cache are on `disk`; anything else that the
+    programs write goes to `home`."""
 
     folder: Path
     disk: disks.Disk | None
     rng: random.Random
     steps: dict[str, int]
-    harmed: set[int] = dataclasses.field(default_factory=set)  # inodes of checkpoints
+    damaged: set[int] = dataclasses.field(default_factory=set)  # inodes of checkpoints
 
     @property
     def area(self) -> Path:
@@ -86,37 +87,38 @@ class Place:
         return self.area / "run"
 
     def command(self, stage: str, workdir: Path) -> list[str]:
-        cadence = {"checkpoint-every": EVERY, "log-every": 1, "steps": self.steps[stage]}
-        told = [f"--{stage}.{name}={value}" for name, value in cadence.items()]
+        cadence = {"checkpoint-every": CHECKPOINT_EVERY, "log-every": 1, "steps": self.steps[stage]}
+        flags = [f"--{stage}.{name}={value}" for name, value in cadence.items()]
         data = ["--data.path", self.folder / "my pictures", "--data.cache", self.area / "cache"]
-        return [*SETTINGS[stage], *told, *map(str, data), "--workdir", str(workdir)]
+        return [*SETTINGS[stage], *flags, *map(str, data), "--workdir", str(workdir)]
 
     def environment(self, devices: int) -> dict[str, str]:
         home = self.folder / "home"
-        # With the programs' own cache of what is compiled, which the faults then meet as well.
-        own = {key: x for key, x in os.environ.items() if key != "JAX_COMPILATION_CACHE_DIR"}
-        return own | {
+        # Without this variable, the programs use their own compilation cache, so that the faults
+        # affect it as well.
+        inherited = {key: x for key, x in os.environ.items() if key != "JAX_COMPILATION_CACHE_DIR"}
+        return inherited | {
             "PYTHONPATH": str(ROOT),
-            # This is about what is kept, and both runs are compiled alike.
+            # Fast compilation is enough, because both runs are compiled in the same way.
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {commands.QUICK}",
             "HOME": str(home), "XDG_CACHE_HOME": str(home / "cache"), "TMPDIR": str(home / "tmp"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }  # fmt: skip
 
 
-class Running:
-    """A command in one process or in two, by layout."""
+class RunningCommand:
+    """A command that runs in one process or in two, depending on the layout."""
 
-    def __init__(self, place: Place, command: list[str], layout: str):
+    def __init__(self, space: Workspace, command: list[str], layout: str):
         processes, _, devices = layout.rpartition("x")
-        self.out = place.folder / "out"
+        self.out = space.folder / "out"
         self.out.mkdir(exist_ok=True)
         self.processes: list[subprocess.Popen] = []
         port = commands.free_port()
         for number in range(int(processes or 1)):
-            told = []
+            flags = []
             if processes:
-                told = [
+                flags = [
                     "--distributed", "--coordinator-address", f"127.0.0.1:{port}",
                     "--num-processes", processes, "--process-id", str(number),
                     "--initialization-timeout", "30",
@@ -124,41 +126,46 @@ class Running:
             with (self.out / f"{number}.txt").open("w") as file:
                 self.processes.append(
                     subprocess.Popen(
-                        [sys.executable, str(ROOT / command[0]), *command[1:], *told],
-                        env=place.environment(int(devices)),
+                        [sys.executable, str(ROOT / command[0]), *command[1:], *flags],
+                        env=space.environment(int(devices)),
                         stdout=file,
                         stderr=file,
                     )
                 )
 
-    def over(self) -> bool:
+    def has_ended(self) -> bool:
         return any(process.poll() is not None for process in self.processes)
 
-    def end(self, seconds: float = 300) -> list[int]:
-        """Waits for all, and answers how each ended."""
+    def wait(self, seconds: float = 300) -> list[int]:
+        """Waits for all processes and returns their exit statuses."""
         try:
             return [process.wait(seconds) for process in self.processes]
         except subprocess.TimeoutExpired as error:
             for process in self.processes:
                 process.kill()
-            raise Lost(f"it did not end within {seconds} seconds: {self.said()}") from error
+            raise TortureError(
+                f"the command did not end within {seconds} seconds: {self.output()}"
+            ) from error
 
-    def said(self) -> str:
+    def output(self) -> str:
+        """Returns the output of all processes."""
         return "".join(file.read_text(errors="replace") for file in sorted(self.out.iterdir()))
 
-    def until(self, holds: Callable[[], object], seconds: float = 300) -> bool:
-        """Waits until something holds, and answers whether it came to that before the end."""
+    def wait_until(self, condition: Callable[[], object], seconds: float = 300) -> bool:
+        """Waits until a condition holds. Returns False if the command ends before."""
         deadline = time.monotonic() + seconds
-        while not holds():
-            if self.over():
+        while not condition():
+            if self.has_ended():
                 return False
             if time.monotonic() > deadline:
-                raise Lost(f"nothing came of it in {seconds} seconds: {self.said()}")
+                raise TortureError(
+                    f"a condition did not hold within {seconds} seconds: {self.output()}"
+                )
             time.sleep(0.003)
         return True
 
 
-def logged(workdir: Path, stage: str) -> list[dict]:
+def read_log(workdir: Path, stage: str) -> list[dict]:
     file = workdir / "metrics" / f"{stage}.jsonl"
     rows = []
     for line in file.read_text().splitlines() if file.exists() else []:
@@ -167,92 +174,95 @@ def logged(workdir: Path, stage: str) -> list[dict]:
     return rows
 
 
-def saved(workdir: Path, stage: str) -> list[int]:
+def saved_steps(workdir: Path, stage: str) -> list[int]:
     return Store(workdir, stage).steps()
 
 
-def stopped(place: Place, running: Running, signum: int) -> None:
-    """A signal to one of the processes, after which all end as they should."""
-    struck = place.rng.randrange(len(running.processes))
-    running.processes[struck].send_signal(signum)
-    codes = running.end()
-    # 0: it had ended just before; less than 0: it had hardly begun
+def stop(space: Workspace, running: RunningCommand, signum: int) -> None:
+    """Sends a signal to one of the processes and checks that all end with an expected status."""
+    target = space.rng.randrange(len(running.processes))
+    running.processes[target].send_signal(signum)
+    codes = running.wait()
+    # 0: the process ended just before the signal. Below 0: the process had just started.
     expected = {-signum, 0} if signum == signal.SIGKILL else {128 + signum, -signum, 0}
-    if len(codes) > 1:  # JAX ends the other, or in its beginning it does not find this one
+    if len(codes) > 1:  # JAX ends the other process, or the other one cannot connect to it
         expected |= {1, 2, -signal.SIGABRT}
     if not set(codes) <= expected:
-        raise Lost(f"{signal.Signals(signum).name} ended it with {codes}: {running.said()}")
+        raise TortureError(
+            f"{signal.Signals(signum).name} ended the command with {codes}: {running.output()}"
+        )
 
 
-def takes(place: Place, running: Running, stage: str, step: int) -> bool:
-    """Waits until a run has taken a step, and answers whether it came to that. The log may have
-    rows of it from before, which are cut off when training begins."""
-    return running.until(
+def wait_for_step(space: Workspace, running: RunningCommand, stage: str, step: int) -> bool:
+    """Waits until a run has taken a step. Returns False if the run ends before. Until training
+    starts, the log may contain rows of later steps, which the run then cuts off."""
+    return running.wait_until(
         lambda: (
-            "Training stage" in running.said()
-            and any(row["step"] >= step for row in logged(place.run, stage)[-1:])
+            "Training stage" in running.output()
+            and any(row["step"] >= step for row in read_log(space.run, stage)[-1:])
         )
     )
 
 
-def any_signal(place: Place) -> int:
-    return place.rng.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def choose_signal(space: Workspace) -> int:
+    return space.rng.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 
 
-# Faults. Those of a run answer by their name in the table; those at rest harm files.
+# The faults. The table RUNNING lists those of a running command, AT_REST those that damage files
+# between two commands.
 
 
-def killed_at_a_step(place: Place, stage: str, layout: str) -> None:
-    last = max(saved(place.run, stage), default=0)
-    step = last + place.rng.randint(1, EVERY + 3)
-    running = Running(place, place.command(stage, place.run), layout)
-    takes(place, running, stage, step)
-    stopped(place, running, any_signal(place))
+def kill_at_step(space: Workspace, stage: str, layout: str) -> None:
+    last = max(saved_steps(space.run, stage), default=0)
+    step = last + space.rng.randint(1, CHECKPOINT_EVERY + 3)
+    running = RunningCommand(space, space.command(stage, space.run), layout)
+    wait_for_step(space, running, stage, step)
+    stop(space, running, choose_signal(space))
 
 
-def killed_at_the_beginning(place: Place, stage: str, layout: str) -> None:
-    running = Running(place, place.command(stage, place.run), layout)
+def kill_at_start(space: Workspace, stage: str, layout: str) -> None:
+    running = RunningCommand(space, space.command(stage, space.run), layout)
     with contextlib.suppress(subprocess.TimeoutExpired):
-        running.processes[0].wait(place.rng.uniform(0.5, 8))
-    stopped(place, running, any_signal(place))
+        running.processes[0].wait(space.rng.uniform(0.5, 8))
+    stop(space, running, choose_signal(space))
 
 
-def killed_in_a_save(place: Place, stage: str, layout: str) -> None:
-    running = Running(place, place.command(stage, place.run), layout)
-    folder = place.run / "checkpoints" / stage
-    running.until(lambda: list(folder.glob("*.orbax-checkpoint-tmp*")))
-    stopped(place, running, signal.SIGKILL)
+def kill_in_save(space: Workspace, stage: str, layout: str) -> None:
+    running = RunningCommand(space, space.command(stage, space.run), layout)
+    folder = space.run / "checkpoints" / stage
+    running.wait_until(lambda: list(folder.glob("*.orbax-checkpoint-tmp*")))
+    stop(space, running, signal.SIGKILL)
 
 
-def full_disk(place: Place, stage: str, layout: str) -> None:
-    """The disk is full for some saves; then there is room, and a checkpoint; then it is killed."""
-    assert place.disk is not None
-    last = max(saved(place.run, stage), default=0)
-    running = Running(place, place.command(stage, place.run), layout)
-    if not takes(place, running, stage, last + 1):
-        running.end()
+def fill_disk(space: Workspace, stage: str, layout: str) -> None:
+    """Fills the disk during some saves, frees it, waits for a checkpoint, and kills the run."""
+    assert space.disk is not None
+    last = max(saved_steps(space.run, stage), default=0)
+    running = RunningCommand(space, space.command(stage, space.run), layout)
+    if not wait_for_step(space, running, stage, last + 1):
+        running.wait()
         return
-    place.disk.fill(place.rng.choice([0, 4096, 65536]))
+    space.disk.fill(space.rng.choice([0, 4096, 65536]))
     try:
-        running.until(lambda: "could not be written" in running.said(), 60)
+        running.wait_until(lambda: "could not be written" in running.output(), 60)
     finally:
-        place.disk.free()
-    failed = max(saved(place.run, stage), default=0)
-    running.until(lambda: max(saved(place.run, stage), default=0) > failed)
-    if running.over():
-        codes = running.end()
-        if not set(codes) <= {0, 1}:  # 1: its last checkpoint found no room
-            raise Lost(f"a full disk ended it with {codes}: {running.said()}")
+        space.disk.free()
+    failed = max(saved_steps(space.run, stage), default=0)
+    running.wait_until(lambda: max(saved_steps(space.run, stage), default=0) > failed)
+    if running.has_ended():
+        codes = running.wait()
+        if not set(codes) <= {0, 1}:  # 1: no space for the last checkpoint
+            raise TortureError(f"a full disk ended the command with {codes}: {running.output()}")
         return
-    stopped(place, running, any_signal(place))
+    stop(space, running, choose_signal(space))
 
 
-def harm(file: Path, rng: random.Random) -> bool:
-    """Flips a bit of a file, cuts it short, or removes it."""
-    way, content = rng.choice(["flip", "cut", "remove"]), bytearray(file.read_bytes())
-    if way == "remove" or not content:
+def damage(file: Path, rng: random.Random) -> bool:
+    """Flips a bit of a file, truncates it, or removes it."""
+    kind, content = rng.choice(["flip", "cut", "remove"]), bytearray(file.read_bytes())
+    if kind == "remove" or not content:
         file.unlink()
-    elif way == "cut":
+    elif kind == "cut":
         file.write_bytes(content[: rng.randrange(len(content))])
     else:
         content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
@@ -260,116 +270,125 @@ def harm(file: Path, rng: random.Random) -> bool:
     return True
 
 
-def one_file(folder: Path, rng: random.Random, pattern: str = "*") -> Path | None:
+def choose_file(folder: Path, rng: random.Random, pattern: str = "*") -> Path | None:
     files = sorted(p for p in folder.rglob(pattern) if p.is_file()) if folder.is_dir() else []
     return rng.choice(files) if files else None
 
 
-def harmed_checkpoint(place: Place, stage: str) -> bool:
-    """Harms the newest checkpoint, where there is another that was not harmed."""
-    folder = place.run / "checkpoints" / stage
-    known = {step: (folder / str(step)).stat().st_ino for step in saved(place.run, stage)}
-    whole = [step for step, inode in known.items() if inode not in place.harmed]
-    if len(whole) < 2 or max(known) not in whole:
+def damage_checkpoint(space: Workspace, stage: str) -> bool:
+    """Damages the newest checkpoint if there is another undamaged one. Returns whether it did."""
+    folder = space.run / "checkpoints" / stage
+    inodes = {step: (folder / str(step)).stat().st_ino for step in saved_steps(space.run, stage)}
+    intact = [step for step, inode in inodes.items() if inode not in space.damaged]
+    if len(intact) < 2 or max(inodes) not in intact:
         return False
-    file = one_file(folder / str(max(known)), place.rng)
+    file = choose_file(folder / str(max(inodes)), space.rng)
     assert file is not None
-    place.harmed.add(known[max(known)])
-    return harm(file, place.rng)
+    space.damaged.add(inodes[max(inodes)])
+    return damage(file, space.rng)
 
 
-def harmed_tokens(place: Place, stage: str) -> bool:
-    file = one_file(place.run / "tokens", place.rng)
-    return file is not None and harm(file, place.rng)
+def damage_tokens(space: Workspace, stage: str) -> bool:
+    file = choose_file(space.run / "tokens", space.rng)
+    return file is not None and damage(file, space.rng)
 
 
-def harmed_cache(place: Place, stage: str) -> bool:
-    file = one_file(place.area / "cache", place.rng)
-    return file is not None and harm(file, place.rng)
+def damage_cache(space: Workspace, stage: str) -> bool:
+    file = choose_file(space.area / "cache", space.rng)
+    return file is not None and damage(file, space.rng)
 
 
-def torn_log(place: Place, stage: str) -> bool:
-    """The log ends in the middle of a line, of a step that will be taken again."""
-    file, newest = place.run / "metrics" / f"{stage}.jsonl", max(saved(place.run, stage), default=0)
+def truncate_log(space: Workspace, stage: str) -> bool:
+    """Truncates the log in the middle of a row of a step that the run will repeat. Returns whether
+    it did."""
+    file = space.run / "metrics" / f"{stage}.jsonl"
+    newest = max(saved_steps(space.run, stage), default=0)
     lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
     if lines and not lines[-1].endswith(b"\n"):
-        return False  # it is torn already
+        return False  # already truncated
     kept = [line for line in lines if json.loads(line)["step"] <= newest]
     if len(kept) == len(lines):
         return False
-    torn = lines[len(kept)]
-    file.write_bytes(b"".join([*kept, torn[: len(torn) // 2]]))
+    partial = lines[len(kept)]
+    file.write_bytes(b"".join([*kept, partial[: len(partial) // 2]]))
     return True
 
 
-RUNNING: dict[str, Callable[[Place, str, str], None]] = {
-    "killed at a step": killed_at_a_step,
-    "killed at the beginning": killed_at_the_beginning,
-    "killed in a save": killed_in_a_save,
-    "full disk": full_disk,
+RUNNING: dict[str, Callable[[Workspace, str, str], None]] = {
+    "killed at a step": kill_at_step,
+    "killed at the start": kill_at_start,
+    "killed during a save": kill_in_save,
+    "full disk": fill_disk,
 }
-AT_REST: dict[str, Callable[[Place, str], bool]] = {
-    "newest checkpoint harmed": harmed_checkpoint,
-    "tokens harmed": harmed_tokens,
-    "image cache harmed": harmed_cache,
-    "log torn": torn_log,
+AT_REST: dict[str, Callable[[Workspace, str], bool]] = {
+    "newest checkpoint damaged": damage_checkpoint,
+    "tokens damaged": damage_tokens,
+    "image cache damaged": damage_cache,
+    "log truncated": truncate_log,
 }
 
 
-def deck(place: Place) -> Iterator[str]:
-    """Kinds of faults by seed, each as often as the others."""
-    kinds = [*RUNNING, *AT_REST, "killed at a step", "newest checkpoint harmed"]
-    if place.disk is None:
+def draw_faults(space: Workspace) -> Iterator[str]:
+    """Yields kinds of faults: each round shuffles all of them."""
+    kinds = [*RUNNING, *AT_REST, "killed at a step", "newest checkpoint damaged"]
+    if space.disk is None:
         kinds.remove("full disk")
     while True:
-        place.rng.shuffle(kinds)
+        space.rng.shuffle(kinds)
         yield from kinds
 
 
-def finished(place: Place, command: list[str], layout: str) -> None:
-    running = Running(place, command, layout)
-    codes = running.end(1200)
+def run_to_end(space: Workspace, command: list[str], layout: str) -> None:
+    """Runs a command and checks that it succeeds."""
+    running = RunningCommand(space, command, layout)
+    codes = running.wait(1200)
     if set(codes) != {0}:
-        raise Lost(f"it ended with {codes}: {running.said()}")
+        raise TortureError(f"the command ended with {codes}: {running.output()}")
 
 
-def check_first_step(place: Place, stage: str, layout: str) -> None:
-    """The next step, here and on one device, from one checkpoint."""
-    found = {}
-    for where in ("1", layout):
-        out = place.folder / "step.pickle"
-        processes, _, devices = where.rpartition("x")
-        told = ["tests/one_step.py", str(place.run), stage, str(out), "--devices", devices]
-        finished(place, told, where)
-        found[where] = pickle.loads(out.read_bytes())
-    one, here = found["1"], found[layout]
-    np.testing.assert_array_equal(here["seen"], one["seen"])
+def check_first_step(space: Workspace, stage: str, layout: str) -> None:
+    """Checks that the next step in a layout equals the next step on one device, both from the same
+    checkpoint."""
+    results = {}
+    for current in ("1", layout):
+        out = space.folder / "step.pickle"
+        processes, _, devices = current.rpartition("x")
+        command = ["tests/one_step.py", str(space.run), stage, str(out), "--devices", devices]
+        run_to_end(space, command, current)
+        results[current] = pickle.loads(out.read_bytes())
+    expected, actual = results["1"], results[layout]
+    np.testing.assert_array_equal(actual["seen"], expected["seen"])
     for part in ("step", "metrics", "gradients", "extra"):
-        golden.assert_trees_close(here[part], one[part], f"{layout} {part} ", 1e-5, 1e-6)
+        golden.assert_trees_close(actual[part], expected[part], f"{layout} {part} ", 1e-5, 1e-6)
 
 
-def tortured(place: Place, stage: str, faults: int, layout: str | None, done: Table) -> None:
-    """One stage with so many faults, to its end: by one layout, or by all of them in turn."""
-    here, kinds, count = layout or "1", deck(place), 0
+def torture_stage(
+    space: Workspace, stage: str, faults: int, layout: str | None, counts: Table
+) -> None:
+    """Trains a stage to its end while injecting faults, in one layout or, if None, in all."""
+    current, kinds, count = layout or "1", draw_faults(space), 0
     while count < faults:
-        if max(saved(place.run, stage), default=0) >= place.steps[stage]:
-            raise Lost(f"{stage} was over after {count} of {faults} faults; give it more steps")
+        if max(saved_steps(space.run, stage), default=0) >= space.steps[stage]:
+            raise TortureError(
+                f"{stage} ended after {count} of {faults} faults; increase the number of steps"
+            )
         kind = next(kinds)
-        if layout is None and saved(place.run, stage) and place.rng.random() < 0.4:
-            kind, here = "moved", place.rng.choice([x for x in LAYOUTS if x != here])
-            check_first_step(place, stage, here)
+        if layout is None and saved_steps(space.run, stage) and space.rng.random() < 0.4:
+            kind, current = "moved", space.rng.choice([x for x in LAYOUTS if x != current])
+            check_first_step(space, stage, current)
         elif kind in RUNNING:
-            RUNNING[kind](place, stage, here)
-        elif not AT_REST[kind](place, stage):
+            RUNNING[kind](space, stage, current)
+        elif not AT_REST[kind](space, stage):
             continue
         count += 1
-        done[kind, stage] += 1
-        which = "moving" if layout is None else "still"
-        print(f"{count:4d} of {faults}  {which:6}  {stage:5}  {here:>3}  {kind}", flush=True)
-    finished(place, place.command(stage, place.run), here)
+        counts[kind, stage] += 1
+        run_name = "moving" if layout is None else "still"
+        print(f"{count:4d} of {faults}  {run_name:6}  {stage:5}  {current:>3}  {kind}", flush=True)
+    run_to_end(space, space.command(stage, space.run), current)
 
 
-def contents(folder: Path) -> dict[str, str]:
+def hash_files(folder: Path) -> dict[str, str]:
+    """Returns the hash of every file below a folder, by path."""
     return {
         str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
         for p in sorted(folder.rglob("*"))
@@ -377,103 +396,107 @@ def contents(folder: Path) -> dict[str, str]:
     }
 
 
-def check_same_run(place: Place, unbroken: Path) -> None:
-    """Bit for bit, and the log with it."""
-    for stage, steps in place.steps.items():
-        found, expected = (
-            Store(workdir, stage).read(steps).arrays for workdir in (place.run, unbroken)
+def check_same_run(space: Workspace, reference: Path) -> None:
+    """Checks that the last checkpoints and the logs of two runs are equal bit for bit."""
+    for stage, steps in space.steps.items():
+        actual, expected = (
+            Store(workdir, stage).read(steps).arrays for workdir in (space.run, reference)
         )
         for path, array in expected.items():
-            np.testing.assert_array_equal(found[path], array, err_msg=".".join(path))
-        if logged(place.run, stage) != logged(unbroken, stage):
-            raise Lost(f"the log of {stage} is not the unbroken run's")
+            np.testing.assert_array_equal(actual[path], array, err_msg=".".join(path))
+        if read_log(space.run, stage) != read_log(reference, stage):
+            raise TortureError(f"the log of {stage} differs from that of the uninterrupted run")
 
 
-def check_every_step_once(place: Place) -> None:
-    for stage, steps in place.steps.items():
-        taken = [row["step"] for row in logged(place.run, stage) if row["split"] == "train"]
+def check_every_step_once(space: Workspace) -> None:
+    for stage, steps in space.steps.items():
+        taken = [row["step"] for row in read_log(space.run, stage) if row["split"] == "train"]
         if taken != list(range(1, steps + 1)):
-            raise Lost(f"the steps of {stage} were not each taken once: {taken}")
+            raise TortureError(f"the run did not take each step of {stage} once: {taken}")
 
 
 @contextlib.contextmanager
-def small_disk(folder: Path) -> Iterator[disks.Disk | None]:
-    """A disk that can be filled; None where none may be mounted."""
+def mount_small_disk(folder: Path) -> Iterator[disks.Disk | None]:
+    """Mounts a disk that can be filled. Yields None if mounting is not possible."""
     try:
         with disks.mounted(folder, 64) as disk:
             yield disk
     except disks.NoDisk as error:
-        print(f"No disk is filled: {error}.")
+        print(f"Skipping the faults of a full disk: {error}.")
         yield None
 
 
-def ordeal(folder: Path, faults: int, seed: int, moving: bool, done: Table) -> None:
-    """One run of both stages with so many faults."""
+def torture_run(folder: Path, faults: int, seed: int, moving: bool, counts: Table) -> None:
+    """Trains both stages of a run while injecting faults."""
     folder.mkdir()
     (folder / "home" / "tmp").mkdir(parents=True)
     pictures.write_folder(folder / "my pictures")
-    (folder / "neighbour").mkdir()
-    (folder / "neighbour" / "notes.txt").write_text("mine")
-    before = {name: contents(folder / name) for name in ("my pictures", "neighbour")}
-    of_stage = {"vqgan": faults - faults // 2, "prior": faults // 2}
-    steps = {stage: 2 * EVERY * count + 20 for stage, count in of_stage.items()}
-    with small_disk(folder / "disk") as disk:
-        place = Place(folder, disk, random.Random(seed), steps)
-        layout = None if moving else place.rng.choice(LAYOUTS[:3])
+    (folder / "neighbor").mkdir()
+    (folder / "neighbor" / "notes.txt").write_text("mine")
+    before = {name: hash_files(folder / name) for name in ("my pictures", "neighbor")}
+    faults_per_stage = {"vqgan": faults - faults // 2, "prior": faults // 2}
+    steps = {stage: 2 * CHECKPOINT_EVERY * count + 20 for stage, count in faults_per_stage.items()}
+    with mount_small_disk(folder / "disk") as disk:
+        space = Workspace(folder, disk, random.Random(seed), steps)
+        layout = None if moving else space.rng.choice(LAYOUTS[:3])
         if layout is not None:
             for stage in steps:
-                finished(place, place.command(stage, folder / "unbroken"), layout)
-        for stage, count in of_stage.items():
-            tortured(place, stage, count, layout, done)
-        check_every_step_once(place)
+                run_to_end(space, space.command(stage, folder / "uninterrupted"), layout)
+        for stage, count in faults_per_stage.items():
+            torture_stage(space, stage, count, layout, counts)
+        check_every_step_once(space)
         if layout is not None:
-            check_same_run(place, folder / "unbroken")
-        after = {name: contents(folder / name) for name in before}
+            check_same_run(space, folder / "uninterrupted")
+        after = {name: hash_files(folder / name) for name in before}
         if before != after:
-            raise Lost("something beside the run was touched")
-        known = {"my pictures", "neighbour", "home", "disk", "out", "unbroken", "step.pickle"}
-        strange = {p.name for p in folder.iterdir()} - known - {"run", "cache"}
-        if strange:
-            raise Lost(f"something was left beside the run: {sorted(strange)}")
+            raise TortureError("a file outside the run was changed")
+        known = {"my pictures", "neighbor", "home", "disk", "out", "uninterrupted", "step.pickle"}
+        unexpected = {p.name for p in folder.iterdir()} - known - {"run", "cache"}
+        if unexpected:
+            raise TortureError(f"files were left outside the run: {sorted(unexpected)}")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--faults", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--folder", type=Path, help="a new folder, kept; else one that is removed")
-    given = parser.parse_args()
-    begun = time.monotonic()
-    folder = given.folder or Path(tempfile.mkdtemp(prefix="taming_jax-torture-"))
+    parser.add_argument(
+        "--folder", type=Path, help="a new folder that is kept; default: a temporary one"
+    )
+    args = parser.parse_args()
+    start = time.monotonic()
+    folder = args.folder or Path(tempfile.mkdtemp(prefix="taming_jax-torture-"))
     folder.mkdir(parents=True, exist_ok=True)
-    moving = given.faults // 4
-    shares = {"still": given.faults - moving, "moving": moving}
+    moving = args.faults // 4
+    shares = {"still": args.faults - moving, "moving": moving}
     tables = {name: Table() for name in shares}
-    with ThreadPoolExecutor() as side_by_side:
-        both = [
-            side_by_side.submit(
-                ordeal, folder / name, faults, given.seed + n, name == "moving", tables[name]
+    with ThreadPoolExecutor() as executor:
+        futures = [
+            executor.submit(
+                torture_run, folder / name, faults, args.seed + n, name == "moving", tables[name]
             )
             for n, (name, faults) in enumerate(shares.items())
         ]
-    done = sum(tables.values(), Table())
-    errors = [future.exception() for future in both]
+    counts = sum(tables.values(), Table())
+    errors = [future.exception() for future in futures]
     for error in errors:
-        if not isinstance(error, Lost | AssertionError | None):
+        if not isinstance(error, TortureError | AssertionError | None):
             raise error
-    lost = "; ".join(str(error) for error in errors if error is not None)
-    if given.folder is None and not lost:
+    failures = "; ".join(str(error) for error in errors if error is not None)
+    if args.folder is None and not failures:
         shutil.rmtree(folder)
     print(f"{'fault':<28}{'stage 1':>8}{'stage 2':>8}")
-    for kind in dict.fromkeys(kind for kind, _ in done):
-        print(f"{kind:<28}{done[kind, 'vqgan']:>8}{done[kind, 'prior']:>8}")
-    minutes = (time.monotonic() - begun) / 60
-    print(f"{sum(done.values())} faults with seed {given.seed}, {minutes:.0f} minutes.")
-    if lost:
-        print(f"LOST (see {folder}): {lost}")
+    for kind in dict.fromkeys(kind for kind, _ in counts):
+        print(f"{kind:<28}{counts[kind, 'vqgan']:>8}{counts[kind, 'prior']:>8}")
+    minutes = (time.monotonic() - start) / 60
+    print(f"{sum(counts.values())} faults with seed {args.seed}, {minutes:.0f} minutes.")
+    if failures:
+        print(f"LOST (see {folder}): {failures}")
         return 1
-    print("Nothing was lost: the run that stayed is the unbroken one, bit for bit; the one that "
-          "moved took every step once, each first step as one device would.")  # fmt: skip
+    print(
+        "Nothing was lost: the run that did not move equals the uninterrupted run bit for bit. The "
+        "run that moved took every step once, and each first step after a move as one device does."
+    )
     return 0
 
 

@@ -17,7 +17,7 @@ from taming_jax.errors import UserError
 from taming_jax.models.lpips import load_lpips
 from taming_jax.weights.state_dict import open_state_dict
 from tests import commands, golden
-from tests.golden import assert_close, nhwc
+from tests.golden import assert_close, to_nhwc
 from tests.interop.llamagen_torch import random_weights
 from tests.weights.torch_writer import write_tensors
 
@@ -127,9 +127,9 @@ def with_rest(model, seed=0):
 def test_the_recorded_vqgan_and_gpt(command, tmp_path):
     """Exported and imported again, too."""
     vqgan, gpt = golden.load("compvis_vqgan"), golden.load("compvis_gpt")
-    below = {f"first_stage_model.{k}": x for k, x in golden.under(vqgan, "sd/").items()}
-    below |= {f"transformer.{k}": x for k, x in golden.under(gpt, "sd/").items()}
-    alone = Files(tmp_path, VQ, golden.under(vqgan, "sd/"), "vq")
+    below = {f"first_stage_model.{k}": x for k, x in golden.select_prefix(vqgan, "sd/").items()}
+    below |= {f"transformer.{k}": x for k, x in golden.select_prefix(gpt, "sd/").items()}
+    alone = Files(tmp_path, VQ, golden.select_prefix(vqgan, "sd/"), "vq")
     both = Files(tmp_path, NET, below, "net")
     for files in (alone, both):
         name = files.ckpt.stem
@@ -142,9 +142,9 @@ def test_the_recorded_vqgan_and_gpt(command, tmp_path):
         again.imported(command, tmp_path / f"{name}_again")
     for name in ("vq", "vq_again", "net", "net_again"):
         run = taming_jax.load_run(tmp_path / name)
-        images = nhwc(vqgan["x"])
+        images = to_nhwc(vqgan["x"])
         np.testing.assert_array_equal(run.encode(images), vqgan["indices"])
-        expected = np.clip(nhwc(vqgan["reconstruction"]), -1, 1)
+        expected = np.clip(to_nhwc(vqgan["reconstruction"]), -1, 1)
         np.testing.assert_allclose(run.reconstruct(images), expected, atol=2e-3)
         if "net" in name:
             with jax.default_matmul_precision("highest"):

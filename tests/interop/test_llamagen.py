@@ -6,7 +6,7 @@ import pytest
 
 import taming_jax
 from tests import commands
-from tests.golden import assert_close, nhwc
+from tests.golden import assert_close, to_nhwc
 from tests.interop import llamagen_torch as reference
 from tests.weights.torch_writer import write_tensors
 
@@ -64,8 +64,8 @@ def test_a_tokenizer_and_its_transformer_are_the_references(files, tmp_path):
     assert "holds generator and transformer of LlamaGen's: images of 16 px, 24 codes, 3" in said
     run = taming_jax.load_run(tmp_path / "run")
     images, codes, labels = reference.inputs()
-    np.testing.assert_array_equal(run.encode(nhwc(images)), RECORDED["indices"])
-    pictures = np.clip(nhwc(RECORDED["pictures"]), -1, 1)
+    np.testing.assert_array_equal(run.encode(to_nhwc(images)), RECORDED["indices"])
+    pictures = np.clip(to_nhwc(RECORDED["pictures"]), -1, 1)
     assert_close(run.decode(RECORDED["indices"]), pictures, "pictures", 1e-4)
     tokens = np.concatenate([24 + labels[:, None], codes[:, :-1]], 1)
     with jax.default_matmul_precision("highest"):

@@ -13,7 +13,7 @@ from taming_jax.metrics import classifier, features
 from taming_jax.metrics.features import Features, resized_clean, vgg
 from taming_jax.models.lpips import load_lpips, vgg_features
 from taming_jax.parallel.devices import Devices
-from tests.harmed_images import measured
+from tests.harmed_images import measure_distances
 from tests.weights.torch_writer import write_tensors
 
 MNIST = datasets.load(load_config("mnist_tiny").data)
@@ -47,7 +47,7 @@ def test_resizing_is_pillows_of_each_channel_in_floats():
 @pytest.mark.slow
 def test_distances_rise_with_blur_and_noise():
     images = MNIST.train.images[datasets.evenly_spaced(len(MNIST.train.images), 120)]
-    found = list(measured(images, Features(vgg(), Devices(1))).values())
+    found = list(measure_distances(images, Features(vgg(), Devices(1))).values())
     for term in ("FD", "KD"):
         rising = [each[term] for each in found]
         assert rising == sorted(rising) and rising[1] > 1.05 * rising[0], (term, rising)

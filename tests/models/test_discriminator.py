@@ -7,15 +7,15 @@ from tests import golden
 
 def test_reproduces_the_official_discriminator():
     recorded = golden.load("compvis_discriminator")
-    model, x = Discriminator(filters=16, layers=3), golden.nhwc(recorded["x"])
+    model, x = Discriminator(filters=16, layers=3), golden.to_nhwc(recorded["x"])
     ours = jax.eval_shape(lambda: model.init(jax.random.key(0), x, train=False))
-    known = golden.without_counts(golden.under(recorded, "sd/"))
-    variables = golden.converted(discriminator_layout, ours, known)
-    known |= golden.without_counts(golden.under(recorded, "after/"))
-    after = golden.converted(discriminator_layout, ours, known)["batch_stats"]
+    state_dict = golden.drop_counts(golden.select_prefix(recorded, "sd/"))
+    variables = golden.convert_state_dict(discriminator_layout, ours, state_dict)
+    state_dict |= golden.drop_counts(golden.select_prefix(recorded, "after/"))
+    after = golden.convert_state_dict(discriminator_layout, ours, state_dict)["batch_stats"]
 
     logits, changed = model.apply(variables, x, mutable=["batch_stats"])
-    golden.assert_close(logits, golden.nhwc(recorded["logits_train"]), "training logits")
+    golden.assert_close(logits, golden.to_nhwc(recorded["logits_train"]), "training logits")
     golden.assert_trees_close(changed["batch_stats"], after, "running statistics")
     logits = model.apply(variables | {"batch_stats": after}, x, train=False)
-    golden.assert_close(logits, golden.nhwc(recorded["logits_eval"]), "evaluation logits")
+    golden.assert_close(logits, golden.to_nhwc(recorded["logits_eval"]), "evaluation logits")

@@ -1,5 +1,5 @@
-"""InceptionV3 against what pytorch-fid's module (0.3.0, PyTorch 2.13) computed with the same random
-weights, of which inception.npz keeps the answers."""
+"""Compares InceptionV3 with pytorch-fid (0.3.0, PyTorch 2.13). The file inception.npz contains the
+outputs of pytorch-fid for the same random weights."""
 
 from pathlib import Path
 
@@ -14,18 +14,18 @@ from taming_jax.weights.layout import expected, ours, paths
 from tests.golden import assert_close
 
 
-def known():
-    """Our arrays' names and shapes, and where they stand in the official state dict."""
-    found = paths(
+def official_layout():
+    """Returns the names and shapes of our arrays, and their layout in the official state dict."""
+    shapes = paths(
         jax.eval_shape(InceptionV3().init, jax.random.key(0), jnp.zeros((1, 299, 299, 3)))
     )
-    return found, inception_layout(found)
+    return shapes, inception_layout(shapes)
 
 
 def random_weights(shapes):
-    """The same for the same names and shapes, whoever asks."""
+    """Returns weights that depend only on the names and shapes."""
     rng = np.random.default_rng(0)
-    found = {}
+    weights = {}
     for name in sorted(shapes):
         shape, last = shapes[name], name.rsplit(".", 1)[1]
         values = rng.standard_normal(shape, np.float32)
@@ -35,12 +35,12 @@ def random_weights(shapes):
             values *= np.float32(np.sqrt(2 / np.prod(shape[1:])))
         else:
             values = values / 10 + (last == "weight")
-        found[name] = values.astype(np.float32)
-    return found
+        weights[name] = values.astype(np.float32)
+    return weights
 
 
-def images():
-    """Smooth ones [2,299,299,3] in [-1, 1], so that each layer has something to see."""
+def make_images():
+    """Returns smooth images [2,299,299,3] in [-1, 1], to which every layer responds."""
     y, x = np.mgrid[0:299, 0:299] / 50
     waves = np.random.default_rng(1).random((6, 3)) * 4
     planes = [np.sin(a * x + b) * np.cos(c * y) for a, b, c in waves]
@@ -49,12 +49,12 @@ def images():
 
 def test_features_and_logits_are_pytorch_fids():
     recorded = np.load(Path(__file__).with_name("inception.npz"))
-    shapes, layout = known()
+    shapes, layout = official_layout()
     variables = ours(layout, random_weights(expected(layout, shapes)))
     small = np.random.default_rng(3).integers(0, 256, (2, 3, 40, 40)).transpose(0, 2, 3, 1)
     with jax.default_matmul_precision("highest"):
         network = jax.jit(InceptionV3().apply)
-        features, logits = network(variables, images())
+        features, logits = network(variables, make_images())
         resized, _ = network(variables, resized_legacy(to_float(small)))
     assert logits.shape == (2, CLASSES)
     assert_close(features, recorded["features"], "features", 1e-4, 1e-6)

@@ -14,7 +14,7 @@ def test_upsample_is_doubling_then_convolution():
     kernel = params["conv"]["kernel"]
     params["conv"]["bias"] = jnp.arange(6.0)
 
-    def plain(x, kernel):
+    def reference(x, kernel):
         doubled = x.repeat(2, 1).repeat(2, 2)
         return jax.lax.conv_general_dilated(
             doubled, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
@@ -24,12 +24,12 @@ def test_upsample_is_doubling_then_convolution():
         conv = params["conv"] | {"kernel": kernel}
         return module.apply({"params": {"conv": conv}}, x)
 
-    golden.assert_close(ours(x, kernel), plain(x, kernel), "values", 1e-5)
+    golden.assert_close(ours(x, kernel), reference(x, kernel), "values", 1e-5)
     weights = jax.random.normal(jax.random.key(2), (2, 10, 14, 6))
-    for number in (0, 1):
+    for argument in (0, 1):
         gradients = [
-            jax.grad(lambda *a, f=f: (f(*a) * weights).sum(), number)(x, kernel)
-            for f in (ours, plain)
+            jax.grad(lambda *a, f=f: (f(*a) * weights).sum(), argument)(x, kernel)
+            for f in (ours, reference)
         ]
         golden.assert_close(*gradients, "gradients", 1e-5)
 
@@ -46,12 +46,12 @@ def test_group_norm_in_float64(channels):
 
 
 def test_group_norm_of_faint_detail_on_a_bright_image():
-    # The variance as mean(x^2) - mean(x)^2 would lose all its digits here.
+    # Here, the variance computed as mean(x^2) - mean(x)^2 would have no correct digits.
     x = np.random.default_rng(0).normal(1000, 0.5, (1, 16, 16, 32)).astype(np.float32)
     module = GroupNorm()
     y = module.apply(module.init(jax.random.key(0), x), x)
-    wide = x.astype(np.float64)
-    expected = (wide - wide.mean((1, 2))) / wide.std((1, 2))
+    x64 = x.astype(np.float64)
+    expected = (x64 - x64.mean((1, 2))) / x64.std((1, 2))
     golden.assert_close(y, expected, "norm", 1e-3)
 
 

@@ -14,10 +14,10 @@ def params():
 
 def test_reproduces_the_official_distances(params):
     recorded = golden.load("lpips")
-    x0, x1 = golden.nhwc(recorded["x0"]), golden.nhwc(recorded["x1"])
+    x0, x1 = golden.to_nhwc(recorded["x0"]), golden.to_nhwc(recorded["x1"])
     distance = jax.jit(lpips)(params, x0, x1)
     golden.assert_close(distance, recorded["distance"], "distance")
-    assert distance[-1] < 1e-12, "the last pair is one image twice"
+    assert distance[-1] < 1e-12, "the images of the last pair are equal"
 
 
 def test_gray_is_the_same_image_in_three_channels_and_flat_images_have_a_finite_gradient(params):
@@ -29,9 +29,9 @@ def test_gray_is_the_same_image_in_three_channels_and_flat_images_have_a_finite_
     np.testing.assert_array_equal(
         gray, distance(params, *(np.repeat(x, 3, -1) for x in (left, right)))
     )
-    # The parameters as an argument: as constants they would take the compiler long.
-    of_right = jax.jit(jax.grad(lambda x, params: lpips(params, left, x).sum()))
-    gradient = of_right(right, params)
+    # The parameters are an argument because constants would slow down the compiler.
+    gradient_fn = jax.jit(jax.grad(lambda x, params: lpips(params, left, x).sum()))
+    gradient = gradient_fn(right, params)
     assert np.isfinite(gradient).all() and np.abs(gradient[0]).max() > 0
 
 

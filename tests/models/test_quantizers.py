@@ -12,16 +12,16 @@ from taming_jax.models.vqgan import build_vqgan
 from tests import golden
 
 
-def nearest(codebook_size, code_dim, **settings):
+def make_quantizer(codebook_size, code_dim, **settings):
     return VectorQuantizer(VQGANConfig(codebook_size=codebook_size, code_dim=code_dim, **settings))
 
 
 @pytest.mark.parametrize("placing", ["legacy", "standard"])
 def test_reproduces_the_official_quantizer_and_its_gradients(placing):
     recorded = golden.load("compvis_quantizer")
-    z, upstream = golden.nhwc(recorded["z"]), golden.nhwc(recorded["upstream"])
+    z, upstream = golden.to_nhwc(recorded["z"]), golden.to_nhwc(recorded["upstream"])
     beta, legacy = float(recorded["beta"]), placing == "legacy"
-    quantizer = nearest(32, 6, commitment=beta, legacy_commitment=legacy)
+    quantizer = make_quantizer(32, 6, commitment=beta, legacy_commitment=legacy)
 
     def objective(z, codebook):
         out = quantizer.apply({"params": {"codebook": codebook}}, z)
@@ -29,9 +29,9 @@ def test_reproduces_the_official_quantizer_and_its_gradients(placing):
 
     gradients, out = jax.grad(objective, (0, 1), has_aux=True)(z, recorded["codebook"])
     np.testing.assert_array_equal(out.indices, recorded["indices"])
-    golden.assert_close(out.vectors, golden.nhwc(recorded["quantized"]), "quantized")
+    golden.assert_close(out.vectors, golden.to_nhwc(recorded["quantized"]), "quantized")
     golden.assert_close(out.loss.mean(), recorded["loss"], "loss")
-    golden.assert_close(gradients[0], golden.nhwc(recorded[f"{placing}/grad_z"]), "grad z")
+    golden.assert_close(gradients[0], golden.to_nhwc(recorded[f"{placing}/grad_z"]), "grad z")
     golden.assert_close(gradients[1], recorded[f"{placing}/grad_codebook"], "grad codebook")
 
 
@@ -39,11 +39,11 @@ def test_chooses_the_nearest_code_by_brute_force_in_float64():
     rng = np.random.default_rng(0)
     z, codebook = rng.normal(size=(3, 4, 5, 6)), rng.normal(size=(40, 6))
     variables = {"params": {"codebook": jnp.asarray(codebook, jnp.float32)}}
-    plain = nearest(40, 6).apply(variables, jnp.asarray(z, jnp.float32))
+    plain = make_quantizer(40, 6).apply(variables, jnp.asarray(z, jnp.float32))
     distances = ((z[..., None, :] - codebook) ** 2).sum(-1)
     np.testing.assert_array_equal(plain.indices, distances.argmin(-1))
 
-    directions = nearest(40, 6, l2_normalise=True).apply(variables, jnp.float32(z))
+    directions = make_quantizer(40, 6, l2_normalise=True).apply(variables, jnp.float32(z))
     cosines = (z @ codebook.T) / np.linalg.norm(codebook, axis=-1)
     np.testing.assert_array_equal(directions.indices, cosines.argmax(-1))
     np.testing.assert_allclose(jnp.linalg.norm(directions.vectors, axis=-1), 1, rtol=1e-5)
@@ -53,7 +53,7 @@ def test_l2_normalised_codes_do_not_depend_on_lengths():
     rng = np.random.default_rng(1)
     z = jnp.asarray(rng.normal(size=(2, 3, 3, 4)), jnp.float32)
     codebook = jnp.asarray(rng.normal(size=(16, 4)), jnp.float32)
-    quantizer = nearest(16, 4, l2_normalise=True)
+    quantizer = make_quantizer(16, 4, l2_normalise=True)
     one = quantizer.apply({"params": {"codebook": codebook}}, z)
     other = quantizer.apply({"params": {"codebook": 3 * codebook}}, 0.2 * z)
     np.testing.assert_array_equal(one.indices, other.indices)
@@ -82,8 +82,8 @@ def test_the_gumbel_quantizer_by_its_definition():
     plain = quantize(params, jnp.float32(z))
     np.testing.assert_array_equal(plain.indices, logits.argmax(-1))
     np.testing.assert_allclose(plain.vectors, codes[logits.argmax(-1)], rtol=1e-5)
-    likely = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-    expected = 0.3 * (likely * np.log(likely * 9 + 1e-10)).sum(-1)
+    probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    expected = 0.3 * (probabilities * np.log(probabilities * 9 + 1e-10)).sum(-1)
     np.testing.assert_allclose(plain.loss, expected, rtol=1e-4, atol=1e-5)
     lookup = quantizer.apply({"params": params}, plain.indices, method=GumbelQuantizer.lookup)
     np.testing.assert_allclose(lookup, plain.vectors, rtol=1e-5)
@@ -96,7 +96,7 @@ def test_the_gumbel_quantizer_by_its_definition():
     np.testing.assert_array_equal(drawn.indices, scaled.argmax(-1))
     np.testing.assert_allclose(drawn.vectors, codes[scaled.argmax(-1)], rtol=1e-5)
     assert (drawn.indices != plain.indices).any()
-    # Backwards as the soft choice, of which forwards nothing is seen.
+    # The backward pass uses the soft choice, although the forward pass does not.
     upstream = rng.normal(size=drawn.vectors.shape)
 
     def soft(params, z):
@@ -107,13 +107,13 @@ def test_the_gumbel_quantizer_by_its_definition():
     def hard(params, z):
         return (quantize(params, z, noise).vectors * upstream).sum()
 
-    found = jax.grad(hard, (0, 1))(params, jnp.float32(z))
+    gradients = jax.grad(hard, (0, 1))(params, jnp.float32(z))
     expected = jax.grad(soft, (0, 1))(params, jnp.float32(z))
-    golden.assert_close(found[1], expected[1], "latents", 1e-4)
-    golden.assert_trees_close(found[0]["proj"], expected[0]["proj"], "projection", 1e-4)
+    golden.assert_close(gradients[1], expected[1], "latents", 1e-4)
+    golden.assert_trees_close(gradients[0]["proj"], expected[0]["proj"], "projection", 1e-4)
     one_hot = np.eye(len(codes))[scaled.argmax(-1)].reshape(-1, len(codes))
-    of_codes = one_hot.T @ upstream.reshape(-1, 5)
-    golden.assert_close(found[0]["codebook"], of_codes, "codebook", 1e-4)
+    codebook_gradient = one_hot.T @ upstream.reshape(-1, 5)
+    golden.assert_close(gradients[0]["codebook"], codebook_gradient, "codebook", 1e-4)
 
 
 def test_another_number_of_codes_than_the_settings_is_refused(monkeypatch):

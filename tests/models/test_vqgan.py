@@ -28,13 +28,15 @@ def official():
     recorded = golden.load("compvis_vqgan")
     model = build_vqgan(load_config("mnist", OFFICIAL))
     ours = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
-    return recorded, golden.converted(vqgan_layout, ours, golden.under(recorded, "sd/"))
+    return recorded, golden.convert_state_dict(
+        vqgan_layout, ours, golden.select_prefix(recorded, "sd/")
+    )
 
 
 def test_reproduces_the_official_model(official):
     recorded, params = official
     model = build_vqgan(load_config("mnist", OFFICIAL))
-    x = golden.nhwc(recorded["x"])
+    x = golden.to_nhwc(recorded["x"])
 
     @jax.jit
     def forward(params, x):
@@ -43,11 +45,15 @@ def test_reproduces_the_official_model(official):
         return h, z, model.apply({"params": params}, x)
 
     h, z, (reconstruction, quantized) = forward(params, x)
-    golden.assert_close(h, golden.nhwc(recorded["h"]), "encoder")
-    golden.assert_close(z, golden.nhwc(recorded["pre_quant"]), "latents")
-    golden.assert_close(quantized.vectors, golden.nhwc(recorded["quantized"]), "quantized latents")
+    golden.assert_close(h, golden.to_nhwc(recorded["h"]), "encoder")
+    golden.assert_close(z, golden.to_nhwc(recorded["pre_quant"]), "latents")
+    golden.assert_close(
+        quantized.vectors, golden.to_nhwc(recorded["quantized"]), "quantized latents"
+    )
     golden.assert_close(quantized.loss.mean(), recorded["loss"], "quantizer's loss")
-    golden.assert_close(reconstruction, golden.nhwc(recorded["reconstruction"]), "reconstruction")
+    golden.assert_close(
+        reconstruction, golden.to_nhwc(recorded["reconstruction"]), "reconstruction"
+    )
     np.testing.assert_array_equal(quantized.indices, recorded["indices"])
     decoded = decode(model, params, quantized.indices)
     golden.assert_close(decoded, reconstruction, "decoded indices", 1e-5)
@@ -61,8 +67,8 @@ def test_bfloat16_keeps_parameters_and_answers_in_float32():
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     low = jax.jit(model.apply)({"params": params}, images)
     assert low.images.dtype == low.quantized.loss.dtype == jnp.float32
-    # Of the same codes, so that no code that turned is seen. bfloat16 has 8 bits: the answer is
-    # not float32's, and not far from it.
+    # Both decode the same codes, so that rounding cannot change a code. bfloat16 has 8 bits, so the
+    # images differ from those of float32, but not by much.
     decoded, exact = (
         decode(m, params, low.quantized.indices)
         for m in (model, build_vqgan(load_config("mnist_tiny")))

@@ -20,7 +20,7 @@ def small(**settings):
     model = GPT(11, 3, (3, 4), PriorConfig(**settings), dtype)
     tokens = jax.random.randint(jax.random.key(1), (4, 12), 0, 15)
     params = jax.jit(model.init)(jax.random.key(0), tokens[:, : model.max_length])["params"]
-    # Larger than they start, so that what a position sees matters to what it says.
+    # Larger weights than the initial ones make the logits depend strongly on the earlier tokens.
     return model, jax.tree.map(lambda p: 8 * p if p.ndim > 1 else p, params), tokens
 
 
@@ -28,7 +28,7 @@ def test_reproduces_the_official_gpt():
     recorded = golden.load("compvis_gpt")
     model = GPT(64, 0, (4, 6), PriorConfig(layers=2, heads=4, width=32))
     ours = jax.eval_shape(model.init, jax.random.key(0), recorded["tokens"])["params"]
-    params = golden.converted(gpt_layout, ours, golden.under(recorded, "sd/"))
+    params = golden.convert_state_dict(gpt_layout, ours, golden.select_prefix(recorded, "sd/"))
     logits = jax.jit(model.apply)({"params": params}, recorded["tokens"])
     golden.assert_close(logits, recorded["logits"], "logits")
 
@@ -48,22 +48,22 @@ def test_no_position_sees_a_later_one(settings):
 @pytest.mark.parametrize("settings", [{}, MODERN, {"remat": True}], ids=["gpt2", "modern", "remat"])
 def test_decoding_with_a_cache_equals_the_whole_sequence(settings):
     model, params, tokens = small(**settings)
-    whole = jax.jit(model.apply)({"params": params}, tokens)
+    expected = jax.jit(model.apply)({"params": params}, tokens)
     decode = jax.jit(functools.partial(model.apply, method=GPT.decode))
     cache, position = model.init_cache(4, 12), 0
     for size in (5, 1, 1, 5):
         part = tokens[:, position : position + size]
         logits, cache = decode({"params": params}, part, cache, position)
-        golden.assert_close(logits, whole[:, position : position + size], f"{position}", 1e-4)
+        golden.assert_close(logits, expected[:, position : position + size], f"{position}", 1e-4)
         position += size
 
 
 def test_rotary_positions_depend_on_differences_only():
     q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
 
-    def score(at, other):
-        turned = rotate(q, jnp.array([at])), rotate(k, jnp.array([other]))
-        return float((turned[0] * turned[1]).sum())
+    def score(query_position, key_position):
+        rotated = rotate(q, jnp.array([query_position])), rotate(k, jnp.array([key_position]))
+        return float((rotated[0] * rotated[1]).sum())
 
     assert score((2, 3), (1, 5)) == pytest.approx(score((7, 1), (6, 3)), rel=1e-4)
     assert abs(score((2, 3), (1, 5)) - score((2, 3), (2, 5))) > 1e-3
@@ -87,7 +87,7 @@ def test_an_examples_dropout_does_not_depend_on_its_batch():
     alone = apply(params, tokens[2:3], keys[2:3])
     np.testing.assert_allclose(alone, together[2:3], atol=1e-5)
     alike = apply(params, tokens[:1].repeat(2, 0), keys[:2])
-    assert np.abs(alike[0] - alike[1]).max() > 1e-2, "every example has a mask of its own"
+    assert np.abs(alike[0] - alike[1]).max() > 1e-2, "every example has its own mask"
 
 
 def test_recomputing_activations_changes_no_gradient():

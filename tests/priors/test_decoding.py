@@ -17,20 +17,20 @@ compiled = jax.jit(GPT.sample, static_argnums=0, static_argnames=("top_k", "grid
 
 
 def sample(model, params, labels, keys, pieces=2, **settings):
-    """Codes [b,t]; by default in two pieces, with one seam between them."""
+    """Samples codes [b,t]; by default in two pieces, with one boundary between them."""
     codes = compiled(model, params, labels, keys, pieces=pieces, **settings)
     return codes.reshape(len(labels), -1)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def uncached(model, params, labels, codes, scale=None):
-    """Logits [b,t,k] by one forward pass over the whole grid, guidance included."""
+def compute_uncached_logits(model, params, labels, codes, scale=None):
+    """Returns the logits [b,t,k] from one forward pass over the whole grid, with guidance."""
     logits = model.logits(params, labels, codes)
     if scale is None:
         return logits
-    none = jnp.full_like(labels, model.classes)
-    without = model.logits(params, none, codes)
-    return guide_logits(logits, without, scale)
+    null_labels = jnp.full_like(labels, model.classes)
+    unconditional = model.logits(params, null_labels, codes)
+    return guide_logits(logits, unconditional, scale)
 
 
 LABELS = jnp.array([0, 1, 2, 2])
@@ -40,28 +40,28 @@ KEYS = jax.random.split(jax.random.key(7), 4)
 @pytest.mark.parametrize(
     ("settings", "scale", "pieces"),
     [({}, None, 1), ({}, 2.0, 5), ({}, 2.0, 12), (MODERN, 2.0, 5)],
-    ids=["one piece", "guided", "a piece a position", "modern"],
+    ids=["one piece", "guided", "one piece per position", "modern"],
 )
 def test_greedy_codes_are_the_most_likely_of_the_whole_sequence(settings, scale, pieces):
     model, params, _ = small(**settings)
     codes = sample(
         model, params, LABELS, KEYS, temperature=0.0, guidance_scale=scale, pieces=pieces
     )
-    logits = uncached(model, params, LABELS, codes, scale)
+    logits = compute_uncached_logits(model, params, LABELS, codes, scale)
     np.testing.assert_array_equal(codes, logits.argmax(-1))
 
 
 @pytest.mark.parametrize("scale", [None, 0.0, 1.0, 2.0])
 @pytest.mark.parametrize("settings", [{}, MODERN], ids=["gpt2", "modern"])
 def test_logits_with_the_cache_equal_those_of_the_whole_sequence(settings, scale):
-    """At every position, after a prefix of codes that the model did not choose."""
+    """Compares the logits at every position, after a prefix that the model did not choose."""
     model, params, _ = small(**settings)
     codes = jax.random.randint(jax.random.key(4), (4, 12), 0, 11)
-    expected = uncached(model, params, LABELS, codes, scale)
+    expected = compute_uncached_logits(model, params, LABELS, codes, scale)
     tokens, cache = model.shift_right(LABELS, codes), model.init_cache(4, 12)
     if scale is not None:
-        none = model.shift_right(jnp.full_like(LABELS, model.classes), codes)
-        tokens, cache = jnp.concatenate([tokens, none]), model.init_cache(8, 12)
+        null_tokens = model.shift_right(jnp.full_like(LABELS, model.classes), codes)
+        tokens, cache = jnp.concatenate([tokens, null_tokens]), model.init_cache(8, 12)
     step = jax.jit(autoregressive.compute_next_logits, static_argnums=0)
     for position in range(12):
         logits, cache = step(model, params, tokens[:, position], cache, position, scale)
@@ -71,16 +71,16 @@ def test_logits_with_the_cache_equal_those_of_the_whole_sequence(settings, scale
 def test_a_prefix_is_kept_and_goes_on_as_if_it_had_been_drawn():
     model, params, _ = small()
     draw = functools.partial(sample, model, params, LABELS, KEYS)
-    whole = sample(model, params, LABELS, KEYS)
-    np.testing.assert_array_equal(draw(known=whole[:, :5]), whole)
-    other = draw(known=(whole[:, :5] + 1) % 11)
-    np.testing.assert_array_equal(other[:, :5], (whole[:, :5] + 1) % 11)
-    assert (other[:, 5:] != whole[:, 5:]).any()
+    original = sample(model, params, LABELS, KEYS)
+    np.testing.assert_array_equal(draw(known=original[:, :5]), original)
+    other = draw(known=(original[:, :5] + 1) % 11)
+    np.testing.assert_array_equal(other[:, :5], (original[:, :5] + 1) % 11)
+    assert (other[:, 5:] != original[:, 5:]).any()
 
 
 @pytest.mark.parametrize("settings", [{}, MODERN], ids=["gpt2", "modern"])
 def test_greedy_codes_after_a_prefix_under_a_changing_guidance(settings):
-    """Prefix, guidance with a schedule, and a cache that grows, against the whole sequence."""
+    """Compares a prefix, a guidance schedule, and a growing cache with the whole sequence."""
     model, params, _ = small(**settings)
     scales = jnp.linspace(0.0, 4.0, 12)
     prefix = jax.random.randint(jax.random.key(9), (4, 3), 0, 11)
@@ -89,7 +89,7 @@ def test_greedy_codes_after_a_prefix_under_a_changing_guidance(settings):
     )
     codes = draw(guidance_scale=scales)
     np.testing.assert_array_equal(codes[:, :3], prefix)
-    logits = uncached(model, params, LABELS, codes, scales[:, None])
+    logits = compute_uncached_logits(model, params, LABELS, codes, scales[:, None])
     np.testing.assert_array_equal(codes[:, 3:], logits.argmax(-1)[:, 3:])
     assert (codes != draw(guidance_scale=0.0)).any() and (codes != draw(guidance_scale=4.0)).any()
 
@@ -99,7 +99,7 @@ def test_an_image_does_not_depend_on_the_others():
     together = sample(model, params, LABELS, KEYS, top_p=0.9, top_k=8, guidance_scale=1.5)
     alone = sample(model, params, LABELS[2:3], KEYS[2:3], top_p=0.9, top_k=8, guidance_scale=1.5)
     np.testing.assert_array_equal(alone, together[2:3])
-    assert (together[2] != together[3]).any(), "of one class, with another key"
+    assert (together[2] != together[3]).any(), "two images of the same class with different keys"
 
 
 def test_draws_have_the_models_probabilities():
@@ -107,44 +107,46 @@ def test_draws_have_the_models_probabilities():
     n = 4000
     labels = jnp.ones(n, jnp.int32)
     codes = sample(model, params, labels, jax.random.split(jax.random.key(3), n), temperature=0.7)
-    logits = uncached(model, params, labels[:1], codes[:1])[0, 0]
+    logits = compute_uncached_logits(model, params, labels[:1], codes[:1])[0, 0]
     expected = jax.nn.softmax(logits / 0.7)
-    drawn = np.bincount(codes[:, 0], minlength=11) / n
-    # Four standard deviations of the widest share.
-    assert np.abs(drawn - expected).max() < 4 * np.sqrt(0.25 / n)
+    frequencies = np.bincount(codes[:, 0], minlength=11) / n
+    # Four standard deviations of a frequency of 1/2, which has the largest deviation.
+    assert np.abs(frequencies - expected).max() < 4 * np.sqrt(0.25 / n)
 
 
 def test_guidance_of_one_is_conditional_and_of_zero_is_not():
     model, params, _ = small()
     plain = sample(model, params, LABELS, KEYS)
     np.testing.assert_array_equal(sample(model, params, LABELS, KEYS, guidance_scale=1.0), plain)
-    without = sample(model, params, jnp.full(4, model.classes), KEYS)
-    np.testing.assert_array_equal(sample(model, params, LABELS, KEYS, guidance_scale=0.0), without)
-    # A schedule: unconditional at first, conditional in the end.
+    unconditional = sample(model, params, jnp.full(4, model.classes), KEYS)
+    np.testing.assert_array_equal(
+        sample(model, params, LABELS, KEYS, guidance_scale=0.0), unconditional
+    )
+    # The schedule starts unconditional and ends conditional.
     scales = jnp.where(jnp.arange(12) < 6, 0.0, 1.0)
     mixed = sample(model, params, LABELS, KEYS, guidance_scale=scales)
-    np.testing.assert_array_equal(mixed[:, :6], without[:, :6])
+    np.testing.assert_array_equal(mixed[:, :6], unconditional[:, :6])
 
 
 @pytest.mark.slow
 def test_guidance_raises_a_classifiers_agreement():
-    """Codes of three classes that overlap, a prior that learned them with label dropout, and the
-    classifier that is best by Bayes's rule."""
+    """Trains a prior with label dropout on codes of three overlapping classes, and classifies its
+    samples with the Bayes classifier."""
     rng = np.random.default_rng(0)
-    likely = jax.nn.log_softmax(jnp.asarray(rng.normal(0, 0.6, (3, 12, 11)), jnp.float32))
+    log_probs = jax.nn.log_softmax(jnp.asarray(rng.normal(0, 0.6, (3, 12, 11)), jnp.float32))
     model = small(width=32)[0]
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 12), jnp.int32))["params"]
     adam = optax.adam(3e-3)
 
     @jax.jit
     def step(params, state, key):
-        for_labels, for_codes, for_drop = jax.random.split(key, 3)
-        labels = jax.random.randint(for_labels, (256,), 0, 3)
-        codes = jax.random.categorical(for_codes, likely[labels])
-        seen = jnp.where(jax.random.bernoulli(for_drop, 0.2, (256,)), model.classes, labels)
+        label_key, code_key, drop_key = jax.random.split(key, 3)
+        labels = jax.random.randint(label_key, (256,), 0, 3)
+        codes = jax.random.categorical(code_key, log_probs[labels])
+        inputs = jnp.where(jax.random.bernoulli(drop_key, 0.2, (256,)), model.classes, labels)
 
         def loss(params):
-            tokens = model.shift_right(seen, codes)
+            tokens = model.shift_right(inputs, codes)
             return next_token(model.apply({"params": params}, tokens), codes).mean()
 
         updates, state = adam.update(jax.grad(loss)(params), state)
@@ -158,51 +160,51 @@ def test_guidance_raises_a_classifiers_agreement():
     agreement = {}
     for scale in (0.0, 1.0, 2.0):
         codes = sample(model, params, labels, keys, guidance_scale=scale)
-        found = likely[:, jnp.arange(12), codes].sum(-1).argmax(0)
-        agreement[scale] = float((found == labels).mean())
-    assert abs(agreement[0.0] - 1 / 3) < 0.05, "without the class it is chance"
+        predicted = log_probs[:, jnp.arange(12), codes].sum(-1).argmax(0)
+        agreement[scale] = float((predicted == labels).mean())
+    assert abs(agreement[0.0] - 1 / 3) < 0.05, "without the class, the agreement is chance"
     assert agreement[1.0] > 0.6 and agreement[2.0] > agreement[1.0] + 0.05, agreement
 
 
 def test_top_k_and_top_p_keep_what_they_say():
     logits = jnp.log(jnp.array([[0.5, 0.1, 0.3, 0.06, 0.04]]))
 
-    def kept(filtered):
+    def kept_codes(filtered):
         return np.flatnonzero(np.isfinite(filtered[0])).tolist()
 
-    assert kept(keep_top_k(logits, 2)) == [0, 2]
-    assert kept(keep_top_k(logits, 5)) == [0, 1, 2, 3, 4]
-    assert kept(keep_top_p(logits, 0.79)) == [0, 2]
-    assert kept(keep_top_p(logits, 0.81)) == [0, 1, 2]
-    assert kept(keep_top_p(logits, 1.0)) == [0, 1, 2, 3, 4]
-    assert kept(keep_top_p(logits, 0.0)) == [0]
+    assert kept_codes(keep_top_k(logits, 2)) == [0, 2]
+    assert kept_codes(keep_top_k(logits, 5)) == [0, 1, 2, 3, 4]
+    assert kept_codes(keep_top_p(logits, 0.79)) == [0, 2]
+    assert kept_codes(keep_top_p(logits, 0.81)) == [0, 1, 2]
+    assert kept_codes(keep_top_p(logits, 1.0)) == [0, 1, 2, 3, 4]
+    assert kept_codes(keep_top_p(logits, 0.0)) == [0]
 
 
 def test_known_codes_anywhere_are_kept():
-    """Those before a code are known to it, drawn or not; those after are not."""
+    """Known codes affect the codes after them, but not those before them."""
     model, params, _ = small()
-    whole = sample(model, params, LABELS, KEYS)
-    known = jnp.where(jnp.arange(12) % 3 == 1, (whole + 1) % 11, -1)
+    original = sample(model, params, LABELS, KEYS)
+    known = jnp.where(jnp.arange(12) % 3 == 1, (original + 1) % 11, -1)
     codes = sample(model, params, LABELS, KEYS, temperature=0.0, known=known)
     np.testing.assert_array_equal(codes[:, 1::3], known[:, 1::3])
-    likely = uncached(model, params, LABELS, codes).argmax(-1)
-    np.testing.assert_array_equal(codes[known < 0], likely[known < 0])
+    most_likely = compute_uncached_logits(model, params, LABELS, codes).argmax(-1)
+    np.testing.assert_array_equal(codes[known < 0], most_likely[known < 0])
 
 
-def by_hand(model, params, codes, row, column, scale):
-    """A code's logits by a plain forward pass over the window that the official notebook takes."""
-    (high, wide), (height, width) = model.window, codes.shape[1:]
+def compute_reference_logits(model, params, codes, row, column, scale):
+    """Returns a code's logits from a forward pass over the window as in the official notebook."""
+    (rows, columns), (height, width) = model.window, codes.shape[1:]
 
-    def local(at, window, size):
+    def locate(index, window, size):
         half = window // 2
-        if at <= half:
-            return at
-        return window - (size - at) if size - at < window - half else half
+        if index <= half:
+            return index
+        return window - (size - index) if size - index < window - half else half
 
-    i, j = local(row, high, height), local(column, wide, width)
-    window = codes[:, row - i : row - i + high, column - j : column - j + wide]
-    logits = uncached(model, params, LABELS, window.reshape(len(codes), -1), scale)
-    return logits.reshape(len(codes), high, wide, -1)[:, i, j]
+    i, j = locate(row, rows, height), locate(column, columns, width)
+    window = codes[:, row - i : row - i + rows, column - j : column - j + columns]
+    logits = compute_uncached_logits(model, params, LABELS, window.reshape(len(codes), -1), scale)
+    return logits.reshape(len(codes), rows, columns, -1)[:, i, j]
 
 
 @pytest.mark.parametrize(
@@ -220,7 +222,7 @@ def test_logits_in_a_window_are_those_of_a_plain_forward_pass(settings, scale):
     )
     for row in range(7):
         for column in range(9):
-            expected = by_hand(model, params, codes, row, column, scale)
+            expected = compute_reference_logits(model, params, codes, row, column, scale)
             golden.assert_close(logits(row, column), expected, f"{row}, {column}", 1e-5)
 
 
@@ -230,10 +232,10 @@ def test_greedy_codes_of_a_large_grid_are_the_most_likely_in_their_windows():
     codes = sample(model, params, LABELS, KEYS, grid=(7, 9), temperature=0.0, known=known)
     np.testing.assert_array_equal(codes[:, 20:30], 5)
     grids = codes.reshape(4, 7, 9)
-    for place in range(63):
-        logits = by_hand(model, params, grids, *divmod(place, 9), None)
-        if known[0, place] < 0:
-            np.testing.assert_array_equal(codes[:, place], logits.argmax(-1))
+    for position in range(63):
+        logits = compute_reference_logits(model, params, grids, *divmod(position, 9), None)
+        if known[0, position] < 0:
+            np.testing.assert_array_equal(codes[:, position], logits.argmax(-1))
 
 
 def test_a_window_as_large_as_the_grid_draws_what_the_cache_does():

@@ -101,9 +101,9 @@ def test_another_generator_or_other_images_never_read_what_is_stale(tmp_path, ge
     np.testing.assert_array_equal(codes[1:], encoded(tmp_path, generator).images[:-1])
 
 
-def test_a_disk_that_takes_no_codes_is_no_trouble(tmp_path, generator, limited):
+def test_a_disk_that_takes_no_codes_is_no_trouble(tmp_path, generator, limit_file_size):
     expected = encoded(tmp_path / "kept", generator)
-    limited(1000)
+    limit_file_size(1000)
     np.testing.assert_array_equal(encoded(tmp_path / "full", generator).images, expected.images)
     assert files(tmp_path / "full") == []
 

@@ -29,29 +29,29 @@ OFFICIAL = {
 def test_reproduces_the_official_training_step():
     recorded = golden.load("compvis_losses")
     networks = VQGANObjective.build(load_config("mnist", OFFICIAL))
-    images = golden.nhwc(recorded["x"])
+    images = golden.to_nhwc(recorded["x"])
 
     def generator_of(state_dict):
         ours = jax.eval_shape(networks.generator.init, jax.random.key(0), images)["params"]
-        return golden.converted(vqgan_layout, ours, state_dict)
+        return golden.convert_state_dict(vqgan_layout, ours, state_dict)
 
     def discriminator_of(state_dict):
         ours = jax.eval_shape(lambda x: networks.discriminator.init(jax.random.key(0), x), images)
-        return golden.converted(discriminator_layout, ours, state_dict)
+        return golden.convert_state_dict(discriminator_layout, ours, state_dict)
 
-    of_discriminator = golden.without_counts(golden.under(recorded, "disc/"))
+    of_discriminator = golden.drop_counts(golden.select_prefix(recorded, "disc/"))
     variables = discriminator_of(of_discriminator)
-    generator = Net(generator_of(golden.under(recorded, "sd/")), ())
+    generator = Net(generator_of(golden.select_prefix(recorded, "sd/")), ())
     discriminator = Net(variables["params"], (), {"batch_stats": variables["batch_stats"]})
 
     output = networks.generator.apply({"params": generator.params}, images)
     np.testing.assert_array_equal(output.quantized.indices, recorded["indices"])
-    golden.assert_close(output.images, golden.nhwc(recorded["reconstruction"]), "reconstruction")
+    golden.assert_close(output.images, golden.to_nhwc(recorded["reconstruction"]), "reconstruction")
 
     found = jax.jit(networks.compute_gradients, static_argnums=4)(
         generator, discriminator, images, load_lpips(), True
     )
-    scalars = golden.under(recorded, "scalar/")
+    scalars = golden.select_prefix(recorded, "scalar/")
     ours = {
         "total_loss": "loss", "quant_loss": "codebook", "nll_loss": "reconstruction_loss",
         "p_loss": "perceptual",
@@ -60,9 +60,9 @@ def test_reproduces_the_official_training_step():
     }  # fmt: skip
     for official, name in ours.items():
         golden.assert_close(found.metrics[name], scalars[official], official)
-    expected = generator_of(golden.under(recorded, "grad/"))
+    expected = generator_of(golden.select_prefix(recorded, "grad/"))
     golden.assert_trees_close(found.generator, expected, "generator gradient ")
-    of_discriminator |= golden.under(recorded, "disc_grad/")
+    of_discriminator |= golden.select_prefix(recorded, "disc_grad/")
     expected = discriminator_of(of_discriminator)["params"]
     golden.assert_trees_close(found.discriminator, expected, "discriminator gradient ")
 

@@ -18,16 +18,16 @@ def write(writer, *steps):
         writer.scalars(step, "train", {"nll": 0.5})
 
 
-def test_rows_that_could_not_be_written_are_written_later(tmp_path, limited):
+def test_rows_that_could_not_be_written_are_written_later(tmp_path, limit_file_size):
     path = tmp_path / "folder" / "vqgan.jsonl"
     writer = JsonLines(path.parent, "vqgan")
     write(writer, 1, 2)
-    limited(path.stat().st_size + 5)
+    limit_file_size(path.stat().st_size + 5)
     for step in (3, 4):
         with pytest.raises(OSError, match="too large"):
             write(writer, step)
     assert read_rows(path) == rows(1, 2)
-    limited(1000)
+    limit_file_size(1000)
     write(writer, 5)
     assert read_rows(path) == rows(1, 2, 3, 4, 5)
 
@@ -54,15 +54,15 @@ def test_how_fast_a_run_is_goes_to_a_file_of_its_own(tmp_path):
     assert read_rows(tmp_path / "prior_speed.jsonl") == [{"step": 2, "steps_per_second": 3.0}]
 
 
-def test_tensorboard_goes_on_in_another_file_after_a_failure(tmp_path, limited):
+def test_tensorboard_goes_on_in_another_file_after_a_failure(tmp_path, limit_file_size):
     writer = TensorBoard(tmp_path / "events")
     writer.resume(10)
     writer.scalars(11, "train", {"nll": 0.5})
     (file,) = (tmp_path / "events").iterdir()
-    limited(file.stat().st_size + 5)
+    limit_file_size(file.stat().st_size + 5)
     with pytest.raises(OSError, match="too large"):
         writer.scalars(12, "train", {"nll": 0.4})
-    limited(10_000)
+    limit_file_size(10_000)
     writer.scalars(13, "train", {"nll": 0.3})
     writer.close()
     assert scalars(tmp_path / "events") == {
