@@ -23,7 +23,7 @@ from taming_jax.parallel import distributed
 from taming_jax.parallel.devices import Devices
 from taming_jax.parallel.runtime import prepare
 from taming_jax.progress import Progress
-from taming_jax.storage import run_lock, usable
+from taming_jax.storage import create_run_folders, run_lock
 from taming_jax.training.checkpoints import FD, Store
 from taming_jax.training.log import Log
 from taming_jax.training.meter import Meter, Tracer
@@ -74,7 +74,7 @@ def train(kind: Callable[..., Stage], config: Config, restart: bool = False) -> 
         store = Store(folder, stage.name, stage.best_metric, stage.dataset)
 
         def begin(template: TrainState) -> Any:
-            usable(folder)
+            create_run_folders(folder)
             sections, begun = ("seed", "dtype", "data", stage.name), None
             source = getattr(config, stage.name).init_from
             if source is not None and (restart or not store.steps()):

@@ -24,7 +24,7 @@ from taming_jax.models.vqgan import VQGAN, encode, max_batch
 from taming_jax.parallel import distributed
 from taming_jax.parallel.devices import Devices
 from taming_jax.progress import Progress
-from taming_jax.storage import read_arrays, text_hash, write_arrays
+from taming_jax.storage import hash_json, read_arrays, write_arrays
 from taming_jax.training.state import AUGMENTATION, example_keys
 from taming_jax.weights.arrays import digest, hash_arrays
 
@@ -73,7 +73,7 @@ class Tokenizer:
             seen += [data.random_crop, data.mirror, self._config.seed, version]
         if self._known[0] is not split.images:  # read through once, not for each version
             self._known = split.images, digest(split.images)
-        key = text_hash([hash_arrays(self._params), self._known[1], seen])[:16]
+        key = hash_json([hash_arrays(self._params), self._known[1], seen])[:16]
         starts = range(0, len(split.images), FILE)
         files = {at: self._folder / key / name / f"{at:08d}.npz" for at in starts}
         held = distributed.run_on_primary(lambda: {at: read_arrays(files[at]) for at in starts})
