@@ -2,7 +2,7 @@
 """Trains stage 2, the prior over the codes of a trained stage 1:
 `python train_prior.py --config mnist`; `--help` shows the settings.
 
-Data and stage 1 are those of the run in the workdir. The same command again resumes.
+The data and stage 1 are those of the run in the workdir. Run the same command again to resume.
 """
 
 from taming_jax.cli.__main__ import run

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Trains stage 1, the VQ-GAN: `python train_vqgan.py --config mnist`; `--help` shows the settings.
 
-The same command again resumes a run that was stopped.
+Run the same command again to resume a run that was stopped.
 """
 
 from taming_jax.cli.__main__ import run

@@ -1,3 +1,3 @@
 #!/usr/bin/env bash
-# Animals-10 at 64 px, both stages, then samples: for a GPU.
+# Trains both stages on Animals-10 at 64 px and draws samples. Requires a GPU.
 exec bash "$(dirname "$0")/both.sh" animals "$@"

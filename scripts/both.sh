@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Both stages of a preset, then a grid of samples: `bash scripts/both.sh NAME [settings]`, into
-# runs/NAME. Settings (but for --workdir) are passed on to both stages; run again to resume.
+# Trains both stages of a preset and draws a grid of samples, in runs/NAME:
+# `bash scripts/both.sh NAME [settings]`. Both stages get the settings, which may be any but
+# --workdir. Run the same command again to resume.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -10,9 +11,9 @@ if [ $# -lt 1 ]; then
 fi
 name="$1"
 shift
-for given in "$@"; do
-    if [[ "$given" == --workdir* ]]; then
-        echo "This script trains into runs/$name; use train_vqgan.py for another --workdir." >&2
+for argument in "$@"; do
+    if [[ "$argument" == --workdir* ]]; then
+        echo "This script trains in runs/$name; to use another --workdir, run train_vqgan.py instead." >&2
         exit 2
     fi
 done

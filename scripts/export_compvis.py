@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The same as `taming-jax export compvis`, for a checkout."""
+"""Runs `taming-jax export compvis` from a checkout."""
 
 from taming_jax.cli.__main__ import run
 

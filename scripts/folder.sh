@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Your own pictures at 256 px, both stages, then samples, for a GPU: `bash scripts/folder.sh FOLDER`.
-# FOLDER holds a folder a class, or pictures alone.
+# Trains both stages on your own pictures at 256 px and draws samples:
+# `bash scripts/folder.sh FOLDER`. FOLDER holds one folder per class, or only pictures. Requires a
+# GPU.
 set -euo pipefail
 
 if [ $# -lt 1 ] || [ ! -d "$1" ]; then

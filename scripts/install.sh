@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Makes .venv beside this checkout and installs the package into it, with CUDA where a GPU is. The
-# environment is made by python3, or by the Python that the variable PYTHON names.
+# Creates .venv in this checkout and installs the package into it, with CUDA if there is a GPU. Uses
+# python3, or the Python in the variable PYTHON.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/python.sh
 
 extra=""
 if [[ "$(nvidia-smi -L 2>/dev/null || true)" == *GPU* ]]; then
-    # jax's CUDA 13 wheels need a driver that speaks CUDA 13; older ones take CUDA 12's.
+    # JAX's CUDA 13 wheels need a driver that supports CUDA 13; use CUDA 12 with older drivers.
     if [[ "$(nvidia-smi 2>/dev/null || true)" =~ CUDA\ Version:\ *([0-9]+) && ${BASH_REMATCH[1]} -ge 13 ]]; then
         extra="[cuda13]"
     else

@@ -1,3 +1,4 @@
 #!/usr/bin/env bash
-# MNIST at the reference's sizes, both stages of 200 epochs, then samples: for a GPU.
+# Trains both stages on MNIST with the reference's sizes, 200 epochs each, and draws samples.
+# Requires a GPU.
 exec bash "$(dirname "$0")/both.sh" mnist "$@"

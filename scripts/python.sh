@@ -1,6 +1,6 @@
 # Sourced by install.sh and test.sh.
 
-make_environment() { # FOLDER: makes a virtual environment there, unless there is one that works
+make_environment() { # FOLDER: creates a virtual environment unless a working one exists
     local check='import sys; sys.exit(sys.version_info < (3, 11))' version
     local python="${PYTHON:-python3}"
     if [ -x "$1/bin/python" ] && "$1/bin/python" -c "$check"; then

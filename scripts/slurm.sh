@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Both stages of a preset on several machines of a Slurm cluster: sbatch scripts/slurm.sh birds
-# The checkout, its .venv, the runs and the data lie where all machines see them. A process a GPU,
-# since that is how JAX divides a machine's GPUs under Slurm. Two minutes before the time limit the
-# processes get SIGTERM and save, and the job is queued again.
+# Trains both stages of a preset on several machines of a Slurm cluster:
+# `sbatch scripts/slurm.sh birds`. The checkout, its .venv, the runs and the data must be on storage
+# that all machines share. There is one process per GPU, because that is how JAX divides the GPUs of
+# a machine under Slurm. Two minutes before the time limit, the processes get SIGTERM and save, and
+# the job is queued again.
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# The whole check: makes .venv-test, installs the package and its tests' tools, then runs lint,
-# format, types and tests, with one process per core. The environment is made by python3, or by the
-# Python that the variable PYTHON names.
+# Runs all checks: creates .venv-test, installs the package and the test dependencies, then checks
+# lint, formatting and types, and runs the tests with one process per core. Uses python3, or the
+# Python in the variable PYTHON.
 #
-#   bash scripts/test.sh           the tests that take a few minutes in all
-#   bash scripts/test.sh --slow    every test: half an hour on two cores
+#   bash scripts/test.sh           the fast tests, which take a few minutes
+#   bash scripts/test.sh --slow    all tests, which take half an hour on two cores
 #
-# Other arguments go to pytest.
+# The script passes other arguments to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/python.sh

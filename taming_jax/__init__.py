@@ -5,7 +5,7 @@
     taming_jax.train(config, "vqgan")
     run = taming_jax.load_run(taming_jax.train(config, "prior"))
 
-Each name is imported when it is first used, so that importing the package costs nothing.
+Names are imported lazily, on first use, so that importing the package is fast.
 """
 
 import importlib
@@ -13,7 +13,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_WHERE = {
+_MODULES = {
     "Config": "config.schema",
     "load_config": "config.load",
     "train": "training",
@@ -33,12 +33,12 @@ _WHERE = {
     "lpips": "models.lpips",
     "load_lpips": "models.lpips",
 }
-__all__ = sorted(_WHERE)
+__all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    if name in _WHERE:
-        return getattr(importlib.import_module(f"taming_jax.{_WHERE[name]}"), name)
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"taming_jax.{_MODULES[name]}"), name)
     raise AttributeError(f"module 'taming_jax' has no attribute '{name}'")
 
 

@@ -1,8 +1,7 @@
-"""The failures that a person, not a programmer, has to read.
+"""Errors that commands report to the user in one sentence, without a traceback.
 
-`UserError` is what the user can mend, `RunFailed` what went wrong in the run itself. Both carry one
-whole sentence. `report` turns them into that sentence on stderr and an exit status, and is called
-once a command.
+`UserError` is an error that the user can fix, and `RunFailed` is a failure of the run itself.
+`report`, which each command calls once, prints the message and returns the exit status.
 """
 
 import contextlib
@@ -14,15 +13,16 @@ from typing import TextIO
 
 
 class UserError(Exception):
-    """The user can mend this: the message names the thing and says what to do. Exit status 2."""
+    """An error that the user can fix; the message says how. Exit status 2."""
 
 
 class RunFailed(Exception):
-    """The run cannot go on (not finite, nothing could be saved). Exit status 1."""
+    """A failure that the run cannot continue from, such as values that are not finite. Exit status
+    1."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal ended the run after its state was saved. Exit status 128 + the signal's number."""
+    """The end of a run by a signal, after its state was saved. Exit status 128 + signal number."""
 
     def __init__(self, signum: int, message: str):
         super().__init__(message)
@@ -30,15 +30,15 @@ class Interrupted(KeyboardInterrupt):
 
 
 def say(sentence: str, file: TextIO | None = None) -> None:
-    """Prints a sentence at once. Where it goes to a file on a full disk it is lost, or comes when
-    there is room; the run is not."""
+    """Prints a sentence and flushes it. Ignores OSError, so that a full disk or a closed pipe does
+    not stop the run."""
     with contextlib.suppress(OSError):
         print(sentence, file=file, flush=True)
 
 
 def report(command: Callable[[], object]) -> int:
-    """Runs a command and returns its exit status, with one sentence on stderr where it failed."""
-    # SIGINT ends a command at once and without a traceback, but for training (training/signals.py).
+    """Runs a command and returns its exit status. Prints one sentence on stderr if it fails."""
+    # SIGINT ends commands at once, without a traceback. Training handles it (training/signals.py).
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     status = 0
     try:
@@ -49,21 +49,22 @@ def report(command: Callable[[], object]) -> int:
     except RunFailed as error:
         status = 1
         say(f"failed: {error}", sys.stderr)
-    except Interrupted as stop:
-        status = 128 + stop.signum
-        say(f"\n{stop}", sys.stderr)
-    except BrokenPipeError:  # the reader of a pipe, such as `head`, has what it wanted
+    except Interrupted as signal_error:
+        status = 128 + signal_error.signum
+        say(f"\n{signal_error}", sys.stderr)
+    except BrokenPipeError:  # the reader of the pipe, such as `head`, has exited
         status = 0
     for stream in (sys.stdout, sys.stderr):
-        settle(stream)
+        flush_or_discard(stream)
     return status
 
 
-def settle(stream: TextIO) -> None:
-    """Drops what a stream's file does not take, over which Python would end with status 120."""
+def flush_or_discard(stream: TextIO) -> None:
+    """Flushes a stream, and discards output that cannot be written, so that Python does not exit
+    with status 120."""
     try:
         stream.flush()
     except OSError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, stream.fileno())
+        os.close(devnull)

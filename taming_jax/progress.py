@@ -1,6 +1,6 @@
-"""Progress of long-running work, by tqdm: a bar on a terminal, elsewhere a line every ten seconds.
+"""Progress of long-running work: a tqdm bar on a terminal, or else a line every ten seconds.
 
-Work that takes less than ten seconds writes nothing to a file.
+Without a terminal, work that takes less than ten seconds prints nothing.
 """
 
 import sys
@@ -10,41 +10,41 @@ from tqdm import tqdm
 
 from taming_jax.errors import say
 
-INTERVAL = 10.0  # seconds from one line to the next
+INTERVAL = 10.0  # seconds between lines
 LINE = "{desc}: {n_fmt} of {total_fmt}{unit}, {remaining} left{postfix}"
 
 _silenced = False
 
 
 def silence() -> None:
-    """Shows no progress from here on, as in all processes but the first."""
+    """Turns progress off in this process. All processes but the primary one call it."""
     global _silenced
     _silenced = True
 
 
-class Lines:
-    """A stream for tqdm on which each new state of a bar is a line on stderr."""
+class LineStream:
+    """A stream for tqdm that prints each new state of a bar as a line on stderr."""
 
-    last = ""
+    last_line = ""
 
     def write(self, text: str) -> None:
         line = text.strip()
-        if line and line != self.last:
+        if line and line != self.last_line:
             say(line, sys.stderr)
-            self.last = line
+            self.last_line = line
 
     def flush(self) -> None:
         """Does nothing: `write` does not buffer."""
 
 
 class Progress(tqdm):
-    """A context for work on `total` items, of which `initial` are done."""
+    """A progress bar for `total` items, of which `initial` are done; a context manager."""
 
     def __init__(self, name: str, total: int, unit: str, *, initial: int = 0, enabled: bool = True):
-        terminal, self._most = sys.stderr.isatty(), total
+        is_terminal, self._limit = sys.stderr.isatty(), total
         settings: dict[str, Any] = {"file": sys.stderr, "dynamic_ncols": True}
-        if not terminal:
-            settings = {"file": Lines(), "bar_format": LINE, "miniters": 1}
+        if not is_terminal:
+            settings = {"file": LineStream(), "bar_format": LINE, "miniters": 1}
             settings |= {"mininterval": INTERVAL, "delay": INTERVAL}
         super().__init__(
             desc=name, total=total, unit=f" {unit}", unit_scale=unit == "B", initial=initial,
@@ -52,11 +52,11 @@ class Progress(tqdm):
         )  # fmt: skip
 
     def update(self, count: float | None = 1) -> None:
-        """Adds finished items, up to the total: the last batch may be padded."""
-        super().update(min(count or 0, self._most - self.n))
+        """Adds finished items, at most up to the total, because the last batch may be padded."""
+        super().update(min(count or 0, self._limit - self.n))
 
 
 def say_above(sentence: str) -> None:
-    """Prints a sentence on stdout, above the bars on a terminal."""
+    """Prints a sentence on stdout, above the progress bars of a terminal."""
     with Progress.external_write_mode():
         say(sentence)

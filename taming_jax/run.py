@@ -1,4 +1,4 @@
-"""A finished (or half-finished) run as an object, for notebooks."""
+"""The Python interface to a finished or unfinished run, for example for notebooks."""
 
 import contextlib
 import copy
@@ -24,46 +24,48 @@ from taming_jax.models.vqgan import build_vqgan, decode_indices, encode, max_bat
 from taming_jax.parallel.devices import Devices, in_batches
 from taming_jax.parallel.runtime import keep_programs
 from taming_jax.priors.registry import Prior, build_prior
-from taming_jax.sampler import Sampler, Settings, kept_codes
+from taming_jax.sampler import Sampler, SamplingSettings, make_keep_mask
 from taming_jax.training.checkpoints import Store
 from taming_jax.training.tokens import Tokenizer
 
-# Images a call of the compiled functions, which are compiled for these two sizes; the last batch is
-# filled up.
-FEW, BATCH = 8, 64
+# The two batch sizes that the networks are compiled for; the last batch is padded.
+SMALL_BATCH, BATCH = 8, 64
 
 
 def load_run(workdir: str | Path, data: Mapping[str, Any] | None = None) -> "Run":
-    """The best checkpoints of the run in a folder (the newest where none was validated): the prior,
-    where there is one, with the generator whose codes it speaks, else stage 1's.
+    """Loads the best checkpoint of the run in a folder, or the newest if none was validated: the
+    prior with the generator that it was trained on if the run has a prior, else stage 1.
 
-    `data` names settings of the dataset, such as `{"path": "elsewhere/birds"}`, where they are not
-    those of the run's config.json: for data that has moved, or other data.
+    `data` overrides data settings of the run's config.json, such as `{"path": "elsewhere/birds"}`,
+    for data that has moved, or for other data.
 
-    Raises UserError where the folder holds no run, or none of its checkpoints can be read.
+    Raises UserError if the folder holds no run, or if none of its checkpoints can be read.
     """
     folder = Path(workdir)
-    run = Run(folder, *_read(folder))
+    run = Run(folder, *_load_checkpoint(folder))
     return run.with_data(data) if data else run
 
 
-def _read(folder: Path) -> tuple[Config, int, dict[str, Any] | None, Any, Any]:
-    """What a run is made of, from its folder."""
+def _load_checkpoint(folder: Path) -> tuple[Config, int, dict[str, Any] | None, Any, Any]:
+    """Returns the arguments of `Run` that a folder's checkpoint holds."""
     if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}; name a run's, such as runs/mnist_tiny.")
+        raise UserError(
+            f"there is no folder {folder}; name the folder of a run, such as runs/mnist_tiny."
+        )
     prior = Store(folder, "prior")
     if prior.steps():
         checkpoint = prior.load_best()
         transformer = checkpoint.nets["transformer"]["params"]
     else:
         checkpoint, transformer = Store(folder, "vqgan").load_best(), None
-    config = _with_current_data(checkpoint.config, folder)
+    config = _update_data_settings(checkpoint.config, folder)
     return config, checkpoint.step, checkpoint.dataset, checkpoint.generator, transformer
 
 
-def _with_current_data(config: Config, folder: Path) -> Config:
-    """A checkpoint's config with the data settings of the run's config.json, which may name another
-    place since, or the dataset of an imported run; as it is where those are of other data."""
+def _update_data_settings(config: Config, folder: Path) -> Config:
+    """Takes the data settings from the run's config.json, where the user may have changed the path,
+    or named the dataset of an imported run. Keeps the checkpoint's if config.json is about other
+    data."""
     with contextlib.suppress(UserError):
         current = read_config(folder / "config.json")
         if not differences(current, config, ("data",)):
@@ -72,10 +74,10 @@ def _with_current_data(config: Config, folder: Path) -> Config:
 
 
 class Run:
-    """A run's config, generator (its moving average where it keeps one) and prior, if it has one.
+    """A run's config, generator (its EMA if the run keeps one) and prior, if it has one.
 
-    Images are uint8 [n,h,w,c], or float [n,h,w,c] in [-1, 1], and are returned in the same form.
-    Products are computed at the highest precision the device has.
+    Images are uint8 [n,h,w,c], or float [n,h,w,c] in [-1, 1]. Matrix products use the highest
+    precision of the device.
     """
 
     def __init__(
@@ -88,11 +90,11 @@ class Run:
         transformer: Any = None,
     ):
         self.workdir, self.config, self.step, self.dataset = workdir, config, step, dataset
-        self.data_named = False  # whether `with_data` named the dataset
+        self.data_named = False  # whether `with_data` set the dataset's name
         if config.compile_cache:
             keep_programs()
         self.params = jax.device_put(generator)
-        # Codes are always computed in float32, as those the prior learned from were.
+        # Codes are always computed in float32, like those that the prior was trained on.
         self.model = build_vqgan(dataclasses.replace(config, dtype="float32"))
         self._encode = jax.jit(lambda params, images: encode(self.model, params, images).indices)
         self._decode = jax.jit(functools.partial(decode_indices, self.model))
@@ -110,62 +112,63 @@ class Run:
         return tuple(self.dataset["class_names"])
 
     def with_data(self, settings: Mapping[str, Any]) -> "Run":
-        """This run with other settings of its dataset, those of `DataConfig`: `path` says where
-        the data is now, `name` that this data is meant, whatever the run was trained on.
+        """Returns this run with other data settings (fields of `DataConfig`): `path` is the current
+        location of the data, and `name` selects a dataset, which the run need not be trained on.
 
-        Raises UserError for settings that do not exist, or do not fit the run's networks.
+        Raises UserError if a setting does not exist, or does not fit the run's networks.
         """
-        given = {k: os.fspath(x) if isinstance(x, os.PathLike) else x for k, x in settings.items()}
+        values = {k: os.fspath(x) if isinstance(x, os.PathLike) else x for k, x in settings.items()}
         config = self.config
-        if given.get("name", config.data.name) != config.data.name:
-            # Where the old data is, and what its columns are called, is not the new one's matter.
+        if values.get("name", config.data.name) != config.data.name:
+            # The path and the column names of the old dataset do not apply to the new one.
             config = replaced(config, "data", path=None, image_column=None, label_column=None)
         other = copy.copy(self)
-        other.config = override(config, {f"data.{name}": value for name, value in given.items()})
+        other.config = override(config, {f"data.{name}": value for name, value in values.items()})
         for name in ("image_size", "channels"):
-            own, new = getattr(self.config.data, name), getattr(other.config.data, name)
-            if own != new:
+            old, new = getattr(self.config.data, name), getattr(other.config.data, name)
+            if old != new:
                 raise UserError(
-                    f"{flag('data', name)} is {new}, but this run's networks take {own}."
+                    f"{flag('data', name)} is {new}, but this run's networks take {old}."
                 )
-        other.data_named = "name" in given
+        other.data_named = "name" in values
         other.__dict__.pop("class_names", None)
         return other
 
     def load_data(self) -> Splits:
-        """The run's dataset. Where `with_data` named it, says whether it is what the run was
-        trained on, as far as counts, classes and means of some images tell.
+        """Loads the run's dataset. If `with_data` set its name, also prints whether the run was
+        trained on it, judging by counts, classes and means of some images.
 
-        Raises UserError where the dataset cannot be read, and where it is not what the run was
-        trained on and was not named.
+        Raises UserError if the dataset cannot be read, or if it is not the dataset that the run was
+        trained on and `with_data` did not set its name.
         """
         splits = datasets.load(self.config.data)
-        others = datasets.fingerprint_diff(datasets.fingerprint(splits), self.dataset)
-        if others and not self.data_named:
+        changes = datasets.fingerprint_diff(datasets.fingerprint(splits), self.dataset)
+        if changes and not self.data_named:
             raise UserError(
-                f"the run in {self.workdir} was trained on other data: {'; '.join(others)}. Give "
-                "the folder of the original data by --data.path; to use this data instead, add "
+                f"the run in {self.workdir} was trained on other data: {'; '.join(changes)}. Pass "
+                "the folder of the original data with --data.path; to use this data instead, add "
                 f"--data.name {self.config.data.name}."
             )
         if self.data_named:
-            say(self.other_data(splits) or "The data is what the run was trained on.")
+            say(self.describe_data_mismatch(splits) or "The run was trained on this data.")
         return splits
 
-    def other_data(self, splits: Splits) -> str:
-        """A sentence where a dataset is not known to be what the run was trained on; else
-        nothing."""
+    def describe_data_mismatch(self, splits: Splits) -> str:
+        """Returns a sentence if the run was not trained on this dataset, or if that is not known,
+        else an empty string."""
         if self.dataset is None or "images" not in self.dataset:
             return "It is not known whether the run was trained on this data."
-        others = datasets.fingerprint_diff(datasets.fingerprint(splits), self.dataset)
-        return f"The run was trained on other data: {'; '.join(others)}." if others else ""
+        changes = datasets.fingerprint_diff(datasets.fingerprint(splits), self.dataset)
+        return f"The run was trained on other data: {'; '.join(changes)}." if changes else ""
 
-    def labels(self, classes: int | str | Iterable[int | str]) -> np.ndarray:
-        """Classes by number or by name as numbers, int32 [n]. UserError for others."""
+    def to_labels(self, classes: int | str | Iterable[int | str]) -> np.ndarray:
+        """Converts class numbers or names to labels int32 [n]. Raises UserError if a class does not
+        exist."""
         return datasets.class_numbers(classes, self.class_names)
 
     @functools.cached_property
     def prior(self) -> Prior:
-        """The prior's module. UserError where the run has none."""
+        """The prior's module. Raises UserError if the run has no prior."""
         if self.transformer is None:
             raise UserError(f"{self.workdir} has no prior yet; train one with train_prior.py.")
         return build_prior(self.config, len(self.class_names))
@@ -187,34 +190,39 @@ class Run:
         prefix: Any = None,
         **settings: Any,
     ) -> np.ndarray:
-        """New images of classes (numbers or names), float32 [n,h,w,c] in [-1, 1]: `per_class` of
-        the first, then of the second, and so on.
+        """Draws images of classes (numbers or names), float32 [n,h,w,c] in [-1, 1]: `per_class` of
+        the first class, then of the second, and so on.
 
-        Image i of a class depends on the seed, the class and i alone: images are drawn in
-        micro-batches whose size is fixed for a kind of device (8 on a CPU, 32 on others; another
-        kind rounds otherwise, and may draw other codes). `prefix` int [p] holds the first codes, in
-        raster order. `settings`, all with defaults, are
+        Image i of a class depends only on the seed, the class and i, because the size of the
+        micro-batches is fixed (8 on a CPU, 32 on other devices). Another type of device rounds
+        differently, and may draw other codes. `prefix` int [p] holds the first codes in raster
+        order. The `settings` are optional:
 
-        - `temperature`: 0 takes the most likely codes; `top_k` and `top_p` leave unlikely ones out;
-          a `guidance_scale` above 1 exaggerates what is particular to the class, and two of them
-          are the first code's and the last's, with the codes between on a line. What is None is as
-          the run's config has it (a guidance scale or top-p of 1 does nothing).
-        - `size`: height and width in pixels, where they are larger than the training images': codes
-          are then drawn in windows as large as those.
-        - `seed`; `devices`, all unless told; `batch_size`, which bounds how many images are in
-          flight, in whole micro-batches; `progress`, a bar.
+        - `temperature`: 0 takes the most likely codes. `top_k` and `top_p` exclude unlikely codes.
+          A `guidance_scale` above 1 emphasizes the class; two scales are those of the first and the
+          last code, and the codes between them are interpolated linearly. None means the value of
+          the run's config (a guidance scale or top-p of 1 has no effect).
+        - `size`: height and width in pixels. If they are larger than the training images, the codes
+          are drawn in windows of the training size.
+        - `seed`. `devices`, default: all. `batch_size`, which bounds how many images are drawn at
+          once, rounded up to whole micro-batches. `progress`, which shows a progress bar.
+
+        Raises UserError if a class does not exist, or if a setting is invalid.
         """
-        each, known = self.labels(classes), None
-        if per_class < 1 or not len(each):
-            raise UserError(f"nothing is to be drawn: {per_class} images of {len(each)} classes.")
-        labels = np.repeat(each, per_class)
-        numbers = np.tile(np.arange(per_class, dtype=np.int32), len(each))
+        class_labels, known = self.to_labels(classes), None
+        n = len(class_labels)
+        if per_class < 1 or not n:
+            raise UserError(
+                f"there is nothing to draw: {per_class} images of {n} classes; choose at least one."
+            )
+        labels = np.repeat(class_labels, per_class)
+        numbers = np.tile(np.arange(per_class, dtype=np.int32), n)
         if prefix is not None:
             codes = np.asarray(prefix)
             if codes.ndim != 1 or (codes < 0).any():
-                raise UserError("a prefix is one row of codes, from 0.")
+                raise UserError("a prefix must be a one-dimensional array of codes from 0.")
             known = np.broadcast_to(codes, (len(labels), len(codes)))
-        return np.concatenate(list(self.drawn(labels, numbers, known=known, **settings)))
+        return np.concatenate(list(self.draw_samples(labels, numbers, known=known, **settings)))
 
     def complete(
         self,
@@ -226,74 +234,88 @@ class Run:
         mask: Any = None,
         **settings: Any,
     ) -> np.ndarray:
-        """Images [n,h,w,c], of the training size or larger, with what of their codes is not kept
-        drawn anew, `per_image` of the first, then of the second, and so on: float32 [.,h,w,c] in
-        [-1, 1].
+        """Completes images [n,h,w,c] of the training size or larger: keeps some of their codes and
+        draws the others, `per_image` times for the first image, then for the second, and so on.
+        Returns float32 [n*per_image,h,w,c] in [-1, 1].
 
-        Kept is a share of the rows from the top, or where a bool `mask` [h',w'] of codes, or
-        [h,w] of pixels, is true. Codes are drawn in raster order: a code knows what is above it,
-        and to its left, kept or not, and nothing of what is kept below. `classes` is one of all
-        images, or one of each; where it is None, none, which needs a prior trained with
-        --prior.label-dropout, or one that knows one class only. `settings` are those of `sample`.
+        `keep` is the share of rows to keep from the top. A bool `mask`, [h',w'] for codes or [h,w]
+        for pixels, is true where codes are kept instead. Codes are drawn in raster order, so a code
+        depends on the codes above it and to its left, but not on kept codes after it. `classes` is
+        one class for all images or one per image. None means no class, which requires a prior with
+        a single class or one trained with --prior.label-dropout. `settings` are those of `sample`.
+
+        Raises UserError if an argument is invalid.
         """
         images = np.asarray(images)
         codes = self.encode(images)
         n, *grid = codes.shape
-        labels = self._labels_of(classes, n)
-        known = np.where(kept_codes(keep, mask, (grid[0], grid[1]), self.factor), codes, -1)
+        labels = self._resolve_labels(classes, n)
+        known = np.where(make_keep_mask(keep, mask, (grid[0], grid[1]), self.factor), codes, -1)
         if per_image < 1:
-            raise UserError(f"nothing is to be drawn: {per_image} completions per image.")
-        return np.concatenate(list(self.drawn(
+            raise UserError(f"there is nothing to draw: {per_image} completions per image.")
+        return np.concatenate(list(self.draw_samples(
             np.repeat(labels, per_image), np.tile(np.arange(per_image, dtype=np.int32), n),
             known=np.repeat(known.reshape(n, -1), per_image, 0),
             size=(images.shape[1], images.shape[2]), **settings,
         )))  # fmt: skip
 
-    def _labels_of(self, classes: int | str | Iterable[int | str] | None, n: int) -> np.ndarray:
-        """The classes of n images, int32 [n]: one of all, or one of each, or none of any."""
+    def _resolve_labels(
+        self, classes: int | str | Iterable[int | str] | None, n: int
+    ) -> np.ndarray:
+        """Returns the labels of n images, int32 [n]. None stands for images without a class."""
         if classes is None:
-            none = 0 if self.prior.classes == 1 else self.prior.classes
-            if none and not self.config.prior.label_dropout:
+            null_label = 0 if self.prior.classes == 1 else self.prior.classes
+            if null_label and not self.config.prior.label_dropout:
                 raise UserError(
-                    "this prior does not know images of no class (it was trained without "
-                    "--prior.label-dropout); name theirs."
+                    "this prior was trained without --prior.label-dropout, so it cannot draw "
+                    "images without a class; name their classes."
                 )
-            return np.full(n, none, np.int32)
-        labels = self.labels(classes)
+            return np.full(n, null_label, np.int32)
+        labels = self.to_labels(classes)
         if len(labels) not in (1, n):
-            raise UserError(f"{n} images and {len(labels)} classes were given.")
+            raise UserError(
+                f"there are {n} images and {len(labels)} classes; pass one class for all, or one "
+                "per image."
+            )
         return np.broadcast_to(labels, n)
 
-    def drawn(
+    def draw_samples(
         self, labels: np.ndarray, numbers: np.ndarray, **settings: Any
     ) -> Iterator[np.ndarray]:
-        """The images of `sample`, in parts: image `numbers[i]`, int32 [n], of class `labels[i]`,
-        int32 [n]; `settings` are those of `sample`, and `known` int [n,t], codes that are not to be
-        drawn, with -1 where they are."""
-        return self._sampler.drawn(labels, numbers, **settings)
+        """Yields the images of `sample` in batches: image number `numbers[i]` of class `labels[i]`,
+        both int32 [n]. `settings` are those of `sample`, and `known` int [n,t] with the known codes
+        in raster order, -1 for codes to draw."""
+        return self._sampler.draw_samples(labels, numbers, **settings)
 
-    def sampling(self, **settings: Any) -> Settings:
-        """The settings of `sample`, what is None as the run's config has it. UserError where they
-        cannot be."""
-        return self._sampler.settings(**settings)
+    def resolve_sampling(self, **settings: Any) -> SamplingSettings:
+        """Returns the settings of `sample`, with those of the run's config instead of None. Raises
+        UserError if one is invalid."""
+        return self._sampler.resolve_settings(**settings)
 
     def log_likelihood(self, images: Any, labels: Any) -> np.ndarray:
-        """The logarithm of the probability, in nats, that the prior gives the codes of images
-        [n,h,w,c] of classes (numbers or names, one of all images or one of each): float32 [n]."""
-        return self.code_likelihood(self.encode(images), self._labels_of(labels, len(images)))
+        """Computes the log likelihood under the prior, in nats, of the codes of images [n,h,w,c]
+        given their classes (numbers or names; one for all images, or one per image): float32 [n].
 
-    def code_likelihood(self, indices: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-        """The same of code indices int32 [n,h',w'] and classes int32 [n]."""
-        given, known = indices.shape[1:], self.prior.window
-        if given != known:
-            raise UserError(f"the prior's likelihoods are of grids of {known} codes, not {given}.")
-        return self._batched(self._likelihood, (numbers, indices), 1, self.transformer)
+        Raises UserError if the images do not have the training size.
+        """
+        labels = self._resolve_labels(labels, len(images))
+        return self.code_log_likelihood(self.encode(images), labels)
+
+    def code_log_likelihood(self, indices: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """Like `log_likelihood`, of code indices int32 [n,h',w'] and labels int32 [n]."""
+        grid, expected = indices.shape[1:], self.prior.window
+        if grid != expected:
+            raise UserError(f"the prior computes likelihoods of {expected} codes, not of {grid}.")
+        return self._apply_in_batches(self._likelihood, (labels, indices), 1, self.transformer)
 
     def tokens(self, split: str = "train") -> Split:
-        """A split of the run's dataset as codes, unsigned [n, h' * w'], not augmented, with its
-        labels: read from the run's folder, or encoded into it."""
+        """Returns the codes of a split of the run's dataset, unsigned [n, h' * w'], without
+        augmentation, and its labels. The codes are cached in the run's folder.
+
+        Raises UserError if the split does not exist, or if the data cannot be loaded.
+        """
         if split not in ("train", "validation", "test"):
-            raise UserError(f"there is no split '{split}'; take train, validation or test.")
+            raise UserError(f"there is no split '{split}'; choose train, validation or test.")
         splits = self.load_data()
         params = jax.tree.map(np.asarray, self.params)
         folder = self.workdir / "tokens"
@@ -302,13 +324,16 @@ class Run:
 
     @property
     def factor(self) -> int:
-        """How many pixels a code is high and wide."""
+        """The height and width of a code in pixels."""
         return self.config.downsample_factor
 
     def encode(self, images: Any, tile: int | None = None) -> np.ndarray:
-        """Images [n,h,w,c] to code indices, int32 [n,h',w']. Height and width are multiples of
-        `factor`; images of more than a million pixels, or where `tile` is told, are taken in tiles
-        of so many pixels a side that overlap. UserError for other shapes and types."""
+        """Encodes images [n,h,w,c] into code indices int32 [n,h',w'].
+
+        Height and width must be multiples of `factor`. If `tile` is set, or if images have more
+        than a million pixels, they are encoded in overlapping tiles of `tile` pixels per side
+        (default: 1024). Raises UserError if the shape, the type or the values are invalid.
+        """
         images, factor = np.asarray(images), self.factor
         channels = self.config.data.channels
         if (
@@ -316,45 +341,45 @@ class Run:
             or any(size < factor or size % factor for size in images.shape[1:3])
         ):  # fmt: skip
             raise UserError(
-                f"images of shape {images.shape} were given; this run takes [n, h, w, {channels}], "
-                f"h and w multiples of {factor} (it was trained on {self.config.data.image_size})."
+                f"the images have shape {images.shape}; this run takes [n, h, w, {channels}], "
+                f"with h and w multiples of {factor} (it was trained on "
+                f"{self.config.data.image_size})."
             )
         if images.dtype == np.uint8:
             images = to_float(images)
         elif not np.issubdtype(images.dtype, np.floating):
             raise UserError(
-                f"images of type {images.dtype} were given; this run takes uint8, or floats in "
-                "[-1, 1]."
+                f"the images have type {images.dtype}; this run takes uint8, or floats in [-1, 1]."
             )
         elif not np.abs(images).max(initial=0) <= 1.001:
             raise UserError(
-                "images of type float must lie in [-1, 1]; others, or NaN, were given. Pass uint8, "
-                "or images / 127.5 - 1."
+                "float images must lie in [-1, 1], but some values are outside of it or NaN; pass "
+                "uint8, or images / 127.5 - 1."
             )
 
         def encode(images: np.ndarray) -> np.ndarray:
             pixels = images.shape[1] * images.shape[2]
-            return self._batched(self._encode, (images,), pixels, self.params)
+            return self._apply_in_batches(self._encode, (images,), pixels, self.params)
 
         return tiled_inference.encode_tiled(encode, images.astype(np.float32), factor, tile)
 
     def decode(self, indices: Any, tile: int | None = None) -> np.ndarray:
-        """Code indices int [n,h',w'], a grid of any size, to images float32 [n,h,w,c] in [-1, 1];
-        in tiles as `encode`. UserError for other types and codes that do not exist."""
+        """Decodes code indices int [n,h',w'], a grid of any size, into images float32 [n,h,w,c] in
+        [-1, 1], in tiles like `encode`. Raises UserError if the type or a code is invalid."""
         indices, codes = np.asarray(indices), self.config.vqgan.codebook_size
         if indices.ndim != 3 or not np.issubdtype(indices.dtype, np.integer):
             raise UserError(
-                f"indices of shape {indices.shape} and type {indices.dtype} were given; this run "
-                "takes integers [n, h', w']."
+                f"the indices have shape {indices.shape} and type {indices.dtype}; this run takes "
+                "integers [n, h', w']."
             )
         if not indices.size:
-            raise UserError("no codes were given.")
+            raise UserError("the indices are empty; pass at least one code.")
         if indices.min() < 0 or indices.max() >= codes:
-            raise UserError(f"indices go from 0 to {codes - 1}; others were given.")
+            raise UserError(f"indices must be from 0 to {codes - 1}, but some are not.")
 
         def decode(indices: np.ndarray) -> np.ndarray:
             pixels = indices[0].size * self.factor**2
-            return self._batched(self._decode, (indices,), pixels, self.params)
+            return self._apply_in_batches(self._decode, (indices,), pixels, self.params)
 
         channels = self.config.data.channels
         return tiled_inference.decode_tiled(
@@ -362,21 +387,23 @@ class Run:
         )
 
     def reconstruct(self, images: Any) -> np.ndarray:
-        """Images through the codes and back, uint8 as uint8 and floats as float32. UserError as
-        `encode`."""
+        """Encodes and decodes images [n,h,w,c]. Returns uint8 for uint8 images, and float32 in
+        [-1, 1] for float images. Raises UserError like `encode`."""
         images = np.asarray(images)
         reconstruction = self.decode(self.encode(images))
         return to_uint8(reconstruction) if images.dtype == np.uint8 else reconstruction
 
     @staticmethod
-    def _batched(
+    def _apply_in_batches(
         function: Callable[..., jax.Array], arrays: tuple[np.ndarray, ...], pixels: int, params: Any
     ) -> np.ndarray:
         """Applies a compiled function to parameters and arrays [n, ...] in batches of one size, so
-        that it is compiled once for images of so many pixels."""
-        n, most = len(arrays[0]), max_batch(pixels, BATCH)
+        that it is compiled once per image size."""
+        n, limit = len(arrays[0]), max_batch(pixels, BATCH)
         if not n:
-            raise UserError("nothing was given: the first dimension is 0.")
-        size = most if n > FEW else min(FEW, most)
+            raise UserError(
+                "the batch is empty: the first dimension is 0; pass at least one image."
+            )
+        size = limit if n > SMALL_BATCH else min(SMALL_BATCH, limit)
         with jax.default_matmul_precision("highest"):
             return in_batches(lambda rows: function(params, *rows), arrays, size)

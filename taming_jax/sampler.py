@@ -1,5 +1,5 @@
-"""A run's prior as a source of images: compiled once for each choice of what is compiled in, and
-shared over the devices."""
+"""Sampling of images from a run's prior on several devices, compiled once per combination of static
+settings."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -18,8 +18,8 @@ from taming_jax.priors.registry import Prior
 from taming_jax.progress import Progress
 
 
-class Settings(NamedTuple):
-    """How codes are drawn; see `Run.sample`."""
+class SamplingSettings(NamedTuple):
+    """The settings that codes are drawn with; see `Run.sample`."""
 
     temperature: float
     top_k: int | None
@@ -28,7 +28,7 @@ class Settings(NamedTuple):
 
 
 class Sampler:
-    """Draws images of a run's config by its prior and generator, on any number of devices."""
+    """A sampler that draws codes from a prior and decodes them, on any number of devices."""
 
     def __init__(
         self,
@@ -44,17 +44,20 @@ class Sampler:
         self._placed = functools.cache(self._place)
         self._compiled = functools.cache(self._compile)
 
-    def settings(self, seed: int = 0, **given: Any) -> Settings:
-        """What is None as the run's config has it. UserError where the settings cannot be."""
-        preset = Settings(*(getattr(self.preset, name) for name in Settings._fields))
-        settings = preset._replace(**{k: value for k, value in given.items() if value is not None})
+    def resolve_settings(self, seed: int = 0, **overrides: Any) -> SamplingSettings:
+        """Returns the settings of the run's config, with the overrides that are not None. Raises
+        UserError if one is invalid."""
+        defaults = (getattr(self.preset, name) for name in SamplingSettings._fields)
+        settings = SamplingSettings(*defaults)
+        settings = settings._replace(**{k: x for k, x in overrides.items() if x is not None})
         check_sampling(settings, self.prior.codebook_size, self.preset.label_dropout)
         if not 0 <= seed < 2**32:
             raise UserError(f"the seed is {seed}; it must be from 0 to {2**32 - 1}.")
         return settings
 
-    def grid_of(self, size: tuple[int, int] | None) -> tuple[int, int]:
-        """The grid of images of a size in pixels. UserError where it is none, or too small."""
+    def compute_grid(self, size: tuple[int, int] | None) -> tuple[int, int]:
+        """Returns the grid of codes for images of a size in pixels, or of the training size if it
+        is None. Raises UserError if the size is invalid or too small."""
         if size is None:
             return self.prior.grid
         factor, window = self.factor, self.prior.window
@@ -63,13 +66,13 @@ class Sampler:
             for pixels, codes in zip(size, window, strict=True)
         ):
             raise UserError(
-                f"a size of {size} was asked for; it is a height and a width in pixels, multiples "
-                f"of a code's {factor}, and at least the {window[0] * factor} and "
-                f"{window[1] * factor} of the images this prior was trained on."
+                f"the size is {size}; it must be a height and a width in pixels that are multiples "
+                f"of {factor}, and at least the {window[0] * factor} and {window[1] * factor} that "
+                "the prior was trained on."
             )
         return int(size[0]) // factor, int(size[1]) // factor
 
-    def drawn(
+    def draw_samples(
         self,
         labels: np.ndarray,
         numbers: np.ndarray,
@@ -82,55 +85,55 @@ class Sampler:
         progress: bool = False,
         **settings: Any,
     ) -> Iterator[np.ndarray]:
-        """See `Run.drawn`."""
+        """Yields images in batches; see `Run.draw_samples`."""
         if batch_size is not None and batch_size < 1:
             raise UserError(f"the batch size is {batch_size}; it must be 1 or more.")
-        temperature, top_k, top_p, guidance_scale = self.settings(**settings, seed=seed)
-        grid, n = self.grid_of(size), len(labels)
+        temperature, top_k, top_p, guidance_scale = self.resolve_settings(**settings, seed=seed)
+        grid, n = self.compute_grid(size), len(labels)
         length, codes = grid[0] * grid[1], self.prior.codebook_size
-        given = np.full((n, length), -1, np.int32)
+        known_codes = np.full((n, length), -1, np.int32)
         if known is not None:
             if np.shape(known)[1] > length or not all(-1 <= x < codes for x in np.unique(known)):
                 raise UserError(f"a prefix holds at most {length} codes from 0 to {codes - 1}.")
-            given[:, : known.shape[1]] = known
-        (used, params), draw = self._placed(devices), self._compiled(devices, top_k, grid)
-        micro = sampling_batch_size(used.list[0])
+            known_codes[:, : known.shape[1]] = known
+        (replicas, params), draw = self._placed(devices), self._compiled(devices, top_k, grid)
+        micro = sampling_batch_size(replicas.list[0])
         if grid != self.prior.grid:
             micro = max_batch(length * self.factor**2, micro)
-        batch = micro * len(used)
+        batch = micro * len(replicas)
         scales = None
         if guidance_scale is not None:
             ends = np.ravel(guidance_scale)
             scales = np.linspace(ends[0], ends[-1], length, dtype=np.float32)
-        common = used.replicate({
+        shared = replicas.replicate({
             "seed": np.uint32(seed), "temperature": np.float32(temperature),
             "top_p": None if top_p is None else np.float32(top_p), "scales": scales,
         })  # fmt: skip
-        most, left = -(-(batch_size or 1) // batch), n
-        flying: list[jax.Array] = []
-        with Progress("sampling", n, "images", enabled=progress) as shown:
+        max_pending, remaining = -(-(batch_size or 1) // batch), n
+        pending: list[jax.Array] = []
+        with Progress("sampling", n, "images", enabled=progress) as bar:
             for start in range(0, n, batch):
                 rows = np.minimum(np.arange(start, start + batch), n - 1)
-                shards = used.shard({
-                    "labels": labels[rows], "numbers": numbers[rows], "known": given[rows]
+                shards = replicas.shard({
+                    "labels": labels[rows], "numbers": numbers[rows], "known": known_codes[rows]
                 })  # fmt: skip
-                flying.append(draw(params, shards | common))
-                if len(flying) == most or start + batch >= n:
-                    for part in map(used.gather, flying):
-                        part = part[:left]
-                        yield part if grid == self.prior.grid else self._decode(part)
-                        shown.update(len(part))
-                        left -= len(part)
-                    flying = []
+                pending.append(draw(params, shards | shared))
+                if len(pending) == max_pending or start + batch >= n:
+                    for outputs in map(replicas.gather, pending):
+                        outputs = outputs[:remaining]
+                        yield outputs if grid == self.prior.grid else self._decode(outputs)
+                        bar.update(len(outputs))
+                        remaining -= len(outputs)
+                    pending = []
 
     def _place(self, count: int | None) -> tuple[Devices, Any]:
-        """So many devices, and the parameters there."""
+        """Returns `count` devices, and the parameters replicated over them."""
         devices = Devices(count)
         return devices, devices.replicate(jax.tree.map(np.asarray, self.params))
 
     def _compile(self, count: int | None, top_k: int | None, grid: tuple[int, int]) -> Compiled:
-        """A function that draws images [b,h,w,c]; of a larger grid than the training images', codes
-        [b,h',w']."""
+        """Compiles a function that draws images [b,h,w,c] or, for a grid larger than the training
+        images', codes [b,h',w']."""
         prior, generator = self.prior, self.generator
 
         def draw(params: Any, arrays: dict[str, Any]) -> jax.Array:
@@ -149,23 +152,24 @@ class Sampler:
         return self._placed(count)[0].compile(draw)
 
 
-def kept_codes(keep: float, mask: Any, grid: tuple[int, int], factor: int) -> np.ndarray:
-    """Which codes of a grid are kept, bool [h',w']: see `Run.complete`."""
+def make_keep_mask(keep: float, mask: Any, grid: tuple[int, int], factor: int) -> np.ndarray:
+    """Returns a mask of the codes to keep, bool [h',w']; see `Run.complete`. Raises UserError if
+    `keep` or the shape of `mask` is invalid."""
     if mask is None:
         rows = round(keep * grid[0]) if 0 < keep < 1 else 0
         if not 0 < rows < grid[0]:
             raise UserError(
-                f"a share of {keep} of {grid[0]} rows of codes leaves nothing to keep or "
-                "nothing to draw; it is between 0 and 1."
+                f"keep is {keep}, which leaves nothing to keep or nothing to draw of {grid[0]} "
+                "rows of codes; choose a share between 0 and 1."
             )
         return np.broadcast_to(np.arange(grid[0])[:, None] < rows, grid)
     mask = np.asarray(mask, bool)
     if mask.shape == tuple(size * factor for size in grid):
-        # A code is kept where more than half of its pixels are.
+        # A code is kept if more than half of its pixels are.
         mask = mask.reshape(grid[0], factor, grid[1], factor).mean((1, 3)) > 0.5
     if mask.shape != grid:
         raise UserError(
-            f"a mask of {'x'.join(map(str, mask.shape))} was given; it is of "
-            f"{grid[0]}x{grid[1]} codes, or of {grid[0] * factor}x{grid[1] * factor} pixels."
+            f"the mask is {'x'.join(map(str, mask.shape))}; it must be {grid[0]}x{grid[1]} codes, "
+            f"or {grid[0] * factor}x{grid[1] * factor} pixels."
         )
     return mask

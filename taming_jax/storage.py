@@ -1,5 +1,4 @@
-"""Files that a full disk or a kill leaves whole or as they were, and folders that one process at a
-time works in."""
+"""Atomic writes, which survive a full disk or a killed process, and locks of a run's folder."""
 
 import contextlib
 import errno
@@ -24,33 +23,34 @@ LOCK = ".lock"
 
 
 def user_cache() -> Path:
-    """The user's own folder for what may be deleted at any time."""
+    """Returns the user's cache folder, whose files may be deleted at any time."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "taming_jax"
 
 
-def check_writable(name: str, place: Path) -> None:
-    """UserError, before the work is done, where a file cannot be written, or what is in a folder;
-    `name` is the setting that names it."""
+def check_writable(name: str, path: Path) -> None:
+    """Raises UserError if a file, or files in a folder, cannot be written, so that a command fails
+    before it does its work. `name` is the setting that holds the path."""
     try:
-        with tempfile.TemporaryFile(dir=place if place.is_dir() else place.absolute().parent):
+        with tempfile.TemporaryFile(dir=path if path.is_dir() else path.absolute().parent):
             pass
-        if place.is_file():
-            place.open("r+b").close()
+        if path.is_file():
+            path.open("r+b").close()
     except OSError as error:
         raise UserError(
-            f"{name} {place} cannot be written ({error.strerror}); choose another place."
+            f"{name} {path} cannot be written ({error.strerror}); choose another path."
         ) from error
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A file beside a place, to be written: whole, it gets its name there; where anything fails
-    (OSError, of a full disk), what was there stays, and nothing is left that holds space."""
+    """Yields a temporary path next to `path` to write to, and renames it to `path` on success. If
+    anything fails, removes it and leaves `path` unchanged. Raises OSError, for example on a full
+    disk."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         yield partial
         with partial.open("rb") as file:
-            os.fsync(file.fileno())  # on the disk before it has its name
+            os.fsync(file.fileno())  # so that the content is on the disk before the rename
         partial.replace(path)
     finally:
         with contextlib.suppress(OSError):
@@ -58,13 +58,13 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def atomic_write(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all. Raises OSError."""
+    """Writes a file completely or not at all. Raises OSError if it cannot be written."""
     with atomic_file(path) as partial:
         partial.write_bytes(content)
 
 
 def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Keeps arrays that can be had again, as an .npz; a disk that does not take them keeps none."""
+    """Caches arrays in an .npz. Does nothing if the file cannot be written."""
     content = io.BytesIO()
     np.savez(content, **cast(dict[str, Any], arrays))
     with contextlib.suppress(OSError):
@@ -73,7 +73,7 @@ def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
-    """What `write_arrays` kept; None where there is nothing, or nothing whole."""
+    """Returns the arrays that `write_arrays` cached, or None if the file is missing or damaged."""
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as content:
             return {name: content[name] for name in content}
@@ -83,47 +83,48 @@ def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
 
 @contextlib.contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """Keeps other processes and threads from training in a run's folder. The folder is made where
-    it is missing, and removed afterwards where nothing was put into it. The lock ends with its
-    process, however that ends.
+    """Locks a run's folder, so that no other process or thread trains in it. Creates the folder if
+    it is missing, and removes it afterwards if it is empty. The operating system releases the lock
+    if the process dies.
 
-    Raises UserError where another process holds the lock, or the folder cannot be written.
+    Raises UserError if another process holds the lock, or if the folder cannot be written.
     """
     file = folder.absolute() / LOCK
     lock = filelock.FileLock(file, blocking=False)
-    created = [place for place in file.parents if not place.exists()]
-    with writable(folder):
+    created = [parent for parent in file.parents if not parent.exists()]
+    with report_unwritable(folder):
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire()
         except filelock.Timeout as error:
             holder = file.read_text(errors="replace") or "another process"
             raise UserError(
-                f"{holder} trains in {folder}; wait for it, stop it, or choose another --workdir."
+                f"{holder} is training in {folder}; wait for it, stop it, or choose another "
+                "--workdir."
             ) from error
         except (OSError, NotImplementedError) as error:
             number = getattr(error, "errno", errno.ENOSYS)
             if number not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):
                 raise
             say(
-                f"The file system of {folder} has no locks ({os.strerror(number)}): nothing keeps "
-                "a second run out of the folder."
+                f"The file system of {folder} has no locks ({os.strerror(number)}): make sure that "
+                "no second run trains in the folder."
             )
     try:
-        with contextlib.suppress(OSError):  # on a full disk the lock is held all the same
+        with contextlib.suppress(OSError):  # the lock works even if a full disk rejects its text
             file.write_text(f"process {os.getpid()} on {socket.gethostname()}")
         yield
     finally:
-        with contextlib.suppress(OSError):  # a folder that is not empty stays
+        with contextlib.suppress(OSError):  # `rmdir` keeps folders that are not empty
             file.unlink()
-            for place in created:
-                place.rmdir()
+            for parent in created:
+                parent.rmdir()
         lock.release()
 
 
 @contextlib.contextmanager
-def writable(folder: Path) -> Iterator[None]:
-    """UserError in place of OSError where a run's folder cannot be written."""
+def report_unwritable(folder: Path) -> Iterator[None]:
+    """Converts OSError to UserError while a run's folder is written."""
     try:
         yield
     except OSError as error:
@@ -133,10 +134,10 @@ def writable(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def usable(folder: Path) -> None:
-    """Makes the folders that a run writes in. UserError where one of them, or the config, cannot be
-    written."""
-    with writable(folder):
+def create_run_folders(folder: Path) -> None:
+    """Creates the folders that a run writes to. Raises UserError if one of them, or the config,
+    cannot be written."""
+    with report_unwritable(folder):
         for name in ("checkpoints", "metrics", "figures"):
             (folder / name).mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder / name).close()
@@ -144,6 +145,6 @@ def usable(folder: Path) -> None:
             (folder / "config.json").open("a").close()
 
 
-def text_hash(content: Any) -> str:
-    """A hash of something JSON can hold."""
+def hash_json(content: Any) -> str:
+    """Returns the SHA-256 hash of a JSON-serializable value, in hexadecimal."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

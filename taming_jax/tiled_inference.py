@@ -1,6 +1,8 @@
-"""Images larger than memory takes at once, encoded and decoded in tiles that overlap. The networks
-normalise and attend over all they are given, so that a tile's codes are near those of the whole
-image, and not the same."""
+"""Encoding and decoding in overlapping tiles, for images that are too large for memory.
+
+Normalization and attention extend over the whole input of a network, so the codes of a tile are
+close to those of the full image, but not identical.
+"""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -11,80 +13,82 @@ from taming_jax.errors import UserError
 from taming_jax.models.vqgan import MAX_PIXELS
 
 Function = Callable[[np.ndarray], np.ndarray]
-Place = tuple[slice, slice]  # the rows and the columns of a tile
+Tile = tuple[slice, slice]  # the rows and the columns
 
 
-def tile_side(size: Sequence[int], tile: int | None, factor: int) -> int | None:
-    """The side, in codes, of the tiles for images of a size in pixels: that of `tile` pixels, or
-    None where images are small enough to be taken as they are. UserError for other tiles."""
-    whole = tile is None or isinstance(tile, int | np.integer)
-    if tile is not None and (not whole or tile < 4 * factor or tile % factor):
+def choose_tile_side(size: Sequence[int], tile: int | None, factor: int) -> int | None:
+    """Returns the side of a tile in codes, for images of a size in pixels and tiles of `tile`
+    pixels per side, or None if the images are small enough to need no tiles. Raises UserError if
+    `tile` is invalid."""
+    is_integer = tile is None or isinstance(tile, int | np.integer)
+    if tile is not None and (not is_integer or tile < 4 * factor or tile % factor):
         raise UserError(
-            f"tiles of {tile} pixels were asked for; take a multiple of {factor}, {4 * factor} or "
-            "more."
+            f"the tile is {tile} pixels; it must be a multiple of {factor}, {4 * factor} or more."
         )
     if tile is None and size[0] * size[1] <= MAX_PIXELS:
         return None
     return (tile or math.isqrt(MAX_PIXELS)) // factor
 
 
-def tile_starts(size: int, tile: int, overlap: int) -> list[int]:
-    """Where tiles begin along an axis, so that they cover it and overlap at least so far."""
+def compute_tile_starts(size: int, tile: int, overlap: int) -> list[int]:
+    """Returns the starts of tiles along an axis, which cover it and overlap at least `overlap`."""
     if size <= tile:
         return [0]
     count = math.ceil((size - overlap) / (tile - overlap))
     return [round(i * (size - tile) / (count - 1)) for i in range(count)]
 
 
-def iterate_tiles(shape: Sequence[int], tile: int) -> Iterator[Place]:
-    """The tiles of a grid, a quarter of which overlaps with the next."""
-    rows, columns = (tile_starts(size, tile, tile // 4) for size in shape)
+def iterate_tiles(shape: Sequence[int], tile: int) -> Iterator[Tile]:
+    """Yields the tiles of a grid; adjacent tiles overlap by at least a quarter of their side."""
+    rows, columns = (compute_tile_starts(size, tile, tile // 4) for size in shape)
     for row in rows:
         for column in columns:
             yield slice(row, row + tile), slice(column, column + tile)
 
 
-def in_pixels(place: Place, factor: int) -> Place:
-    rows, columns = (slice(part.start * factor, part.stop * factor) for part in place)
+def to_pixels(tile: Tile, factor: int) -> Tile:
+    """Converts a tile of codes to one of pixels."""
+    rows, columns = (slice(axis.start * factor, axis.stop * factor) for axis in tile)
     return rows, columns
 
 
-def center_weight(shape: Sequence[int]) -> np.ndarray:
-    """A weight for each entry of a tile, which grows from its edges to its middle."""
-    each = (np.minimum(np.arange(1, n + 1), np.arange(n, 0, -1)) for n in shape)
-    return np.multiply.outer(*each).astype(np.float32)
+def make_center_weights(shape: Sequence[int]) -> np.ndarray:
+    """Returns weights float32 [h,w] for a tile, which grow from its edges to its center."""
+    ramps = (np.minimum(np.arange(1, n + 1), np.arange(n, 0, -1)) for n in shape)
+    return np.multiply.outer(*ramps).astype(np.float32)
 
 
 def encode_tiled(encode: Function, images: np.ndarray, factor: int, tile: int | None) -> np.ndarray:
-    """Codes int32 [n,h/factor,w/factor] of images [n,h,w,c], by tiles of so many pixels a side (see
-    `tile_side`): each code from the tile in whose middle it is nearest to be."""
+    """Encodes images [n,h,w,c] into codes int32 [n,h/factor,w/factor], in tiles of `tile` pixels
+    per side (see `choose_tile_side`). Each code comes from the tile whose center is closest."""
     n, height, width = images.shape[:3]
-    grid, side = (height // factor, width // factor), tile_side((height, width), tile, factor)
+    grid = (height // factor, width // factor)
+    side = choose_tile_side((height, width), tile, factor)
     if side is None:
         return encode(images)
     codes, best = np.zeros((n, *grid), np.int32), np.zeros(grid, np.float32)
-    for place in iterate_tiles(grid, side):
-        found = encode(images[:, *in_pixels(place, factor)])
-        weight = center_weight(found.shape[1:])
-        codes[:, *place] = np.where(weight > best[place], found, codes[:, *place])
-        best[place] = np.maximum(weight, best[place])
+    for area in iterate_tiles(grid, side):
+        tile_codes = encode(images[:, *to_pixels(area, factor)])
+        weights = make_center_weights(tile_codes.shape[1:])
+        codes[:, *area] = np.where(weights > best[area], tile_codes, codes[:, *area])
+        best[area] = np.maximum(weights, best[area])
     return codes
 
 
 def decode_tiled(
     decode: Function, codes: np.ndarray, factor: int, channels: int, tile: int | None
 ) -> np.ndarray:
-    """Images float32 [n,h*factor,w*factor,channels] of codes [n,h,w], by tiles of so many pixels a
-    side (see `tile_side`), which run into one another where they overlap."""
+    """Decodes codes [n,h,w] into images float32 [n,h*factor,w*factor,channels], in tiles of `tile`
+    pixels per side (see `choose_tile_side`), which are blended where they overlap."""
     n, *grid = codes.shape
     size = [codes * factor for codes in grid]
-    side = tile_side(size, tile, factor)
+    side = choose_tile_side(size, tile, factor)
     if side is None:
         return decode(codes)
-    total, weights = np.zeros((n, *size, channels), np.float32), np.zeros(size, np.float32)
-    for place in iterate_tiles(grid, side):
-        found, pixels = decode(codes[:, *place]), in_pixels(place, factor)
-        weight = center_weight(found.shape[1:3])
-        total[:, *pixels] += found * weight[..., None]
-        weights[pixels] += weight
-    return total / weights[..., None]
+    total, total_weights = np.zeros((n, *size, channels), np.float32), np.zeros(size, np.float32)
+    for area in iterate_tiles(grid, side):
+        images, pixels = decode(codes[:, *area]), to_pixels(area, factor)
+        weights = make_center_weights(images.shape[1:3])
+        total[:, *pixels] += images * weights[..., None]
+        total_weights[pixels] += weights
+    return total / total_weights[..., None]

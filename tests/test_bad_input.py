@@ -31,8 +31,8 @@ def workdir(tmp_path):
     ("arguments", "says"),
     [
         ("--config mnist_tny", "did you mean 'mnist_tiny'?"),
-        ("", "say which --config to train"),
-        ("--config", "say which --config to train"),
+        ("", "choose what to train with --config"),
+        ("--config", "choose what to train with --config"),
         ("--config nowhere/config.json", "nowhere/config.json cannot be read"),
         ("--config mnist_tiny --vqgan.batch-size 0", "--vqgan.batch-size is 0"),
         ("--config mnist_tiny --devices 4 --vqgan.batch-size 6", "divided among 4 devices"),
@@ -100,7 +100,7 @@ def test_a_workdir_that_another_run_trains_in(capsys, workdir):
                     capsys, "--config", "mnist_tiny", "--workdir", workdir,
                     script=script,
                 ),
-                f"process {os.getpid()} on {socket.gethostname()} trains in {workdir}; wait for it",
+                f"process {os.getpid()} on {socket.gethostname()} is training in {workdir}; wait",
             )  # fmt: skip
             assert {p: p.read_bytes() for p in workdir.rglob("*")} == before
 

@@ -81,18 +81,18 @@ def test_more_images_than_a_batch_are_the_same_as_one_by_one(run):
 
 def test_what_a_run_cannot_take_is_a_sentence(run, tmp_path):
     for call, says in (
-        (lambda: run.encode(np.zeros((16, 16, 1))), "images of shape"),
+        (lambda: run.encode(np.zeros((16, 16, 1))), "the images have shape"),
         (
             lambda: run.encode(np.zeros((1, 28, 27, 1))),
-            r"takes \[n, h, w, 1\], h and w multiples of 2",
+            r"takes \[n, h, w, 1\], with h and w multiples of 2",
         ),
-        (lambda: run.decode(np.zeros((1, 8, 8), int), tile=7), "tiles of 7 pixels"),
-        (lambda: run.encode(np.zeros((0, 16, 16, 1))), "nothing was given"),
-        (lambda: run.encode(np.zeros((1, 16, 16, 1), int)), "images of type int64"),
+        (lambda: run.decode(np.zeros((1, 8, 8), int), tile=7), "the tile is 7 pixels"),
+        (lambda: run.encode(np.zeros((0, 16, 16, 1))), "the batch is empty"),
+        (lambda: run.encode(np.zeros((1, 16, 16, 1), int)), "the images have type int64"),
         (lambda: run.encode(np.full((1, 16, 16, 1), 2.0)), r"must lie in \[-1, 1\]"),
         (lambda: run.encode(np.full((1, 16, 16, 1), np.nan)), r"must lie in \[-1, 1\]"),
         (lambda: run.decode(np.zeros((1, 8, 8))), "takes integers"),
-        (lambda: run.decode(np.zeros((1, 0, 0), int)), "no codes"),
+        (lambda: run.decode(np.zeros((1, 0, 0), int)), "the indices are empty"),
         (lambda: run.decode(np.full((1, 8, 8), 128)), "from 0 to 127"),
         (lambda: taming_jax.load_run(tmp_path), "holds no vqgan checkpoint"),
         (lambda: taming_jax.train(run.config, "vqgen"), "no stage 'vqgen'"),

@@ -63,7 +63,7 @@ def test_data_that_has_moved_is_named_and_recognised(place, capsys):
     expected = run.encode(images).reshape(len(images), -1)
     capsys.readouterr()
     np.testing.assert_array_equal(moved.tokens("test").images, expected)
-    assert "The data is what the run was trained on." in capsys.readouterr().out
+    assert "The run was trained on this data." in capsys.readouterr().out
     given = run.with_data({"path": place / "new"}).tokens("test")
     np.testing.assert_array_equal(given.images, expected)
 

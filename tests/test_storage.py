@@ -43,7 +43,9 @@ def test_a_folder_is_one_process_s_until_that_dies(tmp_path):
     try:
         assert holder.stdout.readline() == b"held\n"
         with (
-            pytest.raises(UserError, match=rf"process {holder.pid} on {socket.gethostname()} trai"),
+            pytest.raises(
+                UserError, match=rf"process {holder.pid} on {socket.gethostname()} is tr"
+            ),
             run_lock(folder),
         ):
             pass

@@ -8,7 +8,7 @@ from taming_jax import tiled_inference
 
 @pytest.mark.parametrize(("size", "tile"), [(5, 8), (8, 8), (9, 8), (40, 8), (41, 16), (100, 12)])
 def test_tiles_cover_an_axis_and_overlap(size, tile):
-    found = tiled_inference.tile_starts(size, tile, tile // 4)
+    found = tiled_inference.compute_tile_starts(size, tile, tile // 4)
     assert found[0] == 0 and found[-1] == max(size - tile, 0)
     for one, next_one in itertools.pairwise(found):
         assert 0 < next_one - one <= tile - tile // 4

@@ -1,4 +1,4 @@
-"""The command `taming-jax`, and `python -m taming_jax.cli`: a subcommand by its name."""
+"""The entry point of `taming-jax` and `python -m taming_jax.cli`, which runs a subcommand."""
 
 import difflib
 import importlib
@@ -6,25 +6,25 @@ import sys
 
 from taming_jax.errors import UserError, report, say
 
-# Where each subcommand is, and what it does.
+# The module and function of each subcommand, and its line of help.
 COMMANDS = {
     "train-vqgan": ("train:train_vqgan", "train stage 1, the VQ-GAN"),
-    "train-prior": ("train:train_prior", "train stage 2, the prior over its codes"),
-    "sample": ("sample:main", "draw images from a run"),
-    "complete": ("sample:complete", "draw the rest of given pictures"),
-    "evaluate": ("evaluate:main", "measure a run, or compare two reports"),
-    "encode": ("encode:main", "write a split of a run's dataset as codes"),
-    "dataset": ("dataset:main", "show what a dataset holds"),
-    "import compvis": ("import_compvis:main", "make a run of an official checkpoint"),
-    "import llamagen": ("import_llamagen:main", "make a run of LlamaGen's checkpoints"),
-    "export compvis": ("export_compvis:main", "write a run as an official checkpoint"),
-    "recipes": ("recipes:main", "train and measure the rows of docs/recipes.md"),
+    "train-prior": ("train:train_prior", "train stage 2, the prior over the codes of stage 1"),
+    "sample": ("sample:main", "draw new images from a run"),
+    "complete": ("sample:complete", "draw the missing part of pictures"),
+    "evaluate": ("evaluate:main", "evaluate a run, or compare two reports"),
+    "encode": ("encode:main", "write the codes of a split of a run's dataset"),
+    "dataset": ("dataset:main", "describe a dataset"),
+    "import compvis": ("import_compvis:main", "import an official checkpoint as a run"),
+    "import llamagen": ("import_llamagen:main", "import LlamaGen checkpoints as a run"),
+    "export compvis": ("export_compvis:main", "export a run as an official checkpoint"),
+    "recipes": ("recipes:main", "train and evaluate the rows of docs/recipes.md"),
     "benchmark": ("benchmark:main", "measure how fast a preset trains on this machine"),
 }
 
 
 def show_help(names: list[str]) -> None:
-    # By `say`, since the reader of a pipe may have gone.
+    # `say` ignores errors of a pipe whose reader has exited.
     say("usage: taming-jax COMMAND [settings]; `taming-jax COMMAND --help` shows its settings.\n")
     for name in names:
         say(f"  {name:<16} {COMMANDS[name][1]}")
@@ -49,7 +49,9 @@ def dispatch() -> None:
         return
     close = difflib.get_close_matches(words[0], COMMANDS, 1)
     hint = f"did you mean '{close[0]}'? " if close else ""
-    raise UserError(f"there is no command '{words[0]}'; {hint}`taming-jax` lists the commands.")
+    raise UserError(
+        f"there is no command '{words[0]}'; {hint}run `taming-jax` to list the commands."
+    )
 
 
 def run(name: str) -> int:

@@ -1,5 +1,5 @@
-"""Arguments that several commands share: a preset or config.json with settings over it, the dataset
-of a run, and where this process stands among several."""
+"""Command-line arguments that several commands share: a preset or config.json with overrides, the
+dataset of a run, and the processes of distributed training."""
 
 import argparse
 import dataclasses
@@ -30,19 +30,19 @@ T = TypeVar("T")
 
 
 def parse(command: type[T], description: str | None) -> T:
-    """The command line as the settings of a command, a dataclass whose docstrings are its help.
-    tyro ends the process with status 2, and a message of its own, where a flag is wrong."""
+    """Parses the command line into the dataclass `command`, whose docstrings are the help texts.
+    tyro exits with status 2 and its own message if a flag is invalid."""
     return tyro.cli(command, description=description, args=sys.argv[1:])
 
 
-# Settings of a dataset that a run's networks fix, or that matter in training only.
+# Data settings that the run's networks determine, or that only affect training.
 FIXED_OR_TRAINING_ONLY = ("image_size", "channels", "random_crop", "mirror")
 HELP = {
-    "name": "folder, OWNER/NAME of the Hugging Face hub, …; needed to use other data",
-    "path": "the folder that the data is in now",
-    "cache": "the folder of decoded images",
+    "name": "folder, OWNER/NAME on the Hugging Face Hub, …; required to use other data",
+    "path": "the current folder of the data",
+    "cache": "the folder that caches decoded images",
 }
-# The others as flags `--data.…`: only needed if the data has moved, or to use other data.
+# The other data settings as `--data.…` flags, for data that has moved or for other data.
 DataFlags: Any = dataclasses.make_dataclass(
     "DataFlags",
     [
@@ -54,28 +54,28 @@ DataFlags: Any = dataclasses.make_dataclass(
 )
 
 
-def data_settings(given: Any) -> dict[str, Any]:
-    """The settings that were given by the flags `--data.…`, by their names in `DataConfig`."""
-    return {name: value for name, value in vars(given).items() if value is not None}
+def collect_data_settings(flags: Any) -> dict[str, Any]:
+    """Returns the settings that `--data.…` flags set, by their names in `DataConfig`."""
+    return {name: value for name, value in vars(flags).items() if value is not None}
 
 
 def check_output(name: str, file: Path, suffixes: Sequence[str] = ()) -> None:
-    """UserError where a file cannot be written, or has none of the suffixes; `name` is the flag
-    that names it."""
+    """Raises UserError if the file cannot be written or has none of the suffixes. `name` is the
+    flag of the file."""
     if file.is_dir():
         raise UserError(f"{name} {file} is a folder; name a file in it.")
     if suffixes and file.suffix not in suffixes:
-        raise UserError(f"{name} {file}: name a {' or a '.join(suffixes)}.")
+        raise UserError(f"{name} {file} has a wrong suffix; name a {' or a '.join(suffixes)} file.")
     check_writable(name, file)
 
 
 @dataclass(frozen=True)
 class Training:
-    """What to train, whether to begin anew, and with which other processes."""
+    """The config to train, whether to start over, and the processes that take part."""
 
     config: Annotated[Config, tyro.conf.arg(name="")]
     restart: bool = False
-    """Begin anew in a workdir that holds a run of this stage."""
+    """Start over in a workdir that already holds a run of this stage."""
     processes: Annotated[Processes, tyro.conf.arg(name="")] = field(default_factory=Processes)
 
 
@@ -88,11 +88,11 @@ def parse_training(
     stage: str = "vqgan",
     description: str | None = None,
 ) -> Command:
-    """The command line of a training script, or of a command with the same settings.
+    """Parses the command line of a training script, or of a command with the same settings.
 
-    `--config` is read first and names the defaults; tyro reads the rest, and exits with status 2
-    and its own message where a flag is wrong. Stage "prior" takes the data and stage 1's settings
-    from the run in its workdir; flags that contradict them raise UserError.
+    `--config` is parsed first because it sets the defaults. tyro parses the rest, and exits with
+    status 2 and its own message if a flag is invalid. Stage "prior" takes the data and the settings
+    of stage 1 from the run in its workdir. Raises UserError if flags contradict them.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", nargs="?")
@@ -100,38 +100,38 @@ def parse_training(
     words = [word for word in arguments if word not in ("-h", "--help")]
     known, rest = first.parse_known_args(words)
     wants_help = len(words) < len(arguments)
-    base = run = default_config(known.config, known.workdir, wants_help)
+    base = run = load_default_config(known.config, known.workdir, wants_help)
     if stage == "prior" and (base.folder / "config.json").exists():
         run = read_config(base.folder / "config.json")
         base = dataclasses.replace(
             base, seed=run.seed, dtype=run.dtype, data=run.data, vqgan=run.vqgan
         )
     elif stage == "prior" and not wants_help:
-        into = "" if known.workdir is None else f" --workdir {shlex.quote(known.workdir)}"
+        workdir = "" if known.workdir is None else f" --workdir {shlex.quote(known.workdir)}"
         raise UserError(
-            f"{base.folder} holds no stage 1 to learn the codes of; train it first, with "
-            f"python train_vqgan.py --config {known.config}{into}"
+            f"{base.folder} holds no stage 1, which stage 2 requires; train it first with `python "
+            f"train_vqgan.py --config {known.config}{workdir}`."
         )
-    line = tyro.cli(
+    parsed = tyro.cli(
         command, default=command(base), args=["--help"] if wants_help else rest,
         description=description,
     )  # fmt: skip
-    different = differences(line.config, run, ("data", "vqgan")) if stage == "prior" else []
+    different = differences(parsed.config, run, ("data", "vqgan")) if stage == "prior" else []
     if different:
         raise UserError(
-            f"the run in {base.folder} was trained otherwise: {'; '.join(different)}. Leave these "
-            "settings out, or train a stage 1 with them."
+            f"the run in {base.folder} was trained with other settings: {'; '.join(different)}. "
+            "Leave these settings out, or train a new stage 1 with them."
         )
-    config = with_absolute_paths(line.config)
-    return dataclasses.replace(line, config=validated(config))
+    config = make_paths_absolute(parsed.config)
+    return dataclasses.replace(parsed, config=validated(config))
 
 
-def default_config(name: str | None, workdir: str | None, wants_help: bool) -> Config:
-    """The config that --config and --workdir name, and flags change; mnist's, to show its help,
-    where it does not exist."""
+def load_default_config(name: str | None, workdir: str | None, wants_help: bool) -> Config:
+    """Loads the config that --config and --workdir name and that flags override. For help, falls
+    back to the preset mnist if that config does not exist."""
     if name is None and not wants_help:
         raise UserError(
-            f"say which --config to train; the presets are {', '.join(preset_names())}."
+            f"choose what to train with --config; the presets are {', '.join(preset_names())}."
         )
     try:
         config = load_config(name or "mnist")
@@ -140,12 +140,12 @@ def default_config(name: str | None, workdir: str | None, wants_help: bool) -> C
             raise
         config = load_config("mnist")
     if workdir == "" and not wants_help:
-        raise UserError("--workdir needs a value, the run's folder.")
+        raise UserError("--workdir needs a value: the folder of the run.")
     return dataclasses.replace(config, workdir=workdir or config.workdir)
 
 
-def with_absolute_paths(config: Config) -> Config:
-    """The config of a run that may be used from another folder later."""
+def make_paths_absolute(config: Config) -> Config:
+    """Makes a config's paths absolute, so that the run can be used from any working directory."""
     for section, name in (("data", "path"), ("vqgan", "init_from"), ("prior", "init_from")):
         if (path := getattr(getattr(config, section), name)) is not None:
             config = replaced(config, section, **{name: str(Path(path).absolute())})

@@ -1,9 +1,9 @@
-"""How fast a preset trains on this machine.
+"""Measures how fast a preset trains on this machine.
 
     taming-jax benchmark --config mnist --stage vqgan
     taming-jax benchmark --config mnist --stage prior
 
-Prints, for each training step (stage 1 has one before and one after the discriminator starts):
+For each training step (stage 1 has one before and one after the discriminator starts), prints the
 compile time, steps and images per second, floating-point operations per step, and peak memory.
 """
 
@@ -31,8 +31,8 @@ from taming_jax.training.vqgan import VQGANStage
 HEADINGS = f"{'step':<26}{'compile':>10}{'steps/s':>10}{'images/s':>10}{'a step':>18}  peak memory"
 
 
-def timed(function: Callable, *arguments: Any) -> tuple[float, Any]:
-    """The seconds that a call takes, and what it returns."""
+def time_call(function: Callable, *arguments: Any) -> tuple[float, Any]:
+    """Returns the duration of a call in seconds, and its result."""
     start = time.perf_counter()
     result = jax.block_until_ready(function(*arguments))
     return time.perf_counter() - start, result
@@ -41,28 +41,29 @@ def timed(function: Callable, *arguments: Any) -> tuple[float, Any]:
 def measure_step(
     name: str, step: Compiled, state: Any, feed: Feed, config: Config, devices: Devices, count: int
 ) -> Any:
-    """Compiles a training step, prints a row of its median speed over `count` calls, and returns
-    the state that they leave."""
-    compiling, _ = timed(step.prepare, state, feed.batch(0).arrays)
+    """Compiles a training step, prints a row with its median speed over `count` calls, and returns
+    the state after them."""
+    compile_seconds, _ = time_call(step.prepare, state, feed.batch(0).arrays)
     times = []
     for number in range(count + 1):
-        seconds, (state, _) = timed(step, state, feed.batch(number).arrays)
+        seconds, (state, _) = time_call(step, state, feed.batch(number).arrays)
         times.append(seconds)
-    median = float(np.median(times[1:]))  # the first warms caches
+    median = float(np.median(times[1:]))  # the first call warms caches
     device = devices.list[0]
     metrics = Meter(device, config, print)(step.flops, 1 / median)
     operations = f"{(step.flops or 0) * len(devices) / 1e9:>12.2f} GFLOP"
     if "utilisation" in metrics:
-        operations += f", {metrics['utilisation']:.0%} of a device's most"
-    where = "the device" if device.memory_stats() else "the process"
+        operations += f", {metrics['utilisation']:.0%} of the device's peak"
+    memory_kind = "the device" if device.memory_stats() else "the process"
     print(
-        f"{name:<26}{compiling:>8.1f} s{1 / median:>10.2f}{feed.batch_size / median:>10.1f}"
-        f"{operations}  {metrics['memory_peak_bytes'] / 2**20:.0f} MiB of {where}"
+        f"{name:<26}{compile_seconds:>8.1f} s{1 / median:>10.2f}{feed.batch_size / median:>10.1f}"
+        f"{operations}  {metrics['memory_peak_bytes'] / 2**20:.0f} MiB of {memory_kind}"
     )
     return state
 
 
 def measure_vqgan(config: Config, devices: Devices, count: int) -> None:
+    """Measures the training steps of stage 1."""
     stage = VQGANStage(config, devices, restart=True)
     feed, _ = stage.build_feeds()
     state = copy_buffers(devices.replicate(stage.init(jax.random.key(0))))
@@ -73,7 +74,7 @@ def measure_vqgan(config: Config, devices: Devices, count: int) -> None:
 
 
 def measure_prior(config: Config, devices: Devices, count: int) -> None:
-    """The training step of stage 2 on random codes."""
+    """Measures the training step of stage 2 on random codes."""
     devices.check_batch("prior", config.prior.batch_size, config.prior.micro_batches)
     model = build_prior(config, 10)
     rng = np.random.default_rng(0)
@@ -90,7 +91,7 @@ def measure_prior(config: Config, devices: Devices, count: int) -> None:
 @dataclass(frozen=True)
 class DataPath:
     path: str | None = None
-    """Local files, in place of the preset's download."""
+    """The dataset's local files. Default: the preset's download."""
 
 
 @dataclass(frozen=True)
@@ -98,24 +99,24 @@ class Benchmark:
     config: str = "mnist"
     stage: Literal["vqgan", "prior"] = "vqgan"
     batch_size: int | None = None
-    """Default: the preset's."""
+    """Default: the preset's batch size."""
     devices: int | None = None
     steps: int = 5
-    """Timed steps of each kind."""
+    """How often to time each training step."""
     data: DataPath = DataPath()
 
 
 def main() -> None:
-    given = parse(Benchmark, __doc__)
-    overrides: dict[str, Any] = {"devices": given.devices, "data.path": given.data.path}
-    if given.batch_size is not None:
-        overrides |= {"vqgan.batch_size": given.batch_size, "prior.batch_size": given.batch_size}
-    config = load_config(given.config, overrides)
+    args = parse(Benchmark, __doc__)
+    overrides: dict[str, Any] = {"devices": args.devices, "data.path": args.data.path}
+    if args.batch_size is not None:
+        overrides |= {"vqgan.batch_size": args.batch_size, "prior.batch_size": args.batch_size}
+    config = load_config(args.config, overrides)
     devices = Devices(config.devices)
     print(
-        f"{given.config}, {given.stage}: batches of {getattr(config, given.stage).batch_size} on "
+        f"{args.config}, {args.stage}: batches of {getattr(config, args.stage).batch_size} on "
         f"{len(devices)} {devices.list[0].device_kind} device(s), {config.dtype}, "
         f"jax {jax.__version__}"
     )
-    measure = {"vqgan": measure_vqgan, "prior": measure_prior}[given.stage]
-    measure(config, devices, given.steps)
+    measure = {"vqgan": measure_vqgan, "prior": measure_prior}[args.stage]
+    measure(config, devices, args.steps)

@@ -1,9 +1,9 @@
-"""Measures a run: its reconstructions, and its samples where it has a prior.
+"""Evaluates a run: its reconstructions and, if it has a prior, its samples.
 
     taming-jax evaluate --workdir runs/mnist --samples 5000 --out eval.json
     taming-jax evaluate --compare one.json other.json
 
-What the figures mean, and against what they are taken: docs/evaluation.md.
+docs/evaluation.md explains the metrics and what they compare.
 """
 
 import json
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from taming_jax.cli.arguments import DataFlags, check_output, data_settings, parse
+from taming_jax.cli.arguments import DataFlags, check_output, collect_data_settings, parse
 from taming_jax.errors import RunFailed, UserError
 from taming_jax.evaluation.protocol import Protocol
 from taming_jax.storage import atomic_write, check_writable
@@ -23,82 +23,85 @@ class Evaluate(Protocol):
     workdir: Path | None = None
     """The run's folder."""
     compare: tuple[Path, Path] | None = None
-    """Two reports, to show side by side."""
+    """Two reports to show side by side."""
     save_reference: Path | None = None
-    """Where the split's are written."""
+    """An .npz to write mu and sigma of the split to."""
     devices: int | None = None
-    """How many to use. Default: all."""
+    """The number of devices to use. Default: all."""
     out: Path | None = None
-    """The report, .json."""
+    """The .json to write the report to."""
     figures: Path | None = None
-    """A folder for figures. Default: beside --out."""
+    """The folder to write figures to. Default: the folder of --out."""
     data: DataFlags = field(default_factory=DataFlags)
 
 
 def main() -> None:
-    given = parse(Evaluate, __doc__)
-    if given.compare is not None:
-        compare(*given.compare)
-    elif given.workdir is None:
-        raise UserError("name the run by --workdir, or two reports by --compare.")
+    args = parse(Evaluate, __doc__)
+    if args.compare is not None:
+        compare(*args.compare)
+    elif args.workdir is None:
+        raise UserError("name a run with --workdir, or two reports with --compare.")
     else:
-        work(given, given.workdir)
+        evaluate_run(args, args.workdir)
 
 
-def read(file: Path) -> dict[str, Any]:
+def read_report(file: Path) -> dict[str, Any]:
+    """Reads a report. Raises UserError if the file is missing or is not a report."""
     try:
         contents = json.loads(file.read_text(encoding="utf-8"))
         if not {"features", "reconstruction", "samples", "protocol"} <= set(contents):
-            raise ValueError("it has no protocol")
+            raise ValueError("keys are missing")
         return contents
     except FileNotFoundError:
         raise UserError(f"there is no file {file}.") from None
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{file} is no report of scripts/evaluate.py ({error}).") from error
+        raise UserError(f"{file} is not a report of scripts/evaluate.py ({error}).") from error
 
 
 def compare(left: Path, right: Path) -> None:
-    from taming_jax.evaluation.table import compared, differences
+    """Prints two reports side by side. Raises RunFailed if their protocols differ."""
+    from taming_jax.evaluation.table import find_differences, format_comparison
 
-    reports = read(left), read(right)
-    print(compared(*reports))
-    conflicts = differences(*reports)
+    reports = read_report(left), read_report(right)
+    print(format_comparison(*reports))
+    conflicts = find_differences(*reports)
     if conflicts:
-        raise RunFailed(f"these two cannot be compared: {'; '.join(conflicts)}.")
-    print("These two can be compared: their protocols are the same.")
+        raise RunFailed(f"the reports cannot be compared: {'; '.join(conflicts)}.")
+    print("The reports can be compared: their protocols are the same.")
 
 
-def work(given: Evaluate, workdir: Path) -> None:
-    for name, file in (("--out", given.out), ("--save-reference", given.save_reference)):
+def evaluate_run(args: Evaluate, workdir: Path) -> None:
+    """Prints the report of a run, and writes the files that the flags name."""
+    for name, file in (("--out", args.out), ("--save-reference", args.save_reference)):
         if file is not None:
             check_output(name, file)
-    if given.figures is not None:
-        check_writable("--figures", given.figures)
-    from taming_jax.evaluation.report import draw, finished
-    from taming_jax.evaluation.subject import Evaluator
-    from taming_jax.evaluation.table import table
+    if args.figures is not None:
+        check_writable("--figures", args.figures)
+    from taming_jax.evaluation.evaluator import Evaluator
+    from taming_jax.evaluation.report import build_report, save_figures
+    from taming_jax.evaluation.table import format_report
     from taming_jax.metrics.distances import save_moments
     from taming_jax.run import load_run
     from taming_jax.training.meter import peak_memory
 
     start = time.monotonic()
-    run = load_run(workdir, data_settings(given.data))
-    evaluation = Evaluator(run, given, given.devices, progress=True)
-    results = finished(evaluation)
-    print(table(results))
-    folder = given.figures or (given.out and given.out.absolute().parent)
+    run = load_run(workdir, collect_data_settings(args.data))
+    evaluator = Evaluator(run, args, args.devices, progress=True)
+    report = build_report(evaluator)
+    print(format_report(report))
+    folder = args.figures or (args.out and args.out.absolute().parent)
     try:
-        if given.out is not None:
-            content = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
-            atomic_write(given.out, content.encode())
-        if given.save_reference is not None:
-            if len(evaluation.chosen) < 2:
-                raise UserError("--save-reference needs two images at least; take more --images.")
-            save_moments(given.save_reference, evaluation.reference.moments)
+        if args.out is not None:
+            content = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
+            atomic_write(args.out, content.encode())
+        if args.save_reference is not None:
+            if len(evaluator.images) < 2:
+                raise UserError("--save-reference needs at least two images; increase --images.")
+            save_moments(args.save_reference, evaluator.reference.moments)
         if folder is not None:
             folder.mkdir(exist_ok=True)
-            draw(evaluation, folder, results)
+            save_figures(evaluator, folder, report)
     except OSError as error:
-        raise RunFailed(f"{error.filename or given.out}: {error.strerror or error}.") from error
-    memory = peak_memory(evaluation.devices.list[0]) / 2**20
-    print(f"{time.monotonic() - start:.0f} s, at most {memory:.0f} MiB.")
+        raise RunFailed(f"{error.filename or args.out}: {error.strerror or error}.") from error
+    memory = peak_memory(evaluator.devices.list[0]) / 2**20
+    print(f"{time.monotonic() - start:.0f} s, peak memory {memory:.0f} MiB.")

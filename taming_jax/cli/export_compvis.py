@@ -1,9 +1,9 @@
-"""Writes a run's best weights as a checkpoint of the official code (CompVis/taming-transformers),
-with its YAML beside it.
+"""Exports a run's best weights as a checkpoint of the official code (CompVis/taming-transformers),
+with its YAML next to it.
 
     taming-jax export compvis --workdir runs/birds --out birds.safetensors
 
-`--out` ends in .safetensors, or in .ckpt where PyTorch is installed; the YAML has the same name.
+`--out` ends in .safetensors, or in .ckpt if PyTorch is installed; the YAML has the same stem.
 """
 
 from dataclasses import dataclass
@@ -19,19 +19,19 @@ class Export:
     workdir: Path
     """The run's folder."""
     out: Path
-    """FILE.safetensors or FILE.ckpt."""
+    """The FILE.safetensors or FILE.ckpt to write."""
     stage: Literal["vqgan", "prior"] | None = None
-    """Default: the prior, where there is one."""
+    """Default: prior if the run has one, else vqgan."""
 
 
 def main() -> None:
-    given = parse(Export, __doc__)
+    args = parse(Export, __doc__)
     from taming_jax.interop.compvis_export import export_run
     from taming_jax.weights.state_dict import check_kind
 
-    check_kind(given.out)
-    check_output("--out", given.out)
-    if not given.workdir.is_dir():
-        raise UserError(f"there is no folder {given.workdir}; name a run's.")
-    step = export_run(given.workdir, given.out, given.stage)
-    print(f"{given.out} and {given.out.with_suffix('.yaml')} hold step {step} of {given.workdir}.")
+    check_kind(args.out)
+    check_output("--out", args.out)
+    if not args.workdir.is_dir():
+        raise UserError(f"there is no folder {args.workdir}; name the folder of a run.")
+    step = export_run(args.workdir, args.out, args.stage)
+    print(f"Wrote step {step} of {args.workdir} to {args.out} and {args.out.with_suffix('.yaml')}.")

@@ -1,10 +1,10 @@
-"""Makes a run of an official checkpoint (CompVis/taming-transformers): VQModel, GumbelVQ and
+"""Imports an official checkpoint (CompVis/taming-transformers) as a run: VQModel, GumbelVQ or
 Net2NetTransformer.
 
     taming-jax import compvis --checkpoint last.ckpt --config model.yaml --workdir runs/it
 
-The run is one like any other: load_run opens it, sample.py samples it, train_vqgan.py and
-train_prior.py go on with it.
+The result is an ordinary run: load it with load_run, draw samples with sample.py, and continue
+training with train_vqgan.py and train_prior.py.
 """
 
 import re
@@ -14,8 +14,8 @@ from pathlib import Path
 from taming_jax.cli.arguments import parse
 from taming_jax.errors import UserError
 
-# What a state dict holds beside the networks: the perceptual loss, attention's masks, counts.
-BESIDE = re.compile(r"(^|\.)loss\.|\.attn\.mask$|\.num_batches_tracked$")
+# Entries of a state dict outside the networks: perceptual loss, attention masks, batch counts.
+IGNORED = re.compile(r"(^|\.)loss\.|\.attn\.mask$|\.num_batches_tracked$")
 
 
 @dataclass(frozen=True)
@@ -27,29 +27,29 @@ class ImportCompVis:
     workdir: Path
     """The new run's folder."""
     classes: int | None = None
-    """How many classes there are, where the YAML does not say."""
+    """The number of classes, if the YAML does not state it."""
 
 
 def main() -> None:
-    given = parse(ImportCompVis, __doc__)
+    args = parse(ImportCompVis, __doc__)
     from taming_jax.interop.compvis import tables_of
     from taming_jax.interop.compvis_config import official, read_yaml
     from taming_jax.interop.imports import Part, check_new, import_run
     from taming_jax.weights.state_dict import open_state_dict
 
-    if given.classes is not None and given.classes < 1:
-        raise UserError(f"--classes is {given.classes}; it must be 1 or more.")
-    check_new(given.workdir)
-    content = read_yaml(given.config)
-    state_dict, metadata = open_state_dict(given.checkpoint)
+    if args.classes is not None and args.classes < 1:
+        raise UserError(f"--classes is {args.classes}; it must be 1 or more.")
+    check_new(args.workdir)
+    content = read_yaml(args.config)
+    state_dict, metadata = open_state_dict(args.checkpoint)
     step = metadata.get("global_step", 0)
     step = step if isinstance(step, int) and step > 0 else 0
-    model = official(content, given.config, given.classes, step)
+    model = official(content, args.config, args.classes, step)
     if model.discriminator:
         _, prefix = tables_of(model)["discriminator"]
         model = model._replace(discriminator=any(name.startswith(prefix) for name in state_dict))
     part = Part(
-        given.checkpoint, state_dict, tables_of(model), lambda name: bool(BESIDE.search(name)),
-        str(given.config),
+        args.checkpoint, state_dict, tables_of(model), lambda name: bool(IGNORED.search(name)),
+        str(args.config),
     )  # fmt: skip
-    import_run(given.workdir, model, [part], given.checkpoint)
+    import_run(args.workdir, model, [part], args.checkpoint)

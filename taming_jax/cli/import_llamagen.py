@@ -1,10 +1,10 @@
-"""Makes a run of LlamaGen's tokenizer (VQ-16, VQ-8) and, where it is given, of its
-class-conditional transformer.
+"""Imports LlamaGen's tokenizer (VQ-16 or VQ-8) and, optionally, its class-conditional transformer
+as a run.
 
     taming-jax import llamagen --tokenizer vq_ds16_c2i.pt --gpt c2i_B_256.pt --workdir runs/b
 
-The run is one like any other: load_run opens it, sample.py samples it, train_vqgan.py and
-train_prior.py go on with it.
+The result is an ordinary run: load it with load_run, draw samples with sample.py, and continue
+training with train_vqgan.py and train_prior.py.
 """
 
 from dataclasses import dataclass
@@ -23,24 +23,24 @@ class ImportLlamaGen:
     gpt: Path | None = None
     """A class-conditional transformer's .pt or .safetensors."""
     image_size: int = 256
-    """Height and width of the images; c2i also has 384."""
+    """The height and width of the images; the c2i models also come in 384."""
     heads: int | None = None
-    """Attention heads of a transformer of an unusual width."""
+    """The number of attention heads; required only for a transformer of an unusual width."""
 
 
 def main() -> None:
-    given = parse(ImportLlamaGen, __doc__)
+    args = parse(ImportLlamaGen, __doc__)
     from taming_jax.interop import llamagen
     from taming_jax.interop.imports import check_new, import_run
     from taming_jax.weights.state_dict import open_state_dict
 
     for name in ("image_size", "heads"):
-        if getattr(given, name) is not None and getattr(given, name) < 1:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be 1 or more.")
-    check_new(given.workdir)
-    tokenizer, gpt = given.tokenizer, given.gpt
+    check_new(args.workdir)
+    tokenizer, gpt = args.tokenizer, args.gpt
     files = {"tokenizer": (tokenizer, open_state_dict(tokenizer)[0])}
     if gpt is not None:
         files["gpt"] = gpt, open_state_dict(gpt)[0]
-    model, parts = llamagen.model_of(files, given.image_size, given.heads)
-    import_run(given.workdir, model, parts, "LlamaGen's")
+    model, parts = llamagen.model_of(files, args.image_size, args.heads)
+    import_run(args.workdir, model, parts, "LlamaGen's")

@@ -1,10 +1,10 @@
-"""Trains and measures the variations of docs/recipes.md, and prints their rows.
+"""Trains and evaluates the variations in docs/recipes.md, and prints their rows.
 
-    taming-jax recipes --workdir runs/recipes                 all of mnist_tiny, some hours
-    taming-jax recipes --workdir runs/recipes --rows LeCAM    one, and what it varies
+    taming-jax recipes --workdir runs/recipes                 all rows of mnist_tiny (hours)
+    taming-jax recipes --workdir runs/recipes --rows LeCAM    one row, and the row it varies
     taming-jax recipes --config birds_tiny --data-path DIR --workdir runs/birds_recipes
 
-A row that was measured before is printed again; one that was interrupted goes on.
+Rows that are already evaluated are only printed; an interrupted row resumes.
 """
 
 import contextlib
@@ -27,15 +27,16 @@ from taming_jax.training import train
 
 
 class Row(NamedTuple):
-    """Settings of stage 1, of a prior where `of` is a stage 1, of sampling where it is a prior. A
-    stage 1 has one prior at most, which is trained in its folder."""
+    """The settings of a row that differ from its base: of stage 1 without a base, of the prior if
+    the base is a stage 1, of sampling if the base is a prior. A stage 1 has at most one prior,
+    which is trained in its folder."""
 
     settings: dict[str, Any]
-    of: str = ""
+    base: str = ""
 
 
 class Table(NamedTuple):
-    """A preset's rows by their names, and how many images and samples each is measured on."""
+    """A preset's rows by name, and the numbers of images and samples for their evaluation."""
 
     rows: dict[str, Row]
     images: int
@@ -44,7 +45,7 @@ class Table(NamedTuple):
 
 ADAPTIVE = {"vqgan.adaptive_weight": True}
 LATE = ADAPTIVE | {"vqgan.discriminator_start": 0.75}
-BEFORE = LATE | {"vqgan.code_dim": 8}  # as the preset was before this table
+BEFORE = LATE | {"vqgan.code_dim": 8}  # the preset before this table was measured
 MNIST_TINY = {
     "mnist_tiny": Row({}),
     "seed 1": Row({"seed": 1}),
@@ -82,51 +83,52 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Recipes:
-    """The rows of a preset, trained and measured in a folder, with settings of their data."""
+    """The rows of a preset, which are trained and evaluated in a folder; `data` holds overrides of
+    the data settings."""
 
     preset: str
     workdir: Path
     data: dict[str, Any]
 
     def train(self, folder: Path, settings: dict[str, Any], stage: str) -> float:
-        """Trains a stage; returns the seconds that it takes, or not a number where it goes on."""
-        start, goes_on = time.monotonic(), (folder / "metrics" / f"{stage}.jsonl").exists()
+        """Trains a stage. Returns the duration in seconds, or NaN if training resumed."""
+        start, resumes = time.monotonic(), (folder / "metrics" / f"{stage}.jsonl").exists()
         overrides = settings | self.data | {"workdir": str(folder)}
-        with contextlib.redirect_stdout(sys.stderr):  # stdout has the table alone
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is for the table
             train(load_config(self.preset, overrides), stage)
-        return math.nan if goes_on else time.monotonic() - start
+        return math.nan if resumes else time.monotonic() - start
 
-    def measure(self, name: str) -> dict[str, Any]:
-        """A row's report, with the seconds that its training takes, from its file where that
-        exists; otherwise the row, and what it varies, is trained and measured."""
+    def evaluate(self, name: str) -> dict[str, Any]:
+        """Returns a row's report, with the duration of its training in seconds. Trains and
+        evaluates the row and its base first if the row has no report yet."""
         rows, images, samples = TABLES[self.preset]
         row, file = rows[name], self.workdir / f"{name}.json"
         if file.exists():
             return json.loads(file.read_text())
-        base = rows[row.of] if row.of else None
+        base = rows[row.base] if row.base else None
         if base is not None:
-            self.measure(row.of)
-        folder, seconds, sampling = self.workdir / (row.of or name), 0.0, {}
+            self.evaluate(row.base)
+        folder, seconds, sampling = self.workdir / (row.base or name), 0.0, {}
         if base is None:
             seconds = self.train(folder, row.settings, "vqgan")
-        elif not base.of:
+        elif not base.base:
             seconds = self.train(folder, base.settings | row.settings, "prior")
         else:
-            folder, sampling = self.workdir / base.of, row.settings
+            folder, sampling = self.workdir / base.base, row.settings
         report = evaluate(
             load_run(folder), features="vgg", images=images, samples=samples, **sampling
         ) | {"seconds": seconds}  # fmt: skip
         atomic_write(file, json.dumps(report).encode())
         return report
 
-    def line(self, name: str) -> str:
-        """A row of a table in Markdown."""
-        row, report = TABLES[self.preset].rows[name], self.measure(name)
-        kind = "samples" if row.of else "reconstruction"
-        # Only what is known: a classifier reads digits alone.
+    def format_row(self, name: str) -> str:
+        """Returns a row of the Markdown table."""
+        row, report = TABLES[self.preset].rows[name], self.evaluate(name)
+        kind = "samples" if row.base else "reconstruction"
+        # Some metrics are missing, such as the accuracy, which only digits have.
         values = [f"{report[kind].get(column, math.nan):.3g}" for column in COLUMNS[kind]]
-        given = " ".join(f"{flag(key)} {show(value)}" for key, value in row.settings.items())
-        settings = f"`{given}`" if given else ""
+        flags = " ".join(f"{flag(key)} {show(value)}" for key, value in row.settings.items())
+        settings = f"`{flags}`" if flags else ""
         return f"| {name} | {settings} | {' | '.join(values)} | {report['seconds']:.0f} |"
 
 
@@ -135,24 +137,24 @@ class Settings:
     workdir: Path
     config: Literal["mnist_tiny", "birds_tiny"] = "mnist_tiny"
     data_path: Path | None = None
-    """The dataset, in place of a download."""
+    """The dataset's files. Default: the preset's download."""
     rows: tuple[str, ...] = ()
-    """By their names. Default: all."""
+    """The names of the rows. Default: all."""
 
 
 def main() -> None:
-    given = parse(Settings, __doc__)
-    workdir, rows = given.workdir.absolute(), TABLES[given.config].rows
-    if unknown := [name for name in given.rows if name not in rows]:
+    args = parse(Settings, __doc__)
+    workdir, rows = args.workdir.absolute(), TABLES[args.config].rows
+    if unknown := [name for name in args.rows if name not in rows]:
         known = ", ".join(f"'{name}'" for name in rows)
-        raise UserError(f"there is no row '{unknown[0]}'; there are {known}.")
+        raise UserError(f"there is no row '{unknown[0]}'; the rows are {known}.")
     workdir.mkdir(parents=True, exist_ok=True)
-    data = {"data.path": str(given.data_path.absolute())} if given.data_path else {}
-    recipes = Recipes(given.config, workdir, data)
+    data = {"data.path": str(args.data_path.absolute())} if args.data_path else {}
+    recipes = Recipes(args.config, workdir, data)
     for kind, columns in COLUMNS.items():
-        names = [name for name in given.rows or rows if bool(rows[name].of) == (kind == "samples")]
+        names = [name for name in args.rows or rows if bool(rows[name].base) == (kind == "samples")]
         if names:
             print("| row | settings |", " | ".join(columns), "| seconds |")
             print("| --- | --- |", " | ".join("---:" for _ in columns), "| ---: |", flush=True)
         for name in names:
-            print(recipes.line(name), flush=True)
+            print(recipes.format_row(name), flush=True)

@@ -1,12 +1,12 @@
-"""Draws new images of classes from a run of both stages, or completes given ones.
+"""Draws new images from a run of both stages, or completes pictures.
 
     taming-jax sample --workdir runs/mnist --classes 0 1 2 --per-class 8 --out grid.png
     taming-jax sample --workdir runs/birds --size 512x384 --per-class 1 --out wide.png
     taming-jax sample --workdir runs/birds --complete bird.jpg --keep top --out rest.png
 
-`--out` says what is written: FILE.npz (`images` uint8 [n,h,w,c], `labels` int32 [n]), FILE.png (a
-labelled grid, one row per class), or a folder (one PNG per image). By default images are drawn as
-the run's preset says.
+`--out` determines the format: FILE.npz (`images` uint8 [n,h,w,c], `labels` int32 [n]), FILE.png (a
+labeled grid, one row per class), or a folder (one PNG per image). The sampling settings default to
+those of the run.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from taming_jax.storage import check_writable
 if TYPE_CHECKING:
     from taming_jax.run import Run
 
-ROWS = 10  # of a grid, unless its classes are named
+MAX_ROWS = 10  # of a grid, if --classes is not given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,190 +31,199 @@ class Sample:
     workdir: Path
     """The run's folder."""
     out: Path
-    """FILE.npz, FILE.png, or a folder."""
+    """The FILE.npz, FILE.png, or folder to write."""
     classes: tuple[str, ...] = ()
-    """Numbers or names. Default: all, or 10 of them for a grid."""
+    """Class numbers or names. Default: all classes, or 10 of them for a grid."""
     per_class: int = 8
-    """How many images of each class."""
+    """The number of images per class."""
     temperature: float | None = None
     """0 is greedy."""
     top_k: int | None = None
-    """How many of the most likely codes are drawn from."""
+    """Draw from this many of the most likely codes."""
     top_p: float | None = None
-    """The share of probability that the codes that are drawn from have."""
+    """Draw from the fewest codes whose probabilities sum to at least this."""
     guidance_scale: tuple[float, ...] = ()
-    """1 is none, 2 is much; two numbers are the first code's and the last's."""
+    """1 is no guidance, 2 is strong; two numbers are the scales of the first and the last code."""
     size: str | None = None
-    """WIDTHxHEIGHT in pixels, larger than the training images: drawn in windows as large."""
+    """WIDTHxHEIGHT in pixels, at least the training size; larger images are drawn in windows."""
     complete: tuple[str, ...] = ()
-    """Pictures whose rest is drawn, --per-class times each; --classes are theirs, one of all or one
-    of each."""
+    """Pictures to complete, --per-class times each; --classes takes one class for all, or one per
+    picture."""
     keep: float | Literal["top"] | None = None
-    """What to keep of them: top, the upper half (the default), or a share."""
+    """The part of the pictures to keep: top for the upper half (the default), or a share of
+    the rows from the top."""
     mask: Path | None = None
-    """In place of --keep: a picture that is white where pixels are kept."""
+    """A picture that is white where pixels are kept, instead of --keep."""
     seed: int = 0
     devices: int | None = None
-    """How many to use. Default: all."""
+    """The number of devices to use. Default: all."""
     batch_size: int | None = None
-    """Images in flight, which bounds memory; the images do not depend on it."""
+    """The number of images to draw at once, which bounds memory; it does not affect the images."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Complete(Sample):
     complete: tyro.conf.Positional[tuple[str, ...]]
-    """Pictures whose rest is drawn, --per-class times each; --classes are theirs, one of all or one
-    of each."""
+    """Pictures to complete, --per-class times each; --classes takes one class for all, or one per
+    picture."""
 
 
-def size_of(text: str) -> tuple[int, int]:
-    """HEIGHT, WIDTH of WIDTHxHEIGHT. UserError for what is none."""
-    wide, _, high = text.partition("x")
-    if not (wide.isdecimal() and high.isdecimal() and int(wide) and int(high)):
+def parse_size(text: str) -> tuple[int, int]:
+    """Returns the height and width of a WIDTHxHEIGHT. Raises UserError if the text is not one."""
+    width, _, height = text.partition("x")
+    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
         raise UserError(f"--size {text} is not WIDTHxHEIGHT, such as 512x384.")
-    return int(high), int(wide)
+    return int(height), int(width)
 
 
-class Drawn(NamedTuple):
-    """Images uint8 [n,h,w,c], as many of each row, their classes int32 [n], what a row is called
-    and what its files are, and the picture it begins with, [rows,h,w,c], where there is one."""
+class SampleGrid(NamedTuple):
+    """Images uint8 [n,h,w,c], equally many per row, and their classes int32 [n]. Each row has a
+    title, a prefix of its file names and, if pictures were completed, the original [rows,h,w,c]."""
 
     images: np.ndarray
     labels: np.ndarray
-    rows: list[str]
-    files: list[str]
-    given: np.ndarray | None = None
+    titles: list[str]
+    prefixes: list[str]
+    originals: np.ndarray | None = None
 
 
-def write_folder(out: Path, drawn: Drawn) -> None:
-    """One PNG an image, named by its row and its place in it."""
+def write_folder(out: Path, grid: SampleGrid) -> None:
+    """Writes one PNG per image, named after its row and its position in the row."""
     from PIL import Image
 
     out.mkdir(exist_ok=True)
-    each = len(drawn.images) // len(drawn.files)
-    for i, image in enumerate(drawn.images):
-        place = out / f"{drawn.files[i // each]}_{i % each:05d}.png"
-        Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(place)
+    columns = len(grid.images) // len(grid.prefixes)
+    for i, image in enumerate(grid.images):
+        file = out / f"{grid.prefixes[i // columns]}_{i % columns:05d}.png"
+        Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(file)
 
 
 def complete() -> None:
-    given = parse(Complete, __doc__)
-    if not given.complete:
+    args = parse(Complete, __doc__)
+    if not args.complete:
         raise UserError("name the pictures to complete.")
-    work(given)
+    draw_and_write(args)
 
 
 def main() -> None:
-    work(parse(Sample, __doc__))
+    draw_and_write(parse(Sample, __doc__))
 
 
-def work(given: Sample) -> None:
-    size = None if given.size is None else size_of(given.size)
-    kind = check_place(given)
+def draw_and_write(args: Sample) -> None:
+    """Draws the images that the flags ask for, and writes them."""
+    size = None if args.size is None else parse_size(args.size)
+    suffix = check_flags(args)
     from taming_jax.run import load_run
 
-    run = load_run(given.workdir)
+    run = load_run(args.workdir)
     settings = {
-        "temperature": given.temperature, "top_k": given.top_k, "top_p": given.top_p,
-        "guidance_scale": given.guidance_scale or None, "seed": given.seed,
-        "devices": given.devices, "batch_size": given.batch_size, "progress": True,
+        "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p,
+        "guidance_scale": args.guidance_scale or None, "seed": args.seed,
+        "devices": args.devices, "batch_size": args.batch_size, "progress": True,
     }  # fmt: skip
-    if given.complete:
-        drawn = complete_pictures(run, given, size, settings)
-        summary = f"{len(drawn.images)} completions of {len(drawn.rows)} pictures"
+    if args.complete:
+        grid = complete_pictures(run, args, size, settings)
+        summary = f"{len(grid.images)} completions of {len(grid.titles)} pictures"
     else:
-        drawn = sample_classes(run, given, ROWS if kind == ".png" else None, size=size, **settings)
-        summary = f"{len(drawn.images)} images of {len(drawn.rows)} classes"
-    write(given.out, kind, drawn)
-    print(f"{summary} are in {given.out}.")
-    if not given.complete and not given.classes and len(drawn.rows) < len(run.class_names):
-        print(f"There are {len(run.class_names)} classes; --classes names others.")
+        max_classes = MAX_ROWS if suffix == ".png" else None
+        grid = sample_classes(run, args, max_classes, size=size, **settings)
+        summary = f"{len(grid.images)} images of {len(grid.titles)} classes"
+    write_samples(args.out, suffix, grid)
+    print(f"Wrote {summary} to {args.out}.")
+    if not args.complete and not args.classes and len(grid.titles) < len(run.class_names):
+        print(f"There are {len(run.class_names)} classes; choose others with --classes.")
 
 
-def sample_classes(run: "Run", given: Sample, most: int | None, **settings: Any) -> Drawn:
-    """New images of the given classes, each class once, or of all or at most so many."""
+def sample_classes(
+    run: "Run", args: Sample, max_classes: int | None, **settings: Any
+) -> SampleGrid:
+    """Draws new images of --classes, without duplicates. Without --classes, draws all classes or
+    at most `max_classes`, evenly spaced."""
     from taming_jax.data.datasets import evenly_spaced
     from taming_jax.data.pixels import to_uint8
 
     count = len(run.class_names)
-    numbers = run.labels(given.classes or evenly_spaced(count, most or count))
+    numbers = run.to_labels(args.classes or evenly_spaced(count, max_classes or count))
     classes = list(dict.fromkeys(numbers.tolist()))
-    images = run.sample(classes, given.per_class, **settings)
-    labels = np.repeat(np.array(classes, np.int32), given.per_class)
+    images = run.sample(classes, args.per_class, **settings)
+    labels = np.repeat(np.array(classes, np.int32), args.per_class)
     names = [run.class_names[i] for i in classes]
-    return Drawn(to_uint8(images), labels, names, [f"{i:04d}" for i in classes])
+    return SampleGrid(to_uint8(images), labels, names, [f"{i:04d}" for i in classes])
 
 
 def complete_pictures(
-    run: "Run", given: Sample, size: tuple[int, int] | None, settings: dict[str, Any]
-) -> Drawn:
-    """The completions of the given pictures. UserError for those that cannot be read."""
+    run: "Run", args: Sample, size: tuple[int, int] | None, settings: dict[str, Any]
+) -> SampleGrid:
+    """Completes the pictures of --complete. Raises UserError if one cannot be read."""
     from taming_jax.data.pixels import to_uint8
 
-    config, files = run.config.data, [Path(name) for name in given.complete]
+    config, files = run.config.data, [Path(name) for name in args.complete]
     shape = size or (config.image_size, config.image_size)
 
-    pictures = np.stack([picture(file, shape, config.channels) for file in files])
-    mask = None if given.mask is None else picture(given.mask, shape, 1)[..., 0] > 127
-    classes = given.classes or None
-    keep = given.keep if isinstance(given.keep, float) else 0.5
-    images = run.complete(pictures, classes, given.per_class, keep=keep, mask=mask, **settings)
-    of_each = np.full(len(pictures), -1) if classes is None else run.labels(classes)
-    labels = np.repeat(np.broadcast_to(of_each, len(pictures)), given.per_class)
-    rows = [file.stem for file in files]
-    names = [f"{i:04d}_{row}" for i, row in enumerate(rows)]
-    return Drawn(to_uint8(images), labels.astype(np.int32), rows, names, pictures)
+    pictures = np.stack([read_picture(file, shape, config.channels) for file in files])
+    mask = None if args.mask is None else read_picture(args.mask, shape, 1)[..., 0] > 127
+    classes = args.classes or None
+    keep = args.keep if isinstance(args.keep, float) else 0.5
+    images = run.complete(pictures, classes, args.per_class, keep=keep, mask=mask, **settings)
+    labels = np.full(len(pictures), -1) if classes is None else run.to_labels(classes)
+    labels = np.repeat(np.broadcast_to(labels, len(pictures)), args.per_class)
+    titles = [file.stem for file in files]
+    prefixes = [f"{i:04d}_{title}" for i, title in enumerate(titles)]
+    return SampleGrid(to_uint8(images), labels.astype(np.int32), titles, prefixes, pictures)
 
 
-def picture(file: Path, size: tuple[int, int], channels: int) -> np.ndarray:
-    """The middle of a picture, uint8 [h,w,c] of a size."""
+def read_picture(file: Path, size: tuple[int, int], channels: int) -> np.ndarray:
+    """Reads a picture, resized and center-cropped to `size`: uint8 [h,w,c]. Raises UserError if it
+    cannot be read."""
     from taming_jax.data.images import decode
 
     try:
         return decode(file.read_bytes(), size, channels, resize_mode="crop")
     except FileNotFoundError:
         raise UserError(f"there is no picture {file}.") from None
-    except Exception as error:  # Pillow raises many kinds
-        raise UserError(f"{file} cannot be read as a picture; name a whole one.") from error
+    except Exception as error:  # Pillow raises many types
+        raise UserError(
+            f"{file} cannot be read as a picture; name one that is not damaged."
+        ) from error
 
 
-def check_place(given: Sample) -> str:
-    """The suffix of --out, which says how images are written: .npz, .png, or none for a folder.
-    UserError where they cannot be, and for flags that contradict each other."""
-    out = given.out
-    kind = "" if out.is_dir() else out.suffix
-    if kind:
+def check_flags(args: Sample) -> str:
+    """Returns the suffix of --out, which determines the format: .npz, .png, or "" for a folder.
+    Raises UserError if --out cannot be written, or if flags contradict each other."""
+    out = args.out
+    suffix = "" if out.is_dir() else out.suffix
+    if suffix:
         check_output("--out", out, [".npz", ".png"])
     elif out.is_file():
-        raise UserError(f"--out {out} is a file; name a folder, a .npz or a .png.")
+        raise UserError(f"--out {out} is a file; name a folder, or a .npz or .png file.")
     else:
         check_writable("--out", out)
-    if not given.complete and (given.keep is not None or given.mask is not None):
+    if not args.complete and (args.keep is not None or args.mask is not None):
         raise UserError(
-            "--keep and --mask are for pictures that are completed; name some with --complete."
+            "--keep and --mask apply only to completed pictures; name some with --complete."
         )
-    if given.keep is not None and given.mask is not None:
-        raise UserError("--keep and --mask both say what is kept; leave one out.")
-    return kind
+    if args.keep is not None and args.mask is not None:
+        raise UserError("--keep and --mask exclude each other; leave one out.")
+    return suffix
 
 
-def write(out: Path, kind: str, drawn: Drawn) -> None:
-    """Writes what was drawn."""
+def write_samples(out: Path, suffix: str, grid: SampleGrid) -> None:
+    """Writes the images in the format of the suffix."""
     from taming_jax.figures import draw_grid, save
 
-    each = len(drawn.images) // len(drawn.rows)
+    columns = len(grid.images) // len(grid.titles)
     try:
-        if kind == ".npz":
-            np.savez_compressed(out, images=drawn.images, labels=drawn.labels)
-        elif kind == ".png":
-            images, below = drawn.images, []
-            if drawn.given is not None:
-                rows = images.reshape(len(drawn.rows), each, *images.shape[1:])
-                images = np.concatenate([drawn.given[:, None], rows], 1)
-                images, each = images.reshape(-1, *images.shape[2:]), each + 1
-                below = ["given", *[""] * (each - 1)]
-            save(draw_grid(images, drawn.rows, each, below=below), out)
+        if suffix == ".npz":
+            np.savez_compressed(out, images=grid.images, labels=grid.labels)
+        elif suffix == ".png":
+            images, below = grid.images, []
+            if grid.originals is not None:
+                rows = images.reshape(len(grid.titles), columns, *images.shape[1:])
+                images = np.concatenate([grid.originals[:, None], rows], 1)
+                images, columns = images.reshape(-1, *images.shape[2:]), columns + 1
+                below = ["original", *[""] * (columns - 1)]
+            save(draw_grid(images, grid.titles, columns, below=below), out)
         else:
-            write_folder(out, drawn)
+            write_folder(out, grid)
     except OSError as error:
         raise RunFailed(f"{out} could not be written: {error.strerror or error}.") from error

@@ -1,4 +1,4 @@
-"""Training of either stage."""
+"""Trains a stage."""
 
 import sys
 
@@ -14,10 +14,10 @@ def train_prior() -> None:
 
 
 def _train(stage: str, description: str) -> None:
-    given = parse_training(Training, sys.argv[1:], stage, description)
-    # Heavy, and not needed to refuse a wrong flag.
+    args = parse_training(Training, sys.argv[1:], stage, description)
+    # Imported late, so that --help and invalid flags need no heavy imports.
     from taming_jax.parallel.distributed import join
     from taming_jax.training import train
 
-    join(given.processes)
-    train(given.config, stage, restart=given.restart)
+    join(args.processes)
+    train(args.config, stage, restart=args.restart)

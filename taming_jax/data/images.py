@@ -27,7 +27,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from taming_jax.config.schema import DataConfig
 from taming_jax.errors import UserError, say
 from taming_jax.progress import Progress
-from taming_jax.storage import atomic_file, atomic_write, text_hash, user_cache
+from taming_jax.storage import atomic_file, atomic_write, hash_json, user_cache
 
 VERSION = 3  # of the cache's format; another version is another key
 CHUNK = 64  # pictures that a thread decodes at a time
@@ -171,7 +171,7 @@ def read_entry(entry: Path, pictures: Pictures, shape: tuple[int, ...]) -> Decod
     """The entry of the cache in a folder; None where there is none, or it is damaged."""
     try:
         about = json.loads((entry / "about.json").read_text(encoding="utf-8"))
-        if about.pop("hash", None) != text_hash(about):
+        if about.pop("hash", None) != hash_json(about):
             return None
         kept = np.array(about["kept"])
         images = np.memmap(entry / "images.u8", np.uint8, "r", shape=(len(kept), *shape[1:]))
@@ -201,7 +201,7 @@ def write_entry(
                 images[to] = images[source]
         about = {"kept": kept, "says": problem, "checksums": checksums(images[: len(kept)])}
         os.truncate(file, len(kept) * images[0].nbytes)
-    about["hash"] = text_hash(about)
+    about["hash"] = hash_json(about)
     atomic_write(entry / "about.json", json.dumps(about).encode())
     written = read_entry(entry, pictures, shape)
     if written is None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from taming_jax.config.schema import DataConfig
 from taming_jax.data.images import Table, cache_folder
 from taming_jax.errors import UserError, say
-from taming_jax.storage import text_hash
+from taming_jax.storage import hash_json
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
 # What a split may be called; the first name is a prefix of the others.
@@ -225,7 +225,7 @@ def parquet(datasets: Any, root: Path, config: DataConfig) -> dict[str, Table]:
     try:
         contents = {split: hash_files(of_split) for split, of_split in files.items()}
         # It takes files of one name, size and time for the same, whatever they hold.
-        folder = str(cache_folder(config) / "parquet" / text_hash(contents)[:16])
+        folder = str(cache_folder(config) / "parquet" / hash_json(contents)[:16])
         loaded = datasets.load_dataset("parquet", data_files=names, cache_dir=folder)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(

@@ -1,1 +1,1 @@
-"""How good reconstructions and samples are, as numbers."""
+"""Evaluation of a run: metrics of its reconstructions and samples."""

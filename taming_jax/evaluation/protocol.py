@@ -1,4 +1,4 @@
-"""The settings of an evaluation, which import nothing heavy."""
+"""The settings of an evaluation. This module has no heavy imports."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,36 +9,36 @@ from taming_jax.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """How a run is measured. Raises UserError for numbers and splits that are not possible."""
+    """The settings of an evaluation. Raises UserError if a number or the split is invalid."""
 
     split: str = "test"
-    """Whose images are reconstructed and compared with samples: train, validation or test."""
+    """The split to reconstruct and to compare samples with: train, validation or test."""
     images: int | None = None
-    """How many of the split, evenly spread. Default: all."""
+    """The number of images of the split to use, evenly spaced. Default: all."""
     samples: int = 5000
-    """How many are drawn, with classes as frequent as in the split; 0 leaves them out."""
+    """The number of samples, with classes as frequent as in the split; 0 skips samples."""
     features: str = "auto"
-    """inception, vgg or classifier; auto is inception where its weights are, else vgg."""
+    """inception, vgg or classifier; auto is inception if its weights are available, else vgg."""
     weights: Path | None = None
-    """InceptionV3's, pytorch-fid's .pth, where that is not in the cache."""
+    """The .pth of pytorch-fid with the weights of InceptionV3. Default: the file in the cache."""
     reference: Path | None = None
-    """An .npz of mu and sigma, in place of the split's."""
+    """An .npz of mu and sigma to compare with. Default: those of the split."""
     legacy_resize: bool = False
-    """Bilinear without antialiasing, as the first FID."""
+    """Resize bilinearly without antialiasing, as the original FID does."""
     kept: int = 10_000
-    """The most features of a set that KD, precision, recall, density and coverage hold."""
+    """The maximum number of features per set for KD, precision, recall, density and coverage."""
     neighbours: int = 5
-    """Of each image, for precision, recall, density and coverage."""
+    """The number of nearest neighbors for precision, recall, density and coverage."""
     seed: int = 0
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
     guidance_scale: float | tuple[float, float] | None = None
-    """One number, or two: the first code's and the last's."""
+    """One number, or two: the scales of the first and the last code."""
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """The settings of `Run.sampling`. What is None there is as in the run's config."""
+        """The settings for `Run.resolve_sampling`; None means the run's own value."""
         names = ("temperature", "top_k", "top_p", "guidance_scale", "seed")
         return {name: getattr(self, name) for name in names}
 
@@ -48,4 +48,4 @@ class Protocol:
             if value is not None and value < least and (name, value) != ("samples", 0):
                 raise UserError(f"{name} is {value}; it must be {least} or more.")
         if self.split not in ("train", "validation", "test"):
-            raise UserError(f"there is no split '{self.split}'; take train, validation or test.")
+            raise UserError(f"there is no split '{self.split}'; choose train, validation or test.")

@@ -1,4 +1,4 @@
-"""How well a run reconstructs the images of a split."""
+"""Metrics of a run's reconstructions of a split."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import numpy as np
 from taming_jax import losses
 from taming_jax.data.pixels import to_float, to_uint8
 from taming_jax.errors import UserError
-from taming_jax.evaluation.subject import Evaluator
+from taming_jax.evaluation.evaluator import Evaluator
 from taming_jax.metrics import distances, similarity
 from taming_jax.metrics.distances import Moments
 from taming_jax.metrics.features import MICRO, VGG_LEAST
@@ -18,44 +18,46 @@ from taming_jax.models.lpips import load_lpips, lpips
 from taming_jax.models.vqgan import VQGAN, decode_indices, encode, max_batch
 
 
-def reconstructions(evaluation: Evaluator) -> dict[str, Any]:
-    """The report of the reconstructions of the chosen images: means over the images, the Fréchet
-    distance to them, and how the codes are used; with a prior that fits the data also
+def evaluate_reconstructions(evaluator: Evaluator) -> dict[str, Any]:
+    """Reports on the reconstructions of the evaluator's images: means over the images, the Fréchet
+    distance to the originals, codebook usage and, if a prior fits the data,
     `likelihood_bits_per_code`."""
-    run, devices, chosen = evaluation.run, evaluation.devices, evaluation.chosen
+    run, devices, images = evaluator.run, evaluator.devices, evaluator.images
     config = run.config
     pixels = config.data.image_size**2
     params: dict[str, Any] = {"generator": jax.tree.map(np.asarray, run.params)}
     if config.data.image_size < VGG_LEAST:
-        evaluation.warnings.append(f"No LPIPS: its network sees {VGG_LEAST} pixels and more.")
+        evaluator.warnings.append(
+            f"No LPIPS: its network needs images of at least {VGG_LEAST} pixels."
+        )
     else:
         try:
             params["lpips"] = load_lpips()
         except UserError as error:
-            evaluation.warnings.append(f"No LPIPS: {error}")
-    measure = devices.compile(measurement(run.model))
+            evaluator.warnings.append(f"No LPIPS: {error}")
+    measure = devices.compile(make_measure(run.model))
     params = devices.replicate(params)
     size = max_batch(pixels, MICRO) * len(devices)
     sums: dict[str, float] = defaultdict(float)
     counts, moments, bits = np.zeros(config.vqgan.codebook_size, np.int64), Moments(), 0.0
-    has_likelihood = evaluation.prior_fits and run.prior.window == run.prior.grid
-    if evaluation.prior_fits and not has_likelihood:
-        evaluation.warnings.append("No likelihood: an image has more codes than a sequence.")
-    for place, images in evaluation.parts(chosen, "reconstructions"):
+    has_likelihood = evaluator.prior_fits and run.prior.window == run.prior.grid
+    if evaluator.prior_fits and not has_likelihood:
+        evaluator.warnings.append("No likelihood: an image has more codes than a sequence.")
+    for rows, batch in evaluator.read_batches(images, "reconstructions"):
         decoded, indices, values = devices.in_batches(
-            lambda part: measure(params, devices.shard(part)), images, size
+            lambda part: measure(params, devices.shard(part)), batch, size
         )
-        for name, each in values.items():
-            sums[name] += float(each.sum(dtype=np.float64))
+        for name, per_image in values.items():
+            sums[name] += float(per_image.sum(dtype=np.float64))
         counts += np.bincount(indices.ravel(), minlength=len(counts))
-        moments.add(evaluation.features(decoded)[0])
+        moments.add(evaluator.features(decoded)[0])
         if has_likelihood:
-            likelihood = run.code_likelihood(indices, chosen.labels[place])
-            bits -= float(likelihood.sum() / np.log(2))
-    n = len(chosen)
+            log_likelihood = run.code_log_likelihood(indices, images.labels[rows])
+            bits -= float(log_likelihood.sum() / np.log(2))
+    n = len(images)
     report: dict[str, Any] = {name: total / n for name, total in sums.items()}
     if n > 1:
-        report["fd"] = distances.frechet_distance(moments, evaluation.reference_moments)
+        report["fd"] = distances.frechet_distance(moments, evaluator.reference_moments)
     length, shares = counts.sum() / n, counts[counts > 0] / counts.sum()
     entropy = float(-(shares * np.log2(shares)).sum())
     report |= {
@@ -70,9 +72,9 @@ def reconstructions(evaluation: Evaluator) -> dict[str, Any]:
     return report
 
 
-def measurement(model: VQGAN) -> Callable[[Any, jax.Array], Any]:
-    """A function of parameters and a batch of images uint8 [b,h,w,c]: their reconstructions uint8,
-    their codes int32 [b,h',w'], and measures float32 [b] by name."""
+def make_measure(model: VQGAN) -> Callable[[Any, jax.Array], Any]:
+    """Returns a function of parameters and images uint8 [b,h,w,c] that returns the reconstructions
+    uint8 [b,h,w,c], the codes int32 [b,h',w'], and metrics float32 [b] by name."""
 
     def measure(params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array, dict]:
         with jax.default_matmul_precision("highest"):

@@ -1,71 +1,71 @@
-"""The report of a run: how good it is, and against what that was measured."""
+"""The report of a run: its metrics, and the protocol that they were measured with."""
 
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from taming_jax.evaluation.evaluator import Evaluator
 from taming_jax.evaluation.protocol import Protocol
-from taming_jax.evaluation.reconstructions import reconstructions
-from taming_jax.evaluation.samples import nearest, samples
-from taming_jax.evaluation.subject import Evaluator
+from taming_jax.evaluation.reconstructions import evaluate_reconstructions
+from taming_jax.evaluation.samples import evaluate_samples, find_nearest
 from taming_jax.run import Run
-from taming_jax.storage import text_hash
+from taming_jax.storage import hash_json
 from taming_jax.weights.arrays import hash_arrays
 
-SCHEMA = 1  # of the report
+SCHEMA = 1  # the report's version
 
 
 def evaluate(
     run: Run, *, devices: int | None = None, progress: bool = False, **protocol: Any
 ) -> dict[str, Any]:
-    """The report of docs/evaluation.md: reconstructions of a split's images, and new images where
-    the run has a prior. `protocol` are the settings of `Protocol` (`split="test", samples=5000`,
-    …)."""
-    return finished(Evaluator(run, Protocol(**protocol), devices, progress))
+    """Evaluates a run, and returns the report that docs/evaluation.md describes: on reconstructions
+    of a split and, if the run has a prior, on samples. `protocol` holds the settings of `Protocol`,
+    such as `split="test", samples=5000`."""
+    return build_report(Evaluator(run, Protocol(**protocol), devices, progress))
 
 
-def finished(evaluation: Evaluator) -> dict[str, Any]:
-    """The whole report: `features`, `reconstruction`, `samples` (None without a prior), `protocol`
-    and `warnings`."""
+def build_report(evaluator: Evaluator) -> dict[str, Any]:
+    """Returns the report: `features`, `reconstruction`, `samples` (None without a prior),
+    `protocol` and `warnings`."""
     return {
         "schema": SCHEMA,
-        "features": evaluation.extractor.distance,
-        "reconstruction": reconstructions(evaluation),
-        "samples": samples(evaluation) if evaluation.draws else None,
-        "protocol": described(evaluation),
-        "warnings": evaluation.warnings + small_counts(evaluation),
+        "features": evaluator.extractor.distance,
+        "reconstruction": evaluate_reconstructions(evaluator),
+        "samples": evaluate_samples(evaluator) if evaluator.has_samples else None,
+        "protocol": describe_protocol(evaluator),
+        "warnings": evaluator.warnings + check_set_sizes(evaluator),
     }
 
 
-def draw(evaluation: Evaluator, folder: Path, report: dict[str, Any]) -> None:
-    """Writes the figures of a report: how often each code is used, and the training images that are
-    nearest to samples. Raises OSError."""
+def save_figures(evaluator: Evaluator, folder: Path, report: dict[str, Any]) -> None:
+    """Writes the figures of a report: the usage of each code, and samples with their nearest
+    training images. Raises OSError if a file cannot be written."""
     from taming_jax import figures
 
-    protocol = evaluation.protocol
+    protocol = evaluator.protocol
     counts = np.array(report["reconstruction"]["code_counts"])
-    of = f"the {protocol.split} split"
-    figures.plot_codebook_usage(counts, folder / "evaluation_codes.png", of)
+    split = f"the {protocol.split} split"
+    figures.plot_codebook_usage(counts, folder / "evaluation_codes.png", split)
     if report["samples"] is not None:
-        images, closest, distances = nearest(evaluation, 8)
-        compared = min(len(evaluation.splits.train.images), protocol.kept)
+        images, neighbors, distances = find_nearest(evaluator, 8)
+        compared = min(len(evaluator.splits.train.images), protocol.kept)
         title = (
-            f"Samples, the nearest of {compared} training images by {evaluation.extractor.name}'s "
-            "features, and how far (1: from its nearest to a training image)"
+            f"Samples, the nearest of {compared} training images by {evaluator.extractor.name} "
+            "features, and their distance (1: between neighboring training images)"
         )
         figure = figures.draw_grid(
-            np.concatenate([images, closest]), ("sample", "training image"), len(images),
+            np.concatenate([images, neighbors]), ("sample", "training image"), len(images),
             title, [f"{distance:.2f}" for distance in distances],
         )  # fmt: skip
         figures.save(figure, folder / "evaluation_nearest.png")
 
 
-def described(evaluation: Evaluator) -> dict[str, Any]:
-    """The protocol as the report has it: what was measured, against what, and how."""
-    run, protocol, config = evaluation.run, evaluation.protocol, evaluation.run.config
-    draws, classifier = evaluation.draws, evaluation.classifier
-    moments = evaluation.file_moments
+def describe_protocol(evaluator: Evaluator) -> dict[str, Any]:
+    """Returns the report's protocol: what was measured, what it was compared with, and how."""
+    run, protocol, config = evaluator.run, evaluator.protocol, evaluator.run.config
+    has_samples, classifier = evaluator.has_samples, evaluator.classifier
+    moments = evaluator.file_moments
     return {
         "run": str(run.workdir),
         "config": config.config,
@@ -73,36 +73,36 @@ def described(evaluation: Evaluator) -> dict[str, Any]:
         "prior_step": None if run.transformer is None else run.step,
         "generator": hash_arrays(run.params),
         "dataset": config.data.name,
-        "dataset_hash": text_hash(evaluation.fingerprint)[:16],
+        "dataset_hash": hash_json(evaluator.fingerprint)[:16],
         "split": protocol.split,
-        "images": len(evaluation.chosen),
-        "images_hash": evaluation.chosen.hash(),
+        "images": len(evaluator.images),
+        "images_hash": evaluator.images.hash(),
         "reference_file": None if protocol.reference is None else str(protocol.reference),
         "reference": moments and hash_arrays((np.asarray(moments.mean), moments.covariance)),
         "size": config.data.image_size,
         "crop": "squeezed" if config.data.resize_mode == "squeeze" else "centre",
-        "features": evaluation.extractor.name,
-        "weights": evaluation.extractor.weights,
-        "resize": evaluation.extractor.resize,
+        "features": evaluator.extractor.name,
+        "weights": evaluator.extractor.weights,
+        "resize": evaluator.extractor.resize,
         "classifier": None if classifier is None else classifier.extractor.weights,
         "kept": protocol.kept,
         "neighbours": protocol.neighbours,
-        "samples": protocol.samples if draws else 0,
+        "samples": protocol.samples if has_samples else 0,
         "classes": "as often as the split has them",
         "seed": protocol.seed,
-        **(run.sampling(**protocol.sampling)._asdict() if draws else {}),
+        **(run.resolve_sampling(**protocol.sampling)._asdict() if has_samples else {}),
     }
 
 
-def small_counts(evaluation: Evaluator) -> list[str]:
-    """Warnings of sets that are too small for the features."""
-    extractor = evaluation.extractor
-    counts = {"images of the split": len(evaluation.chosen)}
-    if evaluation.draws:
-        counts["samples"] = evaluation.protocol.samples
+def check_set_sizes(evaluator: Evaluator) -> list[str]:
+    """Returns warnings about sets that are too small for the dimension of the features."""
+    extractor = evaluator.extractor
+    counts = {"images of the split": len(evaluator.images)}
+    if evaluator.has_samples:
+        counts["samples"] = evaluator.protocol.samples
     return [
-        f"{count} {name} are not more than the {extractor.dimensions} dimensions of "
-        f"{extractor.name}: covariances are singular, and the Fréchet distance is biased upwards."
+        f"{count} {name} are too few for the {extractor.dimensions} dimensions of "
+        f"{extractor.name}: the covariance is singular, and the Fréchet distance is biased upwards."
         for name, count in counts.items()
         if count <= extractor.dimensions
     ]

@@ -1,38 +1,37 @@
-"""How good the images that a run draws are."""
+"""Metrics of a run's samples."""
 
 from typing import Any
 
 import numpy as np
 
 from taming_jax.data.datasets import evenly_spaced
-from taming_jax.evaluation.subject import Evaluator
+from taming_jax.evaluation.evaluator import Evaluator
+from taming_jax.evaluation.protocol import Protocol
 from taming_jax.metrics import distances
 from taming_jax.metrics.distances import FeatureStats
 
 
-def samples(evaluation: Evaluator) -> dict[str, Any]:
-    """The report of new images, of classes as frequent as in the split."""
-    protocol, classifier = evaluation.protocol, evaluation.classifier
-    order = np.sort(evaluation.chosen.labels, kind="stable")
-    labels = order[np.arange(protocol.samples) * len(order) // protocol.samples].astype(np.int32)
+def evaluate_samples(evaluator: Evaluator) -> dict[str, Any]:
+    """Reports on samples, whose classes are as frequent as in the split."""
+    protocol, classifier = evaluator.protocol, evaluator.classifier
+    labels = np.sort(evaluator.images.labels, kind="stable")
+    rows = np.arange(protocol.samples) * len(labels) // protocol.samples
+    labels = labels[rows].astype(np.int32)
     stats = FeatureStats(len(labels), protocol.kept)
     probabilities: list[np.ndarray] = []
     predictions: list[np.ndarray] = []
-    for images in evaluation.drawn(labels):
-        features, classes = evaluation.features(images)
+    for images in evaluator.draw_samples(labels):
+        features, classes = evaluator.features(images)
         stats.add(features)
         probabilities.append(classes)
         if classifier is not None:
-            own = classes if classifier is evaluation.features else classifier(images)[1]
-            predictions.append(own.argmax(1))
-    fd = distances.frechet_distance(stats.moments, evaluation.reference_moments)
-    report: dict[str, Any] = {"fd": fd}
-    real, fake = evaluation.reference.features, stats.features
-    if min(len(real), len(fake)) > protocol.neighbours:
-        kd, deviation = distances.kernel_distance(fake, real, protocol.seed)
-        report |= {"kd": kd, "kd_deviation": deviation}
-        report |= distances.manifold(real, fake, protocol.neighbours)
-    if evaluation.extractor.name == "InceptionV3":
+            scores = classes if classifier is evaluator.features else classifier(images)[1]
+            predictions.append(scores.argmax(1))
+    report: dict[str, Any] = {
+        "fd": distances.frechet_distance(stats.moments, evaluator.reference_moments),
+        **compute_feature_distances(protocol, evaluator.reference.features, stats.features),
+    }
+    if evaluator.extractor.name == "InceptionV3":
         mean, deviation = distances.inception_score(
             np.concatenate(probabilities), seed=protocol.seed
         )
@@ -42,17 +41,29 @@ def samples(evaluation: Evaluator) -> dict[str, Any]:
     return report
 
 
-def nearest(evaluation: Evaluator, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """`count` samples uint8 [n,h,w,c], those training images (of at most `kept` of them) that are
-    nearest to them by their features, and how far these are, [n], in units of the distance of a
-    training image from its nearest."""
-    train = evaluation.subset("train", evaluation.protocol.kept)
-    features = evaluation.feature_stats(train, "training images").features
-    labels = np.resize(evenly_spaced(len(evaluation.splits.class_names), count), count).astype(
+def compute_feature_distances(
+    protocol: Protocol, real: np.ndarray, fake: np.ndarray
+) -> dict[str, float]:
+    """Returns the kernel distance, precision, recall, density and coverage of features `fake` [n,d]
+    relative to features `real` [m,d], or an empty dict if either has too few rows."""
+    if min(len(real), len(fake)) <= protocol.neighbours:
+        return {}
+    kd, deviation = distances.kernel_distance(fake, real, protocol.seed)
+    shares = distances.manifold(real, fake, protocol.neighbours)
+    return {"kd": kd, "kd_deviation": deviation} | shares
+
+
+def find_nearest(evaluator: Evaluator, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns `count` samples uint8 [n,h,w,c], the nearest training images by features (among at
+    most `kept`), and the distances [n] to them, in units of the median distance between a training
+    image and its nearest neighbor."""
+    train = evaluator.select_images("train", evaluator.protocol.kept)
+    features = evaluator.compute_feature_stats(train, "training images").features
+    labels = np.resize(evenly_spaced(len(evaluator.splits.class_names), count), count).astype(
         np.int32
     )
-    images = np.concatenate(list(evaluation.drawn(labels)))
-    numbers, squares = distances.nearest(evaluation.features(images)[0], features)
-    some = features[evenly_spaced(len(features), 1000)]
-    unit = np.sqrt(np.median(distances.radii(features, 1, some)))
-    return images, train[numbers], np.sqrt(squares) / unit
+    images = np.concatenate(list(evaluator.draw_samples(labels)))
+    rows, squares = distances.nearest(evaluator.features(images)[0], features)
+    queries = features[evenly_spaced(len(features), 1000)]
+    unit = np.sqrt(np.median(distances.radii(features, 1, queries)))
+    return images, train[rows], np.sqrt(squares) / unit

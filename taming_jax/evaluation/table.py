@@ -1,15 +1,15 @@
-"""Reports as text: one, or two beside each other."""
+"""Text tables of one report, or of two reports side by side."""
 
 from typing import Any
 
 SUBJECT = ("run", "config", "vqgan_step", "prior_step", "generator", "reference_file")
-"""The settings of a protocol that say what was measured; two reports can be compared only where
-all others are equal."""
+"""The protocol's entries that identify the run. Two reports can be compared only if all other
+entries are equal."""
 
 
-def numbers(report: dict[str, Any]) -> dict[tuple[str, str], float]:
-    """The single numbers of a report by kind ("reconstruction" or "samples") and name. Distances
-    are named after their features."""
+def collect_metrics(report: dict[str, Any]) -> dict[tuple[str, str], float]:
+    """Returns the scalar metrics of a report by kind ("reconstruction" or "samples") and name.
+    Distances are named after their features."""
     fd = report["features"]
     kd = "KID" if fd == "FID" else fd.replace("FD", "KD")
     names = {"fd": fd, "kd": kd, "kd_deviation": f"{kd}_deviation"}
@@ -21,23 +21,23 @@ def numbers(report: dict[str, Any]) -> dict[tuple[str, str], float]:
     }
 
 
-def shown(value: float) -> str:
+def format_number(value: float) -> str:
     return f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
 
 
-def table(report: dict[str, Any]) -> str:
-    """A report: its numbers, and the protocol that they hold under."""
+def format_report(report: dict[str, Any]) -> str:
+    """Formats a report: its metrics, and the protocol that they were measured with."""
     protocol = report["protocol"]
     headings = {
         "reconstruction": f"{protocol['images']} images of the {protocol['split']} split",
         "samples": str(protocol["samples"]),
     }
-    lines, last = [], ""
-    for (kind, name), value in numbers(report).items():
-        if kind != last:
+    lines, previous = [], ""
+    for (kind, name), value in collect_metrics(report).items():
+        if kind != previous:
             lines.append(f"{kind} ({headings[kind]})")
-            last = kind
-        lines.append(f"  {name:<30}{shown(value):>10}")
+            previous = kind
+        lines.append(f"  {name:<30}{format_number(value):>10}")
     if report["samples"] is None and protocol.get("prior_step") is None:
         lines.append("samples: the run has no prior yet; train one with train_prior.py.")
     lines.append("protocol")
@@ -46,25 +46,25 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def differences(left: dict[str, Any], right: dict[str, Any]) -> list[str]:
-    """Why two reports cannot be compared, one phrase for each setting."""
-    one, other = left["protocol"], right["protocol"]
+def find_differences(left: dict[str, Any], right: dict[str, Any]) -> list[str]:
+    """Returns the reasons why two reports cannot be compared, one phrase per setting."""
+    a, b = left["protocol"], right["protocol"]
     phrases = [
-        f"{name} is {one.get(name)} and {other.get(name)}"
-        for name in one | other
-        if name not in SUBJECT and one.get(name) != other.get(name)
+        f"{name} is {a.get(name)} and {b.get(name)}"
+        for name in a | b
+        if name not in SUBJECT and a.get(name) != b.get(name)
     ]
     if left.get("schema") != right.get("schema"):
         phrases.append(f"the schema is {left.get('schema')} and {right.get('schema')}")
     return phrases
 
 
-def compared(left: dict[str, Any], right: dict[str, Any]) -> str:
-    """Two reports in two columns."""
-    a, b = numbers(left), numbers(right)
+def format_comparison(left: dict[str, Any], right: dict[str, Any]) -> str:
+    """Formats two reports in two columns."""
+    a, b = collect_metrics(left), collect_metrics(right)
     lines = [f"{'':<32}{'A':>12}{'B':>12}"]
     for key in a | b:
-        values = [shown(column[key]) if key in column else "-" for column in (a, b)]
+        values = [format_number(column[key]) if key in column else "-" for column in (a, b)]
         lines.append(f"{key[0][:6]:<8}{key[1]:<24}{values[0]:>12}{values[1]:>12}")
     for letter, report in zip("AB", (left, right), strict=True):
         subject = {name: report["protocol"].get(name) for name in SUBJECT}

@@ -26,7 +26,7 @@ from taming_jax.config.schema import Config
 from taming_jax.config.serialization import to_dict
 from taming_jax.data.datasets import fingerprint_diff
 from taming_jax.errors import RunFailed, UserError, say
-from taming_jax.storage import text_hash
+from taming_jax.storage import hash_json
 from taming_jax.training.orbax_handlers import PRIMARY_ONLY, arrays_handler, describe_failure
 from taming_jax.training.weights import describe_loaded, load_matching_weights
 from taming_jax.weights.arrays import digest, fill, named_arrays
@@ -147,7 +147,7 @@ class Store:
         }
         if weights_only:
             metadata["weights_only"] = True
-        metadata["hash"] = text_hash(metadata)
+        metadata["hash"] = hash_json(metadata)
         handler = ocp.CompositeCheckpointHandler(
             state=arrays_handler(),
             about=ocp.JsonCheckpointHandler(multiprocessing_options=PRIMARY_ONLY),
@@ -222,7 +222,7 @@ class Store:
             expected = metadata.pop("hash")
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(f"it cannot be read ({type(error).__name__})") from error
-        if text_hash(metadata) != expected:
+        if hash_json(metadata) != expected:
             raise ValueError("its metadata differ from what was saved")
         if format_of(metadata, folder) < SCORES:
             metrics = metadata["metrics"]

@@ -24,7 +24,7 @@ from taming_jax.parallel import distributed
 from taming_jax.parallel.devices import Devices
 from taming_jax.parallel.runtime import prepare
 from taming_jax.progress import Progress
-from taming_jax.storage import run_lock, usable
+from taming_jax.storage import create_run_folders, run_lock
 from taming_jax.training.checkpoints import FD, Store
 from taming_jax.training.log import Log
 from taming_jax.training.meter import Meter, Tracer
@@ -75,7 +75,7 @@ def train(build_stage: Callable[..., Stage], config: Config, restart: bool = Fal
         store = Store(folder, stage.name, stage.best_metric, stage.dataset)
 
         def load_state(template: TrainState) -> Any:
-            usable(folder)
+            create_run_folders(folder)
             sections, initial = ("seed", "dtype", "data", stage.name), None
             source = getattr(config, stage.name).init_from
             if source is not None and (restart or not store.steps()):

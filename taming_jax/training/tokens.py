@@ -24,7 +24,7 @@ from taming_jax.models.vqgan import VQGAN, encode, max_batch
 from taming_jax.parallel import distributed
 from taming_jax.parallel.devices import Devices
 from taming_jax.progress import Progress
-from taming_jax.storage import read_arrays, text_hash, write_arrays
+from taming_jax.storage import hash_json, read_arrays, write_arrays
 from taming_jax.training.state import AUGMENTATION, make_example_keys
 from taming_jax.weights.arrays import digest, hash_arrays
 
@@ -79,7 +79,7 @@ class Tokenizer:
             settings += [data.random_crop, data.mirror, self._config.seed, version]
         if self._last_digest[0] is not split.images:  # read all images once, not once per version
             self._last_digest = split.images, digest(split.images)
-        key = text_hash([hash_arrays(self._params), self._last_digest[1], settings])[:16]
+        key = hash_json([hash_arrays(self._params), self._last_digest[1], settings])[:16]
         starts = range(0, len(split.images), IMAGES_PER_FILE)
         files = {start: self._folder / key / name / f"{start:08d}.npz" for start in starts}
         stored = distributed.run_on_primary(

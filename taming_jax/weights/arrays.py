@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from taming_jax.errors import UserError
-from taming_jax.storage import text_hash
+from taming_jax.storage import hash_json
 
 
 def named_arrays(tree: Any) -> dict[tuple[str, ...], Any]:
@@ -34,7 +34,7 @@ def digest(array: np.ndarray) -> str:
 def hash_arrays(tree: Any) -> str:
     """A hash of the names and arrays of a pytree, 16 hexadecimal digits."""
     named = named_arrays(tree)
-    return text_hash({"/".join(path): digest(array) for path, array in named.items()})[:16]
+    return hash_json({"/".join(path): digest(array) for path, array in named.items()})[:16]
 
 
 def fill(template: Any, arrays: dict[tuple[str, ...], np.ndarray]) -> Any:

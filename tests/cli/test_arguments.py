@@ -8,7 +8,7 @@ from taming_jax.cli.arguments import (
     DataFlags,
     Processes,
     Training,
-    data_settings,
+    collect_data_settings,
     parse,
     parse_training,
 )
@@ -69,14 +69,14 @@ def test_settings_of_a_runs_dataset_are_flags(monkeypatch):
     flags = "--data.path x --data.workers 2 --data.resize-mode crop --data.test-share 0.5"
     monkeypatch.setattr(sys, "argv", ["encode.py", *flags.split()])
     given = parse(DataOnly, None)
-    assert data_settings(given.data) == {
+    assert collect_data_settings(given.data) == {
         "path": "x", "workers": 2, "resize_mode": "crop", "test_share": 0.5,
     }  # fmt: skip
     fixed = {"image_size", "channels", "random_crop", "mirror"}
     names = {field.name for field in dataclasses.fields(DataConfig)} - fixed
     assert vars(given.data).keys() == names
     monkeypatch.setattr(sys, "argv", ["encode.py"])
-    assert data_settings(parse(DataOnly, None).data) == {}
+    assert collect_data_settings(parse(DataOnly, None).data) == {}
 
 
 @dataclasses.dataclass(frozen=True)

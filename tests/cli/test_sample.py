@@ -40,7 +40,7 @@ def test_the_same_images_as_npz_as_a_grid_and_as_files(sample, run, both, tmp_pa
     given = ["--workdir", both, "--classes", "square", 0, 1, "--per-class", 3, "--seed", 5, "--out"]
     for out in ("s.npz", "s.png", "folder"):
         status, said, err = sample(*given, tmp_path / out)
-        assert status == 0 and f"6 images of 2 classes are in {tmp_path / out}." in said, err
+        assert status == 0 and f"Wrote 6 images of 2 classes to {tmp_path / out}." in said, err
     archive = np.load(tmp_path / "s.npz")
     images, labels = archive["images"], archive["labels"]
     assert images.dtype == np.uint8 and images.shape == (6, 16, 16, 1)
@@ -66,7 +66,7 @@ def test_a_grid_has_a_few_rows_of_many_classes(sample, both, tmp_path, monkeypat
 
     monkeypatch.setattr(Run, "sample", draw)
     status, said, err = sample("--workdir", both, "--out", tmp_path / "s.png")
-    assert status == 0 and "There are 200 classes; --classes names others." in said, err
+    assert status == 0 and "There are 200 classes; choose others with --classes." in said, err
     assert len(asked) == 10 and asked[0] == 0 and asked[-1] == 199
     with Image.open(tmp_path / "s.png") as grid:
         assert grid.size[1] < 2 * grid.size[0]
@@ -132,13 +132,13 @@ def test_classes_by_number_are_numbers_and_by_name_names(both):
     """Names that are other classes' numbers, as folders may have."""
     run = taming_jax.load_run(both)
     run.class_names = ("1", "10", "2", "cat")
-    assert run.labels([1, np.int64(2)]).tolist() == [1, 2]
-    assert run.labels(["1", "10", "cat", "3"]).tolist() == [0, 1, 3, 3]
-    assert run.labels(str(i) for i in (2, 10)).tolist() == [2, 1]
-    assert run.labels(3).tolist() == run.labels("cat").tolist() == [3]
+    assert run.to_labels([1, np.int64(2)]).tolist() == [1, 2]
+    assert run.to_labels(["1", "10", "cat", "3"]).tolist() == [0, 1, 3, 3]
+    assert run.to_labels(str(i) for i in (2, 10)).tolist() == [2, 1]
+    assert run.to_labels(3).tolist() == run.to_labels("cat").tolist() == [3]
     for unknown in (-1, 4, "dog", "-1"):
         with pytest.raises(UserError, match="there is no class"):
-            run.labels([unknown])
+            run.to_labels([unknown])
 
 
 def test_one_guidance_scale_is_two_that_are_equal(run):
@@ -176,21 +176,21 @@ def test_the_log_likelihood_is_that_of_the_codes(run):
         ("--temperature -1", "the temperature is -1.0"),
         ("--guidance-scale -1", "the guidance scale is"),
         ("--guidance-scale 1 2 3", "the guidance scale is"),
-        ("--per-class 0", "nothing is to be drawn: 0 images of 4 classes"),
+        ("--per-class 0", "there is nothing to draw: 0 images of 4 classes"),
         ("--batch-size 0", "the batch size is 0"),
         ("--devices 64", "--devices is 64, but there are"),
         ("--devices 0", "--devices is 0"),
         ("--out /proc/s.npz", "/proc/s.npz cannot be written"),
         ("--out nowhere/s.npz", "cannot be written (No such file or directory)"),
-        ("--out s.jpg", "name a .npz or a .png"),
+        ("--out s.jpg", "name a .npz or a .png file"),
         ("--seed -1", "the seed is -1"),
         ("--workdir nowhere", "there is no folder nowhere"),
-        ("--size 17x16", "multiples of a code's 2, and at least the 16 and 16"),
-        ("--size 32x14", "a size of (14, 32) was asked for"),
-        ("--keep top", "--keep and --mask are for pictures that are completed"),
+        ("--size 17x16", "multiples of 2, and at least the 16 and 16"),
+        ("--size 32x14", "the size is (14, 32)"),
+        ("--keep top", "--keep and --mask apply only to completed pictures"),
         ("--complete none.png", "there is no picture none.png"),
         ("--complete /dev/null", "/dev/null cannot be read as a picture"),
-        ("--complete /dev/null --keep 0.5 --mask m.png", "--keep and --mask both say what is kept"),
+        ("--complete /dev/null --keep 0.5 --mask m.png", "--keep and --mask exclude each other"),
     ],
 )
 def test_bad_input_is_a_sentence(sample, both, tmp_path, monkeypatch, arguments, says):
@@ -225,7 +225,8 @@ def test_greedy_images_of_a_class_are_all_the_same(run):
 def test_a_prefix_that_is_no_codes_is_a_sentence(run):
     for prefix in ([128], [-1], [0] * 65, [[0]]):
         with pytest.raises(
-            UserError, match="a prefix (holds at most 64 codes from 0 to 127|is one row of codes)"
+            UserError,
+            match="a prefix (holds at most 64 codes from 0 to 127|must be a one-dimensional array)",
         ):
             run.sample([0], prefix=prefix)
 
@@ -259,7 +260,7 @@ def test_the_rest_of_pictures_is_drawn(sample, run, both, tmp_path):
     given = ["--workdir", both, "--per-class", 2, "--out", tmp_path / "s.npz"]
     files = [tmp_path / f"{i}.png" for i in range(3)]
     status, said, err = sample(*given, "--complete", *files, "--classes", 1, "--keep", 0.25)
-    assert status == 0 and "6 completions of 3 pictures are in" in said, err
+    assert status == 0 and "Wrote 6 completions of 3 pictures to" in said, err
     archive = np.load(tmp_path / "s.npz")
     assert archive["labels"].tolist() == [1] * 6
     found = run.complete(pictures, 1, 2, keep=0.25, devices=1)
@@ -268,7 +269,7 @@ def test_the_rest_of_pictures_is_drawn(sample, run, both, tmp_path):
     codes, rows = run.encode(pictures), np.arange(8)[:, None] < 2
     drawn = run.complete(pictures, [1, 0, 1], temperature=0, guidance_scale=1, keep=0.25)
     known = np.where(rows, codes, -1).reshape(3, -1)
-    parts = run.drawn(np.array([1, 0, 1]), np.zeros(3, np.int32), known=known, temperature=0,
+    parts = run.draw_samples(np.array([1, 0, 1]), np.zeros(3, np.int32), known=known, temperature=0,
                       guidance_scale=1)  # fmt: skip
     np.testing.assert_array_equal(drawn, np.concatenate(list(parts)))
     # All but the last code kept: the pictures' reconstructions, but for what that code touches.
@@ -294,10 +295,10 @@ def test_what_cannot_be_completed_is_a_sentence(run):
     images = np.zeros((2, 16, 16, 1), np.uint8)
     for arguments, says in (
         ({"classes": [0, 1, 2]}, "2 images and 3 classes"),
-        ({"keep": 1.5}, "a share of 1.5 of 8 rows"),
-        ({"keep": 0.01}, "a share of 0.01 of 8 rows"),
-        ({"mask": np.ones((3, 3))}, "a mask of 3x3 was given; it is of 8x8 codes, or of 16x16"),
-        ({"per_image": 0}, "nothing is to be drawn: 0 completions"),
+        ({"keep": 1.5}, "keep is 1.5, which leaves nothing to keep"),
+        ({"keep": 0.01}, "keep is 0.01, which leaves nothing to keep"),
+        ({"mask": np.ones((3, 3))}, "the mask is 3x3; it must be 8x8 codes, or 16x16"),
+        ({"per_image": 0}, "there is nothing to draw: 0 completions"),
         ({"size": (16, 16)}, "multiple values"),
     ):
         with pytest.raises((UserError, TypeError), match=says):

@@ -10,10 +10,10 @@ import pytest
 from taming_jax.data import datasets
 from taming_jax.data.pixels import to_float, to_uint8
 from taming_jax.errors import UserError
+from taming_jax.evaluation.evaluator import Evaluator
 from taming_jax.evaluation.protocol import Protocol
-from taming_jax.evaluation.report import draw, finished
-from taming_jax.evaluation.samples import nearest
-from taming_jax.evaluation.subject import Evaluator
+from taming_jax.evaluation.report import build_report, save_figures
+from taming_jax.evaluation.samples import find_nearest
 from taming_jax.metrics import distances
 from taming_jax.models.lpips import load_lpips, lpips
 from taming_jax.run import load_run
@@ -43,7 +43,7 @@ def evaluation(run, cache):
 
 @pytest.fixture(scope="module")
 def report(evaluation):
-    return finished(evaluation)
+    return build_report(evaluation)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_the_protocol_says_what_was_measured(run, report):
 
 @pytest.mark.slow
 def test_four_devices_report_the_same(run, report, cache):
-    again = finished(Evaluator(run, PROTOCOL, devices=4))
+    again = build_report(Evaluator(run, PROTOCOL, devices=4))
     for kind in ("reconstruction", "samples"):
         for name, value in again[kind].items():
             if isinstance(value, float):
@@ -116,14 +116,14 @@ def test_four_devices_report_the_same(run, report, cache):
 def test_what_cannot_be_measured(run, cache, tmp_path):
     np.savez(tmp_path / "adm.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     for change, said in (
-        ({"split": "holdout"}, "there is no split 'holdout'; take train, validation or test"),
+        ({"split": "holdout"}, "there is no split 'holdout'; choose train, validation or test"),
         ({"features": "resnet"}, "there are no features 'resnet'"),
         (
             {"features": "inception", "weights": tmp_path / "no.pth"},
             r"no.pth does not hold InceptionV3's weights \(there is no file .*\); get them",
         ),
         ({"images": 0}, "images is 0; it must be 1 or more"),
-        ({"images": 1}, "1 image of the split 'train' was chosen, and distances of samples need"),
+        ({"images": 1}, "1 image of the split 'train' is selected, but metrics of samples need"),
         ({"samples": 1}, "samples is 1; it must be 2 or more"),
         ({"kept": 1}, "kept is 1; it must be 2 or more"),
         ({"top_k": 0}, "top-k is 0"),
@@ -167,10 +167,10 @@ def test_the_command(evaluate, stage1, cache, tmp_path):
 
 
 def test_figures(evaluation, report, tmp_path):
-    draw(evaluation, tmp_path, report)
+    save_figures(evaluation, tmp_path, report)
     names = {file.name for file in tmp_path.iterdir()}
     assert names == {"evaluation_codes.png", "evaluation_nearest.png"}
-    images, closest, far = nearest(evaluation, 8)  # two of each of the four classes
+    images, closest, far = find_nearest(evaluation, 8)  # two of each of the four classes
     train = datasets.load(evaluation.run.config.data).train.images
     assert images.shape == closest.shape == (8, 16, 16, 1) and far.shape == (8,)
     assert len(np.unique(images, axis=0)) == 8
@@ -187,7 +187,7 @@ def test_a_run_of_other_data_is_not_measured(run, cache):
 
 def test_mistakes_are_a_sentence(evaluate, both, tmp_path):
     for given, said in (
-        ([], "name the run by --workdir"),
+        ([], "name a run with --workdir"),
         (["--workdir", tmp_path / "none"], "there is no folder"),
         (["--workdir", both, "--samples", "1"], "samples is 1; it must be 2 or more"),
         (["--workdir", both, "--guidance-scale", "-2"], "guidance"),

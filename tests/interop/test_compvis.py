@@ -231,8 +231,8 @@ def test_a_token_before_the_codes_is_the_class(command, tmp_path):
     assert (drawn != net.sample([5], temperature=0)).any()
     # A block of 24 tokens holds windows of 4x4 codes of the 8x8.
     codes = np.random.default_rng(1).integers(0, 64, (3, 4, 4)).astype(np.int32)
-    expected = one.code_likelihood(codes, np.zeros(3, np.int32))
-    found = net.code_likelihood(codes, np.full(3, 4, np.int32))
+    expected = one.code_log_likelihood(codes, np.zeros(3, np.int32))
+    found = net.code_log_likelihood(codes, np.full(3, 4, np.int32))
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
@@ -361,8 +361,8 @@ def test_a_run_of_ones_own_goes_there_and_back(command, tmp_path):
     assert prior.class_names == own.class_names
     np.testing.assert_allclose(again["vqgan"].decode(codes), own.decode(codes), atol=1e-5)
     numbers = np.array([2, 0, 1], np.int32)
-    expected = own.code_likelihood(codes, numbers)
-    np.testing.assert_allclose(prior.code_likelihood(codes, numbers), expected, rtol=1e-5)
+    expected = own.code_log_likelihood(codes, numbers)
+    np.testing.assert_allclose(prior.code_log_likelihood(codes, numbers), expected, rtol=1e-5)
     with jax.default_matmul_precision("highest"):
         tokens = np.concatenate([24 + numbers[:, None], codes.reshape(3, -1)[:, :-1]], 1)
         logits = prior.prior.apply({"params": prior.transformer}, tokens)

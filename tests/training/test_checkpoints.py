@@ -11,7 +11,7 @@ import pytest
 from taming_jax.config.load import load_config
 from taming_jax.config.migrations import FORMAT
 from taming_jax.errors import UserError
-from taming_jax.storage import text_hash
+from taming_jax.storage import hash_json
 from taming_jax.training.checkpoints import Store
 from taming_jax.training.state import Net, TrainState
 from taming_jax.weights.arrays import named_arrays
@@ -140,7 +140,7 @@ def rewritten(folder, change):
     about = json.loads(file.read_text())
     del about["hash"]
     change(about)
-    file.write_text(json.dumps(about | {"hash": text_hash(about)}))
+    file.write_text(json.dumps(about | {"hash": hash_json(about)}))
 
 
 def test_a_checkpoint_of_the_first_format_is_read(tmp_path):

@@ -279,7 +279,7 @@ def test_a_signal_in_the_last_step_saves_before_it_draws(tmp_path, monkeypatch):
 def test_one_run_at_a_time_in_a_folder_and_several_in_several(tmp_path):
     def on_step(step):
         if step == 3:
-            with pytest.raises(UserError, match=f"process {os.getpid()} .* trains in"):
+            with pytest.raises(UserError, match=f"process {os.getpid()} .* is training in"):
                 train(tmp_path / "one", **CADENCES)
             train(tmp_path / "another", **CADENCES)
 

@@ -1,4 +1,4 @@
-"""A run under a protocol: its data, the features, and what samples are compared with."""
+"""The inputs of an evaluation: the run, its data, and the feature extractors."""
 
 import dataclasses
 import functools
@@ -23,13 +23,13 @@ from taming_jax.parallel.devices import Devices
 from taming_jax.progress import Progress
 from taming_jax.run import Run
 
-PART = 64  # images read at once, or as many more as the devices see at once
+BATCH = 64  # images read at once, rounded up to a multiple of the feature batch
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageSubset:
-    """The images of a split at `rows` int [n], cropped at the centre to `size` pixels. They are
-    read when they are indexed: uint8 [b,size,size,c]."""
+    """The images of a split at `rows` int [n], center-cropped to `size` pixels. Indexing reads
+    them: uint8 [b,size,size,c]."""
 
     split: Split
     rows: np.ndarray
@@ -38,8 +38,8 @@ class ImageSubset:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, places: slice | np.ndarray) -> np.ndarray:
-        return centred(self.split.images[self.rows[places]], self.size)
+    def __getitem__(self, index: slice | np.ndarray) -> np.ndarray:
+        return centred(self.split.images[self.rows[index]], self.size)
 
     @property
     def labels(self) -> np.ndarray:
@@ -47,7 +47,7 @@ class ImageSubset:
         return self.split.labels[self.rows]
 
     def hash(self) -> str:
-        """The first 16 digits of a hash of the images."""
+        """Returns the first 16 hexadecimal digits of a SHA-256 hash of the images."""
         content = hashlib.sha256()
         for start in range(0, len(self), 1024):
             content.update(self[start : start + 1024].tobytes())
@@ -55,11 +55,11 @@ class ImageSubset:
 
 
 class Evaluator:
-    """A run under a protocol.
+    """A run and the data and feature extractors to evaluate it with.
 
-    Raises UserError for settings of sampling that are not possible, for fewer than two images where
-    samples are compared with them, for data that the run was not trained on and that was not named,
-    and where the features, or the moments of a reference, cannot be had.
+    Raises UserError if a sampling setting is invalid, if samples would be compared with fewer than
+    two images, if the run was not trained on the data and `data.name` does not select that data
+    explicitly, or if the features or the reference moments are not available.
     """
 
     def __init__(
@@ -67,23 +67,23 @@ class Evaluator:
     ):
         self.run, self.protocol, self.progress = run, protocol, progress
         self.devices = Devices(devices)
-        self.draws = run.transformer is not None and protocol.samples > 0
+        self.has_samples = run.transformer is not None and protocol.samples > 0
         self.warnings: list[str] = []
-        if self.draws:
-            run.sampling(**protocol.sampling)
+        if self.has_samples:
+            run.resolve_sampling(**protocol.sampling)  # raises UserError early
         self.splits, self.fingerprint = datasets.load_same(run.load_data)
         classes = len(self.splits.class_names)
         self.prior_fits = run.transformer is not None and run.prior.classes == classes
-        self.chosen = self.subset(protocol.split, protocol.images)
+        self.images = self.select_images(protocol.split, protocol.images)
         self._check_data()
         if protocol.features == "classifier":
-            self.features = self._digit_classifier()
+            self.features = self._load_digit_classifier()
             self.classifier: Features | None = self.features
         else:
             extractor = pretrained(protocol.features, protocol.weights, protocol.legacy_resize)
             self.features = Features(extractor, self.devices)
-            reads_digits = self.draws and run.config.data.name == "mnist"
-            self.classifier = self._digit_classifier() if reads_digits else None
+            has_digits = self.has_samples and run.config.data.name == "mnist"
+            self.classifier = self._load_digit_classifier() if has_digits else None
         self.extractor = self.features.extractor
         self.file_moments: Moments | None = None
         if protocol.reference is not None:
@@ -92,63 +92,63 @@ class Evaluator:
 
     def _check_data(self) -> None:
         run, classes = self.run, len(self.splits.class_names)
-        if self.draws and not self.prior_fits:
+        if self.has_samples and not self.prior_fits:
             raise UserError(
                 f"the data has {classes} classes and the prior of {run.workdir} has "
-                f"{run.prior.classes}, so samples cannot follow the data's classes; skip them with "
-                "--samples 0."
+                f"{run.prior.classes}, so samples cannot have the classes of the data; skip "
+                "samples with --samples 0."
             )
-        if self.draws and len(self.chosen) < 2:
+        if self.has_samples and len(self.images) < 2:
             raise UserError(
-                f"{len(self.chosen)} image of the split '{self.protocol.split}' was chosen, and "
-                "distances of samples need two; take more, or skip samples with --samples 0."
+                f"{len(self.images)} image of the split '{self.protocol.split}' is selected, but "
+                "metrics of samples need two; increase --images, or skip samples with --samples 0."
             )
-        if len(self.chosen) < 2:
+        if len(self.images) < 2:
             self.warnings.append("No Fréchet distance: it needs two images.")
-        if run.data_named and (sentence := run.other_data(self.splits)):
-            self.warnings.append(sentence)
+        if run.data_named and (warning := run.describe_data_mismatch(self.splits)):
+            self.warnings.append(warning)
 
-    def _digit_classifier(self) -> Features:
+    def _load_digit_classifier(self) -> Features:
         images, labels = self.splits.train
         train = Split(centred(images, self.run.config.data.image_size), labels)
         return Features(digits(train, len(self.splits.class_names)), self.devices)
 
-    def subset(self, split: str, most: int | None = None) -> ImageSubset:
-        """The images of a split, or `most` of them, evenly spread."""
-        chosen: Split = getattr(self.splits, split)
-        rows = evenly_spaced(len(chosen.images), most or len(chosen.images))
-        return ImageSubset(chosen, rows, self.run.config.data.image_size)
+    def select_images(self, name: str, limit: int | None = None) -> ImageSubset:
+        """Returns the images of a split, or at most `limit` of them, evenly spaced."""
+        split: Split = getattr(self.splits, name)
+        rows = evenly_spaced(len(split.images), limit or len(split.images))
+        return ImageSubset(split, rows, self.run.config.data.image_size)
 
-    def parts(self, images: ImageSubset, name: str) -> Iterator[tuple[slice, np.ndarray]]:
-        """Images in parts, each with its place among them. `name` is what progress is called."""
-        size = math.ceil(PART / self.features.size) * self.features.size
+    def read_batches(self, images: ImageSubset, name: str) -> Iterator[tuple[slice, np.ndarray]]:
+        """Yields images in batches, with the slice of each. `name` labels the progress bar."""
+        size = math.ceil(BATCH / self.features.size) * self.features.size
         with Progress(name, len(images), "images", enabled=self.progress) as progress:
             for start in range(0, len(images), size):
-                place = slice(start, start + size)
-                yield place, images[place]
+                rows = slice(start, start + size)
+                yield rows, images[rows]
                 progress.update(size)
 
-    def feature_stats(self, images: ImageSubset, name: str) -> FeatureStats:
-        """The features of images. `name` says which ones, for progress."""
+    def compute_feature_stats(self, images: ImageSubset, name: str) -> FeatureStats:
+        """Computes the features of images. `name` labels the progress bar."""
         stats = FeatureStats(len(images), self.protocol.kept)
-        for _, part in self.parts(images, f"features of {name}"):
-            stats.add(self.features(part)[0])
+        for _, batch in self.read_batches(images, f"features of {name}"):
+            stats.add(self.features(batch)[0])
         return stats
 
     @functools.cached_property
     def reference(self) -> FeatureStats:
         """The features of the split's images."""
-        return self.feature_stats(self.chosen, self.protocol.split)
+        return self.compute_feature_stats(self.images, self.protocol.split)
 
     @property
     def reference_moments(self) -> Moments:
-        """What Fréchet distances are taken to: the moments in the file, or the split's."""
+        """The moments for Fréchet distances: those of the reference file, or else of the split."""
         return self.file_moments or self.reference.moments
 
-    def drawn(self, labels: np.ndarray) -> Iterator[np.ndarray]:
-        """New images uint8 [b,h,w,c] of classes int32 [n], numbered within each, in parts."""
-        parts = self.run.drawn(
+    def draw_samples(self, labels: np.ndarray) -> Iterator[np.ndarray]:
+        """Yields new images uint8 [b,h,w,c] of classes int32 [n], numbered within each class."""
+        batches = self.run.draw_samples(
             labels, ranks(labels), **self.protocol.sampling, devices=len(self.devices.list),
             batch_size=self.features.size, progress=self.progress,
         )  # fmt: skip
-        return map(to_uint8, parts)
+        return map(to_uint8, batches)
