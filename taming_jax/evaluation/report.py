@@ -6,9 +6,12 @@ from typing import Any
 import numpy as np
 
 from taming_jax.evaluation.evaluator import Evaluator
+from taming_jax.evaluation.measurements import (
+    evaluate_reconstructions,
+    evaluate_samples,
+    find_nearest,
+)
 from taming_jax.evaluation.protocol import Protocol
-from taming_jax.evaluation.reconstructions import evaluate_reconstructions
-from taming_jax.evaluation.samples import evaluate_samples, find_nearest
 from taming_jax.run import Run
 from taming_jax.storage import hash_json
 from taming_jax.weights.arrays import hash_arrays

@@ -11,9 +11,9 @@ from taming_jax.data import datasets
 from taming_jax.data.pixels import to_float, to_uint8
 from taming_jax.errors import UserError
 from taming_jax.evaluation.evaluator import Evaluator
+from taming_jax.evaluation.measurements import find_nearest
 from taming_jax.evaluation.protocol import Protocol
 from taming_jax.evaluation.report import build_report, save_figures
-from taming_jax.evaluation.samples import find_nearest
 from taming_jax.metrics import distances
 from taming_jax.models.lpips import load_lpips, lpips
 from taming_jax.run import load_run
