@@ -248,7 +248,7 @@ def test_clear_keeps_imported_weights_or_moves_them_aside(tmp_path):
     other = dataclasses.replace(CONFIG, vqgan=dataclasses.replace(CONFIG.vqgan, code_dim=8))
     store.clear(other, SECTIONS)
     assert store.steps() == []
-    assert (tmp_path / "checkpoints" / "vqgan-imported" / "0").is_dir()
+    assert (tmp_path / "checkpoints" / "vqgan-weights-only" / "0").is_dir()
 
 
 def test_a_reader_leaves_a_save_under_way_alone(tmp_path):

@@ -149,7 +149,7 @@ def test_an_imported_run_goes_on(both, tmp_path):
     assert status == 0 and "Begins from" in out and first.is_dir(), err
     status, out, err = commands.run_here(*again, "--prior.dropout", 0.3, draw=False)
     assert status == 0 and "Begins from" not in out and not first.is_dir(), err
-    assert (workdir / "checkpoints" / "prior-imported" / "0").is_dir()
+    assert (workdir / "checkpoints" / "prior-weights-only" / "0").is_dir()
     status, _, err = commands.run_here(*again, "--prior.init-from", tmp_path / "none", draw=False)
     assert status == 2 and "none holds no prior checkpoint" in err, err
     assert taming_jax.load_run(workdir).step == 1
