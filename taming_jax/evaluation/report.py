@@ -5,9 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from taming_jax.evaluation.measurements import nearest, reconstructions, samples
 from taming_jax.evaluation.protocol import Protocol
-from taming_jax.evaluation.reconstructions import reconstructions
-from taming_jax.evaluation.samples import nearest, samples
 from taming_jax.evaluation.subject import Evaluation
 from taming_jax.files import text_hash
 from taming_jax.run import Run

@@ -10,9 +10,9 @@ import pytest
 from taming_jax.data import datasets
 from taming_jax.data.pixels import to_float, to_uint8
 from taming_jax.errors import UserError
+from taming_jax.evaluation.measurements import nearest
 from taming_jax.evaluation.protocol import Protocol
 from taming_jax.evaluation.report import draw, finished
-from taming_jax.evaluation.samples import nearest
 from taming_jax.evaluation.subject import Evaluation
 from taming_jax.metrics import distances
 from taming_jax.models.lpips import load_lpips, lpips

@@ -1,4 +1,4 @@
-"""How well a run reconstructs the images of a split."""
+"""How well a run reconstructs the images of a split, and how good the images are that it draws."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -8,11 +8,12 @@ import jax
 import numpy as np
 
 from taming_jax import losses
+from taming_jax.data.datasets import spread
 from taming_jax.data.pixels import to_float, to_uint8
 from taming_jax.errors import UserError
 from taming_jax.evaluation.subject import Evaluation
 from taming_jax.metrics import distances, similarity
-from taming_jax.metrics.distances import Moments
+from taming_jax.metrics.distances import FeatureStats, Moments
 from taming_jax.metrics.features import MICRO, VGG_LEAST
 from taming_jax.models.lpips import load_lpips, lpips
 from taming_jax.models.vqgan import VQGAN, decode_indices, encode, images_at_once
@@ -88,3 +89,49 @@ def measurement(model: VQGAN) -> Callable[[Any, jax.Array], Any]:
         return decoded, indices, values
 
     return measure
+
+
+def samples(evaluation: Evaluation) -> dict[str, Any]:
+    """The report of new images, of classes as frequent as in the split."""
+    protocol, classifier = evaluation.protocol, evaluation.classifier
+    order = np.sort(evaluation.chosen.labels, kind="stable")
+    labels = order[np.arange(protocol.samples) * len(order) // protocol.samples].astype(np.int32)
+    stats = FeatureStats(len(labels), protocol.kept)
+    probabilities: list[np.ndarray] = []
+    predictions: list[np.ndarray] = []
+    for images in evaluation.drawn(labels):
+        features, classes = evaluation.features(images)
+        stats.add(features)
+        probabilities.append(classes)
+        if classifier is not None:
+            own = classes if classifier is evaluation.features else classifier(images)[1]
+            predictions.append(own.argmax(1))
+    fd = distances.frechet_distance(stats.moments, evaluation.reference_moments)
+    report: dict[str, Any] = {"fd": fd}
+    real, fake = evaluation.reference.features, stats.features
+    if min(len(real), len(fake)) > protocol.neighbours:
+        kd, deviation = distances.kernel_distance(fake, real, protocol.seed)
+        report |= {"kd": kd, "kd_deviation": deviation}
+        report |= distances.manifold(real, fake, protocol.neighbours)
+    if evaluation.extractor.name == "InceptionV3":
+        mean, deviation = distances.inception_score(
+            np.concatenate(probabilities), seed=protocol.seed
+        )
+        report |= {"inception_score": mean, "inception_score_deviation": deviation}
+    if predictions:
+        report["accuracy"] = float((np.concatenate(predictions) == labels).mean())
+    return report
+
+
+def nearest(evaluation: Evaluation, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`count` samples uint8 [n,h,w,c], those training images (of at most `kept` of them) that are
+    nearest to them by their features, and how far these are, [n], in units of the distance of a
+    training image from its nearest."""
+    train = evaluation.subset("train", evaluation.protocol.kept)
+    features = evaluation.feature_stats(train, "training images").features
+    labels = np.resize(spread(len(evaluation.splits.class_names), count), count).astype(np.int32)
+    images = np.concatenate(list(evaluation.drawn(labels)))
+    numbers, squares = distances.nearest(evaluation.features(images)[0], features)
+    some = features[spread(len(features), 1000)]
+    unit = np.sqrt(np.median(distances.radii(features, 1, some)))
+    return images, train[numbers], np.sqrt(squares) / unit
