@@ -13,9 +13,9 @@ import jax
 import numpy as np
 
 from taming_jax import tiled_inference
-from taming_jax.config.load import differences, override, read_config, replaced
+from taming_jax.config.load import diff_configs, override, read_config, replace_section
 from taming_jax.config.schema import Config
-from taming_jax.config.validation import flag
+from taming_jax.config.validation import format_flag
 from taming_jax.data import datasets
 from taming_jax.data.datasets import Split, Splits
 from taming_jax.data.pixels import to_float, to_uint8
@@ -66,7 +66,7 @@ def _with_current_data(config: Config, folder: Path) -> Config:
     place since, or the dataset of an imported run; as it is where those are of other data."""
     with contextlib.suppress(UserError):
         current = read_config(folder / "config.json")
-        if not differences(current, config, ("data",)):
+        if not diff_configs(current, config, ("data",)):
             return dataclasses.replace(config, data=current.data)
     return config
 
@@ -119,14 +119,16 @@ class Run:
         config = self.config
         if given.get("name", config.data.name) != config.data.name:
             # Where the old data is, and what its columns are called, is not the new one's matter.
-            config = replaced(config, "data", path=None, image_column=None, label_column=None)
+            config = replace_section(
+                config, "data", path=None, image_column=None, label_column=None
+            )
         other = copy.copy(self)
         other.config = override(config, {f"data.{name}": value for name, value in given.items()})
         for name in ("image_size", "channels"):
             own, new = getattr(self.config.data, name), getattr(other.config.data, name)
             if own != new:
                 raise UserError(
-                    f"{flag('data', name)} is {new}, but this run's networks take {own}."
+                    f"{format_flag('data', name)} is {new}, but this run's networks take {own}."
                 )
         other.data_named = "name" in given
         other.__dict__.pop("class_names", None)
@@ -161,7 +163,7 @@ class Run:
 
     def labels(self, classes: int | str | Iterable[int | str]) -> np.ndarray:
         """Classes by number or by name as numbers, int32 [n]. UserError for others."""
-        return datasets.class_numbers(classes, self.class_names)
+        return datasets.parse_classes(classes, self.class_names)
 
     @functools.cached_property
     def prior(self) -> Prior:

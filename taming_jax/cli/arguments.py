@@ -14,12 +14,12 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 from taming_jax.config.load import (
-    differences,
+    diff_configs,
+    list_presets,
     load_config,
-    preset_names,
     read_config,
-    replaced,
-    validated,
+    replace_section,
+    validate_config,
 )
 from taming_jax.config.schema import Config, DataConfig
 from taming_jax.errors import UserError
@@ -116,14 +116,14 @@ def parse_training(
         command, default=command(base), args=["--help"] if wants_help else rest,
         description=description,
     )  # fmt: skip
-    different = differences(line.config, run, ("data", "vqgan")) if stage == "prior" else []
+    different = diff_configs(line.config, run, ("data", "vqgan")) if stage == "prior" else []
     if different:
         raise UserError(
             f"the run in {base.folder} was trained otherwise: {'; '.join(different)}. Leave these "
             "settings out, or train a stage 1 with them."
         )
     config = with_absolute_paths(line.config)
-    return dataclasses.replace(line, config=validated(config))
+    return dataclasses.replace(line, config=validate_config(config))
 
 
 def default_config(name: str | None, workdir: str | None, wants_help: bool) -> Config:
@@ -131,7 +131,7 @@ def default_config(name: str | None, workdir: str | None, wants_help: bool) -> C
     where it does not exist."""
     if name is None and not wants_help:
         raise UserError(
-            f"say which --config to train; the presets are {', '.join(preset_names())}."
+            f"say which --config to train; the presets are {', '.join(list_presets())}."
         )
     try:
         config = load_config(name or "mnist")
@@ -148,5 +148,5 @@ def with_absolute_paths(config: Config) -> Config:
     """The config of a run that may be used from another folder later."""
     for section, name in (("data", "path"), ("vqgan", "init_from"), ("prior", "init_from")):
         if (path := getattr(getattr(config, section), name)) is not None:
-            config = replaced(config, section, **{name: str(Path(path).absolute())})
+            config = replace_section(config, section, **{name: str(Path(path).absolute())})
     return config

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from taming_jax.config.load import validated, write_config
+from taming_jax.config.load import validate_config, write_config
 from taming_jax.config.schema import Config
 from taming_jax.errors import RunFailed, UserError, say
 from taming_jax.models.discriminator import Discriminator
@@ -80,7 +80,7 @@ def fitted(model: Model) -> Model:
     elif model.config.data.image_size < 3 * 2**vqgan.discriminator_layers:
         vqgan = dataclasses.replace(vqgan, discriminator_start=1.0)
     config = dataclasses.replace(model.config, vqgan=vqgan, prior=prior)
-    return model._replace(config=validated(config))
+    return model._replace(config=validate_config(config))
 
 
 def shapes_of(model: Model) -> dict[str, Any]:

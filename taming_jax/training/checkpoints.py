@@ -19,8 +19,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
-from taming_jax.config.load import differences, settings
-from taming_jax.config.migrations import ARRAYS, FORMAT, MICRO_BATCHES, SCORES, format_of, migrated
+from taming_jax.config.load import diff_configs, parse_settings
+from taming_jax.config.migrations import (
+    ARRAY_MIGRATIONS,
+    FORMAT,
+    MICRO_BATCH_FORMAT,
+    SCORE_FORMAT,
+    migrate,
+    read_format,
+)
 from taming_jax.config.schema import Config
 from taming_jax.config.serialization import to_dict
 from taming_jax.data.datasets import fingerprint_diff
@@ -224,7 +231,7 @@ class Store:
             raise ValueError(f"it cannot be read ({type(error).__name__})") from error
         if text_hash(about) != expected:
             raise ValueError("its description is not what was saved")
-        if format_of(about, folder) < SCORES:
+        if read_format(about, folder) < SCORE_FORMAT:
             metrics = about["metrics"]
             about["score"] = metrics and metrics.get(FD, metrics.get("nll"))
         return about
@@ -234,7 +241,7 @@ class Store:
         not know."""
         folder = self.path / str(step)
         try:
-            return settings(about["config"], format_of(about, folder))
+            return parse_settings(about["config"], read_format(about, folder))
         except UserError as error:
             raise UserError(
                 f"{folder} was written by another version of this program: {error}"
@@ -260,9 +267,9 @@ class Store:
         for path, array in arrays.items():
             if digest(array) != about["hashes"]["/".join(path)]:
                 raise ValueError(f"the array {'.'.join(path)} is not what was saved")
-        number = format_of(about, folder)
+        number = read_format(about, folder)
         return Checkpoint(
-            step, migrated(arrays, number, ARRAYS), self._config(about, step),
+            step, migrate(arrays, number, ARRAY_MIGRATIONS), self._config(about, step),
             about.get("dataset"), about.get("weights_only", False), number,
         )  # fmt: skip
 
@@ -323,7 +330,7 @@ class Store:
     def _check_same(
         self, checkpoint: Checkpoint, config: Config, sections: tuple[str, ...]
     ) -> None:
-        different = differences(config, checkpoint.config, sections)
+        different = diff_configs(config, checkpoint.config, sections)
         if different:
             raise UserError(
                 f"{self.path} holds a run with other settings: {'; '.join(different)}. "
@@ -331,7 +338,7 @@ class Store:
                 "--restart."
             )
         parts = checkpoint.config.vqgan.micro_batches
-        if self.path.name == "vqgan" and parts > 1 and checkpoint.format < MICRO_BATCHES:
+        if self.path.name == "vqgan" and parts > 1 and checkpoint.format < MICRO_BATCH_FORMAT:
             raise UserError(
                 f"{self.path} holds a run with --vqgan.micro-batches {parts} of an older version, "
                 "which computed one adaptive weight for all of them. This one would train it "
@@ -364,5 +371,5 @@ class Store:
                 continue
             if not about.get("weights_only"):
                 shutil.rmtree(self.path / str(step))
-            elif differences(config, self._config(about, step), sections):
+            elif diff_configs(config, self._config(about, step), sections):
                 self._move(step, "imported")

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from taming_jax.config.schema import Config
-from taming_jax.data.augment import augmented, centred
+from taming_jax.data.augment import augment, center_crop
 from taming_jax.data.batches import ResidentFeed, gather_batch
 from taming_jax.data.datasets import Split
 from taming_jax.data.pixels import to_float
@@ -55,11 +55,13 @@ class Tokenizer:
             return indices.reshape(len(indices), -1)
 
         def plain(state: Any, arrays: dict[str, jax.Array]) -> jax.Array:
-            return codes(state["params"], centred(gather_batch(arrays)[0], config.data.image_size))
+            return codes(
+                state["params"], center_crop(gather_batch(arrays)[0], config.data.image_size)
+            )
 
         def changed(state: Any, arrays: dict[str, jax.Array]) -> jax.Array:
             keys = example_keys(config.seed, AUGMENTATION, state["version"], arrays["place"])
-            return codes(state["params"], augmented(gather_batch(arrays)[0], keys, config.data))
+            return codes(state["params"], augment(gather_batch(arrays)[0], keys, config.data))
 
         self._plain, self._changed = plain, changed
 
@@ -129,7 +131,7 @@ class TokenFeed(ResidentFeed):
     def _rows(self) -> np.ndarray:
         return self._codes.reshape(-1, self._codes.shape[-1])
 
-    def _index(self, epochs: np.ndarray, index: np.ndarray) -> np.ndarray:
+    def _locate_rows(self, epochs: np.ndarray, index: np.ndarray) -> np.ndarray:
         versions = epochs % len(self._codes)
         missing = set(versions.tolist()) - self._held
         for version in sorted(missing):

@@ -11,11 +11,11 @@ import numpy as np
 import optax
 
 from taming_jax import losses
-from taming_jax.config.load import replaced
+from taming_jax.config.load import replace_section
 from taming_jax.config.schema import Config
-from taming_jax.config.validation import warn_of_attention
-from taming_jax.data.augment import augmented
-from taming_jax.data.batches import Feed, feed, gather_batch
+from taming_jax.config.validation import warn_about_attention
+from taming_jax.data.augment import augment
+from taming_jax.data.batches import Feed, build_feed, gather_batch
 from taming_jax.data.pixels import to_float, to_uint8
 from taming_jax.errors import UserError, say
 from taming_jax.models.lpips import load_lpips
@@ -57,7 +57,7 @@ def with_fixed_start(config: Config, examples: int, created: Config | None) -> C
         )
     if start != own:
         say(f"The discriminator starts after step {start}, which was fixed when this run began.")
-    return replaced(config, "vqgan", discriminator_start_step=start)
+    return replace_section(config, "vqgan", discriminator_start_step=start)
 
 
 class VQGANStage(Stage):
@@ -77,7 +77,7 @@ class VQGANStage(Stage):
         self.config = config
         start = config.vqgan.discriminator_start_step
         self.start = self.steps if start is None else start
-        warn_of_attention(config)
+        warn_about_attention(config)
         self.networks = VQGANObjective.build(config, devices.axis_name)
         adam = optax.scale_by_adam(*settings.betas, settings.epsilon)
         self._optimiser = with_clipping(adam, settings.grad_clip_norm)
@@ -99,7 +99,7 @@ class VQGANStage(Stage):
     def feeds(self) -> tuple[Feed, Feed]:
         size, share = self.config.vqgan.batch_size, self.config.data.resident_share
         train, validation = (
-            feed(split, size, self.config.seed, self.devices, share)
+            build_feed(split, size, self.config.seed, self.devices, share)
             for split in (self.splits.train, self.splits.validation)
         )
         return train, validation
@@ -147,7 +147,7 @@ class VQGANStage(Stage):
                 return example_keys(self.config.seed, purpose, state.step, arrays["place"])
 
             images = to_float(
-                augmented(gather_batch(arrays)[0], keys(AUGMENTATION), self.config.data)
+                augment(gather_batch(arrays)[0], keys(AUGMENTATION), self.config.data)
             )
             draws = Keys()
             if settings.diff_augment:
