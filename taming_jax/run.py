@@ -13,9 +13,9 @@ import jax
 import numpy as np
 
 from taming_jax import tiled_inference
-from taming_jax.config.load import differences, override, read_config, replaced
+from taming_jax.config.load import diff_configs, override, read_config, replace_section
 from taming_jax.config.schema import Config
-from taming_jax.config.validation import flag
+from taming_jax.config.validation import format_flag
 from taming_jax.data import datasets
 from taming_jax.data.datasets import Split, Splits
 from taming_jax.data.pixels import to_float, to_uint8
@@ -68,7 +68,7 @@ def _update_data_settings(config: Config, folder: Path) -> Config:
     data."""
     with contextlib.suppress(UserError):
         current = read_config(folder / "config.json")
-        if not differences(current, config, ("data",)):
+        if not diff_configs(current, config, ("data",)):
             return dataclasses.replace(config, data=current.data)
     return config
 
@@ -121,14 +121,16 @@ class Run:
         config = self.config
         if values.get("name", config.data.name) != config.data.name:
             # The path and the column names of the old dataset do not apply to the new one.
-            config = replaced(config, "data", path=None, image_column=None, label_column=None)
+            config = replace_section(
+                config, "data", path=None, image_column=None, label_column=None
+            )
         other = copy.copy(self)
         other.config = override(config, {f"data.{name}": value for name, value in values.items()})
         for name in ("image_size", "channels"):
             old, new = getattr(self.config.data, name), getattr(other.config.data, name)
             if old != new:
                 raise UserError(
-                    f"{flag('data', name)} is {new}, but this run's networks take {old}."
+                    f"{format_flag('data', name)} is {new}, but this run's networks take {old}."
                 )
         other.data_named = "name" in values
         other.__dict__.pop("class_names", None)
@@ -164,7 +166,7 @@ class Run:
     def to_labels(self, classes: int | str | Iterable[int | str]) -> np.ndarray:
         """Converts class numbers or names to labels int32 [n]. Raises UserError if a class does not
         exist."""
-        return datasets.class_numbers(classes, self.class_names)
+        return datasets.parse_classes(classes, self.class_names)
 
     @functools.cached_property
     def prior(self) -> Prior:

@@ -40,7 +40,7 @@ def workdir(tmp_path):
         ("--config mnist_tiny --data.image-size 30", "cannot be halved 2 times"),
         ("--config mnist_tiny --data.image-size 32", "MNIST images are 28x28"),
         ("--config mnist_tiny --data.name cifar", "--data.name cifar is unknown"),
-        ("--config mnist_tiny --data.path nowhere", "nowhere is no folder"),
+        ("--config mnist_tiny --data.path nowhere", "nowhere is not a folder"),
     ],
 )
 def test_wrong_settings(capsys, workdir, arguments, says):

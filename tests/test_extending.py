@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from taming_jax.config.load import read_config, replaced
+from taming_jax.config.load import read_config, replace_section
 from taming_jax.data.datasets import SOURCES
 from taming_jax.models.quantizers import QUANTIZERS
 from taming_jax.priors.registry import PRIORS
@@ -89,7 +89,7 @@ def test_dataset_quantizer_loss_and_log_destination_train_together(tmp_path, mon
     destinations = changed_module(writers, "A log destination", run_example("A log destination"))
     monkeypatch.setattr(loop, "open_writers", destinations.open_writers)
     config = small_runs.small_config(tmp_path / "run", data__name="stripes", vqgan__steps=3)
-    config = replaced(config, "vqgan", quantizer="sign", code_dim=4, codebook_size=16)
+    config = replace_section(config, "vqgan", quantizer="sign", code_dim=4, codebook_size=16)
     loop.train(vqgan.VQGANStage, config)
     rows = read_rows(tmp_path / "run" / "metrics" / "vqgan.jsonl")
     trained = [row for row in rows if row["split"] == "train"]
@@ -107,7 +107,7 @@ def test_the_independent_prior_trains_and_draws(stage1, tmp_path):
     config = read_config(tmp_path / "run" / "config.json")
     config = dataclasses.replace(config, workdir=str(tmp_path / "run"))
     settings = {"steps": 5, "batch_size": 8, "label_dropout": 0.0, "guidance_scale": None}
-    config = replaced(config, "prior", kind="independent", **settings)
+    config = replace_section(config, "prior", kind="independent", **settings)
     loop.train(PriorStage, config)
     rows = read_rows(tmp_path / "run" / "metrics" / "prior.jsonl")
     nll = [row["nll"] for row in rows if row["split"] == "train"]

@@ -55,7 +55,7 @@ def evaluate(capsys):
 
 def test_data_that_has_moved_is_named_and_recognised(place, capsys):
     run = taming_jax.load_run(place / "run")
-    with pytest.raises(UserError, match=f"--data.path {place / 'old'} is no folder"):
+    with pytest.raises(UserError, match=f"--data.path {place / 'old'} is not a folder"):
         run.tokens("test")
     new = {"name": "folder", "path": place / "new"}
     moved = taming_jax.load_run(place / "run", data=new)

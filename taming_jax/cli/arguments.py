@@ -14,14 +14,14 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 from taming_jax.config.load import (
-    differences,
+    diff_configs,
+    list_presets,
     load_config,
-    preset_names,
     read_config,
-    replaced,
+    replace_section,
 )
 from taming_jax.config.schema import Config, DataConfig
-from taming_jax.config.validation import validated
+from taming_jax.config.validation import validate_config
 from taming_jax.errors import UserError
 from taming_jax.parallel.distributed import Processes
 from taming_jax.storage import check_writable
@@ -116,14 +116,14 @@ def parse_training(
         command, default=command(base), args=["--help"] if wants_help else rest,
         description=description,
     )  # fmt: skip
-    different = differences(parsed.config, run, ("data", "vqgan")) if stage == "prior" else []
+    different = diff_configs(parsed.config, run, ("data", "vqgan")) if stage == "prior" else []
     if different:
         raise UserError(
             f"the run in {base.folder} was trained with other settings: {'; '.join(different)}. "
             "Leave these settings out, or train a new stage 1 with them."
         )
     config = make_paths_absolute(parsed.config)
-    return dataclasses.replace(parsed, config=validated(config))
+    return dataclasses.replace(parsed, config=validate_config(config))
 
 
 def load_default_config(name: str | None, workdir: str | None, wants_help: bool) -> Config:
@@ -131,7 +131,7 @@ def load_default_config(name: str | None, workdir: str | None, wants_help: bool)
     back to the preset mnist if that config does not exist."""
     if name is None and not wants_help:
         raise UserError(
-            f"choose what to train with --config; the presets are {', '.join(preset_names())}."
+            f"choose what to train with --config; the presets are {', '.join(list_presets())}."
         )
     try:
         config = load_config(name or "mnist")
@@ -148,5 +148,5 @@ def make_paths_absolute(config: Config) -> Config:
     """Makes a config's paths absolute, so that the run can be used from any working directory."""
     for section, name in (("data", "path"), ("vqgan", "init_from"), ("prior", "init_from")):
         if (path := getattr(getattr(config, section), name)) is not None:
-            config = replaced(config, section, **{name: str(Path(path).absolute())})
+            config = replace_section(config, section, **{name: str(Path(path).absolute())})
     return config

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from taming_jax.cli.arguments import parse
-from taming_jax.config.load import load_config, show
-from taming_jax.config.validation import flag
+from taming_jax.config.load import load_config
+from taming_jax.config.validation import format_flag
 from taming_jax.errors import UserError
 from taming_jax.evaluation.report import evaluate
 from taming_jax.run import load_run
@@ -127,7 +127,9 @@ class Recipes:
         kind = "samples" if row.base else "reconstruction"
         # Some metrics are missing, such as the accuracy, which only digits have.
         values = [f"{report[kind].get(column, math.nan):.3g}" for column in COLUMNS[kind]]
-        flags = " ".join(f"{flag(key)} {show(value)}" for key, value in row.settings.items())
+        flags = " ".join(
+            f"{format_flag(key)} {format_value(value)}" for key, value in row.settings.items()
+        )
         settings = f"`{flags}`" if flags else ""
         return f"| {name} | {settings} | {' | '.join(values)} | {report['seconds']:.0f} |"
 

@@ -1,4 +1,5 @@
-"""Loads configs: presets by name, a run's `config.json`, and overrides; compares and writes them.
+"""Loads, overrides, compares and writes configs, which are presets or a run's `config.json`.
+
 The command line is in cli/.
 """
 
@@ -12,50 +13,49 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from taming_jax.config.migrations import FORMAT, SETTINGS, format_of, migrated
+from taming_jax.config.migrations import FORMAT, SETTINGS_MIGRATIONS, migrate, read_format
 from taming_jax.config.schema import UNKNOWN, Config
 from taming_jax.config.serialization import from_dict, to_dict
-from taming_jax.config.validation import flag, validated
+from taming_jax.config.validation import format_flag, validate_config
 from taming_jax.errors import UserError
 from taming_jax.storage import atomic_write
 
 
-def preset_names() -> list[str]:
-    """The names of the presets."""
+def list_presets() -> list[str]:
+    """Returns the names of the presets."""
     from taming_jax.config import presets
 
     return sorted(module.name for module in pkgutil.iter_modules(presets.__path__))
 
 
 def load_config(name: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
-    """A preset by its name, or a run's settings by the path of its config.json.
+    """Loads a preset by its name, or a run's settings by the path of its config.json.
 
-    `overrides` replaces settings by their dotted names: `{"vqgan.steps": 100}`.
-    Raises UserError for a name or a setting that does not exist, and for settings that cannot work
-    together.
+    `overrides` replaces settings by their dotted names: `{"vqgan.steps": 100}`. Raises UserError if
+    the name or a setting does not exist, or if settings are invalid or conflict.
     """
     name = str(name)
-    if name in preset_names():
+    if name in list_presets():
         config = importlib.import_module(f"taming_jax.config.presets.{name}").CONFIG
     elif name.endswith(".json") or os.sep in name:
         config = read_config(Path(name))
-        # It belongs to the run that the file was written for, which takes it from its checkpoints.
+        # The step belongs to the run that wrote the file, which reads it from its checkpoints.
         # A new run with these settings computes its own.
-        config = replaced(config, "vqgan", discriminator_start_step=None)
+        config = replace_section(config, "vqgan", discriminator_start_step=None)
     else:
-        near = difflib.get_close_matches(name, preset_names(), n=1)
-        hint = f"did you mean '{near[0]}'? " if near else ""
+        matches = difflib.get_close_matches(name, list_presets(), n=1)
+        hint = f" (did you mean '{matches[0]}'?)" if matches else ""
         raise UserError(
-            f"there is no preset '{name}'; {hint}the presets are {', '.join(preset_names())}; "
-            "the path of a config.json is accepted as well."
+            f"there is no preset '{name}'{hint}; use one of {', '.join(list_presets())}, or the "
+            "path of a config.json."
         )
     return override(config, overrides or {})
 
 
 def override(config: Config, overrides: Mapping[str, Any]) -> Config:
-    """A config with other values of the settings that `overrides` names, such as "vqgan.steps".
+    """Returns a config in which `overrides` replaces settings by name, such as "vqgan.steps".
 
-    Raises UserError for a setting that does not exist, and for settings that cannot work together.
+    Raises UserError if a setting does not exist, or if settings are invalid or conflict.
     """
     values = to_dict(config)
     for dotted, value in overrides.items():
@@ -64,38 +64,40 @@ def override(config: Config, overrides: Mapping[str, Any]) -> Config:
         for part in sections:
             section = section.get(part)
             if not isinstance(section, dict):
-                raise UserError(f"there is no setting '{dotted}'.")
+                raise UserError(f"there is no setting '{dotted}'; check its name.")
         if isinstance(section.get(last), dict):
-            raise UserError(f"'{dotted}' is a group; name its settings, '{dotted}.…'.")
+            raise UserError(f"'{dotted}' is a group of settings; name one of them, '{dotted}.…'.")
         section[last] = value
-    return validated(from_dict(Config, values))
+    return validate_config(from_dict(Config, values))
 
 
-def replaced(config: Config, section: str, **values: Any) -> Config:
-    """A config with other values in one of its sections."""
+def replace_section(config: Config, section: str, **values: Any) -> Config:
+    """Returns a config with some values of one section replaced."""
     changed = dataclasses.replace(getattr(config, section), **values)
     return dataclasses.replace(config, **{section: changed})
 
 
 def is_fixed(field: dataclasses.Field) -> bool:
-    """Whether a setting says what is trained, so that a resumed run may not change it."""
+    """Returns whether a setting determines what is trained, and so cannot change on a resume."""
     return not field.metadata.get("free")
 
 
-def differences(
+def diff_configs(
     left: Config,
     right: Config,
     sections: Sequence[str],
-    compared: Callable[[dataclasses.Field], bool] = is_fixed,
+    is_compared: Callable[[dataclasses.Field], bool] = is_fixed,
 ) -> list[str]:
-    """How two configs differ in the settings that are `compared`, one phrase per setting:
-    "--seed is 1, not 2"."""
+    """Returns how two configs differ, one phrase per setting: "--seed is 1, not 2".
+
+    Compares the settings of `sections` for which `is_compared` returns true.
+    """
 
     unknown = UNKNOWN in (left.data.name, right.data.name)
-    left, right = (with_matching_attention(config) for config in (left, right))
+    left, right = (drop_unmatched_attention(config) for config in (left, right))
 
     def walk(a: Any, b: Any, names: tuple[str, ...]) -> list[str]:
-        found = []
+        phrases: list[str] = []
         for f in dataclasses.fields(a):
             x, y = getattr(a, f.name), getattr(b, f.name)
             if not names and f.name not in sections:
@@ -103,48 +105,53 @@ def differences(
             if unknown and names == ("data",) and f.name not in ("image_size", "channels"):
                 continue
             if dataclasses.is_dataclass(x):
-                found += walk(x, y, (*names, f.name))
-            elif x != y and compared(f):
-                found.append(f"{flag(*names, f.name)} is {show(x)}, not {show(y)}")
-        return found
+                phrases += walk(x, y, (*names, f.name))
+            elif x != y and is_compared(f):
+                name = format_flag(*names, f.name)
+                phrases.append(f"{name} is {format_value(x)}, not {format_value(y)}")
+        return phrases
 
     return walk(left, right, ())
 
 
-def with_matching_attention(config: Config) -> Config:
-    """The config without resolutions of attention that no level has, which have no effect."""
+def drop_unmatched_attention(config: Config) -> Config:
+    """Removes the attention resolutions that no level has, since they have no effect."""
     kept = (x for x in config.vqgan.attention_resolutions if x in config.level_resolutions)
-    return replaced(config, "vqgan", attention_resolutions=tuple(kept))
+    return replace_section(config, "vqgan", attention_resolutions=tuple(kept))
 
 
-def show(value: Any) -> str:
+def format_value(value: Any) -> str:
     return (" ".join(map(str, value)) or "empty") if isinstance(value, tuple) else str(value)
 
 
 def read_config(path: Path) -> Config:
-    """A config.json. Raises UserError where it is missing or no config."""
+    """Reads a config.json. Raises UserError if it is missing or not a config."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); name a config.json.") from error
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}); name a run's config.json.") from error
-    number = format_of(values, path) if isinstance(values, dict) else FORMAT
+    number = read_format(values, path) if isinstance(values, dict) else FORMAT
     try:
-        return settings(values, number)
+        return parse_settings(values, number)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
 
-def settings(values: Any, number: int) -> Config:
-    """The config that was written in a format (config/migrations.py) up to today's. UserError for
-    unknown settings and values of a wrong type."""
+def parse_settings(values: Any, number: int) -> Config:
+    """Converts the settings of a config in format `number` (config/migrations.py) to a config.
+
+    Raises UserError if a setting is unknown or its value has a wrong type.
+    """
     if isinstance(values, dict):
-        values = migrated({k: v for k, v in values.items() if k != "format"}, number, SETTINGS)
+        values = migrate(
+            {k: v for k, v in values.items() if k != "format"}, number, SETTINGS_MIGRATIONS
+        )
     return from_dict(Config, values)
 
 
 def write_config(config: Config, path: Path) -> None:
-    """Writes a config.json, whole or not at all. Raises OSError."""
+    """Writes a config.json atomically. Raises OSError."""
     content = {"format": FORMAT} | dataclasses.asdict(config)
     atomic_write(path, (json.dumps(content, indent=2) + "\n").encode())

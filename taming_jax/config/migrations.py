@@ -1,5 +1,6 @@
-"""The format of what a run leaves: a number in config.json and in each checkpoint, and the way from
-an older one to today's. What carries no number is of format 1.
+"""The format number of config.json and of checkpoints, and the migration of older formats.
+
+Files without a format number have format 1.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,20 +16,20 @@ FORMAT = 6
 Arrays = dict[tuple[str, ...], np.ndarray]
 
 
-def with_skipped(arrays: Arrays) -> Arrays:
-    """Since format 2 a state counts the steps that were skipped."""
+def add_skipped(arrays: Arrays) -> Arrays:
+    """Adds the count of skipped steps, which a state has since format 2."""
     return {("skipped",): np.zeros((), np.int32)} | arrays
 
 
-def without_used_codes(config: dict[str, Any]) -> dict[str, Any]:
-    """Since format 5 all codes of an imported codebook are used."""
+def remove_used_codes(config: dict[str, Any]) -> dict[str, Any]:
+    """Removes the setting `used_codes`. Since format 5, all codes of a codebook are used."""
     vqgan = dict(config.get("vqgan", {}))
     if vqgan.pop("used_codes", None):
         raise UserError("its remapped codes are no longer supported; use an older version.")
     return config | {"vqgan": vqgan}
 
 
-# Settings and metrics that have other names since format 6.
+# Settings and metrics that were renamed in format 6.
 RENAMED_SETTINGS = {
     "data": {"bad_share": "max_corrupt_fraction", "squeeze": "resize_mode"},
     "vqgan": {"clip": "grad_clip_norm"},
@@ -41,12 +42,12 @@ RENAMED_METRICS = {
 
 
 def rename_keys(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """A dictionary with some keys renamed, in the same order."""
+    """Renames some keys of a dictionary and keeps their order."""
     return {names.get(key, key): value for key, value in values.items()}
 
 
 def rename_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """Since format 6 some settings have other names, and `resize_mode` is a name, not a bool."""
+    """Renames the settings that format 6 renamed. There, `resize_mode` is a name, not a bool."""
     sections = {
         section: rename_keys(config[section], names)
         for section, names in RENAMED_SETTINGS.items() if isinstance(config.get(section), dict)
@@ -57,33 +58,34 @@ def rename_settings(config: dict[str, Any]) -> dict[str, Any]:
     return config | sections
 
 
-# Functions from each format to the next, for a config's settings and for a checkpoint's arrays.
-SETTINGS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
-    1: dict, 2: dict, 3: dict, 4: without_used_codes, 5: rename_settings
+# Functions that migrate a config's settings and a checkpoint's arrays from each format to the next.
+SETTINGS_MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    1: dict, 2: dict, 3: dict, 4: remove_used_codes, 5: rename_settings
 }  # fmt: skip
-ARRAYS: dict[int, Callable[[Arrays], Arrays]] = {
-    1: with_skipped, 2: dict, 3: dict, 4: dict, 5: dict
+ARRAY_MIGRATIONS: dict[int, Callable[[Arrays], Arrays]] = {
+    1: add_skipped, 2: dict, 3: dict, 4: dict, 5: dict
 }  # fmt: skip
 
-MICRO_BATCHES = 4  # the first format whose micro-batches of stage 1 have a weight each
-SCORES = 6  # the first format whose checkpoints say by which number they are compared
+MICRO_BATCH_FORMAT = 4  # the first format with one weight per micro-batch in stage 1
+SCORE_FORMAT = 6  # the first format whose checkpoints name the metric that compares them
 
 
-def format_of(values: Mapping[str, Any], path: Path) -> int:
-    """The format of what stands in a file or folder. UserError where that cannot be read here."""
+def read_format(values: Mapping[str, Any], path: Path) -> int:
+    """Returns the format of a file or folder. Raises UserError if it is invalid or too new."""
     number = values.get("format", 1)
     if type(number) is not int or number < 1:
-        raise UserError(f"{path} says that its format is {number!r}, which is none.")
+        raise UserError(f"{path} has the format {number!r}, which is not a valid format number.")
     if number > FORMAT:
         raise UserError(
             f"{path} was written by a newer taming_jax (format {number}; this one reads up to "
-            f"{FORMAT}); update it."
+            f"{FORMAT}); update taming_jax."
         )
     return number
 
 
-def migrated(content: Any, number: int, steps: Mapping[int, Callable[[Any], Any]]) -> Any:
-    """Content of format `number` as today's, by functions from each format to the next."""
+def migrate(content: Any, number: int, steps: Mapping[int, Callable[[Any], Any]]) -> Any:
+    """Migrates content of format `number` to `FORMAT`. `steps` maps each format to the function to
+    the next."""
     for older in range(number, FORMAT):
         content = steps[older](content)
     return content

@@ -1,7 +1,7 @@
 """Every setting of both stages, as frozen dataclasses.
 
-A field made with `free` says how long, how often or where a run is computed, and may change when
-the run is resumed. Every other field says what is trained and may not.
+A field made with `free` determines how long, how often or where a run is computed, and may change
+when the run is resumed. Every other field determines what is trained and may not change.
 """
 
 import math
@@ -11,203 +11,234 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 UNKNOWN = "unknown"  # the dataset of an imported run
-OF_A_MACHINE = ("workdir", "path", "cache", "workers")  # settings that differ between machines
+MACHINE_SETTINGS = ("workdir", "path", "cache", "workers")  # settings that differ between machines
 
 
 class Range(NamedTuple):
-    """The values that a setting may have, as a function and in words."""
+    """The valid values of a setting, as a function and in words."""
 
-    holds: Callable[[Any], bool]
-    words: str
+    contains: Callable[[Any], bool]
+    requirement: str
 
 
 COUNT = Range(lambda x: x >= 1, "must be 1 or more")
 NOT_NEGATIVE = Range(lambda x: 0 <= x < math.inf, "must be 0 or more")
 POSITIVE = Range(lambda x: 0 < x < math.inf, "must be above 0")
-SHARE = Range(lambda x: 0 <= x <= 1, "is a share, from 0 to 1")
-PART = Range(lambda x: 0 < x < 1, "is a share between 0 and 1")
+FRACTION = Range(lambda x: 0 <= x <= 1, "must be from 0 to 1")
+PROPER_FRACTION = Range(lambda x: 0 < x < 1, "must be above 0 and below 1")
 SEED = Range(lambda x: 0 <= x < 2**32, f"must be from 0 to {2**32 - 1}")
 
 
 def setting(default: Any, values: Range | None = None, meaning: bool = False) -> Any:
-    """A field whose value must lie in a range, unless it is None; `meaning` says that weights mean
-    something else when it changes, though their shapes may stay."""
+    """Returns a field whose value must be None or lie in the range `values`.
+
+    `meaning` declares that a change of the setting changes the meaning of trained weights, even if
+    their shapes stay the same.
+    """
     return field(default=default, metadata={"range": values, "meaning": meaning})
 
 
 def free(default: Any, values: Range | None = None) -> Any:
-    """A field that a resumed run may change."""
+    """Returns a field that may change when a run is resumed."""
     return field(default=default, metadata={"free": True, "range": values})
 
 
 @dataclass(frozen=True)
 class DataConfig:
+    """The dataset, and how its images are prepared."""
+
     name: str = "mnist"
-    """The dataset: mnist; synthetic (small pictures made by rule, of any size); folder (pictures in
-    --data.path); OWNER/NAME on the Hugging Face hub; tfds:NAME of TensorFlow Datasets. An imported
-    run's is unknown until it is named."""
+    """The dataset: mnist, synthetic (simple shapes of any size), folder (pictures in --data.path),
+    OWNER/NAME from the Hugging Face hub, or tfds:NAME from TensorFlow Datasets. Imported runs have
+    unknown until you name one."""
     path: str | None = free(None)
-    """A folder with your own copy of the files, in place of a download."""
+    """A folder with your own copy of the files. Default: the dataset is downloaded or read from
+    where its library keeps it."""
     image_column: str | None = None
-    """The column of a table that holds the images; found unless told."""
+    """The column of a table that holds the images. Default: the first column of images."""
     label_column: str | None = None
-    """The column of a table that holds the classes; found unless told."""
+    """The column of a table that holds the classes. Default: the first column of class labels, or
+    one called label or labels."""
     image_size: int = setting(28, COUNT)
-    """Height and width of the images the model sees."""
+    """The height and width of the images that the model sees."""
     channels: int = 1
-    """1 for grayscale, 3 for colour."""
+    """The color channels of the images: 1 for grayscale, 3 for color."""
     random_crop: bool = False
-    """Train on crops at random places of images kept an eighth larger."""
+    """Crop training images at random. They are stored an eighth larger for this."""
     mirror: bool = False
-    """Train on images of which every second one, at random, is mirrored."""
+    """Mirror each training image with a probability of one half."""
     resize_mode: Literal["crop", "squeeze"] = "crop"
-    """Cut out the center square of a picture before resizing it, or resize the whole picture to a
-    square, which changes its aspect ratio."""
+    """How a picture becomes square: crop cuts out its center before resizing; squeeze resizes the
+    whole picture, which changes its aspect ratio."""
     cache: str | None = free(None)
-    """The folder of decoded images; the user's own cache folder unless told."""
-    max_corrupt_fraction: float = free(0.1, SHARE)
-    """The largest share of pictures that may be unreadable and left out."""
+    """The folder for decoded images. Default: the user's own cache folder."""
+    max_corrupt_fraction: float = free(0.1, FRACTION)
+    """The largest fraction of pictures that may be unreadable. These are left out."""
     workers: int | None = free(None, COUNT)
-    """Threads that decode pictures; default: one per core."""
-    resident_share: float = free(0.2, SHARE)
-    """A split that takes no more than this share of a device's memory is kept there; a larger one
-    is read from the disk, batch by batch."""
-    test_share: float = setting(0.1, PART)
-    """The share of the images kept for testing, where a dataset has no test split."""
-    validation_share: float = setting(0.05, PART)
-    """The share of the training images kept for validation, on which models are chosen."""
+    """The number of threads that decode pictures. Default: one per core."""
+    resident_share: float = free(0.2, FRACTION)
+    """The fraction of a device's memory up to which a split is kept on the device. A larger split
+    is read from the disk batch by batch."""
+    test_share: float = setting(0.1, PROPER_FRACTION)
+    """The fraction of the images that is held out for testing, if a dataset has no test split."""
+    validation_share: float = setting(0.05, PROPER_FRACTION)
+    """The fraction of the training images that is held out for validation, if a dataset has no
+    validation split. Validation selects the best checkpoint."""
     split_seed: int = setting(0, SEED)
-    """The seed that cuts the validation images from the training images."""
+    """The seed of the random choice of images that are held out."""
 
 
 @dataclass(frozen=True)
 class StageConfig:
-    """What the training loop needs to know of either stage."""
+    """The settings of the training loop, which both stages have."""
 
     epochs: int = free(200, COUNT)
-    """Passes over the training images."""
+    """The number of passes over the training images."""
     steps: int | None = free(None, COUNT)
-    """Training steps, in place of epochs."""
+    """The number of training steps. Default: computed from the epochs."""
     batch_size: int = setting(256, COUNT)
-    """Images a step, over all devices together."""
+    """The number of images per step, over all devices together."""
     micro_batches: int = free(1, COUNT)
-    """Parts that a batch is taken in, one after the other, to save memory; their gradients are
-    added up."""
+    """The number of parts into which a batch is divided to save memory. Their gradients are
+    accumulated."""
     eval_every: int | None = free(None, COUNT)
-    """Steps between validations; an epoch unless told."""
+    """The number of steps between validations. Default: one epoch."""
     fd_every: int | None = setting(None, COUNT)
-    """Steps between validations that also take the Fréchet distance, in VGG16's features, of
-    reconstructions (in stage 2 of samples) to the validation split; the best checkpoint is then the
-    one with the least of it, so that it cannot be changed later."""
+    """The number of steps between validations that also compute the Fréchet distance, in VGG16's
+    features, between the validation split and reconstructions (in stage 2: samples). The best
+    checkpoint is then the one with the smallest distance, so you cannot change this when you
+    resume. Default: never."""
     checkpoint_every: int | None = free(None, COUNT)
-    """Steps between checkpoints; an epoch unless told."""
+    """The number of steps between checkpoints. Default: one epoch."""
     log_every: int | None = free(None, COUNT)
-    """Steps to a line of the log; about a thousand lines a run unless told."""
+    """The number of steps between lines of the log. Default: a thousandth of the run."""
     draw_every: int | None = free(None, COUNT)
-    """Least steps between redrawings of the figures; a twentieth of the run unless told."""
-    profile: tuple[int, int] | None = free(None)
-    """Trace the steps from one to another, counted from 1, with jax.profiler."""
-    learning_rate: float = setting(4.5e-4, POSITIVE)
-    """The highest learning rate (in stage 1 the generator's)."""
-    warmup_steps: int = setting(0, NOT_NEGATIVE)
-    """Steps over which the learning rate rises from zero."""
-    final_learning_rate: float = setting(1.0, SHARE)
-    """Where the cosine decay of the learning rate ends, as a share of it; 1 keeps it constant."""
-    grad_clip_norm: float | None = setting(None, POSITIVE)
-    """The largest global norm of a network's gradients; larger ones are scaled down to it."""
-    init_from: str | None = None
-    """The folder of a run from whose weights this one begins, in place of random ones, where names
-    and shapes are the same."""
-    skipped_in_a_row: int = free(10, NOT_NEGATIVE)
-    """Steps in a row that may be skipped because something in them is not finite; one more ends the
+    """The smallest number of steps between updates of the figures. Default: a twentieth of the
     run."""
+    profile: tuple[int, int] | None = free(None)
+    """The first and the last step, counted from 1, to trace with jax.profiler. Default: no
+    trace."""
+    learning_rate: float = setting(4.5e-4, POSITIVE)
+    """The peak learning rate (in stage 1 the generator's)."""
+    warmup_steps: int = setting(0, NOT_NEGATIVE)
+    """The number of steps over which the learning rate rises from zero."""
+    final_learning_rate: float = setting(1.0, FRACTION)
+    """The learning rate at the end of the cosine decay, as a fraction of the peak. 1 keeps it
+    constant."""
+    grad_clip_norm: float | None = setting(None, POSITIVE)
+    """The global norm to which a network's gradients are clipped. Default: no clipping."""
+    init_from: str | None = None
+    """The folder of a run whose weights initialize this run, wherever names and shapes match.
+    Default: random initialization."""
+    skipped_in_a_row: int = free(10, NOT_NEGATIVE)
+    """The number of consecutive steps that may be skipped because of values that are not finite.
+    One more ends the run."""
 
     def total_steps(self, examples: int) -> int:
-        """How many steps the run has, on that many training images."""
+        """Returns the number of steps of a run on `examples` training images."""
         return self.steps or math.ceil(self.epochs * examples / self.batch_size)
 
 
 @dataclass(frozen=True)
 class VQGANConfig(StageConfig):
-    """Stage 1: encoder, quantizer, decoder and discriminator."""
+    """The settings of stage 1: encoder, quantizer, decoder and discriminator."""
 
     micro_batches: int = setting(1, COUNT)
-    """Parts that a batch is taken in, one after the other, to save memory; their gradients are
-    added up. The discriminator's BatchNorm normalises within a part."""
+    """The number of parts into which a batch is divided to save memory. Their gradients are
+    accumulated, and the BatchNorm of the discriminator normalizes within each part."""
 
     channels: int = setting(128, COUNT)
-    """Channels at full resolution."""
+    """The number of channels at full resolution."""
     multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
-    """Channels of each level as multiples of that; between two levels the image is halved."""
+    """The channels of each level, as multiples of --vqgan.channels. Between two levels the
+    resolution is halved."""
     blocks: int = setting(2, COUNT)
-    """Residual blocks a level of the encoder."""
+    """The number of residual blocks per level of the encoder."""
     decoder_blocks: int | None = setting(None, COUNT)
-    """Residual blocks a level of the decoder; one more than the encoder's unless told."""
+    """The number of residual blocks per level of the decoder. Default: one more than the
+    encoder's."""
     attention_resolutions: tuple[int, ...] = (16,)
-    """Heights of feature maps at which every block is followed by self-attention; the middle of the
+    """The heights of feature maps at which self-attention follows every block. The middle of the
     networks always has it."""
     latent_channels: int = setting(256, COUNT)
-    """Channels between the encoder and the 1x1 convolution into code space."""
+    """The number of channels between the encoder and the 1x1 convolution to the code dimension."""
 
     codebook_size: int = setting(1024, COUNT)
-    """How many codes there are."""
+    """The number of codes in the codebook."""
     code_dim: int = setting(256, COUNT)
     """The dimension of a code."""
     commitment: float = setting(0.25, NOT_NEGATIVE)
-    """The weight of the commitment term (beta in the papers)."""
+    """The weight of the commitment loss (beta in the papers)."""
     legacy_commitment: bool = False
-    """Put that weight on the codebook term instead, as the official code did at first."""
+    """Apply the commitment weight to the codebook loss instead, as the first version of the
+    official code did."""
     l2_normalise: bool = setting(False, meaning=True)
-    """Compare directions only: latents and codes are scaled to length one."""
+    """Normalize latents and codes to length one, so that only their directions are compared."""
     quantizer: Literal["nearest", "gumbel"] = setting("nearest", meaning=True)
-    """The nearest code, or in training one drawn by the Gumbel-softmax trick from what a 1x1
-    convolution makes of a latent, and else the likeliest."""
+    """nearest takes the nearest code. gumbel maps each latent to logits by a 1x1 convolution, and
+    takes a Gumbel-softmax sample in training and the most likely code otherwise."""
     gumbel_temperature: tuple[float, float] = (1.0, 1 / 16)
-    """That trick's, at the first step and at the last, with a cosine between."""
+    """The temperature of the Gumbel-softmax at the first and the last step, with a cosine schedule
+    between them."""
     kl_weight: float = setting(5e-4, NOT_NEGATIVE)
-    """The weight of the divergence of its distribution from all codes alike."""
+    """The weight of the KL divergence of the code distribution of the gumbel quantizer from the
+    uniform distribution."""
 
     l1_weight: float = setting(1.0, NOT_NEGATIVE)
+    """The weight of the L1 reconstruction loss."""
     perceptual_weight: float = setting(1.0, NOT_NEGATIVE)
-    """LPIPS on VGG16 features; 0 leaves VGG16 out."""
+    """The weight of the perceptual loss, LPIPS on VGG16 features. 0 turns it off, and VGG16 is not
+    loaded."""
     codebook_weight: float = setting(1.0, NOT_NEGATIVE)
+    """The weight of the whole codebook loss, which includes the commitment loss."""
 
     discriminator_filters: int = setting(64, COUNT)
+    """The number of filters of the first layer of the discriminator."""
     discriminator_layers: int = setting(3, COUNT)
-    discriminator_start: float = setting(0.25, SHARE)
-    """The share of the run after which the adversarial part begins, 0 to 1 (1: never)."""
+    """The number of layers of the discriminator that halve the resolution."""
+    discriminator_start: float = setting(0.25, FRACTION)
+    """The fraction of the run after which the discriminator and the adversarial loss start. 1 turns
+    them off."""
     discriminator_start_step: int | None = free(None, NOT_NEGATIVE)
-    """The step at which it begins. Default: computed from the share when the run is created, and
-    kept when it is resumed, also where it is made longer (training/vqgan.py refuses another)."""
+    """The step at which the discriminator and the adversarial loss start. Default: computed from
+    --vqgan.discriminator-start when the run is created, and kept when you resume the run, even if
+    you make it longer."""
     discriminator_loss: Literal["hinge", "vanilla"] = "hinge"
+    """The adversarial loss: hinge or vanilla (cross-entropy)."""
     discriminator_weight: float = setting(0.8, NOT_NEGATIVE)
-    """The weight of the generator's adversarial loss."""
+    """The weight of the adversarial loss of the generator."""
     adaptive_weight: bool = True
-    """Multiply that by the ratio of the reconstruction's and the adversarial gradient's norms."""
+    """Multiply that weight by the ratio of the gradient norms of the reconstruction loss and the
+    adversarial loss."""
     adaptive_weight_max: float = setting(1e4, NOT_NEGATIVE)
+    """The largest value of that ratio."""
     diff_augment: tuple[Literal["color", "translation", "cutout"], ...] = ()
-    """How real and fake images are changed alike before the discriminator sees them, for small
-    datasets."""
+    """The differentiable augmentations of real and fake images for the discriminator (DiffAugment),
+    for small datasets."""
     discriminator_every: int = setting(1, COUNT)
-    """The discriminator learns in every so many steps, to hold it back."""
+    """The number of steps per update of the discriminator. More than 1 slows it down."""
     lecam_weight: float = setting(0.0, NOT_NEGATIVE)
-    """LeCAM regularisation of the discriminator, for small datasets; 0 is off."""
-    lecam_decay: float = setting(0.999, SHARE)
+    """The weight of the LeCam regularization of the discriminator, for small datasets. 0 turns it
+    off."""
+    lecam_decay: float = setting(0.999, FRACTION)
+    """The decay of the moving averages of logits for the LeCam regularization."""
 
     discriminator_learning_rate: float = setting(4.5e-4, POSITIVE)
+    """The peak learning rate of the discriminator."""
     betas: tuple[float, float] = (0.5, 0.9)
-    """Adam's, for both networks."""
+    """The decay rates beta1 and beta2 of Adam, for both networks."""
     epsilon: float = setting(1e-8, POSITIVE)
-    """Adam's: gradients far below it move a parameter by little, so that rounding errors in place
-    of a zero are not made full steps of."""
+    """The epsilon of Adam. Gradients far below it hardly change a parameter, so that rounding
+    errors in place of zero gradients do not cause full steps."""
     remat: bool = False
-    """Recompute the residual blocks' activations in the backward pass, to save memory."""
-    ema_decay: float | None = setting(None, SHARE)
-    """Keep a moving average of the generator, and evaluate and draw with it."""
+    """Recompute the activations of residual blocks in the backward pass, to save memory."""
+    ema_decay: float | None = setting(None, FRACTION)
+    """The decay of the moving average (EMA) of the generator, which is then used for evaluation and
+    figures. Default: no average."""
 
     def start_step(self, examples: int) -> int | None:
-        """The step, counted from 0, at which the adversarial part begins in a run on that many
-        training images; None where it never does."""
+        """Returns the step, counted from 0, at which the discriminator starts in a run on
+        `examples` training images, or None if it never does."""
         if self.discriminator_start_step is not None or self.discriminator_start == 1:
             return self.discriminator_start_step
         return round(self.discriminator_start * self.total_steps(examples))
@@ -215,99 +246,117 @@ class VQGANConfig(StageConfig):
 
 @dataclass(frozen=True)
 class PriorConfig(StageConfig):
-    """Stage 2: the prior over grids of codes."""
+    """The settings of stage 2: the prior over grids of codes."""
 
     kind: Literal["autoregressive"] = setting("autoregressive", meaning=True)
-    """The kind of prior; an autoregressive one draws codes one after the other, in raster order."""
+    """The kind of prior. An autoregressive prior predicts codes one by one in raster order."""
     layers: int = setting(6, COUNT)
+    """The number of transformer blocks."""
     heads: int = setting(8, COUNT, meaning=True)
+    """The number of attention heads per block."""
     width: int = setting(256, COUNT)
-    dropout: float = setting(0.1, SHARE)
+    """The number of channels of the transformer."""
+    dropout: float = setting(0.1, FRACTION)
+    """The dropout rate in training."""
     norm: Literal["layer", "rms"] = "layer"
+    """The normalization layers: LayerNorm or RMSNorm."""
     mlp: Literal["gelu", "swiglu"] = "gelu"
+    """The feed-forward network of a block: with GELU, or gated with SwiGLU."""
     mlp_width: int | None = setting(None, COUNT)
-    """Channels within a block's two-layer network; four times the width unless told, and two thirds
-    of that with swiglu."""
+    """The number of hidden channels of the feed-forward network. Default: four times the width, or
+    with swiglu two thirds of that."""
     bias: bool = True
-    """Whether dense layers add one."""
+    """Whether dense layers have a bias."""
     positions: Literal["learned", "rotary", "llamagen"] = setting("learned", meaning=True)
-    """Of codes in the sequence; or in the grid, by rotary embeddings, without any for the class, or
-    as LlamaGen has them, where a class's queries and keys vanish."""
+    """The position embeddings. learned: one per position in the sequence. rotary: rotary embeddings
+    of the row and column in the grid, and none for the class. llamagen: as LlamaGen's, which set
+    the queries and keys of the class to zero."""
     # Only imported models need these three, mlp_width, bias, and positions "llamagen".
     block_size: int | None = setting(None, COUNT)
-    """The longest sequence there are learned positions for; the grid's unless told."""
+    """The longest sequence for which there are learned positions. Default: the number of codes in
+    the grid."""
     vocabulary: int | None = setting(None, COUNT, meaning=True)
-    """Tokens that embeddings and head have, where classes are tokens among the codes, as in the
-    official transformer; unless told classes have their own, and the head speaks codes only."""
+    """The number of tokens of the embeddings and the head, if classes and codes share one
+    vocabulary, as in the official transformer. Default: classes have their own embeddings, and the
+    head predicts codes only."""
     first_class: int = setting(0, NOT_NEGATIVE, meaning=True)
-    """The token of the first class, then."""
+    """The token of the first class in a shared vocabulary."""
     qk_norm: bool = False
+    """Normalize queries and keys in attention."""
     remat: bool = False
     """Recompute activations in the backward pass, to save memory."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """The decay rates beta1 and beta2 of AdamW."""
     weight_decay: float = setting(0.01, NOT_NEGATIVE)
-    """AdamW's, on matrices only."""
+    """The weight decay of AdamW, which applies to matrices only."""
     schedule: Literal["one-cycle", "cosine"] = "one-cycle"
-    """One cycle up and down, or warm-up steps and cosine decay."""
-    final_learning_rate: float = setting(0.0, SHARE)
-    """Where the cosine decay of the learning rate ends, as a share of it."""
-    label_dropout: float = setting(0.1, SHARE)
-    """The share of examples that learn without their class, which guidance needs."""
+    """The learning rate schedule: one-cycle rises and falls once; cosine has --prior.warmup-steps
+    and a cosine decay."""
+    final_learning_rate: float = setting(0.0, FRACTION)
+    """The learning rate at the end of the cosine decay, as a fraction of the peak."""
+    label_dropout: float = setting(0.1, FRACTION)
+    """The fraction of examples that are trained on without their class, which guidance requires."""
     augmented_versions: int = setting(8, COUNT)
-    """Where training images are augmented, how many versions of each are encoded: the image as it
-    is in the first epoch, others in the next ones, then again from the first."""
-    token_keep_prob: float = setting(1.0, SHARE)
-    """The share of input codes left as they are; the others become random ones."""
+    """The number of versions of each training image that are encoded if training images are
+    augmented. Version 0 is not augmented. Epochs use the versions in turn."""
+    token_keep_prob: float = setting(1.0, FRACTION)
+    """The probability that an input code is kept in training. The other input codes are replaced by
+    random codes."""
 
     temperature: float = free(1.0)
-    """Of samples, unless told; 0 is greedy."""
+    """The temperature for sampling, unless the sampling command sets another. 0 is greedy."""
     top_k: int | None = free(None)
-    """Of samples, unless told: the most likely codes, this many, are drawn from."""
+    """The number of most likely codes to sample from, unless the sampling command sets another.
+    Default: all codes."""
     top_p: float | None = free(None)
-    """Of samples, unless told: the fewest codes that hold this share of probability are drawn
-    from."""
+    """The probability of the smallest set of most likely codes to sample from, unless the sampling
+    command sets another. Default: all codes."""
     guidance_scale: float | None = free(None)
-    """Of samples, unless told: how much is made of the class; 1, or None, is as learned."""
+    """The classifier-free guidance scale for sampling, unless the sampling command sets another. 1
+    turns guidance off. Default: off."""
 
 
 @dataclass(frozen=True)
 class Config:
+    """All settings of a run."""
+
     config: str = "mnist"
-    """A preset's name, or the path of a run's config.json."""
+    """The name of a preset, or the path of a run's config.json."""
     workdir: str | None = free(None)
-    """The run's folder; runs/NAME unless told."""
+    """The folder of the run. Default: runs/NAME, with the name of the preset."""
     seed: int = setting(0, SEED)
-    """What all of a run's randomness derives from."""
+    """The seed of all random numbers of the run."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """What the networks compute in; parameters, losses and statistics stay float32."""
+    """The dtype in which the networks compute. Parameters, losses and statistics stay float32."""
     devices: int | None = free(None, COUNT)
-    """How many devices to use; all unless told."""
+    """The number of devices to use. Default: all."""
     deterministic: bool = free(False)
-    """On a GPU, the same numbers in every run, at a price: kernels are not chosen by their speed,
-    and what adds up by index (the gradients of LPIPS's max pooling, of DiffAugment's translation
-    and of the prior's loss) does so in order. A CPU's numbers are the same anyway."""
+    """Compute the same numbers in every run on a GPU, which is slower: kernels are not chosen by
+    their speed, and sums by index (the gradients of LPIPS's max pooling, of DiffAugment's
+    translation and of the prior's loss) are added in a fixed order. On a CPU results are the same
+    anyway."""
     compile_cache: bool = free(True)
-    """Keep compiled programs in the user's own cache folder, so that the next run begins sooner."""
+    """Keep compiled programs in the user's own cache folder, so that the next run starts sooner."""
     data: DataConfig = DataConfig()
     vqgan: VQGANConfig = VQGANConfig()
     prior: PriorConfig = PriorConfig()
 
     @property
     def folder(self) -> Path:
-        """The run's folder."""
+        """The folder of the run."""
         return Path(self.workdir or f"runs/{self.config}")
 
     @property
     def downsample_factor(self) -> int:
-        """The pixels per code along each axis."""
+        """The number of pixels per code along each axis."""
         return int(2 ** (len(self.vqgan.multipliers) - 1))
 
     @property
     def grid_size(self) -> int:
-        """Height and width of the grid of codes."""
+        """The height and width of the grid of codes."""
         return self.data.image_size // self.downsample_factor
 
     @property
     def level_resolutions(self) -> list[int]:
-        """Heights of the feature maps of encoder and decoder, from full resolution down."""
+        """The heights of the feature maps of the encoder and decoder, from full resolution down."""
         return [self.data.image_size // 2**level for level in range(len(self.vqgan.multipliers))]

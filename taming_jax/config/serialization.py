@@ -1,4 +1,4 @@
-"""Dataclasses as the plain containers that JSON holds, and back, with their types checked."""
+"""Converts dataclasses to plain containers, as in JSON, and back, with type checks."""
 
 import dataclasses
 import difflib
@@ -11,26 +11,29 @@ from taming_jax.errors import UserError
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Nested plain containers, as JSON would hold them."""
+    """Converts a dataclass to nested plain containers, as in JSON."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def from_dict(kind: type, values: Any, where: str = "") -> Any:
-    """The dataclass that `to_dict` wrote. Settings that are absent keep their defaults; unknown
-    ones and values of a wrong type raise UserError."""
+def from_dict(kind: type, values: Any, prefix: str = "") -> Any:
+    """Converts the result of `to_dict` back to a dataclass. Absent settings keep their defaults.
+
+    `prefix` precedes the names of settings in messages. Raises UserError if a setting is unknown or
+    its value has a wrong type.
+    """
     if not isinstance(values, dict):
-        raise UserError(f"the setting '{where or 'config'}' must be an object of settings.")
+        raise UserError(f"the setting '{prefix or 'config'}' must be an object of settings.")
     hints = typing.get_type_hints(kind)
     unknown = sorted(set(values) - set(hints))
     if unknown:
-        near = difflib.get_close_matches(unknown[0], hints, n=1)
-        hint = f"did you mean '{where}{near[0]}'?" if near else "remove it."
-        raise UserError(f"there is no setting '{where}{unknown[0]}'; {hint}")
-    return kind(**{key: convert(hints[key], value, where + key) for key, value in values.items()})
+        matches = difflib.get_close_matches(unknown[0], hints, n=1)
+        hint = f"did you mean '{prefix}{matches[0]}'?" if matches else "remove it."
+        raise UserError(f"there is no setting '{prefix}{unknown[0]}'; {hint}")
+    return kind(**{key: convert(hints[key], value, prefix + key) for key, value in values.items()})
 
 
 def convert(hint: Any, value: Any, name: str) -> Any:
-    """A JSON value as the type that a field declares."""
+    """Converts a JSON value to the type that a field declares, or raises UserError."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         return from_dict(typing.cast(type, hint), value, name + ".")
@@ -48,4 +51,4 @@ def convert(hint: Any, value: Any, name: str) -> Any:
         return float(value)
     if isinstance(hint, type) and type(value) is hint:
         return value
-    raise UserError(f"the setting '{name}' cannot be {value!r}.")
+    raise UserError(f"the setting '{name}' cannot be {value!r}; check its type.")

@@ -1,4 +1,4 @@
-"""Which settings can work, and which can work together; a sentence where they cannot."""
+"""Checks that settings are valid and do not conflict."""
 
 import dataclasses
 import math
@@ -13,99 +13,114 @@ if TYPE_CHECKING:
 
 
 def check_ranges(settings: Any, *names: str) -> None:
-    """UserError for the first setting, none left unset, that is out of its range (schema.py)."""
+    """Raises UserError for the first setting that is set and out of its range (schema.py)."""
     for field in dataclasses.fields(settings):
         value, values = getattr(settings, field.name), field.metadata.get("range")
         if dataclasses.is_dataclass(value):
             check_ranges(value, *names, field.name)
-        elif values is not None and value is not None and not values.holds(value):
-            raise UserError(f"{flag(*names, field.name)} is {value}; it {values.words}.")
+        elif values is not None and value is not None and not values.contains(value):
+            raise UserError(
+                f"{format_flag(*names, field.name)} is {value}; it {values.requirement}."
+            )
 
 
-def validated(config: "Config") -> "Config":
-    """The config itself; UserError where its settings cannot work, or not together."""
+def validate_config(config: "Config") -> "Config":
+    """Returns the config itself. Raises UserError if settings are invalid or conflict."""
     check_ranges(config)
     data, vqgan, prior = config.data, config.vqgan, config.prior
     for name, stage in (("vqgan", vqgan), ("prior", prior)):
         if not all(0 <= beta < 1 for beta in stage.betas):
-            raise UserError(f"--{name}.betas must be from 0 to below 1.")
+            betas = " ".join(map(str, stage.betas))
+            raise UserError(
+                f"--{name}.betas is {betas}; both numbers must be 0 or more and below 1."
+            )
         if stage.profile is not None and not 1 <= stage.profile[0] <= stage.profile[1]:
             raise UserError(
-                f"--{name}.profile is {stage.profile[0]} {stage.profile[1]}; name the first step "
-                "to trace, 1 or more, and the last."
+                f"--{name}.profile is {stage.profile[0]} {stage.profile[1]}; give the "
+                "first step to trace, 1 or more, and the last."
             )
     if data.channels not in (1, 3):
-        raise UserError(f"--data.channels is {data.channels}; it must be 1 (gray) or 3 (colour).")
+        raise UserError(f"--data.channels is {data.channels}; it must be 1 (gray) or 3 (color).")
     if not vqgan.multipliers or min(vqgan.multipliers) < 1:
-        raise UserError("--vqgan.multipliers needs at least one number, each 1 or more.")
+        raise UserError(
+            "--vqgan.multipliers needs at least one number, and each must be 1 or more."
+        )
     halvings = 2 ** (len(vqgan.multipliers) - 1)
     if data.image_size % halvings:
         raise UserError(
             f"--data.image-size {data.image_size} cannot be halved {len(vqgan.multipliers) - 1} "
-            f"times, as the {len(vqgan.multipliers)} --vqgan.multipliers ask; "
-            f"take a multiple of {halvings}."
+            f"times, which the {len(vqgan.multipliers)} --vqgan.multipliers require; "
+            f"use a multiple of {halvings}."
         )
-    # The discriminator halves the image `layers` times; two more convolutions take a pixel each.
+    # The discriminator halves the image `layers` times; two more convolutions remove a pixel each.
     layers = vqgan.discriminator_layers
     if vqgan.discriminator_start < 1 and data.image_size // 2**layers < 3:
         raise UserError(
-            f"--vqgan.discriminator-layers {layers} leave nothing of an image of "
-            f"{data.image_size} pixels; take fewer."
+            f"--vqgan.discriminator-layers {layers} leaves no pixels of an image of "
+            f"{data.image_size} pixels; use fewer layers."
         )
     if vqgan.perceptual_weight and data.image_size < 16:
         raise UserError(
             f"--data.image-size {data.image_size} is too small for VGG16, which halves an image "
-            "four times; take 16 or more, or --vqgan.perceptual-weight 0."
+            "four times; use 16 or more, or --vqgan.perceptual-weight 0."
         )
     if min(vqgan.gumbel_temperature) <= 0:
-        raise UserError("--vqgan.gumbel-temperature is two numbers above 0.")
+        raise UserError("--vqgan.gumbel-temperature must be two numbers above 0.")
     if prior.vocabulary is not None and prior.vocabulary < vqgan.codebook_size:
         raise UserError(
-            f"--prior.vocabulary {prior.vocabulary} does not hold the {vqgan.codebook_size} codes."
+            f"--prior.vocabulary {prior.vocabulary} is smaller than the codebook; use at least "
+            f"{vqgan.codebook_size}."
         )
-    # Rotary positions turn pairs of channels, half of them with the row, half with the column.
+    # Rotary embeddings rotate pairs of channels, half of them by the row and half by the column.
     multiple = prior.heads * (1 if prior.positions == "learned" else 4)
     if prior.width % multiple:
         raise UserError(
             f"--prior.width {prior.width} cannot be divided among {prior.heads} --prior.heads; "
-            f"take a multiple of {multiple}."
+            f"use a multiple of {multiple}."
         )
     if prior.schedule == "one-cycle" and prior.warmup_steps:
         raise UserError(
-            "--prior.warmup-steps belongs to --prior.schedule cosine; one cycle has its own."
+            "--prior.warmup-steps belongs to --prior.schedule cosine; the one-cycle schedule has "
+            "its own warm-up."
         )
     check_sampling(prior, vqgan.codebook_size, prior.label_dropout)
     return config
 
 
-def warn_of_attention(config: "Config") -> None:
-    """Says which resolutions of attention have no effect, since no level has them."""
+def warn_about_attention(config: "Config") -> None:
+    """Warns about attention resolutions that have no effect because no level has them."""
     resolutions, sizes = config.vqgan.attention_resolutions, config.level_resolutions
     unmatched = " ".join(str(size) for size in resolutions if size not in sizes)
     if unmatched:
+        name = format_flag("vqgan", "attention_resolutions")
+        heights = ", ".join(map(str, sizes))
         say(
-            f"Warning: {flag('vqgan', 'attention_resolutions')} {unmatched} has no effect: the "
-            f"feature maps are {', '.join(map(str, sizes))} pixels high."
+            f"Warning: {name} {unmatched} has no effect, since the feature maps are {heights} "
+            "pixels high."
         )
 
 
 def check_sampling(settings: Any, codebook_size: int, label_dropout: float) -> None:
-    """UserError where the `temperature`, `top_k`, `top_p` or `guidance_scale` of settings cannot
-    be, for a prior trained with a share `label_dropout` of examples without their class."""
+    """Raises UserError if the `temperature`, `top_k`, `top_p` or `guidance_scale` is invalid.
+
+    `label_dropout` is the fraction of examples on which the prior was trained without their class.
+    """
     top_k, top_p, scale = settings.top_k, settings.top_p, settings.guidance_scale
     if not 0 <= settings.temperature < math.inf:
         raise UserError(
             f"the temperature is {settings.temperature}; it must be 0 (greedy) or more."
         )
     if top_k is not None and not 1 <= top_k <= codebook_size:
-        raise UserError(f"top-k is {top_k}; there are 1 to {codebook_size} codes to keep.")
+        raise UserError(
+            f"top-k is {top_k}; it must be from 1 to {codebook_size}, the number of codes."
+        )
     if top_p is not None and not 0 < top_p <= 1:
-        raise UserError(f"top-p is {top_p}; it is a share above 0, up to 1.")
+        raise UserError(f"top-p is {top_p}; it must be above 0 and at most 1.")
     scales = [1.0] if scale is None else np.ravel(scale).tolist()
     if len(scales) not in (1, 2) or not all(0 <= x < math.inf for x in scales):
         raise UserError(
-            f"the guidance scale is {scale}; it must be one number of 0 or more, or two (the first "
-            "code's and the last's)."
+            f"the guidance scale is {scale}; it must be one number of 0 or more, or two (for the "
+            "first and the last code)."
         )
     if not label_dropout and any(x != 1 for x in scales):
         raise UserError(
@@ -113,6 +128,6 @@ def check_sampling(settings: Any, codebook_size: int, label_dropout: float) -> N
         )
 
 
-def flag(*names: str) -> str:
-    """A setting's name as it is written on the command line."""
+def format_flag(*names: str) -> str:
+    """Returns the name of a setting as a flag of the command line."""
     return "--" + ".".join(names).replace("_", "-")

@@ -1,7 +1,7 @@
-"""Augmentation on the devices: pure functions of images and of a key an image.
+"""Augmentation on the devices, as pure functions of images and one random key per image.
 
-Where training images are cropped at random, a source gives them an eighth larger than the model
-sees (`stored_size`). Everything else sees their middle.
+If training images are cropped at random, a source stores them an eighth larger than the model sees
+them (`get_stored_size`). All other images are center crops.
 """
 
 from collections.abc import Sequence
@@ -13,42 +13,45 @@ from taming_jax.config.schema import DataConfig
 from taming_jax.data.pixels import Images
 
 
-def augments(config: DataConfig) -> bool:
-    """Whether training images are augmented at all."""
+def uses_augmentation(config: DataConfig) -> bool:
+    """Returns whether training images are augmented."""
     return config.random_crop or config.mirror
 
 
-def stored_size(config: DataConfig) -> int:
-    """Height and width of a source's training images."""
+def get_stored_size(config: DataConfig) -> int:
+    """Returns the height and width at which a source stores its training images."""
     return config.image_size * 9 // 8 if config.random_crop else config.image_size
 
 
-def centred(images: Images, size: int) -> Images:
-    """The middle [b,size,size,c] of images [b,h,w,c]."""
+def center_crop(images: Images, size: int) -> Images:
+    """Crops images [b,h,w,c] to their center [b,size,size,c]."""
     top, left = ((n - size) // 2 for n in images.shape[1:3])
     return images[:, top : top + size, left : left + size]
 
 
-def augmented(images: jax.Array, keys: jax.Array, config: DataConfig) -> jax.Array:
-    """Images [b,h,w,c], with a key [b] each, as training sees them: [b,size,size,c]."""
+def augment(images: jax.Array, keys: jax.Array, config: DataConfig) -> jax.Array:
+    """Crops and mirrors training images [b,h,w,c] at random, with one key per image in `keys` [b].
 
-    def one(image: jax.Array, key: jax.Array) -> jax.Array:
-        for_crop, for_mirror = jax.random.split(key)
+    Returns images [b,size,size,c], or the input itself if the settings have no augmentation.
+    """
+
+    def augment_one(image: jax.Array, key: jax.Array) -> jax.Array:
+        crop_key, mirror_key = jax.random.split(key)
         if config.random_crop:
             size = config.image_size
             top, left = jax.random.randint(
-                for_crop, (2,), 0, jnp.array([n - size + 1 for n in image.shape[:2]])
+                crop_key, (2,), 0, jnp.array([n - size + 1 for n in image.shape[:2]])
             )
             image = jax.lax.dynamic_slice(image, (top, left, 0), (size, size, image.shape[2]))
         if config.mirror:
-            image = jnp.where(jax.random.bernoulli(for_mirror), image[:, ::-1], image)
+            image = jnp.where(jax.random.bernoulli(mirror_key), image[:, ::-1], image)
         return image
 
-    return jax.vmap(one)(images, keys) if augments(config) else images
+    return jax.vmap(augment_one)(images, keys) if uses_augmentation(config) else images
 
 
-def color(image: jax.Array, key: jax.Array) -> jax.Array:
-    """Brightness, saturation and contrast of an image [h,w,c] changed at random."""
+def jitter_color(image: jax.Array, key: jax.Array) -> jax.Array:
+    """Changes the brightness, saturation and contrast of an image [h,w,c] at random."""
     brightness, saturation, contrast = jax.random.uniform(key, (3,))
     image = image + brightness - 0.5
     gray = image.mean(-1, keepdims=True)
@@ -57,8 +60,8 @@ def color(image: jax.Array, key: jax.Array) -> jax.Array:
     return (image - mean) * (contrast + 0.5) + mean
 
 
-def translation(image: jax.Array, key: jax.Array) -> jax.Array:
-    """An image [h,w,c] moved by up to an eighth of its size; what comes in is 0."""
+def translate(image: jax.Array, key: jax.Array) -> jax.Array:
+    """Shifts an image [h,w,c] by up to an eighth of its size and fills the border with zeros."""
     h, w, c = image.shape
     rows, columns = h // 8, w // 8
     padded = jnp.pad(image, ((rows, rows), (columns, columns), (0, 0)))
@@ -66,12 +69,15 @@ def translation(image: jax.Array, key: jax.Array) -> jax.Array:
     return jax.lax.dynamic_slice(padded, (top, left, 0), (h, w, c))
 
 
-def cutout(image: jax.Array, key: jax.Array) -> jax.Array:
-    """An image [h,w,c] with a window of half its height and width, rounded up, at 0. Its centre is
-    anywhere in the image, so that a part of it may lie outside."""
+def cut_out(image: jax.Array, key: jax.Array) -> jax.Array:
+    """Sets a window of an image [h,w,c] to zero.
+
+    The window has half the image's height and width, rounded up. Its center lies anywhere in the
+    image, so part of the window may lie outside the image.
+    """
     height, width, _ = image.shape
     sizes = (height + 1) // 2, (width + 1) // 2
-    # A window of even size has its centre between two pixels, or at either edge.
+    # The center of a window of even size lies between two pixels or on the image's edge.
     ends = [n + 1 - size % 2 for n, size in zip((height, width), sizes, strict=True)]
     starts = jax.random.randint(key, (2,), 0, jnp.array(ends)) - jnp.array(sizes) // 2
     rows, columns = (
@@ -81,16 +87,19 @@ def cutout(image: jax.Array, key: jax.Array) -> jax.Array:
     return jnp.where((rows[:, None] & columns)[..., None], 0.0, image)
 
 
-DIFFERENTIABLE = {"color": color, "translation": translation, "cutout": cutout}
+DIFF_AUGMENTATIONS = {"color": jitter_color, "translation": translate, "cutout": cut_out}
 
 
-def diff_augmented(images: jax.Array, keys: jax.Array, kinds: Sequence[str]) -> jax.Array:
-    """Images float [b,h,w,c] in [-1, 1] as a discriminator is to see them, real and fake alike
-    (DiffAugment, arXiv 2006.10738), with a key [b] each: the gradient goes through."""
+def diff_augment(images: jax.Array, keys: jax.Array, kinds: Sequence[str]) -> jax.Array:
+    """Augments the discriminator's images, real and fake alike (DiffAugment, arXiv 2006.10738).
 
-    def one(image: jax.Array, key: jax.Array) -> jax.Array:
-        for kind, of_kind in zip(kinds, jax.random.split(key, len(kinds)), strict=True):
-            image = DIFFERENTIABLE[kind](image, of_kind)
+    `images` are float [b,h,w,c] in [-1, 1], `keys` [b] holds one key per image, and `kinds` are
+    keys of `DIFF_AUGMENTATIONS`. The result is differentiable with respect to the images.
+    """
+
+    def augment_one(image: jax.Array, key: jax.Array) -> jax.Array:
+        for kind, kind_key in zip(kinds, jax.random.split(key, len(kinds)), strict=True):
+            image = DIFF_AUGMENTATIONS[kind](image, kind_key)
         return image
 
-    return jax.vmap(one)(images, keys) if kinds else images
+    return jax.vmap(augment_one)(images, keys) if kinds else images

@@ -1,8 +1,8 @@
 """Batches for the devices.
 
-A split is read as one endless stream: example p of it is `permutation(seed, p // n)[p % n]`.
-Batches run across the ends of epochs, so every shape is static, every example comes once an epoch,
-and the number of a step alone says what the step reads.
+A split of n examples is read as an endless stream, in which the example at position p is
+`permute_epoch(seed, p // n)[p % n]`. Batches cross the ends of epochs, so every shape is static,
+every example occurs once per epoch, and the number of a step alone determines its batch.
 """
 
 import abc
@@ -19,67 +19,74 @@ from taming_jax.parallel.devices import Devices
 
 
 class Batch(NamedTuple):
-    """What one step reads. `step` is the host's number of the step (how a stage chooses among
-    compiled steps); `arrays` is what the compiled step takes, and `gather_batch` reads:
-    `images` uint8 [n,h,w,c] and `labels` int32 [n], of which the examples are those at `index`
-    int32 [b], or, without an index, the examples themselves; in training `place` int32 [b] is an
-    example's place in the batch of all devices, for its random keys; in evaluation `weight`
-    float32 [b] is 0 for the examples that only fill the last batch."""
+    """The input of one step.
+
+    `step` is the number of the step on the host, by which a stage chooses among compiled steps.
+    `arrays` is the input of the compiled step, from which `gather_batch` takes the examples:
+
+    - `images` uint8 [n,h,w,c] and `labels` int32 [n].
+    - `index` int32 [b]: the rows of the examples. Without it, every row is an example.
+    - `place` int32 [b], in training: an example's position in the batch of all devices, from which
+      its random keys derive.
+    - `weight` float32 [b], in evaluation: 0 for examples that only fill up the last batch, else 1.
+    """
 
     step: int
     arrays: dict[str, Any]
 
 
 @functools.lru_cache(maxsize=4)
-def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
-    """The order of an epoch. NumPy's, so that it is the same on every kind of device."""
+def permute_epoch(seed: int, epoch: int, n: int) -> np.ndarray:
+    """Returns the order of an epoch. NumPy draws it, so that it is the same on every device."""
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(n)
 
 
-def stream(seed: int, n: int, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The epochs and the examples of positions start .. start + count - 1 of the stream, int32
-    [count] each."""
+def locate_examples(seed: int, n: int, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the epochs and the examples, int32 [count] each, of positions start .. start + count
+    - 1 of the stream."""
     positions = np.arange(start, start + count)
-    epochs, places = np.divmod(positions, n)
+    epochs, offsets = np.divmod(positions, n)
     index = np.empty(count, np.int32)
     for epoch in np.unique(epochs):
-        here = epochs == epoch
-        index[here] = permutation(seed, int(epoch), n)[places[here]]
+        mask = epochs == epoch
+        index[mask] = permute_epoch(seed, int(epoch), n)[offsets[mask]]
     return epochs.astype(np.int32), index
 
 
 class Feed(abc.ABC):
-    """A split in batches of `batch_size`, by the order of `seed`: which examples each one holds.
-    How they reach the devices is its subclasses' matter."""
+    """A split in batches of `batch_size`, shuffled by `seed`.
+
+    This class determines the examples of each batch, and its subclasses send them to the devices.
+    """
 
     def __init__(self, size: int, batch_size: int, seed: int, devices: Devices):
         self.size, self.batch_size = size, batch_size
         self._seed, self._devices = seed, devices
-        self._own = devices.own(batch_size)
+        self._own_slice = devices.own(batch_size)
 
-    def _index(self, epochs: np.ndarray, index: np.ndarray) -> np.ndarray:
-        """Where the examples of the stream lie."""
+    def _locate_rows(self, epochs: np.ndarray, index: np.ndarray) -> np.ndarray:
+        """Returns the rows of the images that hold the examples `index` in `epochs`."""
         return index
 
-    def _training(self, step: int) -> dict[str, np.ndarray]:
+    def _select_training(self, step: int) -> dict[str, np.ndarray]:
         first = step * self.batch_size
-        index = self._index(*stream(self._seed, self.size, first, self.batch_size))
+        index = self._locate_rows(*locate_examples(self._seed, self.size, first, self.batch_size))
         place = np.arange(self.batch_size, dtype=np.int32)
-        return {"index": index[self._own], "place": place[self._own]}
+        return {"index": index[self._own_slice], "place": place[self._own_slice]}
 
-    def _evaluation(self, number: int) -> dict[str, np.ndarray]:
+    def _select_evaluation(self, number: int) -> dict[str, np.ndarray]:
         first = number * self.batch_size
-        index = np.arange(first, first + self.batch_size, dtype=np.int32)[self._own]
+        index = np.arange(first, first + self.batch_size, dtype=np.int32)[self._own_slice]
         weight = (index < self.size).astype(np.float32)
         return {"index": np.minimum(index, self.size - 1), "weight": weight}
 
     @abc.abstractmethod
     def batch(self, step: int) -> Batch:
-        """The batch of step `step` (the first is 0) of training."""
+        """Returns the batch of training step `step`, counted from 0."""
 
     @abc.abstractmethod
     def iterate_once(self) -> Generator[Batch, None, None]:
-        """Every example once, in order, in batches of one size."""
+        """Yields every example once, in order, in batches of the same size."""
 
     @abc.abstractmethod
     def close(self) -> None:
@@ -87,47 +94,50 @@ class Feed(abc.ABC):
 
 
 class ResidentFeed(Feed):
-    """A whole split on the devices as uint8; a batch is then only the indices of its examples."""
+    """A feed that keeps the split on the devices as uint8, so that a batch only sends indices."""
 
     def __init__(self, split: Split, batch_size: int, seed: int, devices: Devices):
         super().__init__(len(split.images), batch_size, seed, devices)
         self._resident: dict[str, Any] = devices.replicate(split._asdict())
 
     def batch(self, step: int) -> Batch:
-        return Batch(step, self._resident | self._devices.shard(self._training(step)))
+        return Batch(step, self._resident | self._devices.shard(self._select_training(step)))
 
     def iterate_once(self) -> Generator[Batch, None, None]:
         for number in range(-(-self.size // self.batch_size)):
-            shards = self._devices.shard(self._evaluation(number))
+            shards = self._devices.shard(self._select_evaluation(number))
             yield Batch(number, self._resident | shards)
 
     def close(self) -> None:
-        """Nothing is read ahead."""
+        """Does nothing, since this feed does not read ahead."""
 
 
 class StreamingFeed(Feed):
-    """A split that stays where it is, on the disk as a rule: grain's threads read batches ahead of
-    the step, and send them to the devices. The batches, and their order, are ResidentFeed's.
+    """A feed that leaves the split where it is, usually on the disk.
 
-    Threads, since reading decoded images is copying, which holds no lock of Python's: worker
-    processes were four times slower here."""
+    Grain's threads read batches ahead of the step and send them to the devices. The batches and
+    their order are the same as those of `ResidentFeed`.
 
-    THREADS = 4  # and batches that are read ahead
+    The feed uses threads, since reading decoded images is a copy that releases Python's lock.
+    Worker processes were four times slower in our measurements.
+    """
+
+    THREADS = 4  # also the number of batches that are read ahead
 
     def __init__(self, split: Split, batch_size: int, seed: int, devices: Devices):
         super().__init__(len(split.images), batch_size, seed, devices)
         self._split = split
-        self._reading: Any = None
-        self._next = 0  # the step that is read next
+        self._batches: Any = None
+        self._next_step = 0
 
-    def _read(self, choose: Callable[[int], dict[str, np.ndarray]], start: int, stop: int) -> Any:
-        """An iterator over batches `start` .. `stop` - 1, `choose` returning their indices."""
+    def _read(self, select: Callable[[int], dict[str, np.ndarray]], start: int, stop: int) -> Any:
+        """Returns an iterator over batches start .. stop - 1, whose indices `select` returns."""
         import grain
 
         def read(number: int) -> Batch:
-            arrays = choose(number)
+            arrays = select(number)
             index = arrays.pop("index")
-            # An index copies: a mapped file is read here, not in the step.
+            # Indexing copies, so that a memory-mapped file is read here and not in the step.
             images, labels = (np.asarray(part)[index] for part in self._split)
             arrays |= {"images": images, "labels": labels}
             return Batch(number, self._devices.shard(arrays))
@@ -136,31 +146,37 @@ class StreamingFeed(Feed):
         return iter(grain.MapDataset.range(start, stop).map(read).to_iter_dataset(options))
 
     def batch(self, step: int) -> Batch:
-        if self._reading is None or step != self._next:
+        if self._batches is None or step != self._next_step:
             self.close()
-            self._reading = self._read(self._training, step, 2**31)
-        self._next = step + 1
-        return next(self._reading)
+            self._batches = self._read(self._select_training, step, 2**31)
+        self._next_step = step + 1
+        return next(self._batches)
 
     def iterate_once(self) -> Generator[Batch, None, None]:
-        batches = self._read(self._evaluation, 0, -(-self.size // self.batch_size))
+        batches = self._read(self._select_evaluation, 0, -(-self.size // self.batch_size))
         with contextlib.closing(batches):
             yield from batches
 
     def close(self) -> None:
-        if self._reading is not None:
-            self._reading.close()
-        self._reading = None
+        if self._batches is not None:
+            self._batches.close()
+        self._batches = None
 
 
-def feed(split: Split, batch_size: int, seed: int, devices: Devices, resident_share: float) -> Feed:
-    """A split's feed: resident where it takes no more than a share of a device's memory."""
+def build_feed(
+    split: Split, batch_size: int, seed: int, devices: Devices, resident_share: float
+) -> Feed:
+    """Builds the feed of a split.
+
+    The feed is resident if the images take at most the fraction `resident_share` of a device's
+    memory, and streaming otherwise.
+    """
     fits = split.images.nbytes <= resident_share * devices.memory
     return (ResidentFeed if fits else StreamingFeed)(split, batch_size, seed, devices)
 
 
 def gather_batch(arrays: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """Inside a step: a batch's images uint8 [b,h,w,c] (or its grids of codes) and labels [b]."""
+    """Returns a batch's images uint8 [b,h,w,c] (or codes) and labels [b]; called inside a step."""
     if "index" not in arrays:
         return arrays["images"], arrays["labels"]
     return arrays["images"][arrays["index"]], arrays["labels"][arrays["index"]]

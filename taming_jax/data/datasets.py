@@ -1,7 +1,7 @@
-"""From a dataset's name to its images.
+"""Loads the images of a dataset by its name.
 
-A source is a function of the data settings that returns `Splits`. A new dataset is one such
-function, its line in `SOURCES`, and a preset.
+A source is a function of the data settings that returns `Splits`. To add a dataset, write such a
+function, add it to `SOURCES`, and add a preset.
 """
 
 import gzip
@@ -17,22 +17,25 @@ import numpy as np
 
 from taming_jax.config.schema import UNKNOWN, DataConfig
 from taming_jax.data import readers
-from taming_jax.data.augment import centred, stored_size
-from taming_jax.data.images import Pictures, Table, decode_split
+from taming_jax.data.augment import center_crop, get_stored_size
+from taming_jax.data.images import EncodedImages, Table, decode_split
 from taming_jax.errors import UserError, say
 from taming_jax.parallel import distributed
 
 
 class Split(NamedTuple):
-    """Images uint8 [n,h,w,c] with their classes int32 [n]. Training images are of augment.py's
-    `stored_size`, the others of the size that the model sees."""
+    """Images uint8 [n,h,w,c] and their classes int32 [n].
+
+    Training images have the size `get_stored_size` (augment.py), all others the size that the model
+    sees.
+    """
 
     images: np.ndarray
     labels: np.ndarray
 
 
 class Splits(NamedTuple):
-    """A dataset. Models are fitted on `train`, chosen on `validation`, and told by `test`."""
+    """A dataset: `train` to fit models on, `validation` to choose them, `test` to evaluate them."""
 
     train: Split
     validation: Split
@@ -41,10 +44,10 @@ class Splits(NamedTuple):
 
 
 def load(config: DataConfig) -> Splits:
-    """The dataset that the settings name.
+    """Loads the dataset that the settings name.
 
-    Raises UserError for an unknown name, files that are missing or damaged, and image sizes that
-    the source cannot give.
+    Raises UserError if the name is unknown, files are missing or damaged, or the source does not
+    support the image size.
     """
     if config.name == UNKNOWN:
         raise UserError(
@@ -52,122 +55,144 @@ def load(config: DataConfig) -> Splits:
             "--data.path (in a notebook with data={'name': …, 'path': …})."
         )
     if config.path is not None and not Path(config.path).is_dir():
-        raise UserError(f"--data.path {config.path} is no folder; name the one with the data.")
+        raise UserError(
+            f"--data.path {config.path} is not a folder; name the folder with your data."
+        )
     if config.name in SOURCES:
         return SOURCES[config.name](config)
     if config.name.startswith("tfds:"):
-        return build_splits(readers.tfds(config), config)
+        return build_splits(readers.read_tfds(config), config)
     if "/" in config.name:
-        return build_splits(readers.hub(config), config)
+        return build_splits(readers.read_hub(config), config)
     raise UserError(
         f"--data.name {config.name} is unknown; the datasets are {', '.join(sorted(SOURCES))}, "
-        "OWNER/NAME of the Hugging Face hub, and tfds:NAME of TensorFlow Datasets."
+        "OWNER/NAME from the Hugging Face hub, and tfds:NAME from TensorFlow Datasets."
     )
 
 
-def class_numbers(classes: int | str | Iterable[int | str], names: Sequence[str]) -> np.ndarray:
-    """Classes by number or by name as numbers, int32 [n]; a string is a name before it is a number.
-    UserError for others."""
+def parse_classes(classes: int | str | Iterable[int | str], names: Sequence[str]) -> np.ndarray:
+    """Converts classes, each a number or a name, to numbers int32 [n].
+
+    A string that is both a name and a number is read as the name. Raises UserError if a class does
+    not exist.
+    """
     numbers = {name: i for i, name in enumerate(names)}
 
-    def number(given: int | str) -> int:
-        if isinstance(given, str):
-            value = numbers.get(given, int(given) if given.isdecimal() else -1)
+    def parse_class(value: int | str) -> int:
+        if isinstance(value, str):
+            number = numbers.get(value, int(value) if value.isdecimal() else -1)
         else:
-            value = operator.index(given)
-        if 0 <= value < len(names):
-            return value
-        shown = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
+            number = operator.index(value)
+        if 0 <= number < len(names):
+            return number
+        listing = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
         raise UserError(
-            f"there is no class '{given}'; the classes are 0 to {len(names) - 1}: {shown}."
+            f"there is no class '{value}'; the classes are 0 to {len(names) - 1}: {listing}."
         )
 
     if isinstance(classes, int | str | np.integer):
         classes = [classes]
-    return np.array([number(given) for given in classes], np.int32)
+    return np.array([parse_class(value) for value in classes], np.int32)
 
 
-def load_same(load: Callable[[], Splits]) -> tuple[Splits, dict[str, Any]]:
-    """What `load` returns, and its fingerprint, which must be the same in all processes. Raises
-    UserError in all of them where it is not, or where one cannot load it."""
+def load_and_check(load: Callable[[], Splits]) -> tuple[Splits, dict[str, Any]]:
+    """Loads a dataset in every process and returns it with its fingerprint.
+
+    Raises UserError in all processes if their fingerprints differ or one of them cannot load it.
+    """
     splits = distributed.run_on_all(load)
-    own = fingerprint(splits)
-    advice = "Give all processes the same data, by --data.path."
-    distributed.check_equal(own, fingerprint_diff, advice)
-    return splits, own
+    own_fingerprint = fingerprint(splits)
+    advice = "Give all processes the same data with --data.path."
+    distributed.check_equal(own_fingerprint, fingerprint_diff, advice)
+    return splits, own_fingerprint
 
 
-def evenly_spaced(n: int, most: int) -> np.ndarray:
-    """The places of n things, or of `most` of them, evenly from the first to the last."""
-    return np.linspace(0, n - 1, min(n, most)).astype(int)
+def evenly_spaced(n: int, limit: int) -> np.ndarray:
+    """Returns at most `limit` indices of n items, evenly spaced from the first to the last."""
+    return np.linspace(0, n - 1, min(n, limit)).astype(int)
 
 
 def fingerprint(splits: Splits) -> dict[str, Any]:
-    """What a dataset is known by when a run goes on: plain values that JSON can hold. `means` are
-    of some training and validation images: of other pictures they are others, while another
-    version of a decoder, which rounds otherwise, changes them by less than 1."""
+    """Returns the values by which a resumed run recognizes its dataset, as JSON can hold them.
 
-    def means(images: np.ndarray) -> list[float]:
+    `means` holds the mean pixel values of some training and validation images. They differ between
+    datasets, while another version of a decoder, which rounds differently, changes them by less
+    than 1.
+    """
+
+    def compute_means(images: np.ndarray) -> list[float]:
         return [round(float(images[i].mean()), 2) for i in evenly_spaced(len(images), 64)]
 
-    chosen = {"training": splits.train, "validation": splits.validation}
+    parts = {"training": splits.train, "validation": splits.validation}
     return {
-        "images": {name: len(split.images) for name, split in chosen.items()},
-        "means": {name: means(split.images) for name, split in chosen.items()},
+        "images": {name: len(split.images) for name, split in parts.items()},
+        "means": {name: compute_means(split.images) for name, split in parts.items()},
         "class_names": list(splits.class_names),
     }
 
 
 def fingerprint_diff(now: dict[str, Any] | None, then: dict[str, Any] | None) -> list[str]:
-    """How a dataset is another than it was, by their identities, a phrase a difference; nothing
-    where one of them is not known, or of an imported run, which knows names of classes alone."""
-    found: list[str] = []
+    """Returns one phrase per difference between the fingerprints of a dataset now and then.
+
+    The list is empty if one of them is unknown, or comes from an imported run, which knows only
+    the names of the classes.
+    """
+    phrases: list[str] = []
     if now is None or then is None or "images" not in then:
-        return found
+        return phrases
     for name, count in then["images"].items():
         if now["images"][name] != count:
-            found.append(f"there are {now['images'][name]} {name} images, not {count}")
-    names, before = now["class_names"], then["class_names"]
-    if len(names) != len(before):
-        found.append(f"there are {len(names)} classes, not {len(before)}")
-    elif names != before:
-        one, other = next(pair for pair in zip(names, before, strict=True) if pair[0] != pair[1])
-        found.append(f"a class is called '{one}', not '{other}'")
-    if not found:
+            phrases.append(f"there are {now['images'][name]} {name} images, not {count}")
+    names, old_names = now["class_names"], then["class_names"]
+    if len(names) != len(old_names):
+        phrases.append(f"there are {len(names)} classes, not {len(old_names)}")
+    elif names != old_names:
+        new, old = next(pair for pair in zip(names, old_names, strict=True) if pair[0] != pair[1])
+        phrases.append(f"a class is called '{new}', not '{old}'")
+    if not phrases:
         for name, means in then["means"].items():
             if max(np.abs(np.subtract(now["means"][name], means))) > 1:
-                found.append(f"the {name} images are others")
-    return found
+                phrases.append(f"the {name} images are different")
+    return phrases
 
 
-def cut_validation(train: Split, config: DataConfig) -> tuple[Split, Split]:
-    """Cuts the validation split from the training split: the same images for the same seed, both
-    in the order they had. At least one image is left on either side."""
-    parts = cut_by_seed(len(train.images), config.validation_share, config.split_seed)
-    first, second = (Split(train.images[part], train.labels[part]) for part in parts)
-    return first, Split(centred(second.images, config.image_size), second.labels)
+def hold_out_validation(train: Split, config: DataConfig) -> tuple[Split, Split]:
+    """Splits the training images into a training and a validation split.
+
+    The same seed selects the same images. Both splits keep the order of the images and hold at
+    least one.
+    """
+    parts = split_by_seed(len(train.images), config.validation_share, config.split_seed)
+    rest, held_out = (Split(train.images[part], train.labels[part]) for part in parts)
+    return rest, Split(center_crop(held_out.images, config.image_size), held_out.labels)
 
 
-def cut_by_seed(n: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """n examples in two parts, the second of about a share of them, each in order: the same for the
-    same seed. At least one is on either side."""
-    kept = min(max(round(n * share), 1), n - 1)
+def split_by_seed(n: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Splits the indices of n examples at random into two sorted parts.
+
+    The second part holds about the fraction `share` of them. The same seed gives the same parts,
+    and each holds at least one example.
+    """
+    count = min(max(round(n * share), 1), n - 1)
     order = np.random.Generator(np.random.Philox(seed)).permutation(n)
-    return np.sort(order[kept:]), np.sort(order[:kept])
+    return np.sort(order[count:]), np.sort(order[:count])
 
 
-def mnist(config: DataConfig) -> Splits:
-    """MNIST (LeCun, Cortes, Burges) from its four IDX files, the package's own or one's own copy
-    in `config.path`, with or without `.gz`."""
+def load_mnist(config: DataConfig) -> Splits:
+    """Loads MNIST (LeCun, Cortes, Burges) from its four IDX files, with or without `.gz`.
+
+    The files are those in `config.path`. Default: the copy in the package. Raises UserError if the
+    settings do not fit MNIST, or a file is missing or damaged.
+    """
     if config.image_size != 28 or config.channels != 1 or config.random_crop:
         raise UserError(
-            "MNIST images are 28x28 and gray; take --data.image-size 28 and --data.channels 1, and "
+            "MNIST images are 28x28 and gray; use --data.image-size 28 and --data.channels 1, and "
             "leave --data.random-crop out."
         )
     package: Traversable = resources.files("taming_jax.data") / "mnist"
     folder = package if config.path is None else Path(config.path)
 
-    def split(prefix: str) -> Split:
+    def read_split(prefix: str) -> Split:
         images = read_idx(folder, f"{prefix}-images-idx3-ubyte", dimensions=3)
         labels = read_idx(folder, f"{prefix}-labels-idx1-ubyte", dimensions=1)
         n, height, width = images.shape
@@ -175,22 +200,25 @@ def mnist(config: DataConfig) -> Splits:
             raise UserError(
                 f"the MNIST files '{prefix}-…' in {folder} hold {n} images of {height}x{width} and "
                 f"{len(labels)} labels up to {labels.max(initial=0)}; replace them with the "
-                "original ones."
+                "original files."
             )
         return Split(images[..., None], labels.astype(np.int32))
 
-    train, validation = cut_validation(split("train"), config)
-    return Splits(train, validation, split("t10k"), tuple("0123456789"))
+    train, validation = hold_out_validation(read_split("train"), config)
+    return Splits(train, validation, read_split("t10k"), tuple("0123456789"))
 
 
 def read_idx(folder: Traversable, name: str, dimensions: int) -> np.ndarray:
-    """An IDX file of unsigned bytes: two zero bytes, the type (8), the number of dimensions, each
-    dimension as a big-endian 32-bit integer, then the values."""
+    """Reads an IDX file of unsigned bytes, with or without `.gz`.
+
+    The format is two zero bytes, the type (8), the number of dimensions, each dimension as a
+    big-endian 32-bit integer, then the values. Raises UserError if the file is missing or damaged.
+    """
     for file in (folder / f"{name}.gz", folder / name):
         if file.is_file():
             break
     else:
-        raise UserError(f"{folder} has no {name}.gz; put MNIST's four IDX files there.")
+        raise UserError(f"{folder} has no {name}.gz; put the four IDX files of MNIST there.")
     try:
         content = file.read_bytes()
         if file.name.endswith(".gz"):
@@ -201,81 +229,86 @@ def read_idx(folder: Traversable, name: str, dimensions: int) -> np.ndarray:
     shape = tuple(map(int, np.frombuffer(content[4:header].ljust(header - 4, b"\0"), ">u4")))
     if content[:4] != bytes([0, 0, 8, dimensions]) or len(content) != header + np.prod(shape):
         raise UserError(
-            f"{file} is truncated, or no IDX file of {dimensions} dimensions; replace it."
+            f"{file} is truncated, or not an IDX file of {dimensions} dimensions; replace it."
         )
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
 
-def synthetic(config: DataConfig) -> Splits:
-    """Small pictures made by rule, for tests and first tries of any size: class n is a disc (even
-    n) or a square (odd n) at a random place, its brightness and size by n. 512 to train, 64 to
-    test, four classes."""
+def make_synthetic(config: DataConfig) -> Splits:
+    """Makes images of simple shapes, of any size, for tests and first experiments.
+
+    An image of class n, of four classes, shows a disc (even n) or a square (odd n) at a random
+    position; n also determines its brightness and size. There are 512 images to train on
+    (including validation) and 64 to test on.
+    """
     rng = np.random.Generator(np.random.Philox(0))
-    n, size = 576, stored_size(config)
+    n, size = 576, get_stored_size(config)
     labels = rng.integers(0, 4, n).astype(np.int32)
     rows, columns = np.mgrid[:size, :size]
-    centre = rng.uniform(0.3, 0.7, (2, n, 1, 1)) * size
-    away = np.abs(rows - centre[0]), np.abs(columns - centre[1])
+    center = rng.uniform(0.3, 0.7, (2, n, 1, 1)) * size
+    distances = np.abs(rows - center[0]), np.abs(columns - center[1])
     radius = (0.15 + 0.05 * labels[:, None, None]) * size
-    inside = np.where(labels[:, None, None] % 2, np.maximum(*away), np.hypot(*away)) <= radius
+    inside = np.where(labels[:, None, None] % 2, np.maximum(*distances), np.hypot(*distances))
+    inside = inside <= radius
     brightness = (255 - 40 * labels)[:, None, None, None]
     tint = np.linspace(1.0, 0.6, config.channels)
     images = (inside[..., None] * brightness * tint).astype(np.uint8)
-    train, validation = cut_validation(Split(images[:512], labels[:512]), config)
-    test = Split(centred(images[512:], config.image_size), labels[512:])
+    train, validation = hold_out_validation(Split(images[:512], labels[:512]), config)
+    test = Split(center_crop(images[512:], config.image_size), labels[512:])
     return Splits(train, validation, test, ("disc", "square", "large disc", "large square"))
 
 
-def folder(config: DataConfig) -> Splits:
-    """One's own pictures in `config.path`: a folder a class, or one folder."""
-    return build_splits(readers.folder(config), config)
+def load_folder(config: DataConfig) -> Splits:
+    """Loads the user's own pictures from `config.path`, one folder per class or a single folder."""
+    return build_splits(readers.read_folder(config), config)
 
 
 def build_splits(tables: dict[str, Table], config: DataConfig) -> Splits:
-    """Encoded pictures as Splits. What the data does not have as a split of its own is cut from
-    its training split, by seed. Raises UserError where there is nothing to train on, or too many
-    pictures cannot be read."""
+    """Decodes the encoded images of a dataset into splits.
+
+    If the dataset has no test or validation split, it is taken from the training split by seed.
+    Raises UserError if there are no training images or too many images cannot be read.
+    """
+    source = config.path or config.name
     tables = {split: table for split, table in tables.items() if len(table.names)}
     if "train" not in tables:
-        raise UserError(f"{config.path or config.name} has no split 'train', or an empty one.")
+        raise UserError(f"{source} has no split 'train', or an empty one; add pictures to it.")
     labels, class_names = encode_labels(tables, config)
-    pictures = {
-        split: Pictures(table, np.arange(len(table.names)), labels[split])
+    encoded = {
+        split: EncodedImages(table, np.arange(len(table.names)), labels[split])
         for split, table in tables.items()
     }
     for split, share in (("test", config.test_share), ("validation", config.validation_share)):
-        if split not in pictures:
-            n = len(pictures["train"])
+        if split not in encoded:
+            n = len(encoded["train"])
             if n < 2:
                 raise UserError(
-                    f"{config.path or config.name} holds too few pictures: a {split} split cannot "
-                    "be cut from one; three are the least."
+                    f"{source} holds too few pictures to take a {split} split from them; it needs "
+                    "at least three."
                 )
-            rest, cut = cut_by_seed(n, share, config.split_seed)
-            pictures[split] = pictures["train"].part(cut)
-            pictures["train"] = pictures["train"].part(rest)
-    parts, problems, count = {}, [], sum(map(len, pictures.values()))
+            rest, held_out = split_by_seed(n, share, config.split_seed)
+            encoded[split] = encoded["train"].select(held_out)
+            encoded["train"] = encoded["train"].select(rest)
+    parts, problems, count = {}, [], sum(map(len, encoded.values()))
     for split in ("train", "validation", "test"):
-        size = stored_size(config) if split == "train" else config.image_size
-        decoded = decode_split(pictures[split], size, config, split)
+        size = get_stored_size(config) if split == "train" else config.image_size
+        decoded = decode_split(encoded[split], size, config, split)
         parts[split] = Split(decoded.images, decoded.labels)
         if decoded.problem:
             problems.append(f"{split}: {decoded.problem}")
-    if (
-        count - sum(len(part.images) for part in parts.values())
-        > config.max_corrupt_fraction * count
-    ):
+    unreadable = count - sum(len(part.images) for part in parts.values())
+    if unreadable > config.max_corrupt_fraction * count:
         raise UserError(
-            f"{'; '.join(problems)}. Mend or remove them, or allow a larger share by "
+            f"{'; '.join(problems)}. Fix or remove them, or allow more of them with "
             "--data.max-corrupt-fraction."
         )
     for problem in problems:
-        say(f"{problem}, and left out.")
-    unlearned = set(parts["test"].labels.tolist()) - set(parts["train"].labels.tolist())
-    if unlearned:
+        say(f"{problem}. They are left out.")
+    untrained = set(parts["test"].labels.tolist()) - set(parts["train"].labels.tolist())
+    if untrained:
         say(
-            f"Warning: {len(unlearned)} classes are in the test split only; likelihoods of their "
-            "images, given their class, mean little."
+            f"Warning: {len(untrained)} classes are in the test split only, so the likelihoods of "
+            "their images, given the class, are not meaningful."
         )
     return Splits(**parts, class_names=class_names)
 
@@ -283,46 +316,48 @@ def build_splits(tables: dict[str, Table], config: DataConfig) -> Splits:
 def encode_labels(
     tables: dict[str, Table], config: DataConfig
 ) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-    """Classes as numbers int32 [n] by split, and their names. UserError where some are missing, or
-    are neither names nor numbers from 0."""
-    where = config.path or config.name
+    """Encodes the classes of each split as numbers int32 [n], and returns them with their names.
+
+    Raises UserError if some images have no class, or classes are neither names nor numbers from 0.
+    """
+    source = config.path or config.name
     classes = {split: table.classes or [None] * len(table.names) for split, table in tables.items()}
-    values = [value for of_split in classes.values() for value in of_split]
+    values = [value for split_values in classes.values() for value in split_values]
     names: tuple[str, ...]
     numbers: dict[Any, int]
     if all(value is None for value in values):
         names, numbers = ("all",), {None: 0}
     elif any(value is None for value in values):
-        raise UserError(f"some pictures of {where} have no class; give every one a class.")
+        raise UserError(f"some pictures of {source} have no class; give every picture a class.")
     elif all(isinstance(value, str) for value in values):
-        learned = set(classes["train"])
-        names = (*sorted(learned), *sorted(set(values) - learned))
+        trained = set(classes["train"])
+        names = (*sorted(trained), *sorted(set(values) - trained))
         numbers = {name: i for i, name in enumerate(names)}
     elif all(isinstance(value, int | np.integer) for value in values):
         names = next((table.class_names for table in tables.values() if table.class_names), ())
-        most = len(names) or 1000 + 10 * len(values)  # others are no classes, but identifiers
-        if not 0 <= min(values) <= max(values) < most:
+        limit = len(names) or 1000 + 10 * len(values)  # larger numbers are probably identifiers
+        if not 0 <= min(values) <= max(values) < limit:
             raise UserError(
-                f"the classes of {where} go from {min(values)} to {max(values)}; count them from 0 "
-                f"to at most {most - 1}."
+                f"the classes of {source} go from {min(values)} to {max(values)}; number them from "
+                f"0 to at most {limit - 1}."
             )
         names = names or tuple(map(str, range(max(values) + 1)))
         numbers = {i: i for i in range(len(names))}
     else:
         kinds = ", ".join(sorted({type(value).__name__ for value in values}))
         raise UserError(
-            f"the classes of {where} are of type {kinds}; numbers from 0, or names, are taken "
-            "(--data.label-column)."
+            f"the classes of {source} are of type {kinds}; choose a column of names, or of numbers "
+            "from 0, with --data.label-column."
         )
     labels = {
-        split: np.array([numbers[value] for value in of_split], np.int32)
-        for split, of_split in classes.items()
+        split: np.array([numbers[value] for value in split_values], np.int32)
+        for split, split_values in classes.items()
     }
     return labels, names
 
 
 SOURCES: dict[str, Callable[[DataConfig], Splits]] = {
-    "mnist": mnist,
-    "synthetic": synthetic,
-    "folder": folder,
+    "mnist": load_mnist,
+    "synthetic": make_synthetic,
+    "folder": load_folder,
 }

@@ -1,5 +1,5 @@
-"""Where encoded pictures come from: folders, parquet files, the Hugging Face hub, TensorFlow
-Datasets. Each function returns a table per split, by "train", "validation" and "test"."""
+"""Readers of encoded images from folders, parquet files, the Hugging Face hub and TensorFlow
+Datasets. Each reader returns one table per split, by "train", "validation" and "test"."""
 
 import hashlib
 import importlib
@@ -12,26 +12,26 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from taming_jax.config.schema import DataConfig
-from taming_jax.data.images import Table, cache_folder
+from taming_jax.data.images import Table, get_cache_folder
 from taming_jax.errors import UserError, say
 from taming_jax.storage import hash_json
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
-# What a split may be called; the first name is a prefix of the others.
+# The names that a split may have. The first is a prefix of the others.
 SPLITS = {"train": ("train",), "validation": ("val", "valid", "validation"), "test": ("test",)}
 
 
 def find_splits(exists: Callable[[str], bool]) -> dict[str, str]:
-    """The names of the splits that exist, by "train", "validation" and "test"."""
+    """Returns the names of the splits that exist, by "train", "validation" and "test"."""
     return {split: name for split, names in SPLITS.items() for name in names if exists(name)}
 
 
 def hash_files(files: Iterable[Path]) -> str:
-    """A hash of files' contents."""
+    """Returns a hash of the contents of files."""
 
     def hash_file(file: Path) -> bytes:
-        with file.open("rb") as opened:
-            return hashlib.file_digest(opened, "blake2b").digest()
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "blake2b").digest()
 
     with ThreadPoolExecutor() as pool:
         return hashlib.sha256(b"".join(pool.map(hash_file, files))).hexdigest()
@@ -39,7 +39,7 @@ def hash_files(files: Iterable[Path]) -> str:
 
 @dataclass(frozen=True)
 class Files:
-    """Pictures that are files of their own."""
+    """Encoded images, each of which is a file."""
 
     paths: list[Path]
 
@@ -47,70 +47,82 @@ class Files:
         return self.paths[number].read_bytes()
 
 
-def folder(config: DataConfig) -> dict[str, Table]:
-    """`train/CLASS/*` with or without `validation/` and `test/`, or `CLASS/*`, or pictures alone;
-    classes are named by their folders. What belongs to no split or class is left out, and a
-    sentence says so. UserError where there are no pictures, or one cannot be read."""
+def read_folder(config: DataConfig) -> dict[str, Table]:
+    """Reads image files from the folder `config.path`.
+
+    The folder holds `train/CLASS/*`, optionally with `validation/` and `test/`; or `CLASS/*`; or
+    only image files. The folders name the classes. Files outside the folders of a split or class
+    are left out, and a message says so. Raises UserError if there are no images or the files cannot
+    be read.
+    """
     if config.path is None:
         raise UserError("--data.name folder needs --data.path, the folder with your pictures.")
     try:
-        return folder_tables(Path(config.path))
+        return build_folder_tables(Path(config.path))
     except OSError as error:
         raise UserError(
-            f"{error.filename} cannot be read ({error.strerror}); give yourself the right to."
+            f"{error.filename} cannot be read ({error.strerror}); check its permissions."
         ) from error
 
 
-def folder_tables(root: Path) -> dict[str, Table]:
+def build_folder_tables(root: Path) -> dict[str, Table]:
+    """Builds one table per split from a folder, as `read_folder` describes. Raises OSError."""
     splits = find_splits(lambda name: (root / name).is_dir())
     folders = {split: root / name for split, name in splits.items()}
     if "train" in folders:
-        left_out = [place for place in root.iterdir() if place not in folders.values()]
+        left_out = [path for path in root.iterdir() if path not in folders.values()]
     else:
         folders, left_out = {"train": root}, []
     tables = {}
-    for split, place in folders.items():
-        files = sorted(pictures_below(place))
+    for split, folder in folders.items():
+        files = sorted(find_image_files(folder))
         if not files:
-            kinds = " ".join(sorted(SUFFIXES))
-            raise UserError(f"{place} holds no pictures ({kinds}); put some there.")
-        in_classes = [file for file in files if file.parent != place]
-        if in_classes:  # pictures beside the folders have no class
-            left_out += [file for file in files if file.parent == place]
+            suffixes = " ".join(sorted(SUFFIXES))
+            raise UserError(f"{folder} holds no pictures ({suffixes}); put some there.")
+        in_classes = [file for file in files if file.parent != folder]
+        if in_classes:  # images beside the folders have no class
+            left_out += [file for file in files if file.parent == folder]
             files = in_classes
-        classes = [file.relative_to(place).parts[0] for file in in_classes] or None
+        classes = [file.relative_to(folder).parts[0] for file in in_classes] or None
         names = [str(file.relative_to(root)) for file in files]
         tables[split] = Table(Files(files), names, classes, (), hash_files(files))
     left_out = [
-        place for place in left_out
-        if not place.name.startswith(".") and (place.is_dir() or is_picture(place))
+        path for path in left_out
+        if not path.name.startswith(".") and (path.is_dir() or is_image_file(path))
     ]  # fmt: skip
     if left_out:
-        which = "a class" if root in folders.values() else "a split"
-        say(f"Left out, as they are in no folder of {which}: {len(left_out)}, {left_out[0]} first.")
+        kind = "class" if root in folders.values() else "split"
+        say(
+            f"Paths outside the {kind} folders are left out: {len(left_out)}, the first of which "
+            f"is {left_out[0]}."
+        )
     return tables
 
 
-def pictures_below(place: Path) -> Iterator[Path]:
-    """The pictures in a folder and its folders, linked ones too, without hidden ones. OSError
-    where one cannot be read."""
+def find_image_files(root: Path) -> Iterator[Path]:
+    """Yields the image files in a folder and, recursively, its folders.
 
-    def refuse(error: OSError) -> None:
+    Links are followed, and hidden files and folders are skipped. Raises OSError if a folder cannot
+    be read.
+    """
+
+    def raise_error(error: OSError) -> None:
         raise error
 
-    for folder, below, names in os.walk(place, onerror=refuse, followlinks=True):
-        below[:] = [name for name in below if not name.startswith(".")]
-        yield from filter(is_picture, (Path(folder, name) for name in names))
+    for folder, subfolders, names in os.walk(root, onerror=raise_error, followlinks=True):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        yield from filter(is_image_file, (Path(folder, name) for name in names))
 
 
-def is_picture(file: Path) -> bool:
+def is_image_file(file: Path) -> bool:
+    """Returns whether a path is a file with the suffix of an image, and not hidden."""
     hidden = file.name.startswith(".")
     return file.suffix.lower() in SUFFIXES and not hidden and file.is_file()
 
 
 @dataclass(frozen=True)
 class Column:
-    """Encoded pictures in a column of rows: bytes, or the hub's structs of bytes or a path."""
+    """Encoded images in a column of rows, as bytes or as the hub's structs of bytes or a path."""
 
     rows: Any
     column: str
@@ -123,18 +135,21 @@ class Column:
 
 
 class Columns(NamedTuple):
-    """The columns of images and of classes (None where there are no classes), and the names of the
-    classes, empty where these are not numbers with names."""
+    """The columns of a table of rows.
+
+    `label` is None if there are no classes. `class_names` is empty unless classes are numbers with
+    names.
+    """
 
     image: str
     label: str | None
     class_names: tuple[str, ...]
 
 
-def column_table(
+def build_column_table(
     split: str, rows: Any, columns: Columns, classes: Sequence[Any] | None, content: str
 ) -> Table:
-    """The table of rows that are not decoded; `content` changes when a row does."""
+    """Builds the table of rows that are not decoded. `content` changes when a row changes."""
     names = [f"{split}, row {i}" for i in range(len(rows))]
     reader = Column(rows, columns.image)
     return Table(reader, names, classes, columns.class_names, f"{columns.image} {content}")
@@ -143,17 +158,22 @@ def column_table(
 def choose_columns(
     config: DataConfig, features: Mapping[str, Any], images: Sequence[str], label_kind: type
 ) -> Columns:
-    """The columns that the settings name, or else the first of `images` and the first of the kind
-    of labels, or called so. UserError where there are none of images, or no column of a setting's
-    name."""
+    """Returns the columns of images and classes.
+
+    Default: the first of the columns `images`, and the first column of type `label_kind` or with
+    the name "label" or "labels". Raises UserError if there is no column of images, or none with the
+    name that a setting gives.
+    """
     names = list(features)
     if not images:
-        raise UserError(f"the dataset has no column of images; its columns are {', '.join(names)}.")
+        raise UserError(
+            f"the dataset has no column of images, only {', '.join(names)}; choose another dataset."
+        )
     image = config.image_column or images[0]
     if image not in images:
         raise UserError(
-            f"the dataset has no column '{image}' that holds images; {', '.join(images)} does "
-            "(--data.image-column)."
+            f"the dataset has no column '{image}' that holds images; set --data.image-column to "
+            f"one of these: {', '.join(images)}."
         )
     labels = [name for name in names if isinstance(features[name], label_kind)]
     labels += [name for name in ("label", "labels") if name in names]
@@ -162,14 +182,14 @@ def choose_columns(
         return Columns(image, None, ())
     if label not in names:
         raise UserError(
-            f"the dataset has no column '{label}'; its columns are {', '.join(names)} "
-            "(--data.label-column)."
+            f"the dataset has no column '{label}'; set --data.label-column to one of these: "
+            f"{', '.join(names)}."
         )
     return Columns(image, label, tuple(getattr(features[label], "names", None) or ()))
 
 
 def holds_images(feature: Any, image_kind: type) -> bool:
-    """Whether a column holds pictures: by its kind, as bytes, or as the hub's structs of bytes."""
+    """Returns whether a column holds images, as images, bytes, or the hub's structs of bytes."""
     if isinstance(feature, dict):
         return "bytes" in feature
     binary = getattr(feature, "dtype", None) in ("binary", "large_binary")
@@ -177,68 +197,73 @@ def holds_images(feature: Any, image_kind: type) -> bool:
 
 
 def import_package(name: str, config: DataConfig) -> Any:
-    """A package that only some datasets need. UserError where it is not installed."""
+    """Imports a package that only some datasets need. Raises UserError if it is not installed."""
     try:
         return importlib.import_module(name.replace("-", "_"))
     except ImportError as error:
         raise UserError(
-            f"--data.name {config.name} needs the package {name}; pip install {name}."
+            f"--data.name {config.name} needs the package {name}; run `pip install {name}`."
         ) from error
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its kind where it has none."""
+def get_first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message, or its type if it has no message."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def hub(config: DataConfig) -> dict[str, Table]:
-    """A dataset of the Hugging Face hub, or its parquet files in `config.path`, by `datasets`."""
+def read_hub(config: DataConfig) -> dict[str, Table]:
+    """Reads a dataset of the Hugging Face hub, or its parquet files in `config.path`.
+
+    Raises UserError if the dataset cannot be loaded.
+    """
     datasets = import_package("datasets", config)
     datasets.disable_progress_bars()
     if config.path is not None:
-        return parquet(datasets, Path(config.path), config)
-    say(f"Looking for {config.name} in the Hugging Face hub's cache, else in the hub.")
-    # Without a network it warns twice of each of several tries; one sentence at the end is enough.
+        return read_parquet(datasets, Path(config.path), config)
+    say(f"Loading {config.name} from the Hugging Face hub or its local cache.")
+    # Without a network it logs two warnings per retry. The error message below is enough.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         loaded = datasets.load_dataset(config.name)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
-            f"the dataset {config.name} cannot be had from the Hugging Face hub "
-            f"({first_line(error)}); where there is no network, download its parquet files "
-            "elsewhere and name their folder by --data.path."
+            f"the dataset {config.name} cannot be loaded from the Hugging Face hub "
+            f"({get_first_line(error)}); without a network, download its parquet files elsewhere "
+            "and name their folder with --data.path."
         ) from error
     contents = {name: f"{config.name} {rows._fingerprint}" for name, rows in loaded.items()}
-    return hub_tables(datasets, loaded, config, contents)
+    return build_hub_tables(datasets, loaded, config, contents)
 
 
-def parquet(datasets: Any, root: Path, config: DataConfig) -> dict[str, Table]:
-    """Files `train*.parquet`, `validation*.parquet`, `test*.parquet` in a folder, with or without
-    the hub's schema."""
+def read_parquet(datasets: Any, root: Path, config: DataConfig) -> dict[str, Table]:
+    """Reads the files `train*.parquet`, `validation*.parquet` and `test*.parquet` in a folder, with
+    or without the hub's schema. Raises UserError if there are none to train on or one is damaged.
+    """
     if not list(root.glob("*.parquet")) and (root / "data").is_dir():
         root = root / "data"
     files = {split: sorted(root.glob(f"{name}*.parquet")) for split, (name, *_) in SPLITS.items()}
-    files = {split: of_split for split, of_split in files.items() if of_split}
+    files = {split: paths for split, paths in files.items() if paths}
     if "train" not in files:
         raise UserError(f"{root} has no train*.parquet; put the dataset's parquet files there.")
-    names = {split: list(map(str, of_split)) for split, of_split in files.items()}
+    names = {split: list(map(str, paths)) for split, paths in files.items()}
     try:
         contents = {split: hash_files(of_split) for split, of_split in files.items()}
         # It takes files of one name, size and time for the same, whatever they hold.
-        folder = str(cache_folder(config) / "parquet" / hash_json(contents)[:16])
+        folder = str(get_cache_folder(config) / "parquet" / hash_json(contents)[:16])
         loaded = datasets.load_dataset("parquet", data_files=names, cache_dir=folder)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
             f"the parquet files in {root} cannot be read "
-            f"({first_line(error.__cause__ or error)}); fetch them again."
+            f"({get_first_line(error.__cause__ or error)}); fetch them again."
         ) from error
-    return hub_tables(datasets, loaded, config, contents)
+    return build_hub_tables(datasets, loaded, config, contents)
 
 
-def hub_tables(
+def build_hub_tables(
     datasets: Any, loaded: Any, config: DataConfig, contents: Mapping[str, str]
 ) -> dict[str, Table]:
-    """The splits of a `datasets.DatasetDict`, `contents` changing when a split's pictures do."""
+    """Builds one table per split of a `datasets.DatasetDict`. The value of a split in `contents`
+    changes when its images change."""
     features = next(iter(loaded.values())).features
     images = [name for name, feature in features.items() if holds_images(feature, datasets.Image)]
     columns = choose_columns(config, features, images, datasets.ClassLabel)
@@ -248,22 +273,26 @@ def hub_tables(
         rows = loaded[name]
         classes = None if columns.label is None else list(rows[columns.label])
         encoded = rows.select_columns([image]).cast_column(image, datasets.Image(decode=False))
-        tables[split] = column_table(name, encoded, columns, classes, contents[name])
+        tables[split] = build_column_table(name, encoded, columns, classes, contents[name])
     return tables
 
 
-def tfds(config: DataConfig) -> dict[str, Table]:
-    """`tfds:NAME`, prepared already as array_record, in `--data.path` or TFDS's own folder."""
+def read_tfds(config: DataConfig) -> dict[str, Table]:
+    """Reads a dataset `tfds:NAME` of TensorFlow Datasets, prepared as array_record.
+
+    It lies in `config.path`. Default: the folder of TensorFlow Datasets. Raises UserError if it
+    cannot be read there.
+    """
     tf_datasets = import_package("tensorflow-datasets", config)
     name = config.name.removeprefix("tfds:")
-    given = None if config.path is None else Path(config.path)
+    path = None if config.path is None else Path(config.path)
     try:
-        if given is not None and (given / "dataset_info.json").exists():
-            builder = tf_datasets.builder_from_directory(str(given))
+        if path is not None and (path / "dataset_info.json").exists():
+            builder = tf_datasets.builder_from_directory(str(path))
         else:
-            builder = tf_datasets.builder(name, data_dir=given, file_format="array_record")
+            builder = tf_datasets.builder(name, data_dir=path, file_format="array_record")
         if not builder.info.splits:
-            raise ValueError("it is known, but not prepared")
+            raise ValueError("it is known but not prepared")
         features = dict(builder.info.features.items())
         image_kind = tf_datasets.features.Image
         images = [name for name, feature in features.items() if isinstance(feature, image_kind)]
@@ -274,9 +303,9 @@ def tfds(config: DataConfig) -> dict[str, Table]:
         }
     except Exception as error:
         raise UserError(
-            f"TensorFlow Datasets has no '{name}' prepared in {given or '~/tensorflow_datasets'} "
-            f"({first_line(error)}); prepare it with `tfds build {name} "
-            "--file_format=array_record` and name its folder by --data.path."
+            f"TensorFlow Datasets has no '{name}' prepared in {path or '~/tensorflow_datasets'} "
+            f"({get_first_line(error)}); prepare it with `tfds build {name} "
+            "--file_format=array_record` and name its folder with --data.path."
         ) from error
     columns = choose_columns(config, features, images, tf_datasets.features.ClassLabel)
     content = hash_files(sorted(Path(builder.data_dir).glob("*.array_record*")))
@@ -284,5 +313,5 @@ def tfds(config: DataConfig) -> dict[str, Table]:
     for split, rows in sources.items():
         label = columns.label
         classes = None if label is None else [rows[i][label] for i in range(len(rows))]
-        tables[split] = column_table(split, rows, columns, classes, f"{split} {content}")
+        tables[split] = build_column_table(split, rows, columns, classes, f"{split} {content}")
     return tables

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from taming_jax.data import datasets
-from taming_jax.data.augment import centred
+from taming_jax.data.augment import center_crop
 from taming_jax.data.datasets import Split, evenly_spaced
 from taming_jax.data.pixels import to_uint8
 from taming_jax.errors import UserError
@@ -39,7 +39,7 @@ class ImageSubset:
         return len(self.rows)
 
     def __getitem__(self, index: slice | np.ndarray) -> np.ndarray:
-        return centred(self.split.images[self.rows[index]], self.size)
+        return center_crop(self.split.images[self.rows[index]], self.size)
 
     @property
     def labels(self) -> np.ndarray:
@@ -71,7 +71,7 @@ class Evaluator:
         self.warnings: list[str] = []
         if self.has_samples:
             run.resolve_sampling(**protocol.sampling)  # raises UserError early
-        self.splits, self.fingerprint = datasets.load_same(run.load_data)
+        self.splits, self.fingerprint = datasets.load_and_check(run.load_data)
         classes = len(self.splits.class_names)
         self.prior_fits = run.transformer is not None and run.prior.classes == classes
         self.images = self.select_images(protocol.split, protocol.images)
@@ -110,7 +110,7 @@ class Evaluator:
 
     def _load_digit_classifier(self) -> Features:
         images, labels = self.splits.train
-        train = Split(centred(images, self.run.config.data.image_size), labels)
+        train = Split(center_crop(images, self.run.config.data.image_size), labels)
         return Features(digits(train, len(self.splits.class_names)), self.devices)
 
     def select_images(self, name: str, limit: int | None = None) -> ImageSubset:

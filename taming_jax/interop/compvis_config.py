@@ -5,8 +5,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from taming_jax.config.load import settings
-from taming_jax.config.migrations import FORMAT, format_of
+from taming_jax.config.load import parse_settings
+from taming_jax.config.migrations import FORMAT, read_format
 from taming_jax.config.schema import UNKNOWN, Config, DataConfig, PriorConfig, VQGANConfig
 from taming_jax.config.serialization import from_dict, to_dict
 from taming_jax.errors import UserError, say
@@ -66,7 +66,7 @@ def official(
     try:
         if OURS in content:
             part = content[OURS]
-            config = settings(part["config"], format_of(part, file))
+            config = parse_settings(part["config"], read_format(part, file))
             config = dataclasses.replace(config, config=file.stem)
             return Model(config, tuple(part["class_names"]), part["discriminator"])
         model = described(content, file, classes, step)

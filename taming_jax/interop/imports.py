@@ -14,7 +14,7 @@ from flax import traverse_util
 
 from taming_jax.config.load import write_config
 from taming_jax.config.schema import Config
-from taming_jax.config.validation import validated
+from taming_jax.config.validation import validate_config
 from taming_jax.errors import RunFailed, UserError, say
 from taming_jax.models.discriminator import Discriminator
 from taming_jax.models.vqgan import build_vqgan
@@ -84,7 +84,7 @@ def fitted(model: Model) -> Model:
     if size < 16:
         vqgan = dataclasses.replace(vqgan, perceptual_weight=0.0)
     config = dataclasses.replace(model.config, vqgan=vqgan, prior=prior)
-    return model._replace(config=validated(config))
+    return model._replace(config=validate_config(config))
 
 
 def shapes_of(model: Model) -> dict[str, Any]:

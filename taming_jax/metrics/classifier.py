@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from flax import traverse_util
 
-from taming_jax.data.batches import permutation
+from taming_jax.data.batches import permute_epoch
 from taming_jax.data.datasets import Split
 from taming_jax.data.pixels import to_float
 from taming_jax.progress import Progress
@@ -72,7 +72,7 @@ def trained(train: Split, classes: int) -> Any:
     with Progress("training a classifier", steps, "steps") as progress:
         for number in range(steps):
             epoch, place = divmod(number, per_epoch)
-            rows = permutation(0, epoch, len(train.images))[place * BATCH : (place + 1) * BATCH]
+            rows = permute_epoch(0, epoch, len(train.images))[place * BATCH : (place + 1) * BATCH]
             key = jax.random.fold_in(jax.random.key(1), number)
             params, state = step(params, state, train.images[rows], train.labels[rows], key)
             progress.update()

@@ -20,8 +20,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
-from taming_jax.config.load import differences, settings
-from taming_jax.config.migrations import ARRAYS, FORMAT, MICRO_BATCHES, SCORES, format_of, migrated
+from taming_jax.config.load import diff_configs
+from taming_jax.config.migrations import (
+    FORMAT,
+    MICRO_BATCH_FORMAT,
+    SCORE_FORMAT,
+    migrate,
+    read_format,
+)
 from taming_jax.config.schema import Config
 from taming_jax.config.serialization import to_dict
 from taming_jax.data.datasets import fingerprint_diff
@@ -224,7 +230,7 @@ class Store:
             raise ValueError(f"it cannot be read ({type(error).__name__})") from error
         if hash_json(metadata) != expected:
             raise ValueError("its metadata differ from what was saved")
-        if format_of(metadata, folder) < SCORES:
+        if read_format(metadata, folder) < SCORE_FORMAT:
             metrics = metadata["metrics"]
             metadata["score"] = metrics and metrics.get(FD, metrics.get("nll"))
         return metadata
@@ -234,7 +240,7 @@ class Store:
         does not know."""
         folder = self.path / str(step)
         try:
-            return settings(metadata["config"], format_of(metadata, folder))
+            return parse_settings(metadata["config"], read_format(metadata, folder))
         except UserError as error:
             raise UserError(
                 f"{folder} was written by another version of this program: {error}"
@@ -260,9 +266,9 @@ class Store:
         for path, array in arrays.items():
             if digest(array) != metadata["hashes"]["/".join(path)]:
                 raise ValueError(f"the array {'.'.join(path)} differs from what was saved")
-        number = format_of(metadata, folder)
+        number = read_format(metadata, folder)
         return Checkpoint(
-            step, migrated(arrays, number, ARRAYS), self._read_config(metadata, step),
+            step, migrate(arrays, number, ARRAY_MIGRATIONS), self._read_config(metadata, step),
             metadata.get("dataset"), metadata.get("weights_only", False), number,
         )  # fmt: skip
 
@@ -328,7 +334,7 @@ class Store:
         self, checkpoint: Checkpoint, config: Config, sections: tuple[str, ...]
     ) -> None:
         """Raises UserError if the checkpoint belongs to a run with other settings or data."""
-        different = differences(config, checkpoint.config, sections)
+        different = diff_configs(config, checkpoint.config, sections)
         if different:
             raise UserError(
                 f"{self.path} holds a run with other settings: {'; '.join(different)}. "
@@ -336,7 +342,7 @@ class Store:
                 "with --restart."
             )
         count = checkpoint.config.vqgan.micro_batches
-        if self.path.name == "vqgan" and count > 1 and checkpoint.format < MICRO_BATCHES:
+        if self.path.name == "vqgan" and count > 1 and checkpoint.format < MICRO_BATCH_FORMAT:
             raise UserError(
                 f"{self.path} holds a run with --vqgan.micro-batches {count} of an older version, "
                 "which computed one adaptive weight for all of them; this version computes one per "
@@ -371,5 +377,5 @@ class Store:
                 continue
             if not metadata.get("weights_only"):
                 shutil.rmtree(self.path / str(step))
-            elif differences(config, self._read_config(metadata, step), sections):
+            elif diff_configs(config, self._read_config(metadata, step), sections):
                 self._move_aside(step, "weights-only")

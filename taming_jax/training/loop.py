@@ -14,10 +14,10 @@ from typing import Any, cast
 import jax
 import numpy as np
 
-from taming_jax.config.load import differences, read_config, write_config
+from taming_jax.config.load import diff_configs, read_config, write_config
 from taming_jax.config.migrations import RENAMED_METRICS, rename_keys
-from taming_jax.config.schema import OF_A_MACHINE, Config, StageConfig
-from taming_jax.config.validation import validated
+from taming_jax.config.schema import MACHINE_SETTINGS, Config, StageConfig
+from taming_jax.config.validation import validate_config
 from taming_jax.data.batches import Batch
 from taming_jax.errors import Interrupted, RunFailed, UserError, say
 from taming_jax.parallel import distributed
@@ -44,7 +44,7 @@ def check_processes(config: Config) -> None:
 
     def different_settings(one: Config, other: Config) -> list[str]:
         sections = [field.name for field in dataclasses.fields(Config)]
-        return differences(one, other, sections, lambda field: field.name not in OF_A_MACHINE)
+        return diff_configs(one, other, sections, lambda field: field.name not in MACHINE_SETTINGS)
 
     distributed.check_equal(config, different_settings)
     distributed.check_equal(distributed.installed_versions(), distributed.different_values)
@@ -58,7 +58,7 @@ def train(build_stage: Callable[..., Stage], config: Config, restart: bool = Fal
     RunFailed if losses are not finite or the last step cannot be saved. After SIGINT or SIGTERM,
     saves a checkpoint and raises Interrupted.
     """
-    validated(config)
+    validate_config(config)
     folder = config.folder
     with contextlib.ExitStack() as stack:
         signals = Signals()

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from taming_jax.config.load import differences
+from taming_jax.config.load import diff_configs
 from taming_jax.config.schema import Config
 from taming_jax.data import datasets
-from taming_jax.data.augment import augments
+from taming_jax.data.augment import uses_augmentation
 from taming_jax.data.batches import gather_batch
 from taming_jax.data.pixels import to_uint8
 from taming_jax.errors import UserError
@@ -137,7 +137,7 @@ class PriorStage(Stage):
         self.generator, generator_config, generator_dataset = distributed.run_on_primary(
             lambda: load_generator(config.folder, restart)
         )
-        different = differences(config, generator_config, ("data", "vqgan"))
+        different = diff_configs(config, generator_config, ("data", "vqgan"))
         if different:
             raise UserError(
                 f"the generator of the prior in {config.folder} was trained with other settings: "
@@ -164,7 +164,7 @@ class PriorStage(Stage):
     def build_feeds(self) -> tuple[TokenFeed, TokenFeed]:
         folder, settings = self.config.folder / "tokens", self.config.prior
         tokenizer = Tokenizer(folder, self.vqgan, self.generator, self.config, self.devices)
-        versions = settings.augmented_versions if augments(self.config.data) else 1
+        versions = settings.augmented_versions if uses_augmentation(self.config.data) else 1
         train = TokenFeed(tokenizer, "train", self.splits.train, settings.batch_size, versions)
         validation = TokenFeed(tokenizer, "validation", self.splits.validation, settings.batch_size)
         return train, validation

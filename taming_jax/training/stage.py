@@ -36,7 +36,7 @@ class Stage(abc.ABC):
         self.config, self.devices = config, devices
         settings = self.settings
         devices.check_batch(self.name, settings.batch_size, settings.micro_batches)
-        self.splits, self.dataset = datasets.load_same(lambda: datasets.load(config.data))
+        self.splits, self.dataset = datasets.load_and_check(lambda: datasets.load(config.data))
         self.steps = settings.total_steps(len(self.splits.train.images))
         self._monitor: ValidationFD | None = None
         if settings.fd_every:

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from taming_jax.config.schema import Config
-from taming_jax.data.augment import augmented, centred
+from taming_jax.data.augment import augment, center_crop
 from taming_jax.data.batches import ResidentFeed, gather_batch
 from taming_jax.data.datasets import Split
 from taming_jax.data.pixels import to_float
@@ -56,13 +56,13 @@ class Tokenizer:
 
         def encode_plain(state: Any, arrays: dict[str, jax.Array]) -> jax.Array:
             return encode_images(
-                state["params"], centred(gather_batch(arrays)[0], config.data.image_size)
+                state["params"], center_crop(gather_batch(arrays)[0], config.data.image_size)
             )
 
         def encode_augmented(state: Any, arrays: dict[str, jax.Array]) -> jax.Array:
             keys = make_example_keys(config.seed, AUGMENTATION, state["version"], arrays["place"])
             return encode_images(
-                state["params"], augmented(gather_batch(arrays)[0], keys, config.data)
+                state["params"], augment(gather_batch(arrays)[0], keys, config.data)
             )
 
         self._encode_plain, self._encode_augmented = encode_plain, encode_augmented
@@ -144,7 +144,7 @@ class TokenFeed(ResidentFeed):
     def _rows(self) -> np.ndarray:
         return self._codes.reshape(-1, self._codes.shape[-1])
 
-    def _index(self, epochs: np.ndarray, index: np.ndarray) -> np.ndarray:
+    def _locate_rows(self, epochs: np.ndarray, index: np.ndarray) -> np.ndarray:
         versions = epochs % len(self._codes)
         missing = set(versions.tolist()) - self._encoded_versions
         for version in sorted(missing):

@@ -11,11 +11,11 @@ import numpy as np
 import optax
 
 from taming_jax import losses
-from taming_jax.config.load import replaced
+from taming_jax.config.load import replace_section
 from taming_jax.config.schema import Config
-from taming_jax.config.validation import warn_of_attention
-from taming_jax.data.augment import augmented
-from taming_jax.data.batches import Feed, feed, gather_batch
+from taming_jax.config.validation import warn_about_attention
+from taming_jax.data.augment import augment
+from taming_jax.data.batches import Feed, build_feed, gather_batch
 from taming_jax.data.pixels import to_float, to_uint8
 from taming_jax.errors import UserError, say
 from taming_jax.models.lpips import load_lpips
@@ -59,7 +59,7 @@ def fix_discriminator_start(config: Config, examples: int, created: Config | Non
         )
     if start != default:
         say(f"The discriminator starts after step {start}, which was fixed when the run began.")
-    return replaced(config, "vqgan", discriminator_start_step=start)
+    return replace_section(config, "vqgan", discriminator_start_step=start)
 
 
 class VQGANStage(Stage):
@@ -79,7 +79,7 @@ class VQGANStage(Stage):
         self.config = config
         start = config.vqgan.discriminator_start_step
         self.start = self.steps if start is None else start
-        warn_of_attention(config)
+        warn_about_attention(config)
         self.networks = VQGANObjective.build(config, devices.axis_name)
         adam = optax.scale_by_adam(*settings.betas, settings.epsilon)
         self._optimizer = add_clipping(adam, settings.grad_clip_norm)
@@ -103,7 +103,7 @@ class VQGANStage(Stage):
     def build_feeds(self) -> tuple[Feed, Feed]:
         size, share = self.config.vqgan.batch_size, self.config.data.resident_share
         train, validation = (
-            feed(split, size, self.config.seed, self.devices, share)
+            build_feed(split, size, self.config.seed, self.devices, share)
             for split in (self.splits.train, self.splits.validation)
         )
         return train, validation
@@ -152,7 +152,7 @@ class VQGANStage(Stage):
                 return make_example_keys(self.config.seed, purpose, state.step, arrays["place"])
 
             images = to_float(
-                augmented(gather_batch(arrays)[0], make_keys(AUGMENTATION), self.config.data)
+                augment(gather_batch(arrays)[0], make_keys(AUGMENTATION), self.config.data)
             )
             keys = Keys()
             if settings.diff_augment:

@@ -20,7 +20,7 @@ from jax import lax
 
 from taming_jax import losses
 from taming_jax.config.schema import Config, VQGANConfig
-from taming_jax.data.augment import diff_augmented
+from taming_jax.data.augment import diff_augment
 from taming_jax.data.batches import gather_batch
 from taming_jax.data.pixels import to_float, to_uint8
 from taming_jax.metrics.similarity import psnr
@@ -144,7 +144,7 @@ class VQGANObjective:
     ) -> tuple[jax.Array, dict[str, Any]]:
         """Returns the logits in training mode and the updated running statistics."""
         if keys is not None:
-            images = diff_augmented(images, keys, self.settings.diff_augment)
+            images = diff_augment(images, keys, self.settings.diff_augment)
         logits, updates = self.discriminator.apply(
             {"params": params, "batch_stats": stats}, images, mutable=["batch_stats"]
         )

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from taming_jax.config.load import differences
+from taming_jax.config.load import diff_configs
 from taming_jax.config.schema import Config
 from taming_jax.errors import UserError
 from taming_jax.weights.arrays import named_arrays
@@ -79,7 +79,7 @@ def describe_mismatches(
     settings that differ from the other run's, or another generator, whose codes the other prior
     predicted."""
     sections = ("vqgan", "prior") if "transformer" in learned else ("vqgan",)
-    phrases = differences(config, other, sections, lambda f: bool(f.metadata.get("meaning")))
+    phrases = diff_configs(config, other, sections, lambda f: bool(f.metadata.get("meaning")))
     sentences = [f"{phrase} as in the run that the weights come from." for phrase in phrases]
     frozen = {
         path: leaf for path, leaf in named_arrays(template).items()

@@ -170,7 +170,7 @@ def test_the_log_likelihood_is_that_of_the_codes(run):
     [
         ("--classes 0 cat", "no class 'cat'; the classes are 0 to 3: disc, square, large disc"),
         ("--classes 4", "no class '4'"),
-        ("--top-k 129", "top-k is 129; there are 1 to 128 codes"),
+        ("--top-k 129", "top-k is 129; it must be from 1 to 128"),
         ("--top-k 0", "top-k is 0"),
         ("--top-p 1.5", "top-p is 1.5"),
         ("--temperature -1", "the temperature is -1.0"),

@@ -3,16 +3,16 @@ import json
 
 import pytest
 
-from taming_jax.config.load import differences, load_config, preset_names, write_config
+from taming_jax.config.load import diff_configs, list_presets, load_config, write_config
 from taming_jax.config.migrations import FORMAT
 from taming_jax.config.schema import Config
 from taming_jax.config.serialization import to_dict
-from taming_jax.config.validation import warn_of_attention
+from taming_jax.config.validation import warn_about_attention
 from taming_jax.errors import UserError
 
 
 def test_a_written_config_reads_back_as_the_same_object(tmp_path):
-    for name in preset_names():
+    for name in list_presets():
         config = load_config(name)
         assert config.config == name
         write_config(config, tmp_path / "config.json")
@@ -53,7 +53,7 @@ def test_steps_replace_epochs():
 
 def test_differences_name_what_is_trained_and_skip_what_may_change():
     base = load_config("mnist")
-    assert differences(base, base, ("seed", "vqgan")) == []
+    assert diff_configs(base, base, ("seed", "vqgan")) == []
     other = load_config(
         "mnist",
         {
@@ -61,12 +61,12 @@ def test_differences_name_what_is_trained_and_skip_what_may_change():
             "vqgan.micro_batches": 2, "prior.micro_batches": 2, "vqgan.skipped_in_a_row": 2,
         },
     )  # fmt: skip
-    assert differences(other, base, ("seed", "vqgan", "devices")) == [
+    assert diff_configs(other, base, ("seed", "vqgan", "devices")) == [
         "--seed is 1, not 0",
         "--vqgan.micro-batches is 2, not 1",
         "--vqgan.codebook-size is 32, not 64",
     ]
-    assert differences(other, base, ("prior",)) == ["--prior.layers is 2, not 6"]
+    assert diff_configs(other, base, ("prior",)) == ["--prior.layers is 2, not 6"]
 
 
 @pytest.mark.parametrize(
@@ -90,20 +90,20 @@ def test_differences_name_what_is_trained_and_skip_what_may_change():
         ({"devices": 0}, "--devices is 0"),
         ({"seed": -1}, "--seed is -1"),
         ({"data.split_seed": 2**32}, "--data.split-seed is"),
-        ({"vqgan.discriminator_layers": 4}, "--vqgan.discriminator-layers 4 leave nothing"),
+        ({"vqgan.discriminator_layers": 4}, "--vqgan.discriminator-layers 4 leaves no pixels"),
         ({"vqgan.decoder_blocks": -1}, "--vqgan.decoder-blocks"),
         ({"vqgan.learning_rate": -1.0}, "--vqgan.learning-rate"),
         ({"vqgan.grad_clip_norm": 0.0}, "--vqgan.grad-clip-norm"),
         ({"vqgan.betas": (1.0, 2.0)}, "--vqgan.betas"),
         ({"vqgan.lecam_weight": float("nan")}, "--vqgan.lecam-weight"),
         ({"prior.heads": 3}, "--prior.width 256 cannot be divided among 3"),
-        ({"prior.positions": "rotary", "prior.heads": 128}, "take a multiple of 512"),
+        ({"prior.positions": "rotary", "prior.heads": 128}, "use a multiple of 512"),
         ({"vqgan.epsilon": 0.0}, "--vqgan.epsilon is 0.0"),
         ({"vqgan.warmup_steps": -1}, "--vqgan.warmup-steps is -1"),
         ({"prior.skipped_in_a_row": -1}, "--prior.skipped-in-a-row is -1"),
         ({"prior.augmented_versions": 0}, "--prior.augmented-versions is 0"),
         ({"prior.temperature": -0.5}, "temperature is -0.5"),
-        ({"prior.top_k": 65}, "top-k is 65; there are 1 to 64"),
+        ({"prior.top_k": 65}, "top-k is 65; it must be from 1 to 64"),
         ({"prior.top_p": 0.0}, "top-p is 0.0"),
         ({"prior.guidance_scale": float("nan")}, "guidance scale is nan"),
         ({"prior.warmup_steps": 9}, "--prior.warmup-steps belongs to --prior.schedule cosine"),
@@ -129,7 +129,7 @@ def test_settings_that_cannot_work_are_refused_by_name(overrides, names):
         ('{"vqgan": {"l2_normalise": 1}}', "'vqgan.l2_normalise' cannot be 1"),
         ('{"dtype": "float16"}', "'dtype' cannot be 'float16'"),
         ('{"format": 99, "new": 1}', "newer taming_jax .format 99; this one reads up to"),
-        ('{"format": "two"}', "its format is 'two', which is none"),
+        ('{"format": "two"}', "has the format 'two', which is not a valid"),
     ],
 )
 def test_a_damaged_config_json_is_a_sentence(tmp_path, content, says):
@@ -146,21 +146,21 @@ def test_an_unknown_preset_names_the_nearest():
 
 
 def test_attention_that_no_level_has_is_named(capsys):
-    warn_of_attention(load_config("mnist", {"vqgan.attention_resolutions": (16, 14)}))
+    warn_about_attention(load_config("mnist", {"vqgan.attention_resolutions": (16, 14)}))
     sentence = capsys.readouterr().out
     assert sentence.startswith("Warning: --vqgan.attention-resolutions 16 has no effect")
     assert "28, 14, 7 pixels high" in sentence
-    for name in preset_names():
-        warn_of_attention(load_config(name))
+    for name in list_presets():
+        warn_about_attention(load_config(name))
     assert not capsys.readouterr().out
 
 
 def test_attention_that_no_level_has_makes_no_difference():
     """So that runs of older presets, and of presets at another size, go on as they were."""
     old = load_config("mnist", {"vqgan.attention_resolutions": (16,)})
-    assert differences(load_config("mnist"), old, ("vqgan",)) == []
+    assert diff_configs(load_config("mnist"), old, ("vqgan",)) == []
     other = load_config("mnist", {"vqgan.attention_resolutions": (16, 7)})
-    assert differences(other, old, ("vqgan",)) == ["--vqgan.attention-resolutions is 7, not empty"]
+    assert diff_configs(other, old, ("vqgan",)) == ["--vqgan.attention-resolutions is 7, not empty"]
 
 
 def test_a_config_json_does_not_bring_its_runs_start_into_a_new_run(tmp_path):

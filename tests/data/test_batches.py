@@ -27,8 +27,8 @@ def test_a_steps_number_alone_says_what_it_reads():
     late = examples(feed, 7)
     assert examples(batches.ResidentFeed(SPLIT, 4, 3, Devices(1)), 7) == late
     assert examples(batches.ResidentFeed(SPLIT, 4, 4, Devices(1)), 7) != late
-    # The stream by its definition: example p is permutation(seed, p // n)[p % n].
-    by_hand = [batches.permutation(3, p // 10, 10)[p % 10] for p in range(28, 32)]
+    # The stream by its definition: example p is permute_epoch(seed, p // n)[p % n].
+    by_hand = [batches.permute_epoch(3, p // 10, 10)[p % 10] for p in range(28, 32)]
     assert late == by_hand
 
 
@@ -69,7 +69,7 @@ def taken(batch, devices):
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_streaming_and_resident_feeds_give_the_same_batches(mapped, count):
     devices = Devices(count)
-    kinds = [batches.feed(mapped, 8, 5, devices, share) for share in (0.2, 0.0)]
+    kinds = [batches.build_feed(mapped, 8, 5, devices, share) for share in (0.2, 0.0)]
     assert [type(kind) for kind in kinds] == [batches.ResidentFeed, batches.StreamingFeed]
     steps = list(range(20))  # three epochs, and batches that cross their ends
     read = [[kind.batch(step) for step in steps] for kind in kinds]

@@ -30,7 +30,7 @@ def test_the_validation_split_is_cut_by_seed_and_shares_nothing_with_training():
     split = datasets.Split(np.arange(100).reshape(100, 1, 1, 1), np.arange(100))
 
     def cut(**settings):
-        return datasets.cut_validation(split, DataConfig(**settings))
+        return datasets.hold_out_validation(split, DataConfig(**settings))
 
     train, validation = cut(validation_share=0.2)
     assert sorted([*train.labels, *validation.labels]) == list(range(100))
@@ -71,13 +71,13 @@ def test_ones_own_copy_with_or_without_gz(tmp_path):
     ("replaced", "says"),
     [
         ({"train_labels_idx1": None}, "has no train-labels-idx1-ubyte.gz"),
-        ({"t10k_images_idx3": b""}, "damaged|no IDX"),
+        ({"t10k_images_idx3": b""}, "damaged|not an IDX"),
         (
             {"t10k_images_idx3": (FILES / "t10k-images-idx3-ubyte.gz").read_bytes()[:5000]},
             "damaged",
         ),
         ({"t10k_images_idx3": gzip.compress(idx((9, 28, 28))[:-5])}, "is truncated"),
-        ({"t10k_labels_idx1": gzip.compress(b"hello, world")}, "no IDX file"),
+        ({"t10k_labels_idx1": gzip.compress(b"hello, world")}, "not an IDX file"),
         (
             {"t10k_labels_idx1": gzip.compress(idx((9,)))},
             "10000 images of 28x28 and 9 labels",
@@ -92,7 +92,7 @@ def test_damaged_files_are_named(tmp_path, replaced, says):
 
 def test_what_a_source_cannot_give_is_refused(tmp_path):
     for settings, says in (
-        ({"path": str(tmp_path / "none")}, "is no folder"),
+        ({"path": str(tmp_path / "none")}, "is not a folder"),
         ({"path": str(tmp_path)}, "has no train-images"),
         ({"image_size": 32}, "28x28"),
         ({"name": "cifar"}, f"the datasets are {', '.join(sorted(datasets.SOURCES))}, OWNER"),
@@ -120,7 +120,7 @@ def test_a_dataset_is_known_again_and_another_is_not():
     nearly = np.clip(train.images + off, 0, 255)  # as another decoder rounds
     assert differs(train=train._replace(images=nearly.astype(np.uint8))) == []
     assert differs(train=train._replace(images=255 - train.images)) == [
-        "the training images are others"
+        "the training images are different"
     ]
     fewer = datasets.Split(train.images[1:], train.labels[1:])
     assert differs(train=fewer) == [

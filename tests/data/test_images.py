@@ -157,7 +157,7 @@ def test_unreadable_pictures_are_named_and_left_out(tmp_path, capsys):
     # The share is asked for each time, of all splits together, and what is left out is said.
     datasets.load(config)
     assert capsys.readouterr().out.splitlines() == [last]
-    with pytest.raises(UserError, match="named in .*skipped.txt. Mend or remove them"):
+    with pytest.raises(UserError, match="listed in .*skipped.txt. Fix or remove them"):
         datasets.load(replace(config, max_corrupt_fraction=0.05))
 
 

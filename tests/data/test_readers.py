@@ -108,14 +108,18 @@ def test_folders_of_other_shapes(tmp_path):
 def test_what_belongs_to_no_class_or_split_is_said(tmp_path, capsys):
     root = pictures.write_folder(tmp_path / "a")
     datasets.load(config_of(tmp_path, "folder", root))
-    assert "Left out" not in capsys.readouterr().out
+    assert "left out" not in capsys.readouterr().out
     shutil.copytree(root / "train", root / "more")
     datasets.load(config_of(tmp_path, "folder", root))
-    assert f"in no folder of a split: 1, {root / 'more'} first." in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert (
+        f"outside the split folders are left out: 1, the first of which is {root / 'more'}." in said
+    )
     shutil.copy(next((root / "more").rglob("*.jpg")), root / "more" / "loose.jpg")
     datasets.load(config_of(tmp_path, "folder", root / "more"))
     said = capsys.readouterr().out
-    assert f"in no folder of a class: 1, {root / 'more' / 'loose.jpg'} first." in said
+    loose = root / "more" / "loose.jpg"
+    assert f"outside the class folders are left out: 1, the first of which is {loose}." in said
 
 
 def test_classes_of_the_test_split_alone_are_a_warning(tmp_path, capsys):
@@ -148,8 +152,8 @@ def bad_labels(values):
     ("values", "says"),
     [
         ([0, 1, None], "have no class"),
-        ([0, 1, -1], "go from -1 to 1; count them from 0"),
-        ([0, 1, 3], "go from 0 to 3; count them from 0 to at most 2"),
+        ([0, 1, -1], "go from -1 to 1; number them from 0"),
+        ([0, 1, 3], "go from 0 to 3; number them from 0 to at most 2"),
         ([0.5, 1.0, 2.0], "of type float"),
     ],
 )
@@ -170,19 +174,22 @@ def test_what_a_source_cannot_read_is_a_sentence(tmp_path):
     file.write_bytes(file.read_bytes()[:1000])
     for config, says in (
         (config_of(tmp_path, "folder", None), "--data.name folder needs --data.path"),
-        (config_of(tmp_path, "folder", tmp_path / "no"), "is no folder"),
+        (config_of(tmp_path, "folder", tmp_path / "no"), "is not a folder"),
         (config_of(tmp_path, "folder", empty), "holds no pictures"),
         (config_of(tmp_path, "folder", one), "holds too few pictures"),
         (config_of(tmp_path, "a/b", empty), "has no train"),
         (config_of(tmp_path, "a/b", broken), "cannot be read .* fetch them again"),
-        (config_of(tmp_path, "a/b", parquet, image_column="img"), "no column 'img' .* image does"),
+        (
+            config_of(tmp_path, "a/b", parquet, image_column="img"),
+            "no column 'img' .* one of these: image.",
+        ),
         (
             config_of(tmp_path, "a/b", parquet, label_column="kind"),
-            "no column 'kind'; its columns are image, label",
+            "no column 'kind'; set --data.label-column to one of these: image, label",
         ),
         (
             config_of(tmp_path, "a/b", parquet, image_column="label"),
-            "no column 'label' that holds images; image does",
+            "no column 'label' that holds images; .* one of these: image.",
         ),
         (config_of(tmp_path, "tfds:cifar10", tmp_path), "tfds build cifar10"),
         (config_of(tmp_path, "tfds:nothing", tmp_path), "tfds build nothing"),
@@ -196,7 +203,7 @@ def test_what_a_source_cannot_read_is_a_sentence(tmp_path):
 def test_files_one_may_not_read_are_a_sentence(tmp_path):
     root = pictures.write_folder(tmp_path / "data")
     next(root.rglob("*.jpg")).chmod(0)
-    with pytest.raises(UserError, match="give yourself the right"):
+    with pytest.raises(UserError, match="check its permissions"):
         datasets.load(config_of(tmp_path, "folder", root))
 
 

@@ -11,7 +11,7 @@ import pytest
 from taming_jax.config.load import load_config
 from taming_jax.config.schema import DataConfig
 from taming_jax.data import datasets
-from taming_jax.data.augment import augmented
+from taming_jax.data.augment import augment
 from taming_jax.data.batches import ResidentFeed, gather_batch
 from taming_jax.data.pixels import to_float
 from taming_jax.errors import UserError
@@ -106,7 +106,7 @@ def test_augmentation_does_not_depend_on_the_devices():
 
         def see(step, arrays):
             keys = make_example_keys(7, AUGMENTATION, step, arrays["place"])
-            return augmented(gather_batch(arrays)[0], keys, data)
+            return augment(gather_batch(arrays)[0], keys, data)
 
         feed = ResidentFeed(split, 32, 7, devices)
         out = devices.compile(see)(devices.replicate(np.int32(3)), feed.batch(3).arrays)

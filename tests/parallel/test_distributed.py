@@ -347,10 +347,13 @@ def test_other_settings_packages_flags_data_and_devices_are_refused(
     )
 
     splits = [datasets.load(load_config("mnist_tiny").data)] * 2
-    assert in_two_threads(lambda process: datasets.load_same(lambda: splits[process])[0]) == splits
+    assert (
+        in_two_threads(lambda process: datasets.load_and_check(lambda: splits[process])[0])
+        == splits
+    )
     splits[1] = splits[0]._replace(train=splits[0].validation)
     assert_both_refuse(
-        in_two_threads(lambda process: datasets.load_same(lambda: splits[process])),
+        in_two_threads(lambda process: datasets.load_and_check(lambda: splits[process])),
         "process 1 differs from process 0: there are 3000 training images, not 57000. Give all",
     )
 

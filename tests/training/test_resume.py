@@ -132,7 +132,7 @@ def broken(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("broken")
     with pytest.raises(Killed):
         small_runs.train(workdir, on_step=kill_at(10), **SMALL)
-    assert saved_steps(workdir) == [7, 8], "7 is the only one that was validated"
+    assert saved_steps(workdir) == [7, 8], "7 is the only one that was validate_config"
     return workdir
 
 

@@ -6,8 +6,8 @@ import pytest
 
 from taming_jax.config.load import load_config
 from taming_jax.data import datasets
-from taming_jax.data.augment import augmented
-from taming_jax.data.batches import gather_batch, permutation
+from taming_jax.data.augment import augment
+from taming_jax.data.batches import gather_batch, permute_epoch
 from taming_jax.data.datasets import Split
 from taming_jax.models.vqgan import build_vqgan, encode
 from taming_jax.parallel.devices import Devices
@@ -148,14 +148,14 @@ def test_augmented_versions_are_encoded_when_they_are_read(tmp_path, generator):
     through = jax.jit(lambda p, x: encode(model, p, x).indices)
     for version in (1, 2):
         keys = make_example_keys(CONFIG.seed, AUGMENTATION, version, np.arange(250))
-        images = np.asarray(augmented(large.images, keys, AUGMENTED.data))
+        images = np.asarray(augment(large.images, keys, AUGMENTED.data))
         codes = through(params, images / np.float32(127.5) - 1)
         expected.append(np.asarray(codes).reshape(250, 64))
     assert all((expected[0] != other).any() for other in expected[1:])
     for step in (0, 2, 4, 6, 7, 8):  # the third batch crosses into the second epoch
         codes, labels = gather_batch(feed.batch(step).arrays)
         for i, p in enumerate(range(100 * step, 100 * step + 100)):
-            example = permutation(CONFIG.seed, p // 250, 250)[p % 250]
+            example = permute_epoch(CONFIG.seed, p // 250, 250)[p % 250]
             np.testing.assert_array_equal(codes[i], expected[p // 250 % 3][example])
             assert labels[i] == large.labels[example]
         versions = min((100 * step + 99) // 250, 2) + 1

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from taming_jax.config.load import load_config
-from taming_jax.data.augment import diff_augmented
+from taming_jax.data.augment import diff_augment
 from taming_jax.interop.compvis import discriminator_layout, vqgan_layout
 from taming_jax.models.lpips import load_lpips
 from taming_jax.models.vqgan import reconstruct
@@ -226,7 +226,7 @@ def test_augmentation_of_what_the_discriminator_sees_is_differentiated():
     stats = discriminator.extra["batch_stats"]
 
     def logits(params, x, keys):
-        return networks.discriminate(params, stats, diff_augmented(x, keys, kinds))[0]
+        return networks.discriminate(params, stats, diff_augment(x, keys, kinds))[0]
 
     def of_generator(params):
         output = networks.generator.apply({"params": params}, images)

@@ -1,1 +1,1 @@
-"""The presets: one module each, with its settings as `CONFIG`."""
+"""The presets, one per module, whose settings are its `CONFIG`."""

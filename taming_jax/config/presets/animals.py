@@ -1,5 +1,7 @@
-"""Animals-10 at 64 px, as thibmonsel/taming_transformer: 26,000 pictures of ten animals, without a
-test split: it is cut by seed."""
+"""Animals-10 at 64 px, as in thibmonsel/taming_transformer: 26,000 pictures of ten animals.
+
+The dataset has no test split, so a part of the pictures is held out by seed.
+"""
 
 from dataclasses import replace
 

@@ -1,5 +1,8 @@
-"""Oxford Flowers 102 at 256 px: birds' sizes. The official training split has 1,020 pictures only,
-ten a class, so the prior is smaller and drops out more."""
+"""Oxford Flowers 102 at 256 px, with the networks of the preset birds.
+
+The official training split has only 1,020 pictures, ten per class, so the prior is smaller and has
+more dropout.
+"""
 
 from dataclasses import replace
 

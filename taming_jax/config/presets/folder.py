@@ -1,4 +1,7 @@
-"""Your own pictures at 256 px: `--data.path FOLDER`, a folder a class, or none. Birds' sizes."""
+"""Your own pictures at 256 px, with the networks of the preset birds.
+
+`--data.path FOLDER` names a folder with one folder per class, or with pictures without classes.
+"""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""MNIST at the sizes of thibmonsel/taming_transformer's mnist_launch.sh."""
+"""MNIST with the settings of mnist_launch.sh in thibmonsel/taming_transformer."""
 
 from taming_jax.config.schema import Config, DataConfig, PriorConfig, VQGANConfig
 
@@ -12,7 +12,7 @@ CONFIG = Config(
         multipliers=(1, 2, 2),
         blocks=2,
         decoder_blocks=2,
-        # The reference sets 16, which matches no level (28, 14, 7): only the middle has attention.
+        # The reference sets 16, which no level has (28, 14, 7), so only the middle has attention.
         attention_resolutions=(),
         latent_channels=64,
         codebook_size=64,
