@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from taming_jax.cli.arguments import parse
-from taming_jax.config.load import load_config
+from taming_jax.config.load import format_value, load_config
 from taming_jax.config.validation import format_flag
 from taming_jax.errors import UserError
 from taming_jax.evaluation.report import evaluate

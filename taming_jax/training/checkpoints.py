@@ -20,8 +20,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
-from taming_jax.config.load import diff_configs
+from taming_jax.config.load import diff_configs, parse_settings
 from taming_jax.config.migrations import (
+    ARRAY_MIGRATIONS,
     FORMAT,
     MICRO_BATCH_FORMAT,
     SCORE_FORMAT,
