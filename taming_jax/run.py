@@ -21,8 +21,8 @@ from taming_jax.data.datasets import Split, Splits
 from taming_jax.data.pixels import to_float, to_uint8
 from taming_jax.errors import UserError, say
 from taming_jax.models.vqgan import build_vqgan, decode_indices, encode, max_batch
-from taming_jax.parallel.devices import Devices, in_batches
-from taming_jax.parallel.runtime import keep_programs
+from taming_jax.parallel.devices import Devices, map_batches
+from taming_jax.parallel.runtime import enable_compile_cache
 from taming_jax.priors.registry import Prior, build_prior
 from taming_jax.sampler import Sampler, Settings, kept_codes
 from taming_jax.training.checkpoints import Store
@@ -90,7 +90,7 @@ class Run:
         self.workdir, self.config, self.step, self.dataset = workdir, config, step, dataset
         self.data_named = False  # whether `with_data` named the dataset
         if config.compile_cache:
-            keep_programs()
+            enable_compile_cache()
         self.params = jax.device_put(generator)
         # Codes are always computed in float32, as those the prior learned from were.
         self.model = build_vqgan(dataclasses.replace(config, dtype="float32"))
@@ -385,4 +385,4 @@ class Run:
             raise UserError("nothing was given: the first dimension is 0.")
         size = most if n > FEW else min(FEW, most)
         with jax.default_matmul_precision("highest"):
-            return in_batches(lambda rows: function(params, *rows), arrays, size)
+            return map_batches(lambda rows: function(params, *rows), arrays, size)

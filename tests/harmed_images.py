@@ -23,7 +23,7 @@ from taming_jax.config.load import load_config  # noqa: E402
 from taming_jax.data import datasets  # noqa: E402
 from taming_jax.figures import ACCENT, INK, save  # noqa: E402
 from taming_jax.metrics import distances  # noqa: E402
-from taming_jax.metrics.features import Features, vgg  # noqa: E402
+from taming_jax.metrics.features import Features, load_vgg  # noqa: E402
 from taming_jax.parallel.devices import Devices  # noqa: E402
 
 BLURS = (0.5, 0.75, 1.0, 1.5, 2.0)  # deviations of the Gaussian, in pixels of 28 a side
@@ -41,12 +41,12 @@ def measured(images: np.ndarray, features: Features) -> dict[str, dict[str, floa
         sets[f"blur {blur:g}"] = ndimage.gaussian_filter(other, (0, pixels, pixels, 0))
     sets["noise"] = np.clip(noise, 0, 255).astype(np.uint8)
     reference = features(real)[0]
-    known, found = distances.moments(reference), {}
+    known, found = distances.compute_moments(reference), {}
     for name, each in sets.items():
         seen = features(each)[0]
-        manifold = distances.manifold(reference, seen)
+        manifold = distances.compute_prdc(reference, seen)
         found[name] = {
-            "FD": distances.frechet_distance(known, distances.moments(seen)),
+            "FD": distances.frechet_distance(known, distances.compute_moments(seen)),
             "KD": distances.kernel_distance(reference, seen)[0],
             **{f"1 - {name}": 1 - value for name, value in manifold.items()},
         }
@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--photographs", help="a folder of parquet files, or of pictures")
     parser.add_argument("--images", type=int, default=2000)
     given = parser.parse_args()
-    features = Features(vgg(), Devices())
+    features = Features(load_vgg(), Devices())
     chosen: dict[str, dict[str, Any]] = {"MNIST": {}}
     if given.photographs:
         parquet = any(Path(given.photographs).glob("*.parquet"))

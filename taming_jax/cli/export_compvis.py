@@ -27,9 +27,9 @@ class Export:
 def main() -> None:
     given = parse(Export, __doc__)
     from taming_jax.interop.compvis_export import export_run
-    from taming_jax.weights.state_dict import check_kind
+    from taming_jax.weights.state_dict import check_suffix
 
-    check_kind(given.out)
+    check_suffix(given.out)
     check_output("--out", given.out)
     if not given.workdir.is_dir():
         raise UserError(f"there is no folder {given.workdir}; name a run's.")

@@ -55,7 +55,7 @@ class Feed(abc.ABC):
     def __init__(self, size: int, batch_size: int, seed: int, devices: Devices):
         self.size, self.batch_size = size, batch_size
         self._seed, self._devices = seed, devices
-        self._own = devices.own(batch_size)
+        self._own = devices.get_local_rows(batch_size)
 
     def _index(self, epochs: np.ndarray, index: np.ndarray) -> np.ndarray:
         """Where the examples of the stream lie."""

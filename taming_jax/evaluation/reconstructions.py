@@ -13,7 +13,7 @@ from taming_jax.errors import UserError
 from taming_jax.evaluation.subject import Evaluator
 from taming_jax.metrics import distances, similarity
 from taming_jax.metrics.distances import Moments
-from taming_jax.metrics.features import MICRO, VGG_LEAST
+from taming_jax.metrics.features import MICRO_BATCH, VGG_MIN_SIZE
 from taming_jax.models.lpips import load_lpips, lpips
 from taming_jax.models.vqgan import VQGAN, decode_indices, encode, max_batch
 
@@ -26,8 +26,8 @@ def reconstructions(evaluation: Evaluator) -> dict[str, Any]:
     config = run.config
     pixels = config.data.image_size**2
     params: dict[str, Any] = {"generator": jax.tree.map(np.asarray, run.params)}
-    if config.data.image_size < VGG_LEAST:
-        evaluation.warnings.append(f"No LPIPS: its network sees {VGG_LEAST} pixels and more.")
+    if config.data.image_size < VGG_MIN_SIZE:
+        evaluation.warnings.append(f"No LPIPS: its network sees {VGG_MIN_SIZE} pixels and more.")
     else:
         try:
             params["lpips"] = load_lpips()
@@ -35,12 +35,12 @@ def reconstructions(evaluation: Evaluator) -> dict[str, Any]:
             evaluation.warnings.append(f"No LPIPS: {error}")
     measure = devices.compile(measurement(run.model))
     params = devices.replicate(params)
-    size = max_batch(pixels, MICRO) * len(devices)
+    size = max_batch(pixels, MICRO_BATCH) * len(devices)
     sums: dict[str, float] = defaultdict(float)
     counts, moments, bits = np.zeros(config.vqgan.codebook_size, np.int64), Moments(), 0.0
     has_likelihood = evaluation.prior_fits and run.prior.window == run.prior.grid
     for place, images in evaluation.parts(chosen, "reconstructions"):
-        decoded, indices, values = devices.in_batches(
+        decoded, indices, values = devices.map_batches(
             lambda part: measure(params, devices.shard(part)), images, size
         )
         for name, each in values.items():

@@ -46,7 +46,7 @@ def feature_distances(protocol: Protocol, real: np.ndarray, fake: np.ndarray) ->
     if min(len(real), len(fake)) <= protocol.neighbours:
         return {}
     kd, deviation = distances.kernel_distance(fake, real, protocol.seed)
-    shares = distances.manifold(real, fake, protocol.neighbours)
+    shares = distances.compute_prdc(real, fake, protocol.neighbours)
     return {"kd": kd, "kd_deviation": deviation} | shares
 
 
@@ -60,7 +60,7 @@ def nearest(evaluation: Evaluator, count: int) -> tuple[np.ndarray, np.ndarray, 
         np.int32
     )
     images = np.concatenate(list(evaluation.drawn(labels)))
-    numbers, squares = distances.nearest(evaluation.features(images)[0], features)
+    numbers, squares = distances.find_nearest(evaluation.features(images)[0], features)
     some = features[evenly_spaced(len(features), 1000)]
-    unit = np.sqrt(np.median(distances.radii(features, 1, some)))
+    unit = np.sqrt(np.median(distances.compute_radii(features, 1, some)))
     return images, train[numbers], np.sqrt(squares) / unit

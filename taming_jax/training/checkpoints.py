@@ -28,7 +28,7 @@ from taming_jax.errors import RunFailed, UserError, say
 from taming_jax.storage import text_hash
 from taming_jax.training.orbax_handlers import ALONE, arrays_handler, describe_failure
 from taming_jax.training.weights import describe_loaded, load_matching_weights
-from taming_jax.weights.arrays import digest, fill, named_arrays
+from taming_jax.weights.arrays import digest, fill, flatten_arrays
 
 FD = "fd_vgg16"  # a Fréchet distance: a validation that has it is judged by it
 
@@ -136,7 +136,7 @@ class Store:
         self.wait()
         if step in self.steps():
             return
-        arrays = {path: np.asarray(x) for path, x in named_arrays(state).items()}
+        arrays = {path: np.asarray(x) for path, x in flatten_arrays(state).items()}
         about: dict[str, Any] = {
             "format": FORMAT,
             "hashes": {"/".join(path): digest(array) for path, array in arrays.items()},

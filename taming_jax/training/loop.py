@@ -46,7 +46,7 @@ def check_alike(config: Config) -> None:
         return differences(one, other, sections, lambda field: field.name not in OF_A_MACHINE)
 
     distributed.check_equal(config, different_settings)
-    distributed.check_equal(distributed.installed_versions(), distributed.different_values)
+    distributed.check_equal(distributed.get_versions(), distributed.describe_differences)
 
 
 def train(kind: Callable[..., Stage], config: Config, restart: bool = False) -> Path:
@@ -270,7 +270,7 @@ class Loop:
         so that no device is waited for."""
         if distributed.process_count() == 1:
             return self.signals.received
-        self.votes.append(self.devices.largest(self.signals.received or 0))
+        self.votes.append(self.devices.reduce_max(self.signals.received or 0))
         if len(self.votes) <= 2:
             return None
         return int(self.devices.fetch(self.votes.pop(0))) or None

@@ -96,7 +96,9 @@ class Tokenizer:
                 for start, part in parts.items():
                     places = np.arange(start, start + len(part.images), dtype=np.int32)
                     arrays = part._asdict() | {"place": places}
-                    codes[start] = self.devices.in_batches(encode, arrays, size).astype(self._dtype)
+                    codes[start] = self.devices.map_batches(encode, arrays, size).astype(
+                        self._dtype
+                    )
                     if distributed.is_primary():
                         write_arrays(files[start], {"codes": codes[start]})
         return Split(np.concatenate([codes[start] for start in starts]), split.labels)

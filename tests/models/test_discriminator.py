@@ -1,6 +1,6 @@
 import jax
 
-from taming_jax.interop.compvis import discriminator_layout
+from taming_jax.interop.compvis import build_discriminator_layout
 from taming_jax.models.discriminator import Discriminator
 from tests import golden
 
@@ -10,9 +10,9 @@ def test_reproduces_the_official_discriminator():
     model, x = Discriminator(filters=16, layers=3), golden.nhwc(recorded["x"])
     ours = jax.eval_shape(lambda: model.init(jax.random.key(0), x, train=False))
     known = golden.without_counts(golden.under(recorded, "sd/"))
-    variables = golden.converted(discriminator_layout, ours, known)
+    variables = golden.converted(build_discriminator_layout, ours, known)
     known |= golden.without_counts(golden.under(recorded, "after/"))
-    after = golden.converted(discriminator_layout, ours, known)["batch_stats"]
+    after = golden.converted(build_discriminator_layout, ours, known)["batch_stats"]
 
     logits, changed = model.apply(variables, x, mutable=["batch_stats"])
     golden.assert_close(logits, golden.nhwc(recorded["logits_train"]), "training logits")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from taming_jax.config.load import load_config
-from taming_jax.interop.compvis import vqgan_layout
+from taming_jax.interop.compvis import build_vqgan_layout
 from taming_jax.models.vqgan import VQGAN, build_vqgan
 from tests import golden
 
@@ -28,7 +28,7 @@ def official():
     recorded = golden.load("compvis_vqgan")
     model = build_vqgan(load_config("mnist", OFFICIAL))
     ours = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
-    return recorded, golden.converted(vqgan_layout, ours, golden.under(recorded, "sd/"))
+    return recorded, golden.converted(build_vqgan_layout, ours, golden.under(recorded, "sd/"))
 
 
 def test_reproduces_the_official_model(official):
