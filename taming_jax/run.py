@@ -21,8 +21,8 @@ from taming_jax.data.datasets import Split, Splits
 from taming_jax.data.pixels import to_float, to_uint8
 from taming_jax.errors import UserError, say
 from taming_jax.models.vqgan import build_vqgan, decode_indices, encode, max_batch
-from taming_jax.parallel.devices import Devices, in_batches
-from taming_jax.parallel.runtime import keep_programs
+from taming_jax.parallel.devices import Devices, map_batches
+from taming_jax.parallel.runtime import enable_compile_cache
 from taming_jax.priors.registry import Prior, build_prior
 from taming_jax.sampler import Sampler, SamplingSettings, make_keep_mask
 from taming_jax.training.checkpoints import Store
@@ -92,7 +92,7 @@ class Run:
         self.workdir, self.config, self.step, self.dataset = workdir, config, step, dataset
         self.data_named = False  # whether `with_data` set the dataset's name
         if config.compile_cache:
-            keep_programs()
+            enable_compile_cache()
         self.params = jax.device_put(generator)
         # Codes are always computed in float32, like those that the prior was trained on.
         self.model = build_vqgan(dataclasses.replace(config, dtype="float32"))
@@ -408,4 +408,4 @@ class Run:
             )
         size = limit if n > SMALL_BATCH else min(SMALL_BATCH, limit)
         with jax.default_matmul_precision("highest"):
-            return in_batches(lambda rows: function(params, *rows), arrays, size)
+            return map_batches(lambda rows: function(params, *rows), arrays, size)

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from taming_jax.weights.layout import expected, ours, paths
+from taming_jax.weights.layout import convert_shapes, convert_to_flax, flatten_shapes
 
 FOLDER = Path(__file__).parents[2] / "shared" / "golden"
 
@@ -35,9 +35,11 @@ def drop_counts(state_dict: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def convert_state_dict(table: Callable, params: Any, state_dict: dict[str, np.ndarray]) -> Any:
     """Converts a recorded state dict to our parameters, by the layout from `table`. The state dict
     must have exactly the arrays of the layout, with their shapes."""
-    layout = table(paths(params))
-    assert expected(layout, paths(params)) == {k: x.shape for k, x in state_dict.items()}
-    return jax.tree.map(np.ascontiguousarray, ours(layout, state_dict))
+    layout = table(flatten_shapes(params))
+    assert convert_shapes(layout, flatten_shapes(params)) == {
+        k: x.shape for k, x in state_dict.items()
+    }
+    return jax.tree.map(np.ascontiguousarray, convert_to_flax(layout, state_dict))
 
 
 def to_nhwc(array: np.ndarray) -> np.ndarray:

@@ -23,7 +23,7 @@ from taming_jax.config.load import load_config  # noqa: E402
 from taming_jax.data import datasets  # noqa: E402
 from taming_jax.figures import ACCENT, INK, save  # noqa: E402
 from taming_jax.metrics import distances  # noqa: E402
-from taming_jax.metrics.features import Features, vgg  # noqa: E402
+from taming_jax.metrics.features import Features, load_vgg  # noqa: E402
 from taming_jax.parallel.devices import Devices  # noqa: E402
 
 BLURS = (
@@ -48,12 +48,14 @@ def measure_distances(images: np.ndarray, features: Features) -> dict[str, dict[
         sets[f"blur {blur:g}"] = ndimage.gaussian_filter(other, (0, pixels, pixels, 0))
     sets["noise"] = np.clip(noise, 0, 255).astype(np.uint8)
     reference = features(real)[0]
-    reference_moments, results = distances.moments(reference), {}
+    reference_moments, results = distances.compute_moments(reference), {}
     for name, set_images in sets.items():
         set_features = features(set_images)[0]
-        manifold = distances.manifold(reference, set_features)
+        manifold = distances.compute_prdc(reference, set_features)
         results[name] = {
-            "FD": distances.frechet_distance(reference_moments, distances.moments(set_features)),
+            "FD": distances.frechet_distance(
+                reference_moments, distances.compute_moments(set_features)
+            ),
             "KD": distances.kernel_distance(reference, set_features)[0],
             **{f"1 - {term}": 1 - value for term, value in manifold.items()},
         }
@@ -83,7 +85,7 @@ def main() -> None:
     parser.add_argument("--photographs", help="a folder of parquet files or pictures")
     parser.add_argument("--images", type=int, default=2000)
     args = parser.parse_args()
-    features = Features(vgg(), Devices())
+    features = Features(load_vgg(), Devices())
     datasets_settings: dict[str, dict[str, Any]] = {"MNIST": {}}
     if args.photographs:
         parquet = any(Path(args.photographs).glob("*.parquet"))

@@ -27,9 +27,9 @@ class Export:
 def main() -> None:
     args = parse(Export, __doc__)
     from taming_jax.interop.compvis_export import export_run
-    from taming_jax.weights.state_dict import check_kind
+    from taming_jax.weights.state_dict import check_suffix
 
-    check_kind(args.out)
+    check_suffix(args.out)
     check_output("--out", args.out)
     if not args.workdir.is_dir():
         raise UserError(f"there is no folder {args.workdir}; name the folder of a run.")

@@ -32,24 +32,24 @@ class ImportCompVis:
 
 def main() -> None:
     args = parse(ImportCompVis, __doc__)
-    from taming_jax.interop.compvis import tables_of
-    from taming_jax.interop.compvis_config import official, read_yaml
-    from taming_jax.interop.imports import Part, check_new, import_run
+    from taming_jax.interop.compvis import get_layouts
+    from taming_jax.interop.compvis_config import parse_yaml, read_yaml
+    from taming_jax.interop.imports import Part, check_new_folder, import_run
     from taming_jax.weights.state_dict import open_state_dict
 
     if args.classes is not None and args.classes < 1:
         raise UserError(f"--classes is {args.classes}; it must be 1 or more.")
-    check_new(args.workdir)
+    check_new_folder(args.workdir)
     content = read_yaml(args.config)
     state_dict, metadata = open_state_dict(args.checkpoint)
     step = metadata.get("global_step", 0)
     step = step if isinstance(step, int) and step > 0 else 0
-    model = official(content, args.config, args.classes, step)
+    model = parse_yaml(content, args.config, args.classes, step)
     if model.discriminator:
-        _, prefix = tables_of(model)["discriminator"]
+        _, prefix = get_layouts(model)["discriminator"]
         model = model._replace(discriminator=any(name.startswith(prefix) for name in state_dict))
     part = Part(
-        args.checkpoint, state_dict, tables_of(model), lambda name: bool(IGNORED.search(name)),
+        args.checkpoint, state_dict, get_layouts(model), lambda name: bool(IGNORED.search(name)),
         str(args.config),
     )  # fmt: skip
     import_run(args.workdir, model, [part], args.checkpoint)

@@ -31,16 +31,16 @@ class ImportLlamaGen:
 def main() -> None:
     args = parse(ImportLlamaGen, __doc__)
     from taming_jax.interop import llamagen
-    from taming_jax.interop.imports import check_new, import_run
+    from taming_jax.interop.imports import check_new_folder, import_run
     from taming_jax.weights.state_dict import open_state_dict
 
     for name in ("image_size", "heads"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be 1 or more.")
-    check_new(args.workdir)
+    check_new_folder(args.workdir)
     tokenizer, gpt = args.tokenizer, args.gpt
     files = {"tokenizer": (tokenizer, open_state_dict(tokenizer)[0])}
     if gpt is not None:
         files["gpt"] = gpt, open_state_dict(gpt)[0]
-    model, parts = llamagen.model_of(files, args.image_size, args.heads)
+    model, parts = llamagen.parse_model(files, args.image_size, args.heads)
     import_run(args.workdir, model, parts, "LlamaGen's")

@@ -62,7 +62,7 @@ class Feed(abc.ABC):
     def __init__(self, size: int, batch_size: int, seed: int, devices: Devices):
         self.size, self.batch_size = size, batch_size
         self._seed, self._devices = seed, devices
-        self._own_slice = devices.own(batch_size)
+        self._own_slice = devices.get_local_rows(batch_size)
 
     def _locate_rows(self, epochs: np.ndarray, index: np.ndarray) -> np.ndarray:
         """Returns the rows of the images that hold the examples `index` in `epochs`."""

@@ -17,8 +17,8 @@ from taming_jax.errors import UserError
 from taming_jax.evaluation.protocol import Protocol
 from taming_jax.metrics import distances
 from taming_jax.metrics.distances import FeatureStats, Moments
-from taming_jax.metrics.features import Features, digits, pretrained
-from taming_jax.metrics.monitor import ranks
+from taming_jax.metrics.features import Features, load_digit_classifier, load_pretrained
+from taming_jax.metrics.monitor import number_within_classes
 from taming_jax.parallel.devices import Devices
 from taming_jax.progress import Progress
 from taming_jax.run import Run
@@ -80,7 +80,7 @@ class Evaluator:
             self.features = self._load_digit_classifier()
             self.classifier: Features | None = self.features
         else:
-            extractor = pretrained(protocol.features, protocol.weights, protocol.legacy_resize)
+            extractor = load_pretrained(protocol.features, protocol.weights, protocol.legacy_resize)
             self.features = Features(extractor, self.devices)
             has_digits = self.has_samples and run.config.data.name == "mnist"
             self.classifier = self._load_digit_classifier() if has_digits else None
@@ -111,7 +111,7 @@ class Evaluator:
     def _load_digit_classifier(self) -> Features:
         images, labels = self.splits.train
         train = Split(center_crop(images, self.run.config.data.image_size), labels)
-        return Features(digits(train, len(self.splits.class_names)), self.devices)
+        return Features(load_digit_classifier(train, len(self.splits.class_names)), self.devices)
 
     def select_images(self, name: str, limit: int | None = None) -> ImageSubset:
         """Returns the images of a split, or at most `limit` of them, evenly spaced."""
@@ -148,7 +148,7 @@ class Evaluator:
     def draw_samples(self, labels: np.ndarray) -> Iterator[np.ndarray]:
         """Yields new images uint8 [b,h,w,c] of classes int32 [n], numbered within each class."""
         batches = self.run.draw_samples(
-            labels, ranks(labels), **self.protocol.sampling, devices=len(self.devices.list),
-            batch_size=self.features.size, progress=self.progress,
+            labels, number_within_classes(labels), **self.protocol.sampling,
+            devices=len(self.devices.list), batch_size=self.features.size, progress=self.progress,
         )  # fmt: skip
         return map(to_uint8, batches)

@@ -15,7 +15,7 @@ from taming_jax.evaluation.evaluator import Evaluator
 from taming_jax.evaluation.protocol import Protocol
 from taming_jax.metrics import distances, similarity
 from taming_jax.metrics.distances import FeatureStats, Moments
-from taming_jax.metrics.features import MICRO, VGG_LEAST
+from taming_jax.metrics.features import MICRO_BATCH, VGG_MIN_SIZE
 from taming_jax.models.lpips import load_lpips, lpips
 from taming_jax.models.vqgan import VQGAN, decode_indices, encode, max_batch
 
@@ -28,9 +28,9 @@ def evaluate_reconstructions(evaluator: Evaluator) -> dict[str, Any]:
     config = run.config
     pixels = config.data.image_size**2
     params: dict[str, Any] = {"generator": jax.tree.map(np.asarray, run.params)}
-    if config.data.image_size < VGG_LEAST:
+    if config.data.image_size < VGG_MIN_SIZE:
         evaluator.warnings.append(
-            f"No LPIPS: its network needs images of at least {VGG_LEAST} pixels."
+            f"No LPIPS: its network needs images of at least {VGG_MIN_SIZE} pixels."
         )
     else:
         try:
@@ -39,14 +39,14 @@ def evaluate_reconstructions(evaluator: Evaluator) -> dict[str, Any]:
             evaluator.warnings.append(f"No LPIPS: {error}")
     measure = devices.compile(make_measure(run.model))
     params = devices.replicate(params)
-    size = max_batch(pixels, MICRO) * len(devices)
+    size = max_batch(pixels, MICRO_BATCH) * len(devices)
     sums: dict[str, float] = defaultdict(float)
     counts, moments, bits = np.zeros(config.vqgan.codebook_size, np.int64), Moments(), 0.0
     has_likelihood = evaluator.prior_fits and run.prior.window == run.prior.grid
     if evaluator.prior_fits and not has_likelihood:
         evaluator.warnings.append("No likelihood: an image has more codes than a sequence.")
     for rows, batch in evaluator.read_batches(images, "reconstructions"):
-        decoded, indices, values = devices.in_batches(
+        decoded, indices, values = devices.map_batches(
             lambda part: measure(params, devices.shard(part)), batch, size
         )
         for name, per_image in values.items():
@@ -132,7 +132,7 @@ def compute_feature_distances(
     if min(len(real), len(fake)) <= protocol.neighbours:
         return {}
     kd, deviation = distances.kernel_distance(fake, real, protocol.seed)
-    shares = distances.manifold(real, fake, protocol.neighbours)
+    shares = distances.compute_prdc(real, fake, protocol.neighbours)
     return {"kd": kd, "kd_deviation": deviation} | shares
 
 
@@ -146,7 +146,7 @@ def find_nearest(evaluator: Evaluator, count: int) -> tuple[np.ndarray, np.ndarr
         np.int32
     )
     images = np.concatenate(list(evaluator.draw_samples(labels)))
-    rows, squares = distances.nearest(evaluator.features(images)[0], features)
+    rows, squares = distances.find_nearest(evaluator.features(images)[0], features)
     queries = features[evenly_spaced(len(features), 1000)]
-    unit = np.sqrt(np.median(distances.radii(features, 1, queries)))
+    unit = np.sqrt(np.median(distances.compute_radii(features, 1, queries)))
     return images, train[rows], np.sqrt(squares) / unit

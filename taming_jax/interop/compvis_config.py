@@ -12,10 +12,10 @@ from taming_jax.config.serialization import from_dict, to_dict
 from taming_jax.errors import UserError, say
 from taming_jax.interop.imports import Model
 
-IMAGENET = 1000  # classes, where a file does not say how many
-OURS = "taming_jax"  # the part of an exported YAML that the official code does not look at
-# Settings by their official names: of the networks, the transformer, and a loss with a
-# discriminator, with the loss's official defaults.
+IMAGENET_CLASSES = 1000  # the default if a file does not set the number of classes
+OWN_SECTION = "taming_jax"  # the section of an exported YAML that the official code ignores
+# Our settings by their official names, of the networks, the transformer, and a loss with a
+# discriminator. The latter two include the official defaults.
 NETWORK = {
     "ch": "channels", "ch_mult": "multipliers", "num_res_blocks": "blocks",
     "attn_resolutions": "attention_resolutions", "z_channels": "latent_channels",
@@ -26,7 +26,7 @@ LOSS: dict[str, tuple[str, Any]] = {
     "disc_weight": ("discriminator_weight", 1.0), "disc_loss": ("discriminator_loss", "hinge"),
     "disc_num_layers": ("discriminator_layers", 3), "disc_ndf": ("discriminator_filters", 64),
 }  # fmt: skip
-# What our models are, where the official ones have a choice.
+# The only values of official settings, and of our settings, that both implementations support.
 ENCODER = {
     "double_z": False, "resamp_with_conv": True, "give_pre_end": False, "tanh_out": False,
     "use_linear_attn": False, "attn_type": "vanilla",
@@ -38,59 +38,62 @@ TRANSFORMER = {
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
-    """The content of a model's YAML file. UserError where it is none."""
+    """Returns the content of a model's YAML file. Raises UserError if it cannot be read."""
     import yaml
 
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(
-            f"{file} cannot be read ({error.strerror}); name the model's YAML."
+            f"{file} cannot be read ({error.strerror}); name the model's YAML file."
         ) from error
     except (ValueError, yaml.YAMLError, RecursionError) as error:
-        raise UserError(f"{file} is not YAML ({' '.join(str(error).split())}).") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"{file} is not YAML ({reason}); name the model's YAML file.") from error
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        raise UserError(f"{file} has no `model`; name the YAML that belongs to the checkpoint.")
+        raise UserError(f"{file} has no `model` section; name the checkpoint's YAML file.")
     return content
 
 
-def official(
+def parse_yaml(
     content: dict[str, Any], file: Path, classes: int | None = None, step: int = 0
 ) -> Model:
-    """What a YAML's content describes; `file` is where it is from. `classes` is how many classes
-    there are, where it does not say, and `step` how far the model was trained.
+    """Returns the model that the content of a YAML file describes.
 
-    Raises UserError for other models than VQModel, GumbelVQ and Net2NetTransformer, and for those
-    of them that ours cannot be.
+    `classes` overrides the number of classes in the file, and `step` is the number of steps that
+    the model was trained for. Raises UserError for a model that is not a VQModel, GumbelVQ or
+    Net2NetTransformer, or that uses unsupported settings.
     """
     try:
-        if OURS in content:
-            part = content[OURS]
-            config = parse_settings(part["config"], read_format(part, file))
+        if OWN_SECTION in content:
+            section = content[OWN_SECTION]
+            config = parse_settings(section["config"], read_format(section, file))
             config = dataclasses.replace(config, config=file.stem)
-            return Model(config, tuple(part["class_names"]), part["discriminator"])
-        model = described(content, file, classes, step)
-        # As it is read again, types and all.
+            return Model(config, tuple(section["class_names"]), section["discriminator"])
+        model = parse_official(content, file, classes, step)
+        # Validates the values and their types.
         return model._replace(config=from_dict(Config, to_dict(model.config)))
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        missing = f"it does not say {error}" if isinstance(error, KeyError) else error
-        raise UserError(f"{file} cannot be understood: {missing}.") from error
+        reason = f"it does not set {error}" if isinstance(error, KeyError) else error
+        raise UserError(
+            f"{file} is not a valid model description: {reason}. Name the checkpoint's YAML file."
+        ) from error
 
 
-def described(content: dict[str, Any], file: Path, classes: int | None, step: int) -> Model:
-    """The model of an official YAML, as in `official`. Raises KeyError, TypeError or ValueError
-    where the content is not as expected."""
+def parse_official(content: dict[str, Any], file: Path, classes: int | None, step: int) -> Model:
+    """Returns the model of an official YAML file, like `parse_yaml`. Raises KeyError, TypeError or
+    ValueError if the content is not as expected."""
     model, data = content["model"], (content.get("data") or {}).get("params") or {}
-    kind, first = kind_of(model), model
+    kind, first = get_target_class(model), model
     if kind == "Net2NetTransformer":
         first = model["params"]["first_stage_config"]
-    if kind_of(first) not in ("VQModel", "GumbelVQ"):
+    if get_target_class(first) not in ("VQModel", "GumbelVQ"):
         raise UserError(
-            f"{file} is of {first.get('target')}; VQModel, GumbelVQ and Net2NetTransformer are "
-            "read."
+            f"{file} describes {first.get('target')}, which is not supported; use a VQModel, "
+            "GumbelVQ or Net2NetTransformer."
         )
-    config = stage1(first, file, step)
-    batch_size = number(data.get("batch_size", 4))
+    config = parse_stage1(first, file, step)
+    batch_size = parse_size(data.get("batch_size", 4))
     rate = float(model.get("base_learning_rate", 4.5e-6)) * batch_size
     names: tuple[str, ...] = ()
     if first is model:
@@ -100,131 +103,140 @@ def described(content: dict[str, Any], file: Path, classes: int | None, step: in
         )  # fmt: skip
         config = dataclasses.replace(config, vqgan=section)
     else:
-        prior, names = stage2(model["params"], file, classes)
+        prior, names = parse_stage2(model["params"], file, classes)
         prior = dataclasses.replace(prior, batch_size=batch_size, learning_rate=rate)
         config = dataclasses.replace(config, prior=prior)
-    return Model(config, names, discriminator_of(first["params"]) is not None)
+    return Model(config, names, get_discriminator_settings(first["params"]) is not None)
 
 
-def number(value: Any) -> int:
-    """A size. ValueError for what is none."""
+def parse_size(value: Any) -> int:
+    """Returns a size as an int. Raises ValueError if it is not a positive integer below 2**24."""
     if not 0 < float(value) < 2**24 or int(value) != float(value):
-        raise ValueError(f"{value} is no size")
+        raise ValueError(f"{value} is not a valid size")
     return int(value)
 
 
-def kind_of(section: dict[str, Any]) -> str:
-    """The name of the class that a section is of."""
+def get_target_class(section: dict[str, Any]) -> str:
+    """Returns the name of the class that a section is for."""
     return str(section.get("target")).rsplit(".", 1)[-1]
 
 
-def discriminator_of(params: dict[str, Any]) -> dict[str, Any] | None:
-    """The loss's settings where it has a discriminator that ours can be, else None."""
+def get_discriminator_settings(params: dict[str, Any]) -> dict[str, Any] | None:
+    """Returns the loss's settings if it has a discriminator that is supported, else None."""
     loss = params.get("lossconfig") or {}
     settings = loss.get("params") or {}
-    other = settings.get("use_actnorm") or settings.get("disc_conditional")
-    return settings if kind_of(loss) == "VQLPIPSWithDiscriminator" and not other else None
+    unsupported = settings.get("use_actnorm") or settings.get("disc_conditional")
+    return (
+        settings
+        if get_target_class(loss) == "VQLPIPSWithDiscriminator" and not unsupported
+        else None
+    )
 
 
-def stage1(section: dict[str, Any], file: Path, step: int) -> Config:
-    """A VQModel's or GumbelVQ's settings."""
+def parse_stage1(section: dict[str, Any], file: Path, step: int) -> Config:
+    """Returns the settings of a VQModel or GumbelVQ."""
     params = section["params"]
     dd = params["ddconfig"]
-    for key, only in ENCODER.items():
-        if dd.get(key, only) != only:
-            raise UserError(f"{file} sets {key} to {dd[key]}; only {only} is read.")
+    for key, supported in ENCODER.items():
+        if dd.get(key, supported) != supported:
+            raise UserError(f"{file} sets {key} to {dd[key]}; only {supported} is supported.")
     if dd["in_channels"] != dd["out_ch"] or dd["in_channels"] not in (1, 3):
         raise UserError(
-            f"{file} is of images of {dd['in_channels']} channels to {dd['out_ch']}; only gray or "
-            "colour images to the same are read."
+            f"{file} describes a model from {dd['in_channels']} to {dd['out_ch']} image channels; "
+            "only 1 to 1 (gray) and 3 to 3 (color) are supported."
         )
     if params.get("remap"):
-        raise UserError(f"{file} uses `remap`, which is not supported.")
+        raise UserError(f"{file} sets remap, which is not supported.")
     if dd.get("dropout"):
-        say(f"{file} has a dropout of {dd['dropout']}, which this one trains on without.")
-    sizes: dict[str, Any] = {ours: dd[theirs] for theirs, ours in NETWORK.items()}
+        say(f"{file} sets a dropout of {dd['dropout']}; training continues without dropout.")
+    sizes: dict[str, Any] = {name: dd[key] for key, name in NETWORK.items()}
     values: dict[str, Any] = {
-        name: tuple(map(number, size)) if isinstance(size, list) else number(size)
+        name: tuple(map(parse_size, size)) if isinstance(size, list) else parse_size(size)
         for name, size in sizes.items()
     } | {
-        "codebook_size": number(params["n_embed"]),
-        "code_dim": number(params["embed_dim"]), "commitment": float(params.get("beta", 0.25)),
-        # The official VQModel leaves the misplaced weight on.
+        "codebook_size": parse_size(params["n_embed"]),
+        "code_dim": parse_size(params["embed_dim"]), "commitment": float(params.get("beta", 0.25)),
+        # By default, the official VQModel puts the commitment weight on the codebook term.
         "legacy_commitment": bool(params.get("legacy", True)),
     }  # fmt: skip
-    if kind_of(section) == "GumbelVQ":
+    if get_target_class(section) == "GumbelVQ":
         if dd["z_channels"] != params["embed_dim"]:
-            raise UserError(f"{file}: a GumbelVQ's z_channels and embed_dim must be the same.")
-        temperature = temperature_at(step, params.get("temperature_scheduler_config") or {})
+            raise UserError(f"{file}: the z_channels and embed_dim of a GumbelVQ must be equal.")
+        temperature = compute_temperature(step, params.get("temperature_scheduler_config") or {})
         values |= {
             "quantizer": "gumbel", "kl_weight": float(params.get("kl_weight", 1e-8)),
             "gumbel_temperature": (temperature, temperature),
         }  # fmt: skip
-    loss = discriminator_of(params)
+    loss = get_discriminator_settings(params)
     if loss is not None:
-        values |= {ours: type(x)(loss.get(theirs, x)) for theirs, (ours, x) in LOSS.items()}
+        values |= {name: type(x)(loss.get(key, x)) for key, (name, x) in LOSS.items()}
         values["discriminator_weight"] *= float(loss.get("disc_factor", 1.0))
-    data = DataConfig(UNKNOWN, image_size=number(dd["resolution"]), channels=dd["in_channels"])
+    data = DataConfig(UNKNOWN, image_size=parse_size(dd["resolution"]), channels=dd["in_channels"])
     return Config(config=file.stem, data=data, vqgan=VQGANConfig(**values))
 
 
-def temperature_at(step: int, section: dict[str, Any]) -> float:
-    """Where a LambdaWarmUpCosineScheduler is after so many steps."""
+def compute_temperature(step: int, section: dict[str, Any]) -> float:
+    """Returns the temperature of a LambdaWarmUpCosineScheduler at a step."""
     schedule = section.get("params") or {}
-    most, least = float(schedule.get("lr_max", 1.0)), float(schedule.get("lr_min", 1e-6))
-    share = min(step / float(schedule.get("max_decay_steps", 1_000_001)), 1.0)
-    return max(least + (most - least) * (1 + math.cos(math.pi * share)) / 2, 1e-6)
+    high, low = float(schedule.get("lr_max", 1.0)), float(schedule.get("lr_min", 1e-6))
+    progress = min(step / float(schedule.get("max_decay_steps", 1_000_001)), 1.0)
+    return max(low + (high - low) * (1 + math.cos(math.pi * progress)) / 2, 1e-6)
 
 
-def stage2(
+def parse_stage2(
     params: dict[str, Any], file: Path, classes: int | None
 ) -> tuple[PriorConfig, tuple[str, ...]]:
-    """A Net2NetTransformer's settings, and the names of its classes."""
+    """Returns the settings and the class names of a Net2NetTransformer."""
     section = params["transformer_config"]
-    if kind_of(section) != "GPT":
-        raise UserError(f"{file} has a transformer {section.get('target')}; mingpt's GPT is read.")
+    if get_target_class(section) != "GPT":
+        raise UserError(
+            f"{file} has a transformer {section.get('target')}; only mingpt's GPT is supported."
+        )
     gpt = section["params"]
     if gpt.get("n_unmasked", 0):
-        raise UserError(f"{file} leaves {gpt['n_unmasked']} tokens unmasked; that is not read.")
+        raise UserError(f"{file} sets n_unmasked to {gpt['n_unmasked']}; only 0 is supported.")
     permuter = params.get("permuter_config")
-    if permuter and kind_of(permuter) != "Identity":
-        raise UserError(f"{file} permutes its codes by {permuter['target']}; that is not read.")
-    vocabulary, first = number(gpt["vocab_size"]), 0
+    if permuter and get_target_class(permuter) != "Identity":
+        raise UserError(
+            f"{file} permutes its codes with {permuter['target']}; only Identity is supported."
+        )
+    vocabulary, first = parse_size(gpt["vocab_size"]), 0
     names: tuple[str, ...] = ("image",)
     condition = params.get("cond_stage_config")
-    kind = condition if isinstance(condition, str) else kind_of(condition or {})
-    of_class = kind == "DummyCondStage" and "class" in str(params.get("cond_stage_key"))
+    kind = condition if isinstance(condition, str) else get_target_class(condition or {})
+    is_class = kind == "DummyCondStage" and "class" in str(params.get("cond_stage_key"))
     if params.get("unconditional") or kind in ("__is_unconditional__", "SOSProvider"):
         first = int(params.get("sos_token", 0))
-    elif kind == "Labelator" or of_class:
+    elif kind == "Labelator" or is_class:
         count = classes or ((condition or {}).get("params") or {}).get("n_classes")
-        names = tuple(map(str, range(int(count or min(IMAGENET, vocabulary)))))
+        names = tuple(map(str, range(int(count or min(IMAGENET_CLASSES, vocabulary)))))
     else:
         raise UserError(
-            f"{file} conditions images on what {kind} makes of others; only transformers without "
-            "a condition, or with a class as theirs, are read."
+            f"{file} conditions its transformer on {kind}; only unconditional and "
+            "class-conditional transformers are supported."
         )
     if first + len(names) > vocabulary:
         raise UserError(
-            f"{file} has {len(names)} classes from token {first}, and only {vocabulary} tokens."
+            f"{file} has {len(names)} classes from token {first} on, but only {vocabulary} tokens; "
+            "check the checkpoint's YAML file and --classes."
         )
-    sizes: dict[str, Any] = {ours: number(gpt.get(theirs, x)) for theirs, (ours, x) in GPT.items()}
+    sizes: dict[str, Any] = {name: parse_size(gpt.get(key, x)) for key, (name, x) in GPT.items()}
     prior = PriorConfig(
         **sizes,
         dropout=max(float(gpt.get(f"{part}_pdrop", 0.0)) for part in ("embd", "resid", "attn")),
-        block_size=number(gpt["block_size"]), vocabulary=vocabulary, first_class=first,
+        block_size=parse_size(gpt["block_size"]), vocabulary=vocabulary, first_class=first,
         token_keep_prob=float(params.get("pkeep", 1.0)), label_dropout=0.0, schedule="cosine",
         final_learning_rate=1.0,
     )  # fmt: skip
     return prior, names
 
 
-def exported(config: Config, classes: int) -> Config:
-    """The config of a run as that of an official model, in which classes are tokens after the
-    codes, without what belongs to this machine and its data. Raises UserError for what the official
-    models cannot be."""
+def convert_config(config: Config, classes: int) -> Config:
+    """Converts the config of a run to that of an official model, in which classes are tokens after
+    the codes, and removes the settings of the machine and its data. Raises UserError for settings
+    that the official models do not support."""
     vqgan, prior = config.vqgan, config.prior
-    if reasons := mismatches(vqgan, prior if classes else None):
+    if reasons := find_mismatches(vqgan, prior if classes else None):
         raise UserError(f"this run cannot be exported: the official code {'; '.join(reasons)}.")
     vqgan = dataclasses.replace(vqgan, init_from=None, discriminator_start_step=None)
     prior = dataclasses.replace(prior, init_from=None)
@@ -242,8 +254,8 @@ def exported(config: Config, classes: int) -> Config:
     )
 
 
-def mismatches(vqgan: VQGANConfig, prior: PriorConfig | None) -> list[str]:
-    """What the official models need that a run's stage 1 and prior do not have."""
+def find_mismatches(vqgan: VQGANConfig, prior: PriorConfig | None) -> list[str]:
+    """Returns what the official models require that a run's stage 1 and prior do not have."""
     quantizer, channels, latents = vqgan.quantizer, vqgan.channels, vqgan.latent_channels
     blocks, expected = vqgan.decoder_blocks or vqgan.blocks + 1, vqgan.blocks + 1
     reasons = {
@@ -256,16 +268,16 @@ def mismatches(vqgan: VQGANConfig, prior: PriorConfig | None) -> list[str]:
         f"needs Gumbel codes of {latents} dimensions, but this run's have {vqgan.code_dim}":
         quantizer == "gumbel" and vqgan.code_dim != latents,
     }  # fmt: skip
-    for name, only in TRANSFORMER.items() if prior else ():
+    for name, supported in TRANSFORMER.items() if prior else ():
         value = getattr(prior, name)
-        reasons[f"needs {name} {only}, but this run has {value}"] = value != only
+        reasons[f"needs {name} {supported}, but this run has {value}"] = value != supported
     return [reason for reason, is_missing in reasons.items() if is_missing]
 
 
-def yaml_of(model: Model) -> dict[str, Any]:
-    """The official code's YAML of an `exported` model. A part of our own holds the whole config, of
-    which the official settings cannot express everything."""
-    config, section = model.config, stage1_section(model)
+def build_yaml(model: Model) -> dict[str, Any]:
+    """Builds the official YAML content of a model whose config `convert_config` returned. An extra
+    section holds the full config, since the official settings cannot express all of it."""
+    config, section = model.config, build_stage1_section(model)
     settings: Any = config.prior if model.class_names else config.vqgan
     if model.class_names:
         prior, classes = config.prior, len(model.class_names)
@@ -278,7 +290,7 @@ def yaml_of(model: Model) -> dict[str, Any]:
         gpt = {
             "vocab_size": prior.vocabulary, "block_size": prior.block_size,
             "embd_pdrop": prior.dropout, "resid_pdrop": prior.dropout, "attn_pdrop": prior.dropout,
-            **{theirs: getattr(prior, ours) for theirs, (ours, _) in GPT.items()},
+            **{key: getattr(prior, name) for key, (name, _) in GPT.items()},
         }  # fmt: skip
         section = {
             "target": "taming.models.cond_transformer.Net2NetTransformer",
@@ -296,15 +308,15 @@ def yaml_of(model: Model) -> dict[str, Any]:
         "data": {
             "target": "main.DataModuleFromConfig", "params": {"batch_size": settings.batch_size},
         },
-        OURS: {
+        OWN_SECTION: {
             "format": FORMAT, "config": to_dict(config), "class_names": list(model.class_names),
             "discriminator": model.discriminator,
         },
     }  # fmt: skip
 
 
-def stage1_section(model: Model) -> dict[str, Any]:
-    """The section of a VQModel or GumbelVQ."""
+def build_stage1_section(model: Model) -> dict[str, Any]:
+    """Builds the section of a VQModel or GumbelVQ."""
     vqgan, data = model.config.vqgan, model.config.data
     network = to_dict(vqgan)
     params: dict[str, Any] = {
@@ -313,12 +325,12 @@ def stage1_section(model: Model) -> dict[str, Any]:
         "ddconfig": {
             "double_z": False, "resolution": data.image_size, "in_channels": data.channels,
             "out_ch": data.channels, "dropout": 0.0,
-            **{theirs: network[ours] for theirs, ours in NETWORK.items()},
+            **{key: network[name] for key, name in NETWORK.items()},
         },
         "lossconfig": {"target": "taming.modules.losses.DummyLoss"},
     }  # fmt: skip
     if model.discriminator:
-        loss = {theirs: getattr(vqgan, ours) for theirs, (ours, _) in LOSS.items()}
+        loss = {key: getattr(vqgan, name) for key, (name, _) in LOSS.items()}
         loss |= {"disc_conditional": False, "disc_in_channels": data.channels, "disc_start": 0}
         params["lossconfig"] = {
             "target": "taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator",

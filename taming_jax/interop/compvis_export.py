@@ -1,4 +1,4 @@
-"""Runs as checkpoints of the official code (CompVis/taming-transformers)."""
+"""Exports runs as checkpoints of the official code (CompVis/taming-transformers)."""
 
 from pathlib import Path
 from typing import Any
@@ -6,50 +6,53 @@ from typing import Any
 import numpy as np
 
 from taming_jax.errors import RunFailed, say
-from taming_jax.interop.compvis import lpips_state_dict, tables_of
-from taming_jax.interop.compvis_config import exported, yaml_of
+from taming_jax.interop.compvis import build_lpips_state_dict, get_layouts
+from taming_jax.interop.compvis_config import build_yaml, convert_config
 from taming_jax.interop.imports import Model
 from taming_jax.models.lpips import load_lpips
 from taming_jax.storage import atomic_write
 from taming_jax.training.checkpoints import Checkpoint, Store
-from taming_jax.weights.layout import paths, theirs
+from taming_jax.weights.layout import convert_to_torch, flatten_shapes
 from taming_jax.weights.state_dict import write_state_dict
 
-LOW = -50.0  # the logit of what is never to be drawn
+LOW_LOGIT = -50.0  # for tokens that must never be drawn
 
 
 def export_run(folder: Path, out: Path, stage: str | None) -> int:
-    """Writes the best checkpoint of a run's stage (default: the prior, where there is one) into a
-    file, and its YAML beside it; returns its step. UserError for what the official models cannot
-    be, RunFailed where the files cannot be written."""
+    """Writes the best checkpoint of a run's stage to a file, with its YAML file next to it, and
+    returns its step. Default stage: the prior if there is one, else stage 1.
+
+    Raises UserError for a run that the official models do not support, and RunFailed if the files
+    cannot be written.
+    """
     import yaml
 
     stage = stage or ("prior" if Store(folder, "prior").steps() else "vqgan")
     checkpoint = Store(folder, stage).load_best()
-    own, names = checkpoint.config, class_names_of(checkpoint)
-    model = Model(exported(own, len(names)), names, "discriminator" in checkpoint.nets)
-    content = yaml.safe_dump(yaml_of(model))
-    arrays = official_arrays(model, checkpoint) | constants(model, checkpoint.step)
-    if own.vqgan.l2_normalise:
+    config, names = checkpoint.config, get_class_names(checkpoint)
+    model = Model(convert_config(config, len(names)), names, "discriminator" in checkpoint.nets)
+    content = yaml.safe_dump(build_yaml(model))
+    arrays = build_official_arrays(model, checkpoint) | build_constants(model, checkpoint.step)
+    if config.vqgan.l2_normalise:
         say(
-            "The codes are given in length one: their indices and pictures are the same, but the "
-            "official code does not scale latents, and would train otherwise."
+            "The exported codes have length one. Indices and reconstructions stay the same, but "
+            "the official code does not normalize latents, so training with it differs."
         )
-    if names and own.prior.vocabulary is None:
+    if names and config.prior.vocabulary is None:
         say(
-            f"Class c is token {own.vqgan.codebook_size} + c: give it so. The token of no class is "
-            "left out, since the official code knows no guidance."
+            f"Class c is token {config.vqgan.codebook_size} + c in the official code. The token "
+            'for "no class" is not exported, since the official code has no guidance.'
         )
     try:
         atomic_write(out.with_suffix(".yaml"), content.encode())
         write_state_dict(out, arrays, {"global_step": checkpoint.step})
     except OSError as error:
-        raise RunFailed(f"{out} could not be written: {error.strerror or error}.") from error
+        raise RunFailed(f"{out} could not be written ({error.strerror or error}).") from error
     return checkpoint.step
 
 
-def class_names_of(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """The names of the classes of a checkpoint's prior; none where it has no prior."""
+def get_class_names(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Returns the class names of a checkpoint's prior, or an empty tuple without a prior."""
     if "transformer" not in checkpoint.nets:
         return ()
     if checkpoint.dataset is not None:
@@ -58,9 +61,9 @@ def class_names_of(checkpoint: Checkpoint) -> tuple[str, ...]:
     return tuple(map(str, range(tokens - checkpoint.config.vqgan.codebook_size - 1)))
 
 
-def official_arrays(model: Model, checkpoint: Checkpoint) -> dict[str, np.ndarray]:
-    """The networks' arrays under the official names, with normalised codes in length one and logits
-    for all tokens."""
+def build_official_arrays(model: Model, checkpoint: Checkpoint) -> dict[str, np.ndarray]:
+    """Returns the networks' arrays by their official names. Normalized codes have length one, and
+    the logits cover all tokens, classes included."""
     nets, networks = checkpoint.nets, {"generator": dict(checkpoint.generator)}
     if model.config.vqgan.l2_normalise:
         quantizer = networks["generator"]["quantizer"]
@@ -73,22 +76,24 @@ def official_arrays(model: Model, checkpoint: Checkpoint) -> dict[str, np.ndarra
         networks["discriminator"] = {"params": net["params"], "batch_stats": stats}
     if model.class_names:
         tokens = model.config.prior.vocabulary
-        assert tokens is not None  # of an exported config
-        networks["transformer"] = with_class_logits(nets["transformer"]["params"], tokens)
+        assert tokens is not None  # `convert_config` sets it
+        networks["transformer"] = add_class_logits(nets["transformer"]["params"], tokens)
     return {
         prefix + name: array
-        for network, (table, prefix) in tables_of(model).items()
-        for name, array in theirs(table(paths(networks[network])), networks[network]).items()
+        for network, (build_layout, prefix) in get_layouts(model).items()
+        for name, array in convert_to_torch(
+            build_layout(flatten_shapes(networks[network])), networks[network]
+        ).items()
     }
 
 
-def with_class_logits(transformer: dict[str, Any], tokens: int) -> dict[str, Any]:
-    """A transformer with logits for `tokens` tokens, made from one that predicts codes and no
-    classes: the logits of classes are low, whatever the state.
+def add_class_logits(transformer: dict[str, Any], tokens: int) -> dict[str, Any]:
+    """Returns the parameters of a transformer with logits for `tokens` tokens, from one that has
+    logits for codes only. The logits of classes are low for every input.
 
-    The last norm returns scale * n + bias, and the n of all channels add up to zero. So 1 / scale
-    in the head gives a constant: the sum of bias / scale. That is made large by adding scale to the
-    bias, once; what codes get by it is taken from them by the same constant.
+    The last norm returns scale * n + bias, where n sums to zero over the channels. A head column of
+    1 / scale therefore yields a constant, the sum of bias / scale. Adding scale to the bias makes
+    this constant large; the columns of the codes then subtract what that adds to their logits.
     """
     head, norm = transformer["head"], transformer["norm_out"]
     missing = tokens - head.shape[1]
@@ -99,27 +104,27 @@ def with_class_logits(transformer: dict[str, Any], tokens: int) -> dict[str, Any
     bias = bias + scale
     constant = (bias / scale).sum()
     codes = head - np.outer(1 / scale, scale @ head) / constant
-    classes = np.repeat((LOW / constant / scale)[:, None], missing, 1)
+    classes = np.repeat((LOW_LOGIT / constant / scale)[:, None], missing, 1)
     return transformer | {
         "head": np.concatenate([codes, classes], 1).astype(np.float32),
         "norm_out": {"scale": scale.astype(np.float32), "bias": bias.astype(np.float32)},
     }
 
 
-def constants(model: Model, step: int) -> dict[str, np.ndarray]:
-    """What the official modules hold besides, so that they load strictly: attention's masks, how
-    long BatchNorm ran, the perceptual loss."""
-    config, tables = model.config, tables_of(model)
+def build_constants(model: Model, step: int) -> dict[str, np.ndarray]:
+    """Returns the other arrays of the official modules, which a strict load requires: attention
+    masks, BatchNorm's counts of batches, and the perceptual loss."""
+    config = model.config
     arrays: dict[str, np.ndarray] = {}
-    _, generator = tables["generator"]
+    _, prefix = get_layouts(model)["generator"]
     if size := config.prior.block_size if model.class_names else None:
         mask = np.tril(np.ones((size, size), np.float32))[None, None]
         for i in range(config.prior.layers):
             arrays[f"transformer.blocks.{i}.attn.mask"] = mask
     if model.discriminator:
         for i in range(1, config.vqgan.discriminator_layers + 1):
-            name = f"{generator}loss.discriminator.main.{3 * i}.num_batches_tracked"
+            name = f"{prefix}loss.discriminator.main.{3 * i}.num_batches_tracked"
             arrays[name] = np.array(step, np.int64)
-        for name, array in lpips_state_dict(load_lpips()).items():
-            arrays[f"{generator}loss.perceptual_loss.{name}"] = array
+        for name, array in build_lpips_state_dict(load_lpips()).items():
+            arrays[f"{prefix}loss.perceptual_loss.{name}"] = array
     return arrays

@@ -1,4 +1,4 @@
-"""Runs of weights from elsewhere."""
+"""Writes a run from the weights of another program."""
 
 import contextlib
 import dataclasses
@@ -22,19 +22,19 @@ from taming_jax.priors.registry import build_prior
 from taming_jax.progress import Progress
 from taming_jax.storage import check_writable
 from taming_jax.training.checkpoints import Store
-from taming_jax.weights.layout import Layout, expected, ours, paths
-from taming_jax.weights.state_dict import StateDict, check
+from taming_jax.weights.layout import Layout, convert_shapes, convert_to_flax, flatten_shapes
+from taming_jax.weights.state_dict import StateDict, check_state_dict
 
-WARMUP = 200  # steps in which new optimizers get to know weights that are trained
+WARMUP = 200  # steps, since new optimizers start from trained weights
 
-# A function from the paths of a network's arrays to their layout in a file, and the prefix of the
-# network's names there; by the names of networks.
-Tables = Mapping[str, tuple[Callable[..., Layout], str]]
+# By network: a function from the paths of its arrays to their layout in a file, and the prefix of
+# their names in the file.
+Layouts = Mapping[str, tuple[Callable[..., Layout], str]]
 
 
 class Model(NamedTuple):
-    """Another program's model as a run: the config, the names of the prior's classes (empty without
-    a prior), and whether there is a discriminator."""
+    """Another program's model as a run: the config, the class names of the prior (empty without a
+    prior), and whether there is a discriminator."""
 
     config: Config
     class_names: tuple[str, ...]
@@ -42,39 +42,41 @@ class Model(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A file with some networks of a model. `others` says which arrays may be there besides,
-    `described` what describes the file, for messages."""
+    """A file with some networks of a model. `is_extra` tells by name which other arrays the file
+    may contain, and `source` names what the layouts come from, for messages."""
 
     file: Path
     state_dict: StateDict
-    tables: Tables
-    others: Callable[[str], bool]
-    described: str
+    layouts: Layouts
+    is_extra: Callable[[str], bool]
+    source: str
 
 
 def import_run(folder: Path, model: Model, parts: Sequence[Part], source: object) -> None:
-    """Writes a run from the files of a model and prints what it holds; `source` says where it comes
-    from. Raises UserError where a file does not match the model."""
-    model = fitted(model)
-    shapes = shapes_of(model)
+    """Writes a run from the files of a model and prints its contents. `source` names where the
+    model comes from. Raises UserError if a file does not match the model."""
+    model = prepare_for_training(model)
+    shapes = compute_shapes(model)
     networks: dict[str, Any] = {}
     for part in parts:
         networks |= read_networks(part, shapes)
     write_run(folder, model, networks)
     config, classes = model.config, len(model.class_names)
-    words = [f"images of {config.data.image_size} px", f"{config.vqgan.codebook_size} codes"]
+    sizes = [f"images of {config.data.image_size} px", f"{config.vqgan.codebook_size} codes"]
     if classes:
-        words.append(f"{classes} class{'es' * (classes > 1)}")
-    print(f"{folder} holds {' and '.join(networks)} of {source}: {', '.join(words)}.")
+        sizes.append(f"{classes} class{'es' * (classes > 1)}")
+    print(f"{folder} holds {' and '.join(networks)} of {source}: {', '.join(sizes)}.")
 
 
-def fitted(model: Model) -> Model:
-    """The model with settings that training can continue with: new optimizers warm up, and a
-    discriminator that the file holds is on from the first step. What does not fit small images is
-    off. Raises UserError for settings that cannot work."""
+def prepare_for_training(model: Model) -> Model:
+    """Returns the model with settings with which training can continue.
+
+    New optimizers warm up. A discriminator from the file is on from the first step. What the images
+    are too small for is switched off. Raises UserError for settings that cannot work.
+    """
     size, vqgan, prior = model.config.data.image_size, model.config.vqgan, model.config.prior
     vqgan = dataclasses.replace(vqgan, warmup_steps=max(vqgan.warmup_steps, WARMUP))
-    if prior.schedule == "cosine":  # one cycle has its own warm-up
+    if prior.schedule == "cosine":  # the one-cycle schedule has its own warm-up
         prior = dataclasses.replace(prior, warmup_steps=max(prior.warmup_steps, WARMUP))
     if model.discriminator:
         vqgan = dataclasses.replace(vqgan, discriminator_start=0.0)
@@ -87,8 +89,8 @@ def fitted(model: Model) -> Model:
     return model._replace(config=validate_config(config))
 
 
-def shapes_of(model: Model) -> dict[str, Any]:
-    """The shapes of what a run of a model learns, by the names of its networks."""
+def compute_shapes(model: Model) -> dict[str, Any]:
+    """Returns the shapes of a model's parameters and batch statistics, a tree per network."""
     data, settings = model.config.data, model.config.vqgan
     image = jnp.zeros((1, data.image_size, data.image_size, data.channels))
     key, tokens = jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
@@ -102,27 +104,34 @@ def shapes_of(model: Model) -> dict[str, Any]:
     return shapes
 
 
-def expected_arrays(tables: Tables, shapes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The names and shapes that the networks of `tables` have in a file."""
-    return {
-        prefix + name: shape
-        for network, (table, prefix) in tables.items()
-        for name, shape in expected(table(paths(shapes[network])), paths(shapes[network])).items()
-    }
+def get_file_shapes(layouts: Layouts, shapes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of all arrays of the networks in `layouts`, by their names in the file."""
+    file_shapes = {}
+    for network, (build_layout, prefix) in layouts.items():
+        flat = flatten_shapes(shapes[network])
+        for name, shape in convert_shapes(build_layout(flat), flat).items():
+            file_shapes[prefix + name] = shape
+    return file_shapes
 
 
 def read_networks(part: Part, shapes: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters of a file's networks, in float32, behind a progress bar; those that are not
-    finite are named. UserError where the file is not as it is described."""
-    known = expected_arrays(part.tables, shapes)
-    check(part.file, part.state_dict, known, part.others, part.described)
-    size = sum(int(np.prod(shape)) for shape in known.values()) * 4
+    """Returns the parameters of a file's networks in float32, and shows a progress bar.
+
+    Warns of arrays with values that are not finite. Raises UserError if the file does not match its
+    layouts.
+    """
+    file_shapes = get_file_shapes(part.layouts, shapes)
+    check_state_dict(part.file, part.state_dict, file_shapes, part.is_extra, part.source)
+    size = sum(int(np.prod(shape)) for shape in file_shapes.values()) * 4
     with Progress("converting", size, "B") as progress:
 
-        def converted(path: tuple[Any, ...], array: np.ndarray) -> np.ndarray:
+        def convert_to_float32(path: tuple[Any, ...], array: np.ndarray) -> np.ndarray:
             name = ".".join(map(str, path))
             if not jnp.issubdtype(array.dtype, jnp.floating):
-                raise UserError(f"{part.file} holds {array.dtype} for {name}, and not floats.")
+                raise UserError(
+                    f"{part.file} has {array.dtype} values in {name}, which must be floats; name "
+                    "a checkpoint whose weights are floats."
+                )
             with np.errstate(over="ignore"):
                 array = array.astype(np.float32, copy=False)
             if not np.isfinite(array).all():
@@ -131,21 +140,21 @@ def read_networks(part: Part, shapes: Mapping[str, Any]) -> dict[str, Any]:
             return array
 
         networks = {}
-        for name, (table, prefix) in part.tables.items():
-            below = {
+        for network, (build_layout, prefix) in part.layouts.items():
+            state_dict = {
                 key.removeprefix(prefix): x for key, x in part.state_dict.items()
                 if key.startswith(prefix)
             }  # fmt: skip
-            params = ours(table(paths(shapes[name])), below)
-            networks[name] = traverse_util.path_aware_map(converted, params)
+            params = convert_to_flax(build_layout(flatten_shapes(shapes[network])), state_dict)
+            networks[network] = traverse_util.path_aware_map(convert_to_float32, params)
         return networks
 
 
 def write_run(folder: Path, model: Model, networks: Mapping[str, Any]) -> None:
-    """Writes a run that has trained nothing yet: a checkpoint of stage 1, and of stage 2 where
-    there is a transformer, of weights only.
+    """Writes a run at step 0: a checkpoint of stage 1, and one of stage 2 if the model has a
+    transformer. The checkpoints contain weights only.
 
-    Raises UserError where the folder holds a run, RunFailed where the disk does not take it.
+    Raises UserError if the folder is not empty, and RunFailed if it cannot be written.
     """
     generator, discriminator = {"params": networks["generator"]}, networks.get("discriminator")
     stages: dict[str, Any] = {"vqgan": {"generator": generator}}
@@ -157,38 +166,39 @@ def write_run(folder: Path, model: Model, networks: Mapping[str, Any]) -> None:
     if "transformer" in networks:
         transformer = {"params": networks["transformer"]}
         stages["prior"] = {"generator": generator, "transformer": transformer}
-    with new_run(folder) as place:
+    with create_run(folder) as partial:
         for name, nets in stages.items():
             dataset = {"class_names": list(model.class_names)} if name == "prior" else None
-            store = Store(place, name, dataset=dataset)
+            store = Store(partial, name, dataset=dataset)
             state = {"step": np.zeros((), np.int32), "skipped": np.zeros((), np.int32)}
             store.save(0, state | {"nets": nets}, model.config, None, weights_only=True)
             store.require(0)
-        write_config(model.config, place / "config.json")
+        write_config(model.config, partial / "config.json")
 
 
-def check_new(folder: Path) -> None:
-    """UserError where something is in a folder already, or it cannot be made."""
+def check_new_folder(folder: Path) -> None:
+    """Raises UserError if a folder is not empty or cannot be created."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} holds something already; name another --workdir.")
-    parent = next(place for place in folder.absolute().parents if place.exists())
+        raise UserError(f"{folder} already exists and is not empty; name another --workdir.")
+    parent = next(path for path in folder.absolute().parents if path.exists())
     check_writable("--workdir", parent)
 
 
 @contextlib.contextmanager
-def new_run(folder: Path) -> Iterator[Path]:
-    """A folder beside a run's, which becomes it when all is written, and else is gone again."""
-    check_new(folder)
+def create_run(folder: Path) -> Iterator[Path]:
+    """Yields a temporary folder next to `folder`, and renames it to `folder` in the end. Removes it
+    if something fails."""
+    check_new_folder(folder)
     folder = folder.absolute()
-    place = folder.with_name(f".{folder.name}.partial")
+    partial = folder.with_name(f".{folder.name}.partial")
     try:
-        shutil.rmtree(place, ignore_errors=True)  # of an import that was killed
-        place.mkdir(parents=True)
-        yield place
-        place.replace(folder)
+        shutil.rmtree(partial, ignore_errors=True)  # an import that was killed may have left it
+        partial.mkdir(parents=True)
+        yield partial
+        partial.replace(folder)
     except OSError as error:
         raise RunFailed(
             f"{error.filename or folder} could not be written ({error.strerror or error})."
         ) from error
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,5 +1,6 @@
-"""A small classifier of MNIST's digits, trained on the spot: its features measure digits as
-InceptionV3's measure photographs, and it tells whether a sample is read as its class."""
+"""A small classifier of MNIST digits, trained when it is first needed. Its features play the role
+that InceptionV3's have for photographs, and its predictions show whether samples match their
+classes."""
 
 import functools
 from pathlib import Path
@@ -20,11 +21,12 @@ from taming_jax.storage import read_arrays, write_arrays
 
 FEATURES = 128
 EPOCHS, BATCH, RATE = 3, 128, 2e-3
-VERSION = 1  # of everything here that changes what is learned
+VERSION = 1  # increase it with every change here that affects the trained parameters
 
 
 class Classifier(nn.Module):
-    """Images float [b,h,w,c] in [-1, 1] to features [b,128] and the classes' logits."""
+    """A network from images float [b,h,w,c] in [-1, 1] to features [b,128] and the logits of the
+    classes."""
 
     classes: int
 
@@ -38,41 +40,42 @@ class Classifier(nn.Module):
         return x, nn.Dense(self.classes)(x)
 
 
-def shifted(key: jax.Array, images: jax.Array) -> jax.Array:
-    """Images moved by up to two pixels, each in its own way: samples lie less in the middle than
-    digits do."""
+def shift_randomly(key: jax.Array, images: jax.Array) -> jax.Array:
+    """Shifts each image by up to two pixels at random, since samples are less centered than the
+    dataset's digits."""
     padded = jnp.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)), constant_values=-1)
     starts = jax.random.randint(key, (len(images), 2), 0, 5)
 
-    def cut(image: jax.Array, start: jax.Array) -> jax.Array:
+    def crop(image: jax.Array, start: jax.Array) -> jax.Array:
         return jax.lax.dynamic_slice(image, (start[0], start[1], 0), images.shape[1:])
 
-    return jax.vmap(cut)(padded, starts)
+    return jax.vmap(crop)(padded, starts)
 
 
-def trained(train: Split, classes: int) -> Any:
-    """The parameters after three epochs of uint8 images: the same ones for the same images."""
+def train_classifier(train: Split, classes: int) -> Any:
+    """Trains a classifier for three epochs on uint8 images and returns its parameters, which are
+    the same for the same images."""
     model = Classifier(classes)
     steps = EPOCHS * (len(train.images) // BATCH)
-    optimiser = optax.adam(optax.cosine_decay_schedule(RATE, steps))
+    optimizer = optax.adam(optax.cosine_decay_schedule(RATE, steps))
     params = model.init(jax.random.key(0), jnp.zeros((1, *train.images.shape[1:])))["params"]
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params: Any, state: Any, images: jax.Array, labels: jax.Array, key: jax.Array) -> Any:
         def loss(params: Any) -> jax.Array:
-            moved = shifted(key, to_float(images))
-            logits = model.apply({"params": params}, moved)[1]
+            shifted = shift_randomly(key, to_float(images))
+            logits = model.apply({"params": params}, shifted)[1]
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-        updates, state = optimiser.update(jax.grad(loss)(params), state)
+        updates, state = optimizer.update(jax.grad(loss)(params), state)
         return optax.apply_updates(params, updates), state
 
-    state = optimiser.init(params)
+    state = optimizer.init(params)
     per_epoch = len(train.images) // BATCH
     with Progress("training a classifier", steps, "steps") as progress:
         for number in range(steps):
-            epoch, place = divmod(number, per_epoch)
-            rows = permute_epoch(0, epoch, len(train.images))[place * BATCH : (place + 1) * BATCH]
+            epoch, batch = divmod(number, per_epoch)
+            rows = permute_epoch(0, epoch, len(train.images))[batch * BATCH : (batch + 1) * BATCH]
             key = jax.random.fold_in(jax.random.key(1), number)
             params, state = step(params, state, train.images[rows], train.labels[rows], key)
             progress.update()
@@ -80,10 +83,10 @@ def trained(train: Split, classes: int) -> Any:
 
 
 def load_or_train(file: Path, train: Split, classes: int) -> Any:
-    """The parameters from a file, or trained and written into it. A file that is damaged is as
-    none."""
+    """Returns the parameters from a file. If the file is missing or damaged, trains them and writes
+    the file."""
     arrays = read_arrays(file)
     if arrays is None:
-        arrays = traverse_util.flatten_dict(trained(train, classes), sep="/")
+        arrays = traverse_util.flatten_dict(train_classifier(train, classes), sep="/")
         write_arrays(file, arrays)
     return traverse_util.unflatten_dict(arrays, sep="/")

@@ -1,6 +1,6 @@
-"""Distances of two sets of images, from their features: everything here is numpy in float64.
+"""Distances between two sets of images, computed from their features with numpy in float64.
 
-Features are [n,d], one row an image; the functions do not know which network they come from.
+Features are [n,d], one row per image, and can come from any network.
 """
 
 import io
@@ -16,62 +16,64 @@ from taming_jax.data.datasets import evenly_spaced
 from taming_jax.errors import RunFailed, UserError
 from taming_jax.storage import atomic_write
 
-ROWS = 1024  # of a matrix of distances held at once
+ROWS = 1024  # of a distance matrix that are in memory at once
 
 
 @dataclass
 class Moments:
-    """Number, mean [d] and covariance [d,d] of features that come in parts, merged by the pairwise
-    update of Chan, Golub and LeVeque: in constant memory, and without the loss of precision that
-    sums of squares have."""
+    """The count, mean [d] and covariance [d,d] of features that come in parts. The pairwise update
+    of Chan, Golub and LeVeque merges them in constant memory and without the loss of precision of
+    sums of squares."""
 
     count: int = 0
     mean: np.ndarray | float = 0.0
-    scatter: np.ndarray | float = 0.0  # the sum of the outer products of what departs from the mean
+    scatter: np.ndarray | float = (
+        0.0  # the sum of the outer products of the deviations from the mean
+    )
 
     def add(self, features: np.ndarray) -> None:
-        """Takes in features [n,d]. RunFailed where they are not finite, which distances would hide
+        """Adds features [n,d]. Raises RunFailed if they are not finite, which distances would hide
         or fail on."""
         if not len(features):
             return
         if not np.isfinite(features).all():
-            raise RunFailed("the features of some images are not finite; are the images?")
+            raise RunFailed("the features of some images are not finite; check the images.")
         x = features.astype(np.float64)
         mean = x.mean(0)
         x -= mean
         total = self.count + len(x)
-        apart = mean - self.mean
-        share = self.count * len(x) / total
-        self.scatter = self.scatter + x.T @ x + share * np.outer(apart, apart)
-        self.mean = self.mean + apart * (len(x) / total)
+        delta = mean - self.mean
+        weight = self.count * len(x) / total
+        self.scatter = self.scatter + x.T @ x + weight * np.outer(delta, delta)
+        self.mean = self.mean + delta * (len(x) / total)
         self.count = total
 
     @property
     def covariance(self) -> np.ndarray:
-        """The unbiased one. Needs two images."""
+        """The unbiased covariance, which requires at least two images."""
         return np.asarray(self.scatter) / (self.count - 1)
 
 
-def moments(features: np.ndarray) -> Moments:
-    """The moments of features [n,d]."""
-    found = Moments()
-    found.add(features)
-    return found
+def compute_moments(features: np.ndarray) -> Moments:
+    """Computes the moments of features [n,d]."""
+    moments = Moments()
+    moments.add(features)
+    return moments
 
 
-def save_moments(file: Path, found: Moments) -> None:
-    """As the field keeps them: an .npz with `mu` [d] and `sigma` [d,d], and `count`. Raises
+def save_moments(file: Path, moments: Moments) -> None:
+    """Writes an .npz file with the usual `mu` [d] and `sigma` [d,d], and `count`. Raises
     OSError."""
     content = io.BytesIO()
-    np.savez(content, mu=found.mean, sigma=found.covariance, count=found.count)
+    np.savez(content, mu=moments.mean, sigma=moments.covariance, count=moments.count)
     atomic_write(file, content.getvalue())
 
 
 def load_moments(file: Path, dimensions: int) -> Moments:
-    """Reads an .npz with `mu` and `sigma`: ours, pytorch-fid's, or one of ADM's. Where it does not
-    say of how many images, it counts as two (the distance does not depend on it).
+    """Reads an .npz file with `mu` and `sigma`: ours, pytorch-fid's, or ADM's. Default count: 2 if
+    the file has none (the distance does not depend on it).
 
-    Raises UserError for a file that is none, or has another number of dimensions.
+    Raises UserError if the file is invalid or has another number of dimensions.
     """
     try:
         with file.open("rb") as stream, np.load(stream, allow_pickle=False) as content:
@@ -80,45 +82,44 @@ def load_moments(file: Path, dimensions: int) -> Moments:
             count = int(content["count"]) if "count" in content else 2
         if mean.shape != (dimensions,) or covariance.shape != (dimensions, dimensions):
             shapes = f"{mean.shape} and {covariance.shape}"
-            raise ValueError(f"of shapes {shapes}; these features have {dimensions} dimensions")
+            raise ValueError(f"shapes {shapes}; these features have {dimensions} dimensions")
         if count < 2 or not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-            raise ValueError(f"of {count} images, or not finite")
+            raise ValueError(f"the statistics of {count} images, or values that are not finite")
     except FileNotFoundError:
         raise UserError(f"there is no file {file}.") from None
     except (OSError, ValueError, KeyError, EOFError, TypeError, BadZipFile, zlib.error) as error:
         raise UserError(
-            f"{file} holds no statistics that can be used ({error}); an .npz with mu and sigma is "
-            "needed."
+            f"{file} has no usable statistics ({error}); name an .npz file with mu and sigma."
         ) from error
     return Moments(count, mean, covariance * (count - 1))
 
 
 def frechet_distance(left: Moments, right: Moments) -> float:
-    """The Fréchet distance of two normal distributions (arXiv 1706.08500): |m - n|^2 +
-    tr(A + B - 2 (A B)^1/2).
+    """Computes the Fréchet distance of two normal distributions (arXiv 1706.08500):
+    |m - n|^2 + tr(A + B - 2 (A B)^1/2).
 
-    The trace of the root is taken from the eigenvalues of A^1/2 B A^1/2, which is symmetric, so
-    that a singular covariance (fewer images than dimensions) is no trouble: a general matrix root
-    fails there, or turns complex.
+    The trace of the root comes from the eigenvalues of the symmetric A^1/2 B A^1/2. This also works
+    for a singular covariance (fewer images than dimensions), where a general matrix root fails or
+    becomes complex.
     """
     values, vectors = np.linalg.eigh(left.covariance)
     root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
     product = root @ right.covariance @ root
     cross = np.sqrt(np.maximum(np.linalg.eigvalsh((product + product.T) / 2), 0)).sum()
-    apart = np.asarray(left.mean - right.mean)
+    delta = np.asarray(left.mean - right.mean)
     traces = np.trace(left.covariance) + np.trace(right.covariance)
-    return float(max(apart @ apart + traces - 2 * cross, 0.0))
+    return float(max(delta @ delta + traces - 2 * cross, 0.0))
 
 
 def kernel_distance(
     left: np.ndarray, right: np.ndarray, seed: int = 0, subsets: int = 100, size: int = 1000
 ) -> tuple[float, float]:
-    """The squared maximum mean discrepancy under the kernel (x y / d + 1)^3, unbiased (arXiv
-    1801.01401): its mean over random subsets, and the standard deviation over them. Subsets are of
-    `size` images, or of as many as the smaller set has."""
+    """Computes the unbiased squared maximum mean discrepancy with the kernel (x y / d + 1)^3 (arXiv
+    1801.01401). Returns its mean and standard deviation over random subsets of `size` images, or of
+    the size of the smaller set if that is smaller."""
     rng = np.random.default_rng(seed)
     size = min(size, len(left), len(right))
-    found = []
+    estimates = []
     for _ in range(subsets):
         x = left[rng.choice(len(left), size, replace=False)].astype(np.float64)
         y = right[rng.choice(len(right), size, replace=False)].astype(np.float64)
@@ -128,13 +129,13 @@ def kernel_distance(
 
         xx, yy = kernel(x, x), kernel(y, y)
         within = xx.sum() - np.trace(xx) + yy.sum() - np.trace(yy)
-        found.append(within / (size * (size - 1)) - 2 * kernel(x, y).mean())
-    return float(np.mean(found)), float(np.std(found))
+        estimates.append(within / (size * (size - 1)) - 2 * kernel(x, y).mean())
+    return float(np.mean(estimates)), float(np.std(estimates))
 
 
-def distance_strips(left: np.ndarray, right: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-    """The squared distances of rows [n,d] to rows [m,d], in strips of at most `ROWS` rows: which
-    rows of `left`, and their distances float64 [rows,m]."""
+def iterate_distances(left: np.ndarray, right: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """Yields the squared distances of rows [n,d] to rows [m,d], in strips of at most `ROWS` rows: a
+    slice of `left`'s rows, and their distances float64 [rows,m]."""
     right = right.astype(np.float64)
     for start in range(0, len(left), ROWS):
         rows = slice(start, start + ROWS)
@@ -143,34 +144,36 @@ def distance_strips(left: np.ndarray, right: np.ndarray) -> Iterator[tuple[slice
         yield rows, np.maximum(squares, 0)
 
 
-def nearest(left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each row of left [n,d] the number of the nearest row of right [m,d], and the square of
-    its distance."""
-    numbers, squares = zip(
-        *((strip.argmin(1), strip.min(1)) for _, strip in distance_strips(left, right)), strict=True
+def find_nearest(left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the index of the nearest row of right [m,d] for each row of left [n,d], and its
+    squared distance."""
+    indices, squares = zip(
+        *((strip.argmin(1), strip.min(1)) for _, strip in iterate_distances(left, right)),
+        strict=True,
     )
-    return np.concatenate(numbers), np.concatenate(squares)
+    return np.concatenate(indices), np.concatenate(squares)
 
 
-def radii(features: np.ndarray, neighbours: int, of: np.ndarray | None = None) -> np.ndarray:
-    """The squared distance of each row (or of each row of `of`, which are among them) to the k-th
-    nearest of the others."""
-    strips = distance_strips(features if of is None else of, features)
-    return np.concatenate(
-        [np.partition(strip, neighbours, 1)[:, neighbours] for _, strip in strips]
-    )
+def compute_radii(
+    features: np.ndarray, neighbors: int, queries: np.ndarray | None = None
+) -> np.ndarray:
+    """Returns the squared distance of each row to its k-th nearest other row, k being `neighbors`.
+    With `queries`, a subset of the rows, returns theirs only."""
+    strips = iterate_distances(features if queries is None else queries, features)
+    return np.concatenate([np.partition(strip, neighbors, 1)[:, neighbors] for _, strip in strips])
 
 
-def manifold(real: np.ndarray, fake: np.ndarray, neighbours: int = 5) -> dict[str, float]:
-    """Precision and recall (arXiv 1904.06991), density and coverage (arXiv 2002.09797) of fake
-    features [m,d] against real [n,d]: how many of the ones lie in a ball around one of the others
-    that reaches its k-th neighbour. Holds a strip of the matrix of distances at a time.
+def compute_prdc(real: np.ndarray, fake: np.ndarray, neighbors: int = 5) -> dict[str, float]:
+    """Computes precision and recall (arXiv 1904.06991), and density and coverage (arXiv 2002.09797)
+    of fake features [m,d] and real ones [n,d].
 
-    Needs more images of each kind than `neighbours`.
+    All four count the images of one set within balls around the images of the other, whose radius
+    is the distance to the k-th nearest neighbor, k being `neighbors`. Both sets must have more than
+    k images. Only a strip of the distance matrix is in memory at once.
     """
-    real_radii, fake_radii = radii(real, neighbours), radii(fake, neighbours)
+    real_radii, fake_radii = compute_radii(real, neighbors), compute_radii(fake, neighbors)
     in_real, recalled, covered = np.zeros(len(fake), np.int64), 0, 0
-    for rows, squares in distance_strips(real, fake):
+    for rows, squares in iterate_distances(real, fake):
         radius = real_radii[rows, None]
         in_real += (squares < radius).sum(0)
         recalled += int((squares < fake_radii).any(1).sum())
@@ -178,7 +181,7 @@ def manifold(real: np.ndarray, fake: np.ndarray, neighbours: int = 5) -> dict[st
     return {
         "precision": float((in_real > 0).mean()),
         "recall": recalled / len(real),
-        "density": float(in_real.mean() / neighbours),
+        "density": float(in_real.mean() / neighbors),
         "coverage": covered / len(real),
     }
 
@@ -186,32 +189,35 @@ def manifold(real: np.ndarray, fake: np.ndarray, neighbours: int = 5) -> dict[st
 def inception_score(
     probabilities: np.ndarray, splits: int = 10, seed: int = 0
 ) -> tuple[float, float]:
-    """The exponential of the mean divergence of each image's classes [n,c] from those of all
-    (arXiv 1606.03498): mean and standard deviation over parts, of images in random order, since
-    samples come class after class."""
-    found = []
+    """Computes the Inception Score (arXiv 1606.03498) from class probabilities [n,c]: the
+    exponential of the mean KL divergence of the images' class distributions from their mean.
+
+    Returns its mean and standard deviation over splits of the images in random order, since samples
+    are ordered by class.
+    """
+    scores = []
     shuffled = np.random.default_rng(seed).permutation(probabilities.astype(np.float64))
     for part in np.array_split(shuffled, min(splits, len(shuffled))):
         logarithms = np.log(np.maximum(part, 1e-16)) - np.log(np.maximum(part.mean(0), 1e-16))
-        found.append(np.exp((part * logarithms).sum(1).mean()))
-    return float(np.mean(found)), float(np.std(found))
+        scores.append(np.exp((part * logarithms).sum(1).mean()))
+    return float(np.mean(scores)), float(np.std(scores))
 
 
 class FeatureStats:
-    """What is kept of the features of `count` images, which come in parts: the moments of all of
-    them, and at most `kept` of them, evenly spread, those of `rows` int [m]."""
+    """Statistics of the features of `count` images, which come in parts: the moments of all
+    features, and at most `kept` features, those of the evenly spaced `rows` int [m]."""
 
     def __init__(self, count: int, kept: int):
         self.moments, self.rows = Moments(), evenly_spaced(count, kept)
         self._parts: list[np.ndarray] = []
 
     def add(self, features: np.ndarray) -> None:
-        """Takes in the features [n,d] of the next images. RunFailed where they are not finite."""
+        """Adds the features [n,d] of the next images. Raises RunFailed if they are not finite."""
         rows = self.rows - self.moments.count
         self._parts.append(features[rows[(rows >= 0) & (rows < len(features))]])
         self.moments.add(features)
 
     @property
     def features(self) -> np.ndarray:
-        """The features [m,d] of `rows`, as far as they have come."""
+        """The features [m,d] of `rows` that were added so far."""
         return np.concatenate(self._parts)

@@ -1,6 +1,6 @@
-"""Networks that turn images into the features that distances are taken of.
+"""Networks that compute the features from which distances are computed.
 
-Which network it is belongs to every distance's name: only those of InceptionV3 with the original's
+The network is part of each distance's name: only distances from InceptionV3 with the original
 weights are called FID and KID.
 """
 
@@ -29,37 +29,43 @@ from taming_jax.models.lpips import load_lpips, vgg_features
 from taming_jax.parallel.devices import Devices
 from taming_jax.storage import atomic_write, user_cache
 from taming_jax.weights.arrays import hash_arrays
-from taming_jax.weights.layout import Layout, expected, ours, parameter, paths
-from taming_jax.weights.state_dict import check, open_state_dict
+from taming_jax.weights.layout import (
+    Layout,
+    convert_shapes,
+    convert_to_flax,
+    flatten_shapes,
+    map_parameter,
+)
+from taming_jax.weights.state_dict import check_state_dict, open_state_dict
 
-MICRO = 32  # images a device sees at once: one size, whatever the number of devices
+MICRO_BATCH = 32  # images per device, independent of the number of devices
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = (
     f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_FILE}"
 )
-# VGG16 sees images from VGG_LEAST to VGG_MOST pixels as they are; larger ones become VGG_LARGE.
-VGG_LEAST, VGG_MOST, VGG_LARGE = 16, 64, 128
+# VGG16's input sizes: smaller images are resized to the minimum, larger ones to the large size.
+VGG_MIN_SIZE, VGG_MAX_SIZE, VGG_LARGE_SIZE = 16, 64, 128
 
 Outputs = tuple[jax.Array, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
 class Extractor:
-    """A network that features come from."""
+    """A network that computes features."""
 
     name: str
-    """In the report: "InceptionV3", "VGG16", "classifier"."""
+    """The name in the report: "InceptionV3", "VGG16" or "classifier"."""
     distance: str
-    """What the Fréchet distance of its features is called."""
+    """The name of the Fréchet distance of its features."""
     dimensions: int
     apply: Callable[[Any, jax.Array], Outputs]
-    """Parameters and images float [b,h,w,c] in [-1, 1] to features [b,d] and, where it classifies,
-    probabilities [b,k] (else [b,0])."""
+    """A function from parameters and images float [b,h,w,c] in [-1, 1] to features [b,d] and class
+    probabilities [b,k], or [b,0] if the network does not classify."""
     params: Any
     size: Callable[[int], int]
-    """The height and width that images are resized to, from what they have."""
+    """A function from the height and width of images to those that they are resized to."""
     resize: str
-    """The same in words, for the report."""
+    """A description of the resizing, for the report."""
 
     @functools.cached_property
     def weights(self) -> str:
@@ -67,10 +73,10 @@ class Extractor:
         return hash_arrays(self.params)
 
 
-def resized_clean(images: np.ndarray, size: int) -> np.ndarray:
-    """Images uint8 [n,h,w,c] as float32 [n,size,size,c] in [0, 255], resized as clean-fid does
-    (arXiv 2104.11222): each channel by Pillow, in floats, bicubic and antialiased. Images of that
-    size are returned as they are."""
+def resize_clean(images: np.ndarray, size: int) -> np.ndarray:
+    """Resizes images uint8 [n,h,w,c] to float32 [n,size,size,c] in [0, 255] like clean-fid (arXiv
+    2104.11222): each channel with Pillow in float32, bicubic and antialiased. Returns images that
+    have this size unchanged."""
     n, h, w, c = images.shape
     if h == w == size:
         return images
@@ -82,15 +88,16 @@ def resized_clean(images: np.ndarray, size: int) -> np.ndarray:
     return np.clip(resized, 0, 255)
 
 
-def resized_legacy(images: jax.Array) -> jax.Array:
-    """Images [b,h,w,c] for InceptionV3 as pytorch-fid resizes: bilinearly, not antialiased."""
+def resize_legacy(images: jax.Array) -> jax.Array:
+    """Resizes images [b,h,w,c] for InceptionV3 like pytorch-fid: bilinear, not antialiased."""
     shape = (len(images), inception.SIZE, inception.SIZE, images.shape[-1])
     return jax.image.resize(images, shape, "linear", antialias=False)
 
 
-def vgg() -> Extractor:
-    """VGG16's last convolution, averaged over space, with LPIPS's weights: images of 16 to 64 px as
-    they are, smaller ones at 16, larger ones at 128."""
+def load_vgg() -> Extractor:
+    """Loads VGG16 with LPIPS's weights. The features are the spatial means of its last convolution.
+    Images of 16 to 64 px stay unchanged; smaller ones are resized to 16 px, larger ones to 128 px.
+    """
 
     def apply(params: Any, images: jax.Array) -> Outputs:
         features = vgg_features(params, images)[-1].mean((1, 2))
@@ -98,66 +105,66 @@ def vgg() -> Extractor:
 
     return Extractor(
         "VGG16", "FD-VGG16", 512, apply, load_lpips()["vgg"],
-        size=lambda side: VGG_LARGE if side > VGG_MOST else max(side, VGG_LEAST),
-        resize=f"none of {VGG_LEAST} to {VGG_MOST} px, else to {VGG_LEAST} or {VGG_LARGE} px, "
-        "antialiased bicubic",
+        size=lambda side: VGG_LARGE_SIZE if side > VGG_MAX_SIZE else max(side, VGG_MIN_SIZE),
+        resize=f"none from {VGG_MIN_SIZE} to {VGG_MAX_SIZE} px, else to {VGG_MIN_SIZE} or "
+        f"{VGG_LARGE_SIZE} px, antialiased bicubic",
     )  # fmt: skip
 
 
-def inception_layout(names: Iterable[tuple[str, ...]]) -> Layout:
-    """Where the arrays of `InceptionV3`'s `params` and `batch_stats` stand in the file that
-    pytorch-fid gives out."""
-    return {name: parameter(".".join(name[1:-1]), name[-1]) for name in names}
+def build_inception_layout(names: Iterable[tuple[str, ...]]) -> Layout:
+    """Builds the layout of the `InceptionV3` variables (`params` and `batch_stats`) in
+    pytorch-fid's file."""
+    return {name: map_parameter(".".join(name[1:-1]), name[-1]) for name in names}
 
 
-def inception_v3(file: Path, legacy: bool = False) -> Extractor:
-    """InceptionV3 with the original's weights from pytorch-fid's file. Images are resized as
-    clean-fid does, or, with `legacy`, bilinearly without antialiasing, as pytorch-fid does.
-    UserError for another file."""
+def load_inception(file: Path, legacy: bool = False) -> Extractor:
+    """Loads InceptionV3 with the original weights from pytorch-fid's file. Images are resized like
+    in clean-fid or, with `legacy`, like in pytorch-fid: bilinear, not antialiased. Raises UserError
+    for another file."""
     model = InceptionV3()
     image = jnp.zeros((1, inception.SIZE, inception.SIZE, 3))
-    shapes = paths(jax.eval_shape(model.init, jax.random.key(0), image))
-    layout = inception_layout(shapes)
+    shapes = flatten_shapes(jax.eval_shape(model.init, jax.random.key(0), image))
+    layout = build_inception_layout(shapes)
     try:
         tensors, _ = open_state_dict(file)
-        # The file also holds what only training needs: a second head, and how long BatchNorm ran.
-        check(
-            file, tensors, expected(layout, shapes),
+        # The file also has arrays for training: a second head, and BatchNorm's counts of batches.
+        check_state_dict(
+            file, tensors, convert_shapes(layout, shapes),
             lambda name: "AuxLogits" in name or name.endswith("num_batches_tracked"),
             "InceptionV3",
         )  # fmt: skip
-        variables = jax.tree.map(np.ascontiguousarray, ours(layout, tensors))
+        variables = jax.tree.map(np.ascontiguousarray, convert_to_flax(layout, tensors))
     except UserError as error:
         raise UserError(
-            f"{file} does not hold InceptionV3's weights ({str(error).rstrip('.')}); get them from "
-            f"{INCEPTION_URL}, or take --features vgg."
+            f"{file} does not have InceptionV3's weights ({str(error).rstrip('.')}); download them "
+            f"from {INCEPTION_URL}, or use --features vgg."
         ) from error
 
     def apply(params: Any, images: jax.Array) -> Outputs:
         if images.shape[-1] == 1:
             images = jnp.repeat(images, 3, -1)
         if legacy:
-            images = resized_legacy(images)
+            images = resize_legacy(images)
         features, logits = cast(Outputs, model.apply(params, images))
-        # The Inception Score's classes are without the bias, as in the graph it was defined by.
+        # The Inception Score's logits have no bias, as in the graph that defined the score.
         return features, jax.nn.softmax(logits - params["params"]["fc"]["bias"])
 
-    way = "bilinear, not antialiased" if legacy else "antialiased bicubic"
+    method = "bilinear, not antialiased" if legacy else "antialiased bicubic"
     return Extractor(
         "InceptionV3", "FID" if is_original(file.read_bytes()) else "FD-InceptionV3",
         inception.FEATURES, apply, variables,
         size=lambda side: side if legacy else inception.SIZE,
-        resize=f"to {inception.SIZE} px, {way}",
+        resize=f"to {inception.SIZE} px, {method}",
     )  # fmt: skip
 
 
-def digits(train: Split, classes: int) -> Extractor:
-    """The features of a classifier of a dataset's own classes, MNIST's digits as a rule, trained on
-    its training split the first time and kept. UserError for a split that is too small."""
+def load_digit_classifier(train: Split, classes: int) -> Extractor:
+    """Loads a classifier of a dataset's classes (usually MNIST digits). The first call trains it on
+    the training split and caches it. Raises UserError if the split is too small."""
     if classes < 2 or len(train.images) < classifier.BATCH:
         raise UserError(
-            f"{len(train.images)} training images of {classes} classes are too few for a "
-            "classifier; take --features vgg."
+            f"{len(train.images)} training images of {classes} classes are too few to train a "
+            "classifier; use --features vgg."
         )
     content = hashlib.sha256(train.images.tobytes() + train.labels.tobytes()).hexdigest()
     file = user_cache() / f"classifier-{classifier.VERSION}-{content[:16]}.npz"
@@ -174,68 +181,70 @@ def digits(train: Split, classes: int) -> Extractor:
     )  # fmt: skip
 
 
-def pretrained(name: str, weights: str | Path | None, legacy_resize: bool) -> Extractor:
-    """The features that a protocol names: "inception", "vgg", or "auto", which is InceptionV3 where
-    its file `weights` is given or on this machine, else VGG16; in all processes the same. UserError
-    for another name, and where the weights are missing or cannot be used."""
+def load_pretrained(name: str, weights: str | Path | None, legacy_resize: bool) -> Extractor:
+    """Loads the extractor that a protocol names: "inception", "vgg", or "auto", which is
+    InceptionV3 if `weights` names its file or this machine has it, else VGG16. Raises UserError for
+    another name, and if the weights are missing or invalid."""
     if name not in ("auto", "inception", "vgg"):
-        raise UserError(f"there are no features '{name}'; take auto, inception, vgg or classifier.")
+        raise UserError(
+            f"the features '{name}' do not exist; use auto, inception, vgg or classifier."
+        )
     file = None
     if name != "vgg":
         file = weights or find_inception(fetch=name == "inception")
-    return inception_v3(Path(file), legacy_resize) if file else vgg()
+    return load_inception(Path(file), legacy_resize) if file else load_vgg()
 
 
 def find_inception(fetch: bool) -> Path | None:
-    """InceptionV3's file in the user's cache or in PyTorch's, else, with `fetch`, downloaded into
-    the user's cache. UserError where that fails."""
+    """Returns InceptionV3's file in the user's cache or in PyTorch's, or None. With `fetch`,
+    downloads a missing file into the user's cache, and raises UserError if that fails."""
     torch = Path(os.environ.get("TORCH_HOME") or "~/.cache/torch").expanduser()
     file = user_cache() / INCEPTION_FILE
-    for place in (file, torch / "hub" / "checkpoints" / INCEPTION_FILE):
-        if place.is_file():
-            return place
+    for path in (file, torch / "hub" / "checkpoints" / INCEPTION_FILE):
+        if path.is_file():
+            return path
     if not fetch:
         return None
-    print(f"Fetching {INCEPTION_URL} (91 MiB).", flush=True)
+    print(f"Downloading {INCEPTION_URL} (91 MiB).", flush=True)
     try:
         with urllib.request.urlopen(INCEPTION_URL, timeout=60) as response:
             content = response.read()
         if not is_original(content):
-            raise OSError("what came is another file")
+            raise OSError("the content has a wrong checksum")
         file.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(file, content)
     except (OSError, HTTPException) as error:
         raise UserError(
-            f"InceptionV3's weights cannot be had from {INCEPTION_URL} ({error}); fetch the file "
-            f"elsewhere and put it at {file}, or name it by --weights, or take --features vgg."
+            f"cannot download InceptionV3's weights from {INCEPTION_URL} ({error}); put the file "
+            f"at {file}, name it with --weights, or use --features vgg."
         ) from error
     return file
 
 
 def is_original(content: bytes) -> bool:
-    """Whether these are the bytes of pytorch-fid's file, whose name ends in their hash."""
+    """Returns whether the content is that of pytorch-fid's file, whose name ends in its hash."""
     return hashlib.sha256(content).hexdigest().startswith("6726825d")
 
 
 class Features:
-    """An extractor on the devices, in batches of one size."""
+    """An extractor that runs on the devices, in batches of one size."""
 
     def __init__(self, extractor: Extractor, devices: Devices):
         self.extractor, self._devices = extractor, devices
-        self.size = MICRO * len(devices)
+        self.size = MICRO_BATCH * len(devices)
         self._params = devices.replicate(extractor.params)
 
-        def features(params: Any, images: jax.Array) -> Outputs:
+        def extract(params: Any, images: jax.Array) -> Outputs:
             with jax.default_matmul_precision("highest"):
                 return extractor.apply(params, to_float(images))
 
-        self._apply = devices.compile(features)
+        self._apply = devices.compile(extract)
 
     def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Features [n,d] and probabilities [n,k] of images uint8 [n,h,w,c]."""
+        """Returns the features [n,d] and probabilities [n,k] of images uint8 [n,h,w,c]."""
         devices, size = self._devices, self.extractor.size(images.shape[1])
 
         def apply(rows: np.ndarray) -> Outputs:
-            return self._apply(self._params, devices.shard(resized_clean(rows, size)))
+            return self._apply(self._params, devices.shard(resize_clean(rows, size)))
 
-        return devices.in_batches(apply, images, self.size)
+        return devices.map_batches(apply, images, self.size)

@@ -1,4 +1,4 @@
-"""A small evaluation while a stage trains."""
+"""A small evaluation during training."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,16 +9,16 @@ import numpy as np
 from taming_jax.config.schema import Config
 from taming_jax.data.datasets import Split, evenly_spaced
 from taming_jax.errors import UserError
-from taming_jax.metrics.distances import Moments, frechet_distance, moments
-from taming_jax.metrics.features import MICRO, Features, vgg
+from taming_jax.metrics.distances import Moments, compute_moments, frechet_distance
+from taming_jax.metrics.features import MICRO_BATCH, Features, load_vgg
 from taming_jax.models.vqgan import max_batch
 from taming_jax.parallel.devices import Devices
 
-MOST = 2000  # images
+MAX_IMAGES = 2000
 
 
-def ranks(labels: np.ndarray) -> np.ndarray:
-    """The number of each image within its class, int32 [n], from classes int [n]."""
+def number_within_classes(labels: np.ndarray) -> np.ndarray:
+    """Returns each image's number within its class, int32 [n], from the labels int [n]."""
     order = np.argsort(labels, kind="stable")
     ordered = labels[order]
     numbers = np.empty(len(labels), np.int32)
@@ -27,28 +27,36 @@ def ranks(labels: np.ndarray) -> np.ndarray:
 
 
 class ValidationFD:
-    """The Fréchet distance, in VGG16's features, of the images that a stage makes for a validation
-    split to the split's own (at most 2,000 of them, evenly spread). Raises UserError for a split of
-    fewer than two images, and where LPIPS's weights are missing."""
+    """The Fréchet distance, from VGG16's features, between the images of a validation split (at
+    most 2,000, evenly spaced) and those that a stage generates for it.
+
+    Raises UserError if the split has fewer than two images, or if LPIPS's weights are missing.
+    """
 
     def __init__(self, split: Split, config: Config, devices: Devices):
         if len(split.images) < 2:
             raise UserError(
-                f"the validation split has {len(split.images)} images, and a distance needs two: "
-                "leave --vqgan.fd-every and --prior.fd-every out, or raise --data.validation-share."
+                f"the validation split has {len(split.images)} images, but a distance needs two; "
+                "remove --vqgan.fd-every and --prior.fd-every, or raise --data.validation-share."
             )
-        rows = evenly_spaced(len(split.images), MOST)
+        rows = evenly_spaced(len(split.images), MAX_IMAGES)
         labels = split.labels[rows].astype(np.int32)
-        self._batch = {"images": split.images[rows], "labels": labels, "numbers": ranks(labels)}
-        self._devices, self.features = devices, Features(vgg(), devices)
-        self._size = max_batch(config.data.image_size**2, MICRO) * len(devices)
+        self._batch = {
+            "images": split.images[rows],
+            "labels": labels,
+            "numbers": number_within_classes(labels),
+        }
+        self._devices, self.features = devices, Features(load_vgg(), devices)
+        self._size = max_batch(config.data.image_size**2, MICRO_BATCH) * len(devices)
         self._reference: Moments | None = None
 
-    def distance(self, make: Callable[[dict[str, Any]], jax.Array]) -> float:
-        """Of the images uint8 [b,h,w,c] that `make` makes of a batch on the devices: `images` uint8
-        [b,h,w,c], their `labels` and `numbers` int32 [b]."""
+    def compute(self, generate: Callable[[dict[str, Any]], jax.Array]) -> float:
+        """Computes the distance of the images uint8 [b,h,w,c] that `generate` returns for a batch
+        on the devices: `images` uint8 [b,h,w,c], and `labels` and `numbers` int32 [b]."""
         devices = self._devices
-        made = devices.in_batches(lambda own: make(devices.shard(own)), self._batch, self._size)
+        images = devices.map_batches(
+            lambda rows: generate(devices.shard(rows)), self._batch, self._size
+        )
         if self._reference is None:
-            self._reference = moments(self.features(self._batch["images"])[0])
-        return frechet_distance(moments(self.features(made)[0]), self._reference)
+            self._reference = compute_moments(self.features(self._batch["images"])[0])
+        return frechet_distance(compute_moments(self.features(images)[0]), self._reference)

@@ -1,7 +1,7 @@
-"""Several processes as one run, by jax.distributed: how they begin, and how they agree on things.
+"""Runs several processes as one with jax.distributed: starts them and keeps them consistent.
 
-Where a process is lost, JAX ends the others with a message of its own. Everything here does nothing
-where there is one process only.
+If a process dies, JAX ends the others with a message. With a single process, nothing here has any
+effect.
 """
 
 import importlib.metadata
@@ -20,68 +20,73 @@ import numpy as np
 from taming_jax import progress
 from taming_jax.errors import RunFailed, UserError, say
 
-HEARTBEAT = 60  # seconds of silence after which a process counts as gone
-CHUNK = 2**26  # bytes that are broadcast at once, which every device holds twice
+HEARTBEAT = 60  # seconds without a heartbeat after which a process counts as dead
+CHUNK = 2**26  # bytes per broadcast; every device holds them twice
+
+# The variables of Open MPI with the number of processes and the number of this one.
+OPEN_MPI_SIZE, OPEN_MPI_RANK = "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Processes:
-    """How several processes, each with its own devices, train as one. It is no part of the config:
-    it differs from process to process."""
+    """The settings with which several processes, each with its own devices, train as one. They are
+    not part of the config, since they differ between the processes."""
 
     distributed: bool = False
-    """Train with other processes: those that Slurm, Open MPI or Kubernetes started with this one,
-    or those that the next settings tell of."""
+    """Train together with other processes, which Slurm, Open MPI or Kubernetes started, or which
+    the following settings describe."""
     coordinator_address: str | None = None
-    """HOST:PORT of process 0, where all of them meet; alone enough under mpirun."""
+    """HOST:PORT of process 0, to which all processes connect. Under mpirun, you need to set only
+    this."""
     num_processes: int | None = None
-    """How many processes there are."""
+    """The number of processes."""
     process_id: int | None = None
-    """Which of them this one is, from 0."""
+    """The number of this process, starting at 0."""
     initialization_timeout: int = 300
-    """Seconds to wait for the others."""
+    """Seconds to wait for the other processes."""
 
 
-def join(given: Processes) -> None:
-    """Joins the other processes, if there are to be any; called before JAX starts. UserError where
-    the settings cannot work, or the others cannot be reached."""
-    address, own = given.coordinator_address, (given.num_processes, given.process_id)
-    if not given.distributed:
-        if any(value is not None for value in (address, *own)):
+def join(processes: Processes) -> None:
+    """Connects to the other processes with `--distributed`. Call it before JAX starts. Raises
+    UserError for settings that cannot work, and if the other processes cannot be reached."""
+    address, timeout = processes.coordinator_address, processes.initialization_timeout
+    size, rank = processes.num_processes, processes.process_id
+    if not processes.distributed:
+        if any(value is not None for value in (address, size, rank)):
             raise UserError(
-                "--coordinator-address, --num-processes and --process-id belong to --distributed; "
-                "add it, or leave them out."
+                "--coordinator-address, --num-processes and --process-id need --distributed; add "
+                "it, or remove them."
             )
         return
-    if address is not None and own == (None, None) and "OMPI_COMM_WORLD_RANK" in os.environ:
-        # Of Open MPI's variables JAX knows version 4's alone, which name the address.
-        own = int(os.environ["OMPI_COMM_WORLD_SIZE"]), int(os.environ["OMPI_COMM_WORLD_RANK"])
+    if address is not None and (size, rank) == (None, None) and OPEN_MPI_RANK in os.environ:
+        # JAX reads only the variables of Open MPI 4, which include the address.
+        size, rank = int(os.environ[OPEN_MPI_SIZE]), int(os.environ[OPEN_MPI_RANK])
     import jax
 
-    # JAX would take SIGTERM for itself; this program saves at one.
+    # JAX would handle SIGTERM itself, but this program saves a checkpoint on SIGTERM.
     jax.config.update("jax_enable_preemption_service", False)
-    say(f"Waiting for the other processes, for up to {given.initialization_timeout} seconds.")
+    say(f"Waiting for the other processes, for up to {timeout} seconds.")
     try:
-        if address is not None and own[1] is not None:
-            check_coordinator(address, own[1], given.initialization_timeout)
+        if address is not None and rank is not None:
+            check_coordinator(address, rank, timeout)
         jax.distributed.initialize(
-            address, *own, initialization_timeout=given.initialization_timeout,
+            address, size, rank, initialization_timeout=timeout,
             heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=HEARTBEAT,
         )  # fmt: skip
     except (ValueError, LookupError, RuntimeError, OSError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
-            f"the processes cannot be joined ({reason}). Give each the same --coordinator-address "
-            "HOST:PORT, a free port of process 0, --num-processes and its own --process-id; or "
-            "none of them, where Slurm, Open MPI or Kubernetes started the processes."
+            f"cannot connect to the other processes ({reason}). Start each process with the same "
+            "--coordinator-address HOST:PORT, a free port of process 0, the same --num-processes, "
+            "and its own --process-id; under Slurm, Open MPI or Kubernetes, omit all three."
         ) from error
 
 
 def check_coordinator(address: str, process: int, timeout: float) -> None:
-    """Raises OSError where process 0 cannot open its port, or another one cannot reach it within
-    the timeout, and ValueError where the address is none: JAX would crash the process."""
+    """Raises OSError if process 0 cannot open its port or another process cannot reach it within
+    the timeout, and ValueError for an invalid address. JAX would crash the process instead."""
     host, _, port = address.rpartition(":")
     if process == 0:
         with socket.socket() as server:
@@ -100,42 +105,43 @@ def check_coordinator(address: str, process: int, timeout: float) -> None:
 
 
 def process_count() -> int:
-    """How many processes there are."""
+    """Returns the number of processes."""
     import jax
 
     return jax.process_count()
 
 
 def is_primary() -> bool:
-    """Whether this process is the one that writes."""
+    """Returns whether this process is process 0, which writes the files."""
     import jax
 
     return jax.process_index() == 0
 
 
 def silence_secondary() -> None:
-    """From here on the sentences of other processes than the first go nowhere; errors do not."""
+    """Discards the standard output and progress of all processes but the primary one from here on.
+    Errors still appear."""
     if not is_primary():
         progress.silence()
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 def all_gather_objects(value: Any) -> list[Any]:
-    """What every process gives, by process. All of them must call this."""
+    """Returns the values of all processes, in order of process. All processes must call this."""
     if process_count() == 1:
         return [value]
     from jax.experimental.multihost_utils import process_allgather
 
     content = np.frombuffer(pickle.dumps(value), np.uint8)
     lengths = process_allgather(np.array([len(content)], np.int32)).reshape(-1)
-    filled = np.pad(content, (0, lengths.max() - len(content)))
-    rows = process_allgather(filled).reshape(len(lengths), -1)
+    padded = np.pad(content, (0, lengths.max() - len(content)))
+    rows = process_allgather(padded).reshape(len(lengths), -1)
     return [pickle.loads(row[:length]) for row, length in zip(rows, lengths, strict=True)]
 
 
 def run_on_all(function: Callable[[], T]) -> T:
-    """What a function returns; where it fails in one process, all fail. It must not itself need
-    the other processes."""
+    """Runs a function in every process and returns its result. If it raises UserError or RunFailed
+    in one process, all processes raise it. The function must not communicate with the others."""
     error: BaseException | None = None
     try:
         value = function()
@@ -151,8 +157,8 @@ def run_on_all(function: Callable[[], T]) -> T:
 
 
 def run_on_primary(function: Callable[[], T]) -> T:
-    """What a function returns in process 0, which alone runs it, in every process; or what it
-    raises there."""
+    """Runs a function in process 0 only, and returns its result, or raises its error, in every
+    process."""
     if process_count() == 1:
         return function()
     from jax.experimental.multihost_utils import broadcast_one_to_all
@@ -160,8 +166,8 @@ def run_on_primary(function: Callable[[], T]) -> T:
     value = run_on_all(lambda: function() if is_primary() else None)
     content = pickle.dumps(value) if is_primary() else b""
     length = all_gather_objects(len(content))[0]
-    own = np.frombuffer(content.ljust(length), np.uint8)
-    parts = [broadcast_one_to_all(own[at : at + CHUNK]) for at in range(0, length, CHUNK)]
+    padded = np.frombuffer(content.ljust(length), np.uint8)
+    parts = [broadcast_one_to_all(padded[at : at + CHUNK]) for at in range(0, length, CHUNK)]
     return pickle.loads(np.concatenate(parts).data)
 
 
@@ -170,8 +176,11 @@ def check_equal(
     compare: Callable[[T, T], list[str]],
     advice: str = "Start all processes with the same settings and the same packages.",
 ) -> None:
-    """UserError, in every process, where one has another value than process 0. `compare` returns
-    how two values differ, as phrases; `advice` is a sentence that follows them."""
+    """Raises UserError in every process if a process has a different value than process 0.
+
+    `compare` returns the differences of two values as phrases; `advice` is a sentence that follows
+    them.
+    """
     values = all_gather_objects(value)
     for process, other in enumerate(values):
         if phrases := compare(other, values[0]):
@@ -180,20 +189,20 @@ def check_equal(
             )
 
 
-def different_values(left: dict[str, Any], right: dict[str, Any]) -> list[str]:
-    """The differing values of two dictionaries with the same keys, as phrases."""
+def describe_differences(left: dict[str, Any], right: dict[str, Any]) -> list[str]:
+    """Returns the differences of two dictionaries with the same keys, as phrases."""
     return [f"{k} is {left[k]}, not {right[k]}" for k in right if left[k] != right[k]]
 
 
 PACKAGES = ("taming_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
-def installed_versions() -> dict[str, str]:
-    """The versions of Python and of the packages that decide what is computed."""
+def get_versions() -> dict[str, str]:
+    """Returns the versions of Python and of the packages that affect the results."""
     versions = {"Python": platform.python_version()}
     for name in PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:  # a checkout on the path
+        except importlib.metadata.PackageNotFoundError:  # such as a source checkout on the path
             versions[name] = "not installed"
     return versions

@@ -1,4 +1,4 @@
-"""How JAX is set up before it starts: deterministic GPUs, and a cache of compiled programs."""
+"""Configures JAX before it starts: deterministic GPU operations and the compilation cache."""
 
 import contextlib
 import hashlib
@@ -10,7 +10,7 @@ import jax
 
 try:
     from jax._src.xla_bridge import backends_are_initialized
-except ImportError:  # a version without this private function: it is taken not to have started
+except ImportError:  # this JAX lacks the private function; assume that it has not started
 
     def backends_are_initialized() -> bool:
         return False
@@ -20,59 +20,59 @@ from taming_jax.config.schema import Config
 from taming_jax.errors import UserError
 from taming_jax.storage import user_cache
 
-# Implies --xla_gpu_exclude_nondeterministic_ops, and switches autotuning off (openxla/xla 12520).
+# Implies --xla_gpu_exclude_nondeterministic_ops and disables autotuning (openxla/xla 12520).
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
-LARGEST = 2**30  # bytes of compiled programs that are kept
-WORTH = 0.5  # seconds of compilation that are worth a file
+MAX_CACHE_BYTES = 2**30
+MIN_COMPILE_SECONDS = 0.5  # faster compilations are not cached
 
 
 def prepare(config: Config) -> None:
-    """Sets JAX up to train as a config says. UserError where it has started, and it is too late."""
+    """Configures JAX as a config requires. Raises UserError if JAX has started already and it is
+    too late."""
     if config.deterministic:
-        be_deterministic()
+        enable_determinism()
     if config.compile_cache:
-        keep_programs()
+        enable_compile_cache()
 
 
-def be_deterministic() -> None:
-    """Has XLA compile for GPUs only what gives the same numbers in every run."""
+def enable_determinism() -> None:
+    """Makes XLA use only deterministic operations on GPUs."""
     flags = os.environ.get("XLA_FLAGS", "")
     if DETERMINISTIC in flags.split():
         return
     if backends_are_initialized():
         raise UserError(
-            "--deterministic is decided before JAX starts, and JAX has run in this process; begin "
-            "a new one (in a notebook, restart the kernel)."
+            "--deterministic must be set before JAX starts, but JAX has already started; start a "
+            "new process (in a notebook, restart the kernel)."
         )
     os.environ["XLA_FLAGS"] = f"{flags} {DETERMINISTIC}".strip()
 
 
-def keep_programs() -> None:
-    """Keeps compiled programs in the user's own cache folder, unless JAX has a folder for them
-    already."""
+def enable_compile_cache() -> None:
+    """Caches compiled programs in the user's own cache folder, unless JAX already has a cache."""
     if jax.config.values["jax_compilation_cache_dir"]:
         return
-    folder = user_cache() / f"xla-{machine()}"
-    with contextlib.suppress(OSError):  # JAX warns of it
+    folder = user_cache() / f"xla-{get_machine_key()}"
+    with contextlib.suppress(OSError):  # JAX prints a warning
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", WORTH)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
     if jax.__version_info__ >= (0, 12):  # with 0.10 a bound fails for users without a home folder
-        jax.config.update("jax_compilation_cache_max_size", LARGEST)
+        jax.config.update("jax_compilation_cache_max_size", MAX_CACHE_BYTES)
 
 
-def machine() -> str:
-    """A name for what compiled programs depend on besides what jax has in their keys: the kind of
-    CPU, and the cores this process may use, among which a program for the CPU divides its work (and
-    rounds accordingly)."""
+def get_machine_key() -> str:
+    """Returns a name for the machine properties that affect compiled programs but are not part of
+    JAX's cache keys: the CPU model, and the number of cores that this process may use, among which
+    a CPU program divides its work (and rounds accordingly)."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        names = ("model name", "flags", "CPU part", "Features")  # of x86-64, then of Arm
-        kind = sorted({line for line in lines if line.startswith(names)})
+        names = ("model name", "flags", "CPU part", "Features")  # x86-64, then Arm
+        cpu = sorted({line for line in lines if line.startswith(names)})
     except OSError:
-        kind = [platform.machine(), platform.processor()]
-    known = hasattr(os, "sched_getaffinity")
-    cores = len(os.sched_getaffinity(0)) if known else os.cpu_count()
-    found = hashlib.sha256("\n".join([*kind, str(cores)]).encode()).hexdigest()[:12]
-    return f"jax-{jax.__version__}-{found}"
+        cpu = [platform.machine(), platform.processor()]
+    has_affinity = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
+    key = hashlib.sha256("\n".join([*cpu, str(cores)]).encode()).hexdigest()[:12]
+    return f"jax-{jax.__version__}-{key}"

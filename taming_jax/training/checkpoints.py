@@ -36,7 +36,7 @@ from taming_jax.errors import RunFailed, UserError, say
 from taming_jax.storage import hash_json
 from taming_jax.training.orbax_handlers import PRIMARY_ONLY, arrays_handler, describe_failure
 from taming_jax.training.weights import describe_loaded, load_matching_weights
-from taming_jax.weights.arrays import digest, fill, named_arrays
+from taming_jax.weights.arrays import digest, fill, flatten_arrays
 
 FD = "fd_vgg16"  # a Fréchet distance, which takes precedence over `best_metric`
 
@@ -143,7 +143,7 @@ class Store:
         self.wait()
         if step in self.steps():
             return
-        arrays = {path: np.asarray(x) for path, x in named_arrays(state).items()}
+        arrays = {path: np.asarray(x) for path, x in flatten_arrays(state).items()}
         metadata: dict[str, Any] = {
             "format": FORMAT,
             "hashes": {"/".join(path): digest(array) for path, array in arrays.items()},

@@ -47,7 +47,7 @@ def check_processes(config: Config) -> None:
         return diff_configs(one, other, sections, lambda field: field.name not in MACHINE_SETTINGS)
 
     distributed.check_equal(config, different_settings)
-    distributed.check_equal(distributed.installed_versions(), distributed.different_values)
+    distributed.check_equal(distributed.get_versions(), distributed.describe_differences)
 
 
 def train(build_stage: Callable[..., Stage], config: Config, restart: bool = False) -> Path:
@@ -278,7 +278,7 @@ class Loop:
         device."""
         if distributed.process_count() == 1:
             return self.signals.received
-        self.votes.append(self.devices.largest(self.signals.received or 0))
+        self.votes.append(self.devices.reduce_max(self.signals.received or 0))
         if len(self.votes) <= 2:
             return None
         return int(self.devices.fetch(self.votes.pop(0))) or None

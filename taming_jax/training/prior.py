@@ -23,7 +23,7 @@ from taming_jax.data.pixels import to_uint8
 from taming_jax.errors import UserError
 from taming_jax.models.vqgan import build_vqgan, decode_indices
 from taming_jax.parallel import distributed
-from taming_jax.parallel.devices import Compiled, Devices, in_batches, maybe_pmean, maybe_psum
+from taming_jax.parallel.devices import Compiled, Devices, map_batches, maybe_pmean, maybe_psum
 from taming_jax.priors.decoding import sample_keys, sampling_batch_size
 from taming_jax.priors.registry import Prior, build_prior
 from taming_jax.training.accumulate import average_micro_batches
@@ -226,7 +226,7 @@ class PriorStage(Stage):
             "labels": np.repeat(classes, columns),
             "numbers": np.tile(np.arange(columns, dtype=np.int32), len(classes)),
         }
-        images = in_batches(
+        images = map_batches(
             functools.partial(self._draw_images, params),
             arrays,
             sampling_batch_size(self.devices.list[0]),

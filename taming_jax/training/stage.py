@@ -103,4 +103,4 @@ class Stage(abc.ABC):
         split. This requires the setting `fd_every`."""
         assert self._monitor is not None
         params = {name: net.eval_params for name, net in state.nets.items()}
-        return self._monitor.distance(functools.partial(self._make_images, params))
+        return self._monitor.compute(functools.partial(self._make_images, params))

@@ -109,7 +109,7 @@ class Tokenizer:
                 for start, part in parts.items():
                     places = np.arange(start, start + len(part.images), dtype=np.int32)
                     arrays = part._asdict() | {"place": places}
-                    codes[start] = self.devices.in_batches(encode_batch, arrays, size).astype(
+                    codes[start] = self.devices.map_batches(encode_batch, arrays, size).astype(
                         self._dtype
                     )
                     if distributed.is_primary():

@@ -11,7 +11,7 @@ import numpy as np
 from taming_jax.config.load import diff_configs
 from taming_jax.config.schema import Config
 from taming_jax.errors import UserError
-from taming_jax.weights.arrays import named_arrays
+from taming_jax.weights.arrays import flatten_arrays
 
 Name = tuple[str, ...]
 
@@ -33,7 +33,7 @@ def load_matching_weights(
     Optimizer states are new."""
     result = LoadedWeights(None, [], [])
     leaves = []
-    for path, leaf in named_arrays(template).items():
+    for path, leaf in flatten_arrays(template).items():
         source = path
         is_learned = path[0] == "nets" and path[1] in learned
         if is_learned and path[2] in ("params", "ema"):
@@ -82,7 +82,7 @@ def describe_mismatches(
     phrases = diff_configs(config, other, sections, lambda f: bool(f.metadata.get("meaning")))
     sentences = [f"{phrase} as in the run that the weights come from." for phrase in phrases]
     frozen = {
-        path: leaf for path, leaf in named_arrays(template).items()
+        path: leaf for path, leaf in flatten_arrays(template).items()
         if path[0] == "nets" and path[1] not in learned and path[2] == "params"
     }  # fmt: skip
     if any(not np.array_equal(x, arrays.get(path, np.empty(0))) for path, x in frozen.items()):

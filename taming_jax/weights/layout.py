@@ -1,6 +1,8 @@
-"""Where the arrays of one of our networks stand in the state dict of another program, in both
-directions: a table from the names of ours to an `Entry` each, from which an import, an export and
-the shapes that a file must have all follow.
+"""Layouts: where the arrays of our networks are in PyTorch state dicts, and how to convert them in
+both directions.
+
+A layout maps each of our parameters' paths to an `Entry`. Imports, exports, and the shapes that a
+file must have all follow from it.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -10,87 +12,91 @@ import numpy as np
 from flax import traverse_util
 
 Path = tuple[str, ...]
-Arrays = dict[Path, np.ndarray]
 
 
 class Entry(NamedTuple):
-    """The names of arrays there, and how ours is made of them and they of ours. Both take views
-    where they can."""
+    """The names of the PyTorch arrays that correspond to one of our arrays, and the conversions in
+    both directions, which return views if possible."""
 
     names: tuple[str, ...]
-    ours: Callable[..., np.ndarray]
-    theirs: Callable[[np.ndarray], tuple[np.ndarray, ...]]
+    to_flax: Callable[..., np.ndarray]
+    to_torch: Callable[[np.ndarray], tuple[np.ndarray, ...]]
 
 
 Layout = dict[Path, Entry]
 
 
-def kernel(name: str) -> Entry:
-    """A weight: OIHW there and HWIO here, OI and IO, or a vector."""
+def map_kernel(name: str) -> Entry:
+    """Maps a weight: OIHW in PyTorch and HWIO in Flax, OI and IO, or a vector in both."""
 
-    def ours(x: np.ndarray) -> np.ndarray:
+    def to_flax(x: np.ndarray) -> np.ndarray:
         return x.transpose(2, 3, 1, 0) if x.ndim == 4 else x.T
 
-    def theirs(x: np.ndarray) -> tuple[np.ndarray, ...]:
+    def to_torch(x: np.ndarray) -> tuple[np.ndarray, ...]:
         return (x.transpose(3, 2, 0, 1) if x.ndim == 4 else x.T,)
 
-    return Entry((name,), ours, theirs)
+    return Entry((name,), to_flax, to_torch)
 
 
-def same(name: str) -> Entry:
-    """An array that is alike in both."""
+def map_unchanged(name: str) -> Entry:
+    """Maps an array that is the same in both."""
     return Entry((name,), lambda x: x, lambda x: (x,))
 
 
-def parameter(name: str, last: str) -> Entry:
-    """The parameter `last` of a Flax layer that PyTorch calls `name`."""
-    return kernel(f"{name}.weight") if last == "kernel" else same(f"{name}.{LEAVES[last]}")
+def map_parameter(name: str, last: str) -> Entry:
+    """Maps the parameter `last` of a Flax layer that PyTorch calls `name`."""
+    if last == "kernel":
+        return map_kernel(f"{name}.weight")
+    return map_unchanged(f"{name}.{TORCH_NAMES[last]}")
 
 
-LEAVES = {"scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+TORCH_NAMES = {"scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 
 
-def joined(entries: Iterable[Entry]) -> Entry:
-    """An array that is several there, side by side along our last axis, all of one width."""
+def map_concatenated(entries: Iterable[Entry]) -> Entry:
+    """Maps one of our arrays to several PyTorch arrays of equal width, which it concatenates along
+    its last axis."""
     parts = tuple(entries)
 
-    def ours(*arrays: np.ndarray) -> np.ndarray:
-        return np.concatenate([e.ours(x) for e, x in zip(parts, arrays, strict=True)], -1)
+    def to_flax(*arrays: np.ndarray) -> np.ndarray:
+        return np.concatenate([e.to_flax(x) for e, x in zip(parts, arrays, strict=True)], -1)
 
-    def theirs(x: np.ndarray) -> tuple[np.ndarray, ...]:
+    def to_torch(x: np.ndarray) -> tuple[np.ndarray, ...]:
         pieces = np.split(x, len(parts), -1)
-        return tuple(e.theirs(piece)[0] for e, piece in zip(parts, pieces, strict=True))
+        return tuple(e.to_torch(piece)[0] for e, piece in zip(parts, pieces, strict=True))
 
-    return Entry(tuple(e.names[0] for e in parts), ours, theirs)
+    return Entry(tuple(e.names[0] for e in parts), to_flax, to_torch)
 
 
-def paths(tree: Any) -> dict[Path, tuple[int, ...]]:
-    """The names and shapes of a tree of arrays, or of their descriptions."""
+def flatten_shapes(tree: Any) -> dict[Path, tuple[int, ...]]:
+    """Returns the shapes of a tree of arrays, or of `jax.ShapeDtypeStruct`s, by path."""
     return {path: tuple(x.shape) for path, x in traverse_util.flatten_dict(tree).items()}
 
 
-def expected(layout: Layout, shapes: Mapping[Path, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """The shapes that arrays of the other program must have, by their names there."""
-    found: dict[str, tuple[int, ...]] = {}
+def convert_shapes(
+    layout: Layout, shapes: Mapping[Path, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of the PyTorch arrays by name, from the shapes of ours by path."""
+    torch_shapes: dict[str, tuple[int, ...]] = {}
     for path, entry in layout.items():
-        arrays = entry.theirs(np.broadcast_to(np.float32(0), shapes[path]))
-        found |= {name: x.shape for name, x in zip(entry.names, arrays, strict=True)}
-    return found
+        arrays = entry.to_torch(np.broadcast_to(np.float32(0), shapes[path]))
+        torch_shapes |= {name: x.shape for name, x in zip(entry.names, arrays, strict=True)}
+    return torch_shapes
 
 
-def ours(layout: Layout, state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Our parameters from another program's state dict."""
+def convert_to_flax(layout: Layout, state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Converts a PyTorch state dict to our parameters, a tree."""
     flat = {
-        path: entry.ours(*(state_dict[name] for name in entry.names))
+        path: entry.to_flax(*(state_dict[name] for name in entry.names))
         for path, entry in layout.items()
     }
     return traverse_util.unflatten_dict(flat)
 
 
-def theirs(layout: Layout, params: Any) -> dict[str, np.ndarray]:
-    """The other program's state dict from our parameters."""
+def convert_to_torch(layout: Layout, params: Any) -> dict[str, np.ndarray]:
+    """Converts our parameters, a tree, to a PyTorch state dict."""
     flat = traverse_util.flatten_dict(params)
-    found: dict[str, np.ndarray] = {}
+    state_dict: dict[str, np.ndarray] = {}
     for path, entry in layout.items():
-        found |= dict(zip(entry.names, entry.theirs(np.asarray(flat[path])), strict=True))
-    return found
+        state_dict |= dict(zip(entry.names, entry.to_torch(np.asarray(flat[path])), strict=True))
+    return state_dict

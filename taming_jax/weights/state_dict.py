@@ -1,5 +1,4 @@
-"""State dicts in files, PyTorch's (`.ckpt`, `.pt`, `.pth`) and safetensors, and checks of what they
-hold."""
+"""Reads, writes and checks state dicts: PyTorch files (`.ckpt`, `.pt`, `.pth`) and safetensors."""
 
 import importlib.util
 import json
@@ -17,29 +16,30 @@ StateDict = dict[str, np.ndarray]
 
 
 def open_state_dict(file: Path) -> tuple[StateDict, dict[str, Any]]:
-    """The arrays of a file by their names, and what else it holds. In a file of PyTorch's they are
-    in its `ema`, `state_dict` or `model`, or all there is.
+    """Returns the arrays of a file by name, and its numbers and strings.
 
-    Raises UserError for a file that is missing, damaged, or holds no arrays.
+    In a PyTorch file, the arrays are under the key `ema`, `state_dict`, `model` or `module`, or at
+    the top level. Raises UserError for a file that is missing or damaged, or has no arrays.
     """
     if file.suffix == ".safetensors":
         return open_safetensors(file)
     content = open_tensors(file)
     if not isinstance(content, Mapping):
-        raise UserError(f"{file} holds no state dict.")
-    # As Lightning, LlamaGen and DeepSpeed call it.
+        raise UserError(f"{file} has no state dict; name a checkpoint.")
+    # The names that Lightning, LlamaGen and DeepSpeed use.
     keys = [k for k in ("ema", "state_dict", "model", "module") if isinstance(content.get(k), dict)]
-    inner = content[keys[0]] if keys else content
-    arrays = {str(name): x for name, x in inner.items() if isinstance(x, np.ndarray)}
+    state_dict = content[keys[0]] if keys else content
+    arrays = {str(name): x for name, x in state_dict.items() if isinstance(x, np.ndarray)}
     if not arrays:
-        raise UserError(f"{file} holds no state dict.")
+        raise UserError(f"{file} has no state dict; name a checkpoint.")
     if keys[:1] == ["ema"]:
-        say(f"{file} holds a moving average of its weights, which is used.")
+        say(f"{file} has an exponential moving average of its weights (ema), which is used.")
     return arrays, {str(k): x for k, x in content.items() if isinstance(x, int | float | str)}
 
 
 def open_safetensors(file: Path) -> tuple[StateDict, dict[str, Any]]:
-    """The arrays of a safetensors file, and its metadata."""
+    """Returns the arrays of a safetensors file by name, and its metadata. Raises UserError for a
+    file that is missing or damaged."""
     import safetensors
 
     try:
@@ -53,67 +53,72 @@ def open_safetensors(file: Path) -> tuple[StateDict, dict[str, Any]]:
     except FileNotFoundError:
         raise UserError(f"there is no file {file}.") from None
     except (OSError, ValueError, TypeError, AttributeError, safetensors.SafetensorError) as error:
-        raise UserError(f"{file} is not a safetensors file that can be read ({error}).") from error
+        raise UserError(
+            f"{file} cannot be read as a safetensors file ({error}); download or copy it again."
+        ) from error
 
 
-def check_kind(file: Path) -> None:
-    """UserError for a file that `write_state_dict` cannot write: one of another kind, or a `.ckpt`
-    where PyTorch is not installed."""
+def check_suffix(file: Path) -> None:
+    """Raises UserError for a file that `write_state_dict` cannot write: one with another suffix, or
+    a `.ckpt` if PyTorch is not installed."""
     if file.suffix not in (".ckpt", ".safetensors"):
         raise UserError(f"{file} is neither a .ckpt nor a .safetensors file; name one of these.")
     if file.suffix == ".ckpt" and importlib.util.find_spec("torch") is None:
         raise UserError(
-            f"{file}: a .ckpt is written by PyTorch, which is not installed; install it (pip "
+            f"{file}: writing a .ckpt file needs PyTorch, which is not installed; install it (pip "
             f"install torch), or write {file.with_suffix('.safetensors').name}."
         )
 
 
 def write_state_dict(
-    file: Path, state_dict: Mapping[str, np.ndarray], rest: dict[str, Any]
+    file: Path, state_dict: Mapping[str, np.ndarray], metadata: dict[str, Any]
 ) -> None:
-    """Writes a `.safetensors` file with `rest` as its metadata, or a `.ckpt` as PyTorch Lightning
-    writes it. The file appears whole or not at all. Raises OSError."""
+    """Writes a `.safetensors` file with metadata, or a `.ckpt` file in the format of PyTorch
+    Lightning. The write is atomic. Raises OSError."""
     with atomic_file(file) as partial:
         if file.suffix == ".safetensors":
             from safetensors.numpy import save_file
 
             arrays = {name: np.asarray(x, order="C") for name, x in state_dict.items()}
-            save_file(arrays, partial, {key: json.dumps(value) for key, value in rest.items()})
+            save_file(arrays, partial, {key: json.dumps(value) for key, value in metadata.items()})
         else:
             import torch
 
             tensors = {name: torch.from_numpy(np.array(x)) for name, x in state_dict.items()}
             try:
-                torch.save({**rest, "state_dict": tensors}, partial)
-            except RuntimeError as error:  # as PyTorch has it where a disk is full
+                torch.save({**metadata, "state_dict": tensors}, partial)
+            except RuntimeError as error:  # PyTorch's error for a full disk
                 raise OSError(str(error)) from error
 
 
-def check(
+def check_state_dict(
     file: Path,
-    found: StateDict,
-    expected: Mapping[str, tuple[int, ...]],
-    may_be: Callable[[str], bool],
-    described: str,
+    state_dict: StateDict,
+    shapes: Mapping[str, tuple[int, ...]],
+    is_extra: Callable[[str], bool],
+    source: str,
 ) -> None:
-    """UserError where a file lacks an array, holds one that is neither expected nor one that
-    `may_be`, or one of another shape than what is `described` makes it."""
-    missing = [name for name in expected if name not in found]
-    extra = [name for name in found if name not in expected and not may_be(name)]
-    if missing or extra:
-        parts = [f"it lacks {some(missing)}"] if missing else []
-        parts += [f"it holds {some(extra)} besides"] if extra else []
-        raise UserError(f"{file} is not what {described} describes: {', and '.join(parts)}.")
-    for name, shape in expected.items():
-        if found[name].shape != shape:
+    """Raises UserError if a file lacks an array of `shapes`, has one of another shape, or has an
+    unknown one for which `is_extra` is false. `source` names what the shapes come from."""
+    missing = [name for name in shapes if name not in state_dict]
+    unknown = [name for name in state_dict if name not in shapes and not is_extra(name)]
+    if missing or unknown:
+        problems = [f"it lacks {format_names(missing)}"] if missing else []
+        problems += [f"it has the unknown arrays {format_names(unknown)}"] if unknown else []
+        raise UserError(
+            f"{file} does not match {source}: {', and '.join(problems)}; check that it is "
+            "the right file."
+        )
+    for name, shape in shapes.items():
+        if state_dict[name].shape != shape:
             raise UserError(
-                f"{file} is not what {described} describes: {name} is {list(found[name].shape)} in "
-                f"the file and {list(shape)} by {described}."
+                f"{file} does not match {source}: {name} has shape "
+                f"{list(state_dict[name].shape)} in the file, but {source} requires {list(shape)}."
             )
 
 
-def some(names: Iterable[str]) -> str:
-    """The first five of names, and how many more there are."""
+def format_names(names: Iterable[str]) -> str:
+    """Returns the first five names, and the number of the others."""
     listed = list(names)
     more = f" and {len(listed) - 5} more" if len(listed) > 5 else ""
     return ", ".join(listed[:5]) + more

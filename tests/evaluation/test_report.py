@@ -66,7 +66,7 @@ def test_reconstructions(run, report, features_of):
     assert found["usage"] == (counts > 0).mean()
     shares = counts[counts > 0] / counts.sum()
     assert found["perplexity"] == pytest.approx(np.exp(-(shares * np.log(shares)).sum()))
-    real, fake = (distances.moments(features_of(x)) for x in (images, again))
+    real, fake = (distances.compute_moments(features_of(x)) for x in (images, again))
     assert found["fd"] == pytest.approx(distances.frechet_distance(real, fake), rel=1e-3)
     labels = split.labels[np.linspace(0, len(split.images) - 1, 70).astype(int)]
     bits = -run.log_likelihood(images, labels).mean() / np.log(2) / counts.sum() * 70
@@ -84,11 +84,13 @@ def test_samples(run, report, features_of):
     fake = features_of(images)
     real = features_of(split.images[np.linspace(0, len(split.images) - 1, 70).astype(int)])
     found = report["samples"]
-    fd = distances.frechet_distance(distances.moments(fake), distances.moments(real))
+    fd = distances.frechet_distance(
+        distances.compute_moments(fake), distances.compute_moments(real)
+    )
     assert found["fd"] == pytest.approx(fd, rel=1e-3)
     kept = [x[np.linspace(0, len(x) - 1, 50).astype(int)] for x in (fake, real)]
     assert found["kd"] == pytest.approx(distances.kernel_distance(*kept)[0], rel=1e-3)
-    manifold = distances.manifold(kept[1], kept[0])
+    manifold = distances.compute_prdc(kept[1], kept[0])
     assert {name: found[name] for name in manifold} == pytest.approx(manifold)
 
 
@@ -117,10 +119,10 @@ def test_what_cannot_be_measured(run, cache, tmp_path):
     np.savez(tmp_path / "adm.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     for change, said in (
         ({"split": "holdout"}, "there is no split 'holdout'; choose train, validation or test"),
-        ({"features": "resnet"}, "there are no features 'resnet'"),
+        ({"features": "resnet"}, "the features 'resnet' do not exist"),
         (
             {"features": "inception", "weights": tmp_path / "no.pth"},
-            r"no.pth does not hold InceptionV3's weights \(there is no file .*\); get them",
+            r"no.pth does not have InceptionV3's weights \(there is no file .*\); download them",
         ),
         ({"images": 0}, "images is 0; it must be 1 or more"),
         ({"images": 1}, "1 image of the split 'train' is selected, but metrics of samples need"),

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from taming_jax.interop.imports import Part, read_networks
-from taming_jax.weights.layout import parameter
+from taming_jax.weights.layout import map_parameter
 
 
 def test_networks_are_float32_whatever_the_file_holds(tmp_path):
@@ -11,7 +11,7 @@ def test_networks_are_float32_whatever_the_file_holds(tmp_path):
     shapes = {"net": {"dense": {"kernel": jax.ShapeDtypeStruct((3, 2), jnp.float32)}}}
 
     def table(paths):
-        return {path: parameter(".".join(path[:-1]), path[-1]) for path in paths}
+        return {path: map_parameter(".".join(path[:-1]), path[-1]) for path in paths}
 
     for dtype in (np.float16, jnp.bfloat16, np.float64):
         arrays = {"a.dense.weight": weight.astype(dtype)}

@@ -17,8 +17,8 @@ def shapes():
     """The two state dicts' names, in the order the reference has them, and shapes by what is known
     of its sizes: those that ours would have."""
     from taming_jax.interop import llamagen
-    from taming_jax.interop.imports import Model, shapes_of
-    from taming_jax.weights.layout import expected, paths
+    from taming_jax.interop.imports import Model, compute_shapes
+    from taming_jax.weights.layout import convert_shapes, flatten_shapes
 
     config = taming_jax.load_config("folder", {
         "data.image_size": 16, "vqgan.discriminator_start": 1.0, "vqgan.channels": 32,
@@ -28,12 +28,14 @@ def shapes():
         "prior.heads": 2, "prior.layers": 2, "prior.mlp": "swiglu", "prior.mlp_width": 40,
         "prior.bias": False, "prior.norm": "rms", "prior.positions": "llamagen",
     })  # fmt: skip
-    known = {name: paths(tree) for name, tree in shapes_of(Model(config, tuple("abc"))).items()}
-    generator = llamagen.tokenizer_layout(known["generator"])
-    transformer = llamagen.transformer_layout(known["transformer"], 2, 24)
+    model = Model(config, tuple("abc"))
+    known = {name: flatten_shapes(tree) for name, tree in compute_shapes(model).items()}
+    generator = llamagen.build_tokenizer_layout(known["generator"])
+    transformer = llamagen.build_transformer_layout(known["transformer"], 2, 24)
     return (
-        expected(generator, known["generator"]), expected(transformer, known["transformer"])
-    )  # fmt: skip
+        convert_shapes(generator, known["generator"]),
+        convert_shapes(transformer, known["transformer"]),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +83,11 @@ def test_what_does_not_belong_together_is_refused(files, tmp_path):
     part = {name: np.zeros(shape, np.float32) for name, shape in tables.items()}
     write_tensors(files / "part.pt", part)
     for flags, says in (
-        (("--gpt", files / "vq.pt"), "is no class-conditional transformer of LlamaGen's"),
-        (("--gpt", files / "gpt.pt"), "is 32 wide, and no file says how many heads that is"),
+        (("--gpt", files / "vq.pt"), "is not a LlamaGen class-conditional transformer"),
+        (
+            ("--gpt", files / "gpt.pt"),
+            "has width 32, for which the number of attention heads is unknown",
+        ),
         (("--gpt", files / "none.pt"), "there is no file"),
         (("--gpt", files / "part.pt"), "it lacks layers.0.feed_forward.w1.weight"),
     ):

@@ -6,7 +6,7 @@ from scipy import linalg
 
 from taming_jax.errors import UserError
 from taming_jax.metrics import distances
-from taming_jax.metrics.distances import moments
+from taming_jax.metrics.distances import compute_moments
 
 RNG = np.random.default_rng(0)
 MIXING = RNG.normal(size=(20, 20)) / 5
@@ -26,7 +26,7 @@ def test_moments_in_parts_are_those_of_the_whole():
 
 
 def test_frechet_distance_is_the_one_with_a_matrix_root():
-    left, right = moments(REAL), moments(FAKE)
+    left, right = compute_moments(REAL), compute_moments(FAKE)
     root = linalg.sqrtm(left.covariance @ right.covariance).real
     apart = left.mean - right.mean
     expected = apart @ apart + np.trace(left.covariance + right.covariance - 2 * root)
@@ -82,9 +82,9 @@ def test_manifold_by_all_pairs(monkeypatch):
         "density": inside.sum(0).mean() / k,
         "coverage": (far(real, fake).min(1) < real_radii).mean(),
     }
-    assert distances.manifold(real, fake, k) == pytest.approx(expected)
+    assert distances.compute_prdc(real, fake, k) == pytest.approx(expected)
     assert all(0 < value < 1 for value in expected.values())
-    number, square = distances.nearest(fake, real)
+    number, square = distances.find_nearest(fake, real)
     np.testing.assert_array_equal(number, far(fake, real).argmin(1))
     np.testing.assert_allclose(np.sqrt(square), far(fake, real).min(1), rtol=1e-6)
 
@@ -105,10 +105,10 @@ def test_inception_score():
 
 
 def test_statistics_are_kept_and_read(tmp_path):
-    distances.save_moments(tmp_path / "real.npz", moments(REAL))
+    distances.save_moments(tmp_path / "real.npz", compute_moments(REAL))
     found = distances.load_moments(tmp_path / "real.npz", 20)
     assert found.count == 300
-    assert distances.frechet_distance(found, moments(REAL)) == pytest.approx(0, abs=1e-6)
+    assert distances.frechet_distance(found, compute_moments(REAL)) == pytest.approx(0, abs=1e-6)
     # As the field gives them out: with mu and sigma alone.
     np.savez(tmp_path / "theirs.npz", mu=found.mean, sigma=found.covariance)
     theirs = distances.load_moments(tmp_path / "theirs.npz", 20)
@@ -116,7 +116,7 @@ def test_statistics_are_kept_and_read(tmp_path):
 
 
 def test_statistics_that_cannot_be_used(tmp_path):
-    distances.save_moments(tmp_path / "real.npz", moments(REAL))
+    distances.save_moments(tmp_path / "real.npz", compute_moments(REAL))
     (tmp_path / "text.npz").write_text("no statistics")
     np.savez(tmp_path / "other.npz", mean=np.zeros(3))
     (tmp_path / "cut.npz").write_bytes((tmp_path / "real.npz").read_bytes()[:-40])
@@ -126,11 +126,11 @@ def test_statistics_that_cannot_be_used(tmp_path):
     np.savez(tmp_path / "one.npz", mu=np.zeros(512), sigma=sigma, count=1)
     for name, said in {
         "real.npz": r"shapes \(20,\) and \(20, 20\); these features have 512",
-        "text.npz": "holds no statistics",
-        "other.npz": "an .npz with mu and sigma",
+        "text.npz": "has no usable statistics",
+        "other.npz": "an .npz file with mu and sigma",
         "none.npz": "there is no file",
-        "cut.npz": "holds no statistics",
-        "array.npy": "holds no statistics",
+        "cut.npz": "has no usable statistics",
+        "array.npy": "has no usable statistics",
         "nan.npz": "not finite",
         "one.npz": "of 1 images",
     }.items():

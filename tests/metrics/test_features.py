@@ -10,7 +10,7 @@ from taming_jax.data import datasets
 from taming_jax.data.datasets import Split
 from taming_jax.errors import UserError
 from taming_jax.metrics import classifier, features
-from taming_jax.metrics.features import Features, resized_clean, vgg
+from taming_jax.metrics.features import Features, load_vgg, resize_clean
 from taming_jax.models.lpips import load_lpips, vgg_features
 from taming_jax.parallel.devices import Devices
 from tests.harmed_images import measure_distances
@@ -22,32 +22,32 @@ MNIST = datasets.load(load_config("mnist_tiny").data)
 def test_vgg_features_are_lpips_networks_last(monkeypatch):
     images = MNIST.test.images[:5]
     expected = vgg_features(load_lpips()["vgg"], images / np.float32(127.5) - 1)[-1].mean((1, 2))
-    found, none = Features(vgg(), Devices(1))(images)
+    found, none = Features(load_vgg(), Devices(1))(images)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
     assert none.shape == (5, 0)
 
 
 def test_features_do_not_depend_on_devices_or_on_what_else_is_measured():
     images = MNIST.test.images[:40]
-    one = Features(vgg(), Devices(1))(images)[0]
-    four = Features(vgg(), Devices(4))(images)[0]
+    one = Features(load_vgg(), Devices(1))(images)[0]
+    four = Features(load_vgg(), Devices(4))(images)[0]
     np.testing.assert_allclose(four, one, rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(Features(vgg(), Devices(1))(images[7:9])[0], one[7:9])
+    np.testing.assert_array_equal(Features(load_vgg(), Devices(1))(images[7:9])[0], one[7:9])
 
 
 def test_resizing_is_pillows_of_each_channel_in_floats():
     images = np.random.default_rng(0).integers(0, 256, (2, 70, 80, 3)).astype(np.uint8)
-    found = resized_clean(images, 32)
+    found = resize_clean(images, 32)
     plane = Image.fromarray(images[1, ..., 2].astype(np.float32))
     expected = np.asarray(plane.resize((32, 32), Image.Resampling.BICUBIC)).clip(0, 255)
     np.testing.assert_array_equal(found[1, ..., 2], expected)
-    assert resized_clean(images[:, :32, :32], 32).dtype == np.uint8
+    assert resize_clean(images[:, :32, :32], 32).dtype == np.uint8
 
 
 @pytest.mark.slow
 def test_distances_rise_with_blur_and_noise():
     images = MNIST.train.images[datasets.evenly_spaced(len(MNIST.train.images), 120)]
-    found = list(measure_distances(images, Features(vgg(), Devices(1))).values())
+    found = list(measure_distances(images, Features(load_vgg(), Devices(1))).values())
     for term in ("FD", "KD"):
         rising = [each[term] for each in found]
         assert rising == sorted(rising) and rising[1] > 1.05 * rising[0], (term, rising)
@@ -63,24 +63,24 @@ def test_a_classifier_reads_digits_and_is_kept(tmp_path, monkeypatch):
     test = MNIST.test.images[:320, 4:24, 4:24]
     rows = datasets.evenly_spaced(len(MNIST.train.images), 2560)
     train = Split(MNIST.train.images[rows, 4:24, 4:24], MNIST.train.labels[rows])
-    extractor = features.digits(train, 10)
+    extractor = features.load_digit_classifier(train, 10)
     _, probabilities = Features(extractor, Devices(1))(test)
     assert (probabilities.argmax(1) == MNIST.test.labels[:320]).mean() > 0.8
-    monkeypatch.setattr(classifier, "trained", None)  # read from its file
-    again = features.digits(train, 10)
+    monkeypatch.setattr(classifier, "train_classifier", None)  # read from its file
+    again = features.load_digit_classifier(train, 10)
     assert again.weights == extractor.weights
     (file,) = (tmp_path / "taming_jax").glob("classifier-*.npz")
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(TypeError):  # damaged: it would be trained again
-        features.digits(train, 10)
+        features.load_digit_classifier(train, 10)
 
 
 def test_another_files_weights_are_refused(tmp_path):
     file = tmp_path / "other.pth"
     for content in ({"fc.weight": np.zeros((3, 2))}, {"epoch": 3}, {"model": {}}):
         write_tensors(file, content)
-        with pytest.raises(UserError, match=r"does not hold InceptionV3's weights"):
-            features.inception_v3(file)
+        with pytest.raises(UserError, match=r"does not have InceptionV3's weights"):
+            features.load_inception(file)
 
 
 def test_weights_that_cannot_be_fetched(tmp_path, monkeypatch):
@@ -91,7 +91,7 @@ def test_weights_that_cannot_be_fetched(tmp_path, monkeypatch):
         raise OSError("no route to host")
 
     monkeypatch.setattr(features.urllib.request, "urlopen", no_network)
-    with pytest.raises(UserError, match=r"put it at .*pt_inception.* or take --features vgg"):
-        features.pretrained("inception", None, False)
-    assert features.pretrained("auto", None, False).name == "VGG16"
-    assert jax.tree.leaves(features.pretrained("vgg", None, False).params)
+    with pytest.raises(UserError, match=r"put the file at .*pt_inception.* or use --features vgg"):
+        features.load_pretrained("inception", None, False)
+    assert features.load_pretrained("auto", None, False).name == "VGG16"
+    assert jax.tree.leaves(features.load_pretrained("vgg", None, False).params)

@@ -19,7 +19,7 @@ SETTINGS = load_config("mnist_tiny")
 
 
 def expected(features, images, made):
-    one, other = (distances.moments(features(x)[0]) for x in (images, made))
+    one, other = (distances.compute_moments(features(x)[0]) for x in (images, made))
     return distances.frechet_distance(one, other)
 
 
@@ -59,7 +59,7 @@ def test_of_samples(both):
 
 def test_in_parts_of_a_large_split(monkeypatch):
     """More images than a batch, and fewer than there are: each of the chosen ones once."""
-    monkeypatch.setattr(monitor, "MOST", 40)
+    monkeypatch.setattr(monitor, "MAX_IMAGES", 40)
     images = np.random.default_rng(0).integers(0, 256, (90, 28, 28, 1)).astype(np.uint8)
     watch = monitor.ValidationFD(Split(images, np.zeros(90, np.int32)), SETTINGS, Devices(1))
     seen = []
@@ -70,7 +70,7 @@ def test_in_parts_of_a_large_split(monkeypatch):
 
     rows = np.linspace(0, 89, 40).astype(int)
     for _ in range(2):
-        found = watch.distance(darker)
+        found = watch.compute(darker)
         assert found == pytest.approx(
             expected(watch.features, images[rows], images[rows] // 2), rel=1e-4
         )
@@ -86,5 +86,5 @@ def test_one_image_has_no_distance():
 
 def test_samples_are_numbered_within_their_class():
     labels = np.array([2, 0, 2, 2, 0, 1])
-    assert monitor.ranks(labels).tolist() == [0, 0, 1, 2, 1, 0]
-    assert monitor.ranks(labels[:0]).tolist() == []
+    assert monitor.number_within_classes(labels).tolist() == [0, 0, 1, 2, 1, 0]
+    assert monitor.number_within_classes(labels[:0]).tolist() == []

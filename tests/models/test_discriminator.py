@@ -1,6 +1,6 @@
 import jax
 
-from taming_jax.interop.compvis import discriminator_layout
+from taming_jax.interop.compvis import build_discriminator_layout
 from taming_jax.models.discriminator import Discriminator
 from tests import golden
 
@@ -10,9 +10,9 @@ def test_reproduces_the_official_discriminator():
     model, x = Discriminator(filters=16, layers=3), golden.to_nhwc(recorded["x"])
     ours = jax.eval_shape(lambda: model.init(jax.random.key(0), x, train=False))
     state_dict = golden.drop_counts(golden.select_prefix(recorded, "sd/"))
-    variables = golden.convert_state_dict(discriminator_layout, ours, state_dict)
+    variables = golden.convert_state_dict(build_discriminator_layout, ours, state_dict)
     state_dict |= golden.drop_counts(golden.select_prefix(recorded, "after/"))
-    after = golden.convert_state_dict(discriminator_layout, ours, state_dict)["batch_stats"]
+    after = golden.convert_state_dict(build_discriminator_layout, ours, state_dict)["batch_stats"]
 
     logits, changed = model.apply(variables, x, mutable=["batch_stats"])
     golden.assert_close(logits, golden.to_nhwc(recorded["logits_train"]), "training logits")

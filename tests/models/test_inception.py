@@ -8,18 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from taming_jax.data.pixels import to_float
-from taming_jax.metrics.features import inception_layout, resized_legacy
+from taming_jax.metrics.features import build_inception_layout, resize_legacy
 from taming_jax.models.inception import CLASSES, InceptionV3
-from taming_jax.weights.layout import expected, ours, paths
+from taming_jax.weights.layout import convert_shapes, convert_to_flax, flatten_shapes
 from tests.golden import assert_close
 
 
 def official_layout():
     """Returns the names and shapes of our arrays, and their layout in the official state dict."""
-    shapes = paths(
+    shapes = flatten_shapes(
         jax.eval_shape(InceptionV3().init, jax.random.key(0), jnp.zeros((1, 299, 299, 3)))
     )
-    return shapes, inception_layout(shapes)
+    return shapes, build_inception_layout(shapes)
 
 
 def random_weights(shapes):
@@ -50,12 +50,12 @@ def make_images():
 def test_features_and_logits_are_pytorch_fids():
     recorded = np.load(Path(__file__).with_name("inception.npz"))
     shapes, layout = official_layout()
-    variables = ours(layout, random_weights(expected(layout, shapes)))
+    variables = convert_to_flax(layout, random_weights(convert_shapes(layout, shapes)))
     small = np.random.default_rng(3).integers(0, 256, (2, 3, 40, 40)).transpose(0, 2, 3, 1)
     with jax.default_matmul_precision("highest"):
         network = jax.jit(InceptionV3().apply)
         features, logits = network(variables, make_images())
-        resized, _ = network(variables, resized_legacy(to_float(small)))
+        resized, _ = network(variables, resize_legacy(to_float(small)))
     assert logits.shape == (2, CLASSES)
     assert_close(features, recorded["features"], "features", 1e-4, 1e-6)
     assert_close(resized, recorded["resized"], "features of resized images", 1e-4, 1e-6)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from taming_jax.config.load import load_config
-from taming_jax.interop.compvis import vqgan_layout
+from taming_jax.interop.compvis import build_vqgan_layout
 from taming_jax.models.vqgan import VQGAN, build_vqgan
 from tests import golden
 
@@ -29,7 +29,7 @@ def official():
     model = build_vqgan(load_config("mnist", OFFICIAL))
     ours = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
     return recorded, golden.convert_state_dict(
-        vqgan_layout, ours, golden.select_prefix(recorded, "sd/")
+        build_vqgan_layout, ours, golden.select_prefix(recorded, "sd/")
     )
 
 

@@ -52,7 +52,7 @@ def test_batches_and_devices_that_do_not_fit_are_refused():
     with pytest.raises(UserError, match="--vqgan.batch-size 6 cannot be divided among 4 devices"):
         Devices(4).check_batch("vqgan", 6)
     Devices(4).check_batch("prior", 24, 3)
-    with pytest.raises(UserError, match="4 devices, in 4 --prior.micro-batches on each; .* of 16"):
+    with pytest.raises(UserError, match="4 devices with 4 --prior.micro-batches each; .* of 16"):
         Devices(4).check_batch("prior", 24, 4)
     with pytest.raises(UserError, match="--devices is 9, but there are 4"):
         Devices(9)

@@ -191,7 +191,7 @@ def test_a_coordinator_that_does_not_answer_is_named(tmp_path):
         "--initialization-timeout", 2,
     )  # fmt: skip
     assert status == 2 and err.count("\n") == 1, err
-    assert "the processes cannot be joined ([Errno 111] Connection refused)" in err
+    assert "cannot connect to the other processes ([Errno 111] Connection refused)" in err
 
 
 def alone(tmp_path, port):
@@ -211,7 +211,7 @@ def test_a_port_in_use_is_a_sentence(tmp_path):
         process = alone(tmp_path, port)
         _, err = process.communicate(timeout=120)
     assert process.returncode == 2 and "Traceback" not in err, err
-    assert "error: the processes cannot be joined" in err
+    assert "error: cannot connect to the other processes" in err
 
 
 # In this process.
@@ -343,7 +343,7 @@ def test_other_settings_packages_flags_data_and_devices_are_refused(
     assert in_two_threads(lambda process: loop.check_processes(configs[0])) == [None, None]
     assert_both_refuse(
         in_two_threads(lambda process: Devices(1 + process)),
-        "the processes have 1, 2 devices; all must have as many",
+        "the processes have 1, 2 devices, but all must have the same number",
     )
 
     splits = [datasets.load(load_config("mnist_tiny").data)] * 2
@@ -374,7 +374,7 @@ def test_two_processes_compute_what_one_would_of_their_rows(in_two_threads):
             sizes.append(len(rows["a"]))
             return apply(state, devices.shard(rows))
 
-        return devices.in_batches(own_rows, arrays, 8)
+        return devices.map_batches(own_rows, arrays, 8)
 
     for result in in_two_threads(compute):
         np.testing.assert_array_equal(result["rows"], arrays["a"])
@@ -387,20 +387,25 @@ def test_a_group_that_cannot_be_joined_is_a_sentence(monkeypatch):
         raise RuntimeError("address already in use\nand more")
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
-    with pytest.raises(UserError, match=r"cannot be joined \(address already in use\)\. Give each"):
+    with pytest.raises(
+        UserError, match=r"cannot connect .* \(address already in use\)\. Start each"
+    ):
         distributed.join(Processes(True, "here:0", 2, 0))
 
 
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        (Processes(process_id=1), "belong to --distributed"),
-        (Processes(True), "cannot be joined"),
-        (Processes(True, num_processes=2), "cannot be joined"),
-        (Processes(True, "node1:8476"), "cannot be joined"),
-        (Processes(True, "node1", 2, 0), "cannot be joined"),
-        (Processes(True, "node1", 2, 1), "cannot be joined"),
-        (Processes(True, "node1:8476", 2, 2, initialization_timeout=0), "cannot be joined"),
+        (Processes(process_id=1), "need --distributed"),
+        (Processes(True), "cannot connect to the other processes"),
+        (Processes(True, num_processes=2), "cannot connect to the other processes"),
+        (Processes(True, "node1:8476"), "cannot connect to the other processes"),
+        (Processes(True, "node1", 2, 0), "cannot connect to the other processes"),
+        (Processes(True, "node1", 2, 1), "cannot connect to the other processes"),
+        (
+            Processes(True, "node1:8476", 2, 2, initialization_timeout=0),
+            "cannot connect to the other processes",
+        ),
     ],
 )
 def test_processes_that_cannot_be_are_refused(given, says):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from taming_jax.config.schema import PriorConfig
-from taming_jax.interop.compvis import gpt_layout
+from taming_jax.interop.compvis import build_gpt_layout
 from taming_jax.priors.autoregressive import GPT
 from taming_jax.priors.transformer import rotate
 from tests import golden
@@ -28,7 +28,9 @@ def test_reproduces_the_official_gpt():
     recorded = golden.load("compvis_gpt")
     model = GPT(64, 0, (4, 6), PriorConfig(layers=2, heads=4, width=32))
     ours = jax.eval_shape(model.init, jax.random.key(0), recorded["tokens"])["params"]
-    params = golden.convert_state_dict(gpt_layout, ours, golden.select_prefix(recorded, "sd/"))
+    params = golden.convert_state_dict(
+        build_gpt_layout, ours, golden.select_prefix(recorded, "sd/")
+    )
     logits = jax.jit(model.apply)({"params": params}, recorded["tokens"])
     golden.assert_close(logits, recorded["logits"], "logits")
 

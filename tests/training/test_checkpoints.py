@@ -14,7 +14,7 @@ from taming_jax.errors import UserError
 from taming_jax.storage import hash_json
 from taming_jax.training.checkpoints import Store
 from taming_jax.training.state import Net, TrainState
-from taming_jax.weights.arrays import named_arrays
+from taming_jax.weights.arrays import flatten_arrays
 
 CONFIG = load_config("mnist_tiny")
 SECTIONS = ("seed", "dtype", "data", "vqgan")
@@ -42,8 +42,8 @@ def restored(store, say=lambda sentence: None, config=CONFIG):
 
 def assert_equal(left, right):
     assert jax.tree.structure(left) == jax.tree.structure(right)
-    for path, array in named_arrays(left).items():
-        other = named_arrays(right)[path]
+    for path, array in flatten_arrays(left).items():
+        other = flatten_arrays(right)[path]
         np.testing.assert_array_equal(array, other, err_msg=".".join(path))
         assert array.dtype == other.dtype
 

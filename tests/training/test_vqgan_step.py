@@ -7,7 +7,7 @@ import pytest
 
 from taming_jax.config.load import load_config
 from taming_jax.data.augment import diff_augment
-from taming_jax.interop.compvis import discriminator_layout, vqgan_layout
+from taming_jax.interop.compvis import build_discriminator_layout, build_vqgan_layout
 from taming_jax.models.lpips import load_lpips
 from taming_jax.models.vqgan import reconstruct
 from taming_jax.training import vqgan_step
@@ -33,11 +33,11 @@ def test_reproduces_the_official_training_step():
 
     def generator_of(state_dict):
         ours = jax.eval_shape(networks.generator.init, jax.random.key(0), images)["params"]
-        return golden.convert_state_dict(vqgan_layout, ours, state_dict)
+        return golden.convert_state_dict(build_vqgan_layout, ours, state_dict)
 
     def discriminator_of(state_dict):
         ours = jax.eval_shape(lambda x: networks.discriminator.init(jax.random.key(0), x), images)
-        return golden.convert_state_dict(discriminator_layout, ours, state_dict)
+        return golden.convert_state_dict(build_discriminator_layout, ours, state_dict)
 
     of_discriminator = golden.drop_counts(golden.select_prefix(recorded, "disc/"))
     variables = discriminator_of(of_discriminator)

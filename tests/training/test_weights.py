@@ -117,7 +117,7 @@ def test_a_run_begins_from_anothers_weights(script, both, stage1, tmp_path):
 def test_an_imported_run_goes_on(both, tmp_path):
     """Weights alone, as an import leaves them: each stage trains on, and begins as they are."""
     from taming_jax.interop.imports import Model, write_run
-    from taming_jax.weights.layout import paths
+    from taming_jax.weights.layout import flatten_shapes
 
     trained = taming_jax.load_run(both)
     config = trained.config
@@ -128,7 +128,7 @@ def test_an_imported_run_goes_on(both, tmp_path):
     }
     workdir = tmp_path / "run"
     write_run(workdir, Model(unknown, trained.class_names), networks)
-    assert paths(networks["generator"])
+    assert flatten_shapes(networks["generator"])
     run = taming_jax.load_run(workdir)
     assert run.class_names == trained.class_names and run.step == 0
     images = trained.sample([0, 1], seed=4, devices=1)

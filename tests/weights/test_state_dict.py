@@ -39,5 +39,5 @@ def test_a_safetensors_file_that_is_not_whole_is_a_sentence(tmp_path):
         open_state_dict(file)
     save_file({"x": jnp.ones(100)}, file)
     file.write_bytes(file.read_bytes()[:-8])
-    with pytest.raises(UserError, match="is not a safetensors file that can be read"):
+    with pytest.raises(UserError, match="cannot be read as a safetensors file"):
         open_state_dict(file)
