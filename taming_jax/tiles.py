@@ -45,28 +45,29 @@ def places(shape: Sequence[int], tile: int) -> Iterator[Place]:
 
 
 def in_pixels(place: Place, factor: int) -> Place:
+    """Returns the pixels of a tile of codes."""
     rows, columns = (slice(part.start * factor, part.stop * factor) for part in place)
     return rows, columns
 
 
-def middleness(shape: Sequence[int]) -> np.ndarray:
-    """A weight for each entry of a tile, which grows from its edges to its middle."""
+def center_weights(shape: Sequence[int]) -> np.ndarray:
+    """Returns a weight for each entry of a tile, which grows from the edges to the center."""
     each = (np.minimum(np.arange(1, n + 1), np.arange(n, 0, -1)) for n in shape)
     return np.multiply.outer(*each).astype(np.float32)
 
 
 def encoded(encode: Function, images: np.ndarray, factor: int, tile: int | None) -> np.ndarray:
     """Codes int32 [n,h/factor,w/factor] of images [n,h,w,c], by tiles of so many pixels a side (see
-    `side_of`): each code from the tile in whose middle it is nearest to be."""
+    `side_of`). Each code comes from the tile whose center is nearest."""
     n, height, width = images.shape[:3]
     grid, side = (height // factor, width // factor), side_of((height, width), tile, factor)
     if side is None:
         return encode(images)
     codes, best = np.zeros((n, *grid), np.int32), np.zeros(grid, np.float32)
     for place in places(grid, side):
-        found = encode(images[:, *in_pixels(place, factor)])
-        weight = middleness(found.shape[1:])
-        codes[:, *place] = np.where(weight > best[place], found, codes[:, *place])
+        tile_codes = encode(images[:, *in_pixels(place, factor)])
+        weight = center_weights(tile_codes.shape[1:])
+        codes[:, *place] = np.where(weight > best[place], tile_codes, codes[:, *place])
         best[place] = np.maximum(weight, best[place])
     return codes
 
@@ -75,7 +76,7 @@ def decoded(
     decode: Function, codes: np.ndarray, factor: int, channels: int, tile: int | None
 ) -> np.ndarray:
     """Images float32 [n,h*factor,w*factor,channels] of codes [n,h,w], by tiles of so many pixels a
-    side (see `side_of`), which run into one another where they overlap."""
+    side (see `side_of`), which are blended where they overlap."""
     n, *grid = codes.shape
     size = [codes * factor for codes in grid]
     side = side_of(size, tile, factor)
@@ -83,8 +84,8 @@ def decoded(
         return decode(codes)
     total, weights = np.zeros((n, *size, channels), np.float32), np.zeros(size, np.float32)
     for place in places(grid, side):
-        found, pixels = decode(codes[:, *place]), in_pixels(place, factor)
-        weight = middleness(found.shape[1:3])
-        total[:, *pixels] += found * weight[..., None]
+        tile_images, pixels = decode(codes[:, *place]), in_pixels(place, factor)
+        weight = center_weights(tile_images.shape[1:3])
+        total[:, *pixels] += tile_images * weight[..., None]
         weights[pixels] += weight
     return total / weights[..., None]

@@ -74,8 +74,8 @@ def work(given: Evaluate, workdir: Path) -> None:
             check_output(name, file)
     if given.figures is not None:
         check_writable("--figures", given.figures)
+    from taming_jax.evaluation.evaluator import Evaluator
     from taming_jax.evaluation.report import draw, finished
-    from taming_jax.evaluation.subject import Evaluation
     from taming_jax.evaluation.table import table
     from taming_jax.metrics.distances import save_moments
     from taming_jax.run import load_run
@@ -83,7 +83,7 @@ def work(given: Evaluate, workdir: Path) -> None:
 
     start = time.monotonic()
     run = load_run(workdir, data_settings(given.data))
-    evaluation = Evaluation(run, given, given.devices, progress=True)
+    evaluation = Evaluator(run, given, given.devices, progress=True)
     results = finished(evaluation)
     print(table(results))
     folder = given.figures or (given.out and given.out.absolute().parent)

@@ -11,7 +11,7 @@ from taming_jax import losses
 from taming_jax.data.datasets import spread
 from taming_jax.data.pixels import to_float, to_uint8
 from taming_jax.errors import UserError
-from taming_jax.evaluation.subject import Evaluation
+from taming_jax.evaluation.evaluator import Evaluator
 from taming_jax.metrics import distances, similarity
 from taming_jax.metrics.distances import FeatureStats, Moments
 from taming_jax.metrics.features import MICRO, VGG_LEAST
@@ -19,7 +19,7 @@ from taming_jax.models.lpips import load_lpips, lpips
 from taming_jax.models.vqgan import VQGAN, decode_indices, encode, images_at_once
 
 
-def reconstructions(evaluation: Evaluation) -> dict[str, Any]:
+def reconstructions(evaluation: Evaluator) -> dict[str, Any]:
     """The report of the reconstructions of the chosen images: means over the images, the Fréchet
     distance to them, and how the codes are used; with a prior that fits the data also
     `likelihood_bits_per_code`."""
@@ -91,7 +91,7 @@ def measurement(model: VQGAN) -> Callable[[Any, jax.Array], Any]:
     return measure
 
 
-def samples(evaluation: Evaluation) -> dict[str, Any]:
+def samples(evaluation: Evaluator) -> dict[str, Any]:
     """The report of new images, of classes as frequent as in the split."""
     protocol, classifier = evaluation.protocol, evaluation.classifier
     order = np.sort(evaluation.chosen.labels, kind="stable")
@@ -123,7 +123,7 @@ def samples(evaluation: Evaluation) -> dict[str, Any]:
     return report
 
 
-def nearest(evaluation: Evaluation, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def nearest(evaluation: Evaluator, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """`count` samples uint8 [n,h,w,c], those training images (of at most `kept` of them) that are
     nearest to them by their features, and how far these are, [n], in units of the distance of a
     training image from its nearest."""

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
+from taming_jax.evaluation.evaluator import Evaluator
 from taming_jax.evaluation.measurements import nearest, reconstructions, samples
 from taming_jax.evaluation.protocol import Protocol
-from taming_jax.evaluation.subject import Evaluation
 from taming_jax.files import text_hash
 from taming_jax.run import Run
 from taming_jax.weights.arrays import hash_arrays
@@ -21,10 +21,10 @@ def evaluate(
     """The report of docs/evaluation.md: reconstructions of a split's images, and new images where
     the run has a prior. `protocol` are the settings of `Protocol` (`split="test", samples=5000`,
     …)."""
-    return finished(Evaluation(run, Protocol(**protocol), devices, progress))
+    return finished(Evaluator(run, Protocol(**protocol), devices, progress))
 
 
-def finished(evaluation: Evaluation) -> dict[str, Any]:
+def finished(evaluation: Evaluator) -> dict[str, Any]:
     """The whole report: `features`, `reconstruction`, `samples` (None without a prior), `protocol`
     and `warnings`."""
     return {
@@ -37,7 +37,7 @@ def finished(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def draw(evaluation: Evaluation, folder: Path, report: dict[str, Any]) -> None:
+def draw(evaluation: Evaluator, folder: Path, report: dict[str, Any]) -> None:
     """Writes the figures of a report: how often each code is used, and the training images that are
     nearest to samples. Raises OSError."""
     from taming_jax import figures
@@ -60,7 +60,7 @@ def draw(evaluation: Evaluation, folder: Path, report: dict[str, Any]) -> None:
         figures.save(figure, folder / "evaluation_nearest.png")
 
 
-def described(evaluation: Evaluation) -> dict[str, Any]:
+def described(evaluation: Evaluator) -> dict[str, Any]:
     """The protocol as the report has it: what was measured, against what, and how."""
     run, protocol, config = evaluation.run, evaluation.protocol, evaluation.run.config
     draws, classifier = evaluation.draws, evaluation.classifier
@@ -93,7 +93,7 @@ def described(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def small_counts(evaluation: Evaluation) -> list[str]:
+def small_counts(evaluation: Evaluator) -> list[str]:
     """Warnings of sets that are too small for the features."""
     extractor = evaluation.extractor
     counts = {"images of the split": len(evaluation.chosen)}

@@ -9,7 +9,7 @@ import functools
 import hashlib
 import os
 import urllib.request
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, cast
@@ -29,7 +29,7 @@ from taming_jax.models.inception import InceptionV3
 from taming_jax.models.lpips import load_lpips, vgg_features
 from taming_jax.parallel.devices import Devices
 from taming_jax.weights.arrays import hash_arrays
-from taming_jax.weights.layout import Layout, expected, ours, parameter, paths
+from taming_jax.weights.layout import expected, inception_layout, ours, paths
 from taming_jax.weights.state_dict import check, open_state_dict
 
 MICRO = 32  # images a device sees at once: one size, whatever the number of devices
@@ -102,12 +102,6 @@ def vgg() -> Extractor:
         resize=f"none of {VGG_LEAST} to {VGG_MOST} px, else to {VGG_LEAST} or {VGG_LARGE} px, "
         "antialiased bicubic",
     )  # fmt: skip
-
-
-def inception_layout(names: Iterable[tuple[str, ...]]) -> Layout:
-    """Where the arrays of `InceptionV3`'s `params` and `batch_stats` stand in the file that
-    pytorch-fid gives out."""
-    return {name: parameter(".".join(name[1:-1]), name[-1]) for name in names}
 
 
 def inception_v3(file: Path, legacy: bool = False) -> Extractor:

@@ -94,3 +94,8 @@ def theirs(layout: Layout, params: Any) -> dict[str, np.ndarray]:
     for path, entry in layout.items():
         found |= dict(zip(entry.names, entry.theirs(np.asarray(flat[path])), strict=True))
     return found
+
+
+def inception_layout(names: Iterable[Path]) -> Layout:
+    """Where the arrays of `InceptionV3`'s `params` and `batch_stats` stand in pytorch-fid's file."""
+    return {name: parameter(".".join(name[1:-1]), name[-1]) for name in names}

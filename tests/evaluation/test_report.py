@@ -10,10 +10,10 @@ import pytest
 from taming_jax.data import datasets
 from taming_jax.data.pixels import to_float, to_uint8
 from taming_jax.errors import UserError
+from taming_jax.evaluation.evaluator import Evaluator
 from taming_jax.evaluation.measurements import nearest
 from taming_jax.evaluation.protocol import Protocol
 from taming_jax.evaluation.report import draw, finished
-from taming_jax.evaluation.subject import Evaluation
 from taming_jax.metrics import distances
 from taming_jax.models.lpips import load_lpips, lpips
 from taming_jax.run import load_run
@@ -38,7 +38,7 @@ def run(both):
 
 @pytest.fixture(scope="module")
 def evaluation(run, cache):
-    return Evaluation(run, PROTOCOL, devices=1)
+    return Evaluator(run, PROTOCOL, devices=1)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_the_protocol_says_what_was_measured(run, report):
 
 @pytest.mark.slow
 def test_four_devices_report_the_same(run, report, cache):
-    again = finished(Evaluation(run, PROTOCOL, devices=4))
+    again = finished(Evaluator(run, PROTOCOL, devices=4))
     for kind in ("reconstruction", "samples"):
         for name, value in again[kind].items():
             if isinstance(value, float):
@@ -131,7 +131,7 @@ def test_what_cannot_be_measured(run, cache, tmp_path):
         ({"reference": tmp_path / "adm.npz"}, "these features have 512 dimensions"),
     ):
         with pytest.raises(UserError, match=said):
-            Evaluation(run, dataclasses.replace(PROTOCOL, **change))
+            Evaluator(run, dataclasses.replace(PROTOCOL, **change))
 
 
 @pytest.fixture
@@ -182,7 +182,7 @@ def test_a_run_of_other_data_is_not_measured(run, cache):
     counts = run.dataset["images"]
     changed.dataset = run.dataset | {"images": {name: n + 1 for name, n in counts.items()}}
     with pytest.raises(UserError, match="trained on other data: there are 486 training images"):
-        Evaluation(changed, PROTOCOL)
+        Evaluator(changed, PROTOCOL)
 
 
 def test_mistakes_are_a_sentence(evaluate, both, tmp_path):

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from taming_jax.data.pixels import to_float
-from taming_jax.metrics.features import inception_layout, resized_legacy
+from taming_jax.metrics.features import resized_legacy
 from taming_jax.models.inception import CLASSES, InceptionV3
-from taming_jax.weights.layout import expected, ours, paths
+from taming_jax.weights.layout import expected, inception_layout, ours, paths
 from tests.golden import assert_close
 
 

@@ -54,7 +54,7 @@ class ImageSubset:
         return content.hexdigest()[:16]
 
 
-class Evaluation:
+class Evaluator:
     """A run under a protocol.
 
     Raises UserError for settings of sampling that are not possible, for fewer than two images where
