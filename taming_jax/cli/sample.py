@@ -9,6 +9,7 @@ labelled grid, one row per class), or a folder (one PNG per image). By default i
 the run's preset says.
 """
 
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -62,6 +63,13 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Complete(Sample):
+    """Draws the rest of given pictures, by a run of both stages.
+
+        taming-jax complete bird.jpg --workdir runs/birds --keep top --out rest.png
+
+    `--out` is FILE.npz, FILE.png or a folder, as for `taming-jax sample`.
+    """
+
     complete: tyro.conf.Positional[tuple[str, ...]]
     """Pictures whose rest is drawn, --per-class times each; --classes are theirs, one of all or one
     of each."""
@@ -98,7 +106,7 @@ def write_folder(out: Path, drawn: Drawn) -> None:
 
 
 def complete() -> None:
-    given = parse(Complete, __doc__)
+    given = parse(Complete, inspect.cleandoc(Complete.__doc__ or ""))
     if not given.complete:
         raise UserError("name the pictures to complete.")
     work(given)

@@ -34,11 +34,11 @@ FD = "fd_vgg16"  # a Fréchet distance: a validation that has it is judged by it
 
 
 def keep_settings(run: Path) -> str:
-    """A sentence that tells how to resume with the settings that a run has."""
+    """Returns a sentence that tells how to resume with the settings of a run."""
     folder = shlex.quote(str(run))
     return (
-        "Leave these settings out; where a preset has changed since the run was created, take "
-        f"--config {shlex.quote(str(run / 'config.json'))} --workdir {folder} in its place."
+        "Give the settings that the run was created with, or use all of them with "
+        f"--config {shlex.quote(str(run / 'config.json'))} --workdir {folder}."
     )
 
 
@@ -305,7 +305,7 @@ class Store:
         steps = self.steps()
         if not steps:
             return None
-        checkpoint = self._first_readable(reversed(steps), ", or begin anew with --restart")
+        checkpoint = self._first_readable(reversed(steps), ", or start over with --restart")
         self._check_same(checkpoint, config, sections)
         for damaged in steps[steps.index(checkpoint.step) + 1 :]:
             self.say(f"The damaged one was moved to {self._move(damaged, 'damaged')}.")
