@@ -278,15 +278,15 @@ class Run:
         return self._sampler.settings(**settings)
 
     def log_likelihood(self, images: Any, labels: Any) -> np.ndarray:
-        """The logarithm of the probability, in nats, that the prior gives the codes of images
-        [n,h,w,c] of classes (numbers or names, one of all images or one of each): float32 [n]."""
+        """Returns the log-likelihood, in nats, of the codes of images [n,h,w,c] given their classes
+        (numbers or names; one for all images, or one per image): float32 [n]."""
         return self.code_likelihood(self.encode(images), self._labels_of(labels, len(images)))
 
     def code_likelihood(self, indices: np.ndarray, numbers: np.ndarray) -> np.ndarray:
         """The same of code indices int32 [n,h',w'] and classes int32 [n]."""
         given, known = indices.shape[1:], self.prior.window
         if given != known:
-            raise UserError(f"the prior's likelihoods are of grids of {known} codes, not {given}.")
+            raise UserError(f"the prior computes likelihoods of {known} codes, not of {given}.")
         return self._batched(self._likelihood, (numbers, indices), 1, self.transformer)
 
     def tokens(self, split: str = "train") -> Split:

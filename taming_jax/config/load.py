@@ -78,7 +78,7 @@ def replaced(config: Config, section: str, **values: Any) -> Config:
 
 
 def is_fixed(field: dataclasses.Field) -> bool:
-    """Whether a setting says what is trained, so that a resumed run may not change it."""
+    """Whether a setting defines what is trained, so that a resumed run may not change it."""
     return not field.metadata.get("free")
 
 
@@ -88,8 +88,8 @@ def differences(
     sections: Sequence[str],
     compared: Callable[[dataclasses.Field], bool] = is_fixed,
 ) -> list[str]:
-    """How two configs differ in the settings that are `compared`, one phrase per setting:
-    "--seed is 1, not 2"."""
+    """Returns how two configs differ in the settings that `compared` selects, one phrase per
+    setting: "--seed is 1, not 2"."""
 
     unknown = UNKNOWN in (left.data.name, right.data.name)
     left, right = (with_matching_attention(config) for config in (left, right))

@@ -21,7 +21,7 @@ def with_skipped(arrays: Arrays) -> Arrays:
 
 
 def without_used_codes(config: dict[str, Any]) -> dict[str, Any]:
-    """Since format 5 all codes of an imported codebook are used."""
+    """Since format 5, all codes of an imported codebook are used."""
     vqgan = dict(config.get("vqgan", {}))
     if vqgan.pop("used_codes", None):
         raise UserError("its remapped codes are no longer supported; use an older version.")

@@ -30,8 +30,8 @@ SEED = Range(lambda x: 0 <= x < 2**32, f"must be from 0 to {2**32 - 1}")
 
 
 def setting(default: Any, values: Range | None = None, meaning: bool = False) -> Any:
-    """A field whose value must lie in a range, unless it is None; `meaning` says that weights mean
-    something else when it changes, though their shapes may stay."""
+    """A field whose value must lie in a range, unless it is None. `meaning` marks a setting that
+    changes what trained weights mean, even if their shapes stay the same."""
     return field(default=default, metadata={"range": values, "meaning": meaning})
 
 

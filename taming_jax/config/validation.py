@@ -23,7 +23,7 @@ def check_ranges(settings: Any, *names: str) -> None:
 
 
 def validated(config: "Config") -> "Config":
-    """The config itself; UserError where its settings cannot work, or not together."""
+    """Returns the config itself. Raises UserError if its settings are invalid or conflict."""
     check_ranges(config)
     data, vqgan, prior = config.data, config.vqgan, config.prior
     for name, stage in (("vqgan", vqgan), ("prior", prior)):
@@ -78,8 +78,8 @@ def validated(config: "Config") -> "Config":
     return config
 
 
-def warn_of_attention(config: "Config") -> None:
-    """Says which resolutions of attention have no effect, since no level has them."""
+def warn_about_attention(config: "Config") -> None:
+    """Warns about resolutions of attention that have no effect, since no level has them."""
     resolutions, sizes = config.vqgan.attention_resolutions, config.level_resolutions
     unmatched = " ".join(str(size) for size in resolutions if size not in sizes)
     if unmatched:

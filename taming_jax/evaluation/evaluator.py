@@ -55,7 +55,7 @@ class ImageSubset:
 
 
 class Evaluator:
-    """A run under a protocol.
+    """Measures a run under a protocol.
 
     Raises UserError for settings of sampling that are not possible, for fewer than two images where
     samples are compared with them, for data that the run was not trained on and that was not named,
@@ -146,7 +146,7 @@ class Evaluator:
         return self.file_moments or self.reference.moments
 
     def drawn(self, labels: np.ndarray) -> Iterator[np.ndarray]:
-        """New images uint8 [b,h,w,c] of classes int32 [n], numbered within each, in parts."""
+        """Yields batches of new images uint8 [b,h,w,c] of classes int32 [n]; see `Run.drawn`."""
         parts = self.run.drawn(
             labels, ranks(labels), **self.protocol.sampling, devices=len(self.devices.list),
             batch_size=self.features.size, progress=self.progress,

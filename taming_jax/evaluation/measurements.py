@@ -1,4 +1,4 @@
-"""How well a run reconstructs the images of a split, and how good the images are that it draws."""
+"""Measurements of a run's reconstructions and of its samples."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -41,7 +41,9 @@ def reconstructions(evaluation: Evaluator) -> dict[str, Any]:
     counts, moments, bits = np.zeros(config.vqgan.codebook_size, np.int64), Moments(), 0.0
     has_likelihood = evaluation.prior_fits and run.prior.window == run.prior.grid
     if evaluation.prior_fits and not has_likelihood:
-        evaluation.warnings.append("No likelihood: an image has more codes than a sequence.")
+        evaluation.warnings.append(
+            "No likelihood: an image has more codes than the prior's block_size."
+        )
     for place, images in evaluation.parts(chosen, "reconstructions"):
         decoded, indices, values = devices.in_batches(
             lambda part: measure(params, devices.shard(part)), images, size
@@ -92,7 +94,7 @@ def measurement(model: VQGAN) -> Callable[[Any, jax.Array], Any]:
 
 
 def samples(evaluation: Evaluator) -> dict[str, Any]:
-    """The report of new images, of classes as frequent as in the split."""
+    """Returns the report of new images, whose classes are as frequent as in the split."""
     protocol, classifier = evaluation.protocol, evaluation.classifier
     order = np.sort(evaluation.chosen.labels, kind="stable")
     labels = order[np.arange(protocol.samples) * len(order) // protocol.samples].astype(np.int32)
@@ -124,9 +126,9 @@ def samples(evaluation: Evaluator) -> dict[str, Any]:
 
 
 def nearest(evaluation: Evaluator, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """`count` samples uint8 [n,h,w,c], those training images (of at most `kept` of them) that are
-    nearest to them by their features, and how far these are, [n], in units of the distance of a
-    training image from its nearest."""
+    """Returns `count` samples uint8 [n,h,w,c], the nearest training images by features (among at
+    most `kept`), and the distances [n] to them, in units of the median distance between a training
+    image and its nearest neighbor."""
     train = evaluation.subset("train", evaluation.protocol.kept)
     features = evaluation.feature_stats(train, "training images").features
     labels = np.resize(spread(len(evaluation.splits.class_names), count), count).astype(np.int32)

@@ -18,15 +18,15 @@ SCHEMA = 1  # of the report
 def evaluate(
     run: Run, *, devices: int | None = None, progress: bool = False, **protocol: Any
 ) -> dict[str, Any]:
-    """The report of docs/evaluation.md: reconstructions of a split's images, and new images where
-    the run has a prior. `protocol` are the settings of `Protocol` (`split="test", samples=5000`,
-    …)."""
+    """Returns the report that docs/evaluation.md describes: on reconstructions of a split's images
+    and, if the run has a prior, on samples. `protocol` holds the settings of `Protocol`, such as
+    `split="test", samples=5000`."""
     return finished(Evaluator(run, Protocol(**protocol), devices, progress))
 
 
 def finished(evaluation: Evaluator) -> dict[str, Any]:
-    """The whole report: `features`, `reconstruction`, `samples` (None without a prior), `protocol`
-    and `warnings`."""
+    """Returns the report: `features`, `reconstruction`, `samples` (None without a prior),
+    `protocol` and `warnings`."""
     return {
         "schema": SCHEMA,
         "features": evaluation.extractor.distance,
@@ -38,8 +38,8 @@ def finished(evaluation: Evaluator) -> dict[str, Any]:
 
 
 def draw(evaluation: Evaluator, folder: Path, report: dict[str, Any]) -> None:
-    """Writes the figures of a report: how often each code is used, and the training images that are
-    nearest to samples. Raises OSError."""
+    """Writes the figures of a report: how often each code is used, and the training images nearest
+    to some samples. Raises OSError."""
     from taming_jax import figures
 
     protocol = evaluation.protocol
@@ -50,8 +50,8 @@ def draw(evaluation: Evaluator, folder: Path, report: dict[str, Any]) -> None:
         images, closest, distances = nearest(evaluation, 8)
         compared = min(len(evaluation.splits.train.images), protocol.kept)
         title = (
-            f"Samples, the nearest of {compared} training images by {evaluation.extractor.name}'s "
-            "features, and how far (1: from its nearest to a training image)"
+            f"Samples, the nearest of {compared} training images by {evaluation.extractor.name} "
+            "features, and their distance (1: as between training images)"
         )
         figure = figures.labelled_grid(
             np.concatenate([images, closest]), ("sample", "training image"), len(images),

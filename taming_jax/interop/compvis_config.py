@@ -243,7 +243,7 @@ def exported(config: Config, classes: int) -> Config:
 
 
 def mismatches(vqgan: VQGANConfig, prior: PriorConfig | None) -> list[str]:
-    """What the official models need that a run's stage 1 and prior do not have."""
+    """Returns why the official models cannot be a run's stage 1 and prior."""
     quantizer, channels, latents = vqgan.quantizer, vqgan.channels, vqgan.latent_channels
     blocks, expected = vqgan.decoder_blocks or vqgan.blocks + 1, vqgan.blocks + 1
     reasons = {

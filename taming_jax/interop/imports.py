@@ -70,8 +70,8 @@ def import_run(folder: Path, model: Model, parts: Sequence[Part], source: object
 
 def fitted(model: Model) -> Model:
     """The model with settings that training can continue with: new optimizers warm up, and a
-    discriminator that the file holds is on from the first step. What does not fit small images is
-    off. Raises UserError for settings that cannot work."""
+    discriminator that the file holds is on from the first step. Losses that do not fit small images
+    are off. Raises UserError for settings that cannot work."""
     size, vqgan, prior = model.config.data.image_size, model.config.vqgan, model.config.prior
     vqgan = dataclasses.replace(vqgan, warmup_steps=max(vqgan.warmup_steps, WARMUP))
     if prior.schedule == "cosine":  # one cycle has its own warm-up

@@ -21,7 +21,7 @@ from taming_jax import progress
 from taming_jax.errors import RunFailed, UserError, say
 
 HEARTBEAT = 60  # seconds of silence after which a process counts as gone
-CHUNK = 2**26  # bytes that are broadcast at once, which every device holds twice
+CHUNK = 2**26  # bytes broadcast at once; each device holds them twice
 
 T = TypeVar("T")
 

@@ -13,7 +13,7 @@ import optax
 from taming_jax import losses
 from taming_jax.config.load import replaced
 from taming_jax.config.schema import Config
-from taming_jax.config.validation import warn_of_attention
+from taming_jax.config.validation import warn_about_attention
 from taming_jax.data.augment import augmented
 from taming_jax.data.batches import Feed, feed, take
 from taming_jax.data.pixels import to_float, to_uint8
@@ -77,7 +77,7 @@ class VQGANStage(Stage):
         self.config = config
         start = config.vqgan.discriminator_start_step
         self.start = self.steps if start is None else start
-        warn_of_attention(config)
+        warn_about_attention(config)
         self.networks = Networks.build(config, devices.axis_name)
         adam = optax.scale_by_adam(*settings.betas, settings.epsilon)
         self._optimiser = clipped(adam, settings.clip)

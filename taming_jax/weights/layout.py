@@ -79,7 +79,7 @@ def expected(layout: Layout, shapes: Mapping[Path, tuple[int, ...]]) -> dict[str
 
 
 def ours(layout: Layout, state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Our parameters from another program's state dict."""
+    """Converts another program's state dict to our parameters."""
     flat = {
         path: entry.ours(*(state_dict[name] for name in entry.names))
         for path, entry in layout.items()
@@ -97,5 +97,5 @@ def theirs(layout: Layout, params: Any) -> dict[str, np.ndarray]:
 
 
 def inception_layout(names: Iterable[Path]) -> Layout:
-    """Where the arrays of `InceptionV3`'s `params` and `batch_stats` stand in pytorch-fid's file."""
+    """Returns where the arrays of `InceptionV3` stand in the file that pytorch-fid publishes."""
     return {name: parameter(".".join(name[1:-1]), name[-1]) for name in names}

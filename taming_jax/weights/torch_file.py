@@ -1,9 +1,9 @@
 """Reads PyTorch's files (`.pth`, `.pt`, `.ckpt`) without PyTorch, in the present format (a zip) and
 in the one before version 1.6.
 
-They are pickles. Tensors and plain containers are read; in place of everything else that a file
-names stands an object that does nothing, so none of its code runs. Tensors are views of the mapped
-file, but for those of bfloat16, which are converted to float32.
+They are pickles. Tensors and plain containers are read; everything else that a file names becomes
+an object that does nothing, so none of its code runs. Tensors are views of the mapped file, except
+those of bfloat16, which are converted to float32.
 """
 
 import collections

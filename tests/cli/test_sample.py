@@ -161,7 +161,7 @@ def test_the_log_likelihood_is_that_of_the_codes(run):
     np.testing.assert_allclose(run.log_likelihood(images, labels), expected, rtol=1e-5)
     by_name = [run.class_names[label] for label in labels]
     np.testing.assert_allclose(run.log_likelihood(images, by_name), expected, rtol=1e-5)
-    with pytest.raises(UserError, match=r"of grids of \(8, 8\) codes, not \(8, 4\)"):
+    with pytest.raises(UserError, match=r"likelihoods of \(8, 8\) codes, not of \(8, 4\)"):
         run.log_likelihood(images[:, :, :8], labels)
 
 

@@ -7,7 +7,7 @@ from taming_jax.config.load import differences, load_config, preset_names, write
 from taming_jax.config.migrations import FORMAT
 from taming_jax.config.schema import Config
 from taming_jax.config.serialization import to_dict
-from taming_jax.config.validation import warn_of_attention
+from taming_jax.config.validation import warn_about_attention
 from taming_jax.errors import UserError
 
 
@@ -146,12 +146,12 @@ def test_an_unknown_preset_names_the_nearest():
 
 
 def test_attention_that_no_level_has_is_named(capsys):
-    warn_of_attention(load_config("mnist", {"vqgan.attention_resolutions": (16, 14)}))
+    warn_about_attention(load_config("mnist", {"vqgan.attention_resolutions": (16, 14)}))
     sentence = capsys.readouterr().out
     assert sentence.startswith("Warning: --vqgan.attention-resolutions 16 has no effect")
     assert "28, 14, 7 pixels high" in sentence
     for name in preset_names():
-        warn_of_attention(load_config(name))
+        warn_about_attention(load_config(name))
     assert not capsys.readouterr().out
 
 
