@@ -188,7 +188,8 @@ def draw_grid(
     beside = max(0.8, 0.2 + 0.09 * longest) if names else margin  # the font size is 9 points
     above = margin if title is None else 0.4
     under = 0.25 if below else margin
-    size = beside + width + margin, under + height + above
+    room = 0.075 * len(title or "")  # letters of ten points
+    size = max(beside + width + margin, room), under + height + above
     figure = Figure(figsize=size)
     if title is not None:
         figure.suptitle(title, fontsize=10, x=0.01, ha="left", y=1 - 0.1 / size[1])

@@ -38,7 +38,7 @@ class Sampler:
         params: dict[str, Any],
         decode: Callable[[np.ndarray], np.ndarray],
     ):
-        """`decode` makes images of grids of codes that are larger than the training images'."""
+        """`decode` makes images from grids of codes larger than those of the training images."""
         self.preset, self.factor, self._decode = config.prior, config.downsample_factor, decode
         self.prior, self.generator, self.params = prior, generator, params
         self._placed = functools.cache(self._place)

@@ -38,6 +38,16 @@ def test_long_class_names_have_room():
         assert label.get_window_extent(canvas.get_renderer()).x0 > 5
 
 
+def test_a_title_over_few_images_is_not_cut():
+    images = np.zeros((9, 32, 32, 3), np.float32)
+    title = "Validation images after step 4000; under each error its mean (0 to 1)"
+    figure = figures.labelled_grid(images, ["original", "reconstruction", "error"], 3, title)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    box = figure._suptitle.get_window_extent(canvas.get_renderer())
+    assert box.x1 <= figure.bbox.x1
+
+
 def test_what_is_said_below_stands_under_its_column():
     images = np.zeros((8, 28, 28, 1), np.float32)
     figure = figures.draw_grid(images, ["one", "two"], 4, "title", ["0.1", "0.2", "0.3", "0.4"])

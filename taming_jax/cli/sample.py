@@ -9,6 +9,7 @@ labeled grid, one row per class), or a folder (one PNG per image). The sampling 
 those of the run.
 """
 
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -63,6 +64,13 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Complete(Sample):
+    """Draws the rest of given pictures with a run of both stages.
+
+        taming-jax complete bird.jpg --workdir runs/birds --keep top --out rest.png
+
+    `--out` is FILE.npz, FILE.png or a folder, as for `taming-jax sample`.
+    """
+
     complete: tyro.conf.Positional[tuple[str, ...]]
     """Pictures to complete, --per-class times each; --classes takes one class for all, or one per
     picture."""
@@ -99,7 +107,7 @@ def write_folder(out: Path, grid: SampleGrid) -> None:
 
 
 def complete() -> None:
-    args = parse(Complete, __doc__)
+    args = parse(Complete, inspect.cleandoc(Complete.__doc__ or ""))
     if not args.complete:
         raise UserError("name the pictures to complete.")
     draw_and_write(args)

@@ -44,7 +44,9 @@ def evaluate_reconstructions(evaluator: Evaluator) -> dict[str, Any]:
     counts, moments, bits = np.zeros(config.vqgan.codebook_size, np.int64), Moments(), 0.0
     has_likelihood = evaluator.prior_fits and run.prior.window == run.prior.grid
     if evaluator.prior_fits and not has_likelihood:
-        evaluator.warnings.append("No likelihood: an image has more codes than a sequence.")
+        evaluator.warnings.append(
+            "No likelihood: an image has more codes than the prior's block_size."
+        )
     for rows, batch in evaluator.read_batches(images, "reconstructions"):
         decoded, indices, values = devices.map_batches(
             lambda part: measure(params, devices.shard(part)), batch, size

@@ -9,7 +9,7 @@ import functools
 import hashlib
 import os
 import urllib.request
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, cast
@@ -30,11 +30,10 @@ from taming_jax.parallel.devices import Devices
 from taming_jax.storage import atomic_write, user_cache
 from taming_jax.weights.arrays import hash_arrays
 from taming_jax.weights.layout import (
-    Layout,
+    build_inception_layout,
     convert_shapes,
     convert_to_flax,
     flatten_shapes,
-    map_parameter,
 )
 from taming_jax.weights.state_dict import check_state_dict, open_state_dict
 
@@ -109,12 +108,6 @@ def load_vgg() -> Extractor:
         resize=f"none from {VGG_MIN_SIZE} to {VGG_MAX_SIZE} px, else to {VGG_MIN_SIZE} or "
         f"{VGG_LARGE_SIZE} px, antialiased bicubic",
     )  # fmt: skip
-
-
-def build_inception_layout(names: Iterable[tuple[str, ...]]) -> Layout:
-    """Builds the layout of the `InceptionV3` variables (`params` and `batch_stats`) in
-    pytorch-fid's file."""
-    return {name: map_parameter(".".join(name[1:-1]), name[-1]) for name in names}
 
 
 def load_inception(file: Path, legacy: bool = False) -> Extractor:

@@ -45,8 +45,8 @@ def advise_on_settings(run: Path) -> str:
     """Returns a sentence that tells you how to resume a run with its own settings."""
     folder = shlex.quote(str(run))
     return (
-        "Leave these settings out; if the preset has changed since the run was created, use "
-        f"--config {shlex.quote(str(run / 'config.json'))} --workdir {folder} instead."
+        "Give the settings that the run was created with, or use all of them with "
+        f"--config {shlex.quote(str(run / 'config.json'))} --workdir {folder}."
     )
 
 

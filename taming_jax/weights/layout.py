@@ -100,3 +100,9 @@ def convert_to_torch(layout: Layout, params: Any) -> dict[str, np.ndarray]:
     for path, entry in layout.items():
         state_dict |= dict(zip(entry.names, entry.to_torch(np.asarray(flat[path])), strict=True))
     return state_dict
+
+
+def build_inception_layout(names: Iterable[Path]) -> Layout:
+    """Builds the layout of the `InceptionV3` variables (`params` and `batch_stats`) in
+    pytorch-fid's file."""
+    return {name: map_parameter(".".join(name[1:-1]), name[-1]) for name in names}

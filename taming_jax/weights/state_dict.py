@@ -43,13 +43,14 @@ def open_safetensors(file: Path) -> tuple[StateDict, dict[str, Any]]:
     import safetensors
 
     try:
-        flax, numpy = (safetensors.safe_open(file, kind) for kind in ("flax", "numpy"))
+        # "numpy" reads every type but bfloat16; "flax" reads that, but turns int64 into int32.
+        by_numpy, by_flax = (safetensors.safe_open(file, kind) for kind in ("numpy", "flax"))
 
         def read(name: str) -> np.ndarray:
-            is_bfloat16 = numpy.get_slice(name).get_dtype() == "BF16"  # which numpy does not have
-            return np.asarray((flax if is_bfloat16 else numpy).get_tensor(name))
+            is_bfloat16 = by_numpy.get_slice(name).get_dtype() == "BF16"
+            return np.asarray((by_flax if is_bfloat16 else by_numpy).get_tensor(name))
 
-        return {name: read(name) for name in list(numpy.keys())}, dict(numpy.metadata() or {})
+        return {name: read(name) for name in list(by_numpy.keys())}, dict(by_numpy.metadata() or {})
     except FileNotFoundError:
         raise UserError(f"there is no file {file}.") from None
     except (OSError, ValueError, TypeError, AttributeError, safetensors.SafetensorError) as error:

@@ -59,6 +59,12 @@ def test_encode_writes_the_codes_of_a_split(call, both, tmp_path):
     assert status == 2 and "name a .npz" in err
 
 
+def test_complete_describes_itself(call):
+    status, out, _ = call("complete", "--help")
+    assert status == 0 and "taming-jax complete bird.jpg" in out
+    assert "taming-jax sample --workdir" not in out
+
+
 def test_complete_takes_pictures_without_a_flag(call, both, tmp_path):
     from PIL import Image
 

@@ -8,9 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from taming_jax.data.pixels import to_float
-from taming_jax.metrics.features import build_inception_layout, resize_legacy
+from taming_jax.metrics.features import resize_legacy
 from taming_jax.models.inception import CLASSES, InceptionV3
-from taming_jax.weights.layout import convert_shapes, convert_to_flax, flatten_shapes
+from taming_jax.weights.layout import (
+    build_inception_layout,
+    convert_shapes,
+    convert_to_flax,
+    flatten_shapes,
+)
 from tests.golden import assert_close
 
 

@@ -12,19 +12,19 @@ def test_safetensors_of_any_float_are_read(tmp_path):
     values = np.array([1.0, -0.5, 3e38], np.float32)
     arrays = {"whole": jnp.array(values), "brain": jnp.array(values, jnp.bfloat16)}
     save_file(arrays, tmp_path / "m.safetensors", {"global_step": "7"})
-    found, rest = open_state_dict(tmp_path / "m.safetensors")
-    assert rest == {"global_step": "7"} and sorted(found) == ["brain", "whole"]
-    np.testing.assert_array_equal(found["whole"], values)
-    np.testing.assert_array_equal(found["brain"], arrays["brain"])
+    loaded, rest = open_state_dict(tmp_path / "m.safetensors")
+    assert rest == {"global_step": "7"} and sorted(loaded) == ["brain", "whole"]
+    np.testing.assert_array_equal(loaded["whole"], values)
+    np.testing.assert_array_equal(loaded["brain"], arrays["brain"])
 
 
 def test_safetensors_keep_their_types(tmp_path):
     arrays = {"double": np.array([1e300]), "count": np.array([2**40])}
     numpy_file.save_file(arrays, tmp_path / "m.safetensors")
-    found, _ = open_state_dict(tmp_path / "m.safetensors")
+    loaded, _ = open_state_dict(tmp_path / "m.safetensors")
     for name, array in arrays.items():
-        assert found[name].dtype == array.dtype
-        np.testing.assert_array_equal(found[name], array)
+        assert loaded[name].dtype == array.dtype
+        np.testing.assert_array_equal(loaded[name], array)
 
 
 def test_a_type_that_cannot_be_read_is_a_sentence(tmp_path):

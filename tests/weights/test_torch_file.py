@@ -62,9 +62,9 @@ class Named:
 class Pickler(pickle.Pickler):
     older = False
 
-    def persistent_id(self, found):
-        if isinstance(found, Named):
-            return (*found.name, None) if self.older else found.name
+    def persistent_id(self, value):
+        if isinstance(value, Named):
+            return (*value.name, None) if self.older else value.name
         return None
 
 
@@ -116,9 +116,9 @@ def content(torch):
 @pytest.mark.parametrize("write", [write_zip, write_older])
 def test_tensors_and_containers(torch, tmp_path, write):
     write(tmp_path / "model.pth", content(torch), STORAGES)
-    found = open_tensors(tmp_path / "model.pth")
-    assert found["epoch"] == 3 and found["names"] == ["a", ("b", None)]
-    state, flat = found["state_dict"], np.arange(24, dtype=np.float32)
+    loaded = open_tensors(tmp_path / "model.pth")
+    assert loaded["epoch"] == 3 and loaded["names"] == ["a", ("b", None)]
+    state, flat = loaded["state_dict"], np.arange(24, dtype=np.float32)
     assert list(state) == ["weight", "turned", "double", "number", "half"]
     np.testing.assert_array_equal(state["weight"], flat.reshape(2, 3, 4))
     np.testing.assert_array_equal(state["turned"], [[1, 13], [2, 14], [3, 15]])
@@ -181,10 +181,10 @@ def test_what_is_written_is_read(tmp_path):
         "turned": np.asfortranarray(rng.random((2, 5), np.float32)),
     }  # fmt: skip
     write_tensors(tmp_path / "m.ckpt", {"epoch": 3, "state_dict": state})
-    found = open_tensors(tmp_path / "m.ckpt")
-    assert found["epoch"] == 3 and list(found["state_dict"]) == list(state)
+    loaded = open_tensors(tmp_path / "m.ckpt")
+    assert loaded["epoch"] == 3 and list(loaded["state_dict"]) == list(state)
     for name, array in state.items():
-        back = found["state_dict"][name]
+        back = loaded["state_dict"][name]
         assert back.dtype == array.dtype and back.shape == array.shape
         np.testing.assert_array_equal(back, array)
     with zipfile.ZipFile(tmp_path / "m.ckpt") as archive:  # as torch.load(mmap=True) wants them
