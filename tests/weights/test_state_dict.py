@@ -29,7 +29,7 @@ def test_safetensors_keep_their_types(tmp_path):
 
 def test_a_type_that_cannot_be_read_is_a_sentence(tmp_path):
     save_file({"x": jnp.ones(3, jnp.float8_e4m3fn)}, tmp_path / "m.safetensors")
-    with pytest.raises(UserError, match="is not a safetensors file that can be read"):
+    with pytest.raises(UserError, match="cannot be read as a safetensors file"):
         open_state_dict(tmp_path / "m.safetensors")
 
 
