@@ -54,11 +54,17 @@ class DataConfig:
     path: str | None = free(None)
     """A folder with your own copy of the files. Default: the dataset is downloaded or read from
     where its library keeps it."""
+    layout: Literal["auto", "splits", "classes"] = "auto"
+    """How the folders in a folder of pictures are read: splits reads those that are named after
+    splits (train, validation, test), classes reads each as a class. auto chooses, and says so if
+    both are possible."""
+    config: str | None = None
+    """The configuration of a dataset of the Hugging Face hub that has several."""
     image_column: str | None = None
     """The column of a table that holds the images. Default: the first column of images."""
     label_column: str | None = None
-    """The column of a table that holds the classes. Default: the first column of class labels, or
-    one called label or labels."""
+    """The column of a table that holds the classes. Default: the first column of class labels, one
+    with a name such as label or class, or the only column of few texts."""
     image_size: int = setting(28, COUNT)
     """The height and width of the images that the model sees."""
     channels: int = 1
@@ -74,6 +80,9 @@ class DataConfig:
     """The folder for decoded images. Default: the user's own cache folder."""
     max_corrupt_fraction: float = free(0.1, FRACTION)
     """The largest fraction of pictures that may be unreadable. These are left out."""
+    max_decoded_mib: int = free(1024, COUNT)
+    """The memory, in MiB, that decoding one picture may take in each thread. Pictures that take
+    more are unreadable."""
     workers: int | None = free(None, COUNT)
     """The number of threads that decode pictures. Default: one per core."""
     resident_share: float = free(0.2, FRACTION)

@@ -22,6 +22,8 @@ from taming_jax.data.images import EncodedImages, Table, decode_split
 from taming_jax.errors import UserError, say
 from taming_jax.parallel import distributed
 
+NO_CLASS = (None, "", -1)  # the labels of images whose class is not known
+
 
 class Split(NamedTuple):
     """Images uint8 [n,h,w,c] and their classes int32 [n].
@@ -260,7 +262,7 @@ def make_synthetic(config: DataConfig) -> Splits:
 
 def load_folder(config: DataConfig) -> Splits:
     """Loads the user's own pictures from `config.path`, one folder per class or a single folder."""
-    return build_splits(readers.read_folder(config), config)
+    return build_splits(readers.read_path(config), config)
 
 
 def build_splits(tables: dict[str, Table], config: DataConfig) -> Splits:
@@ -274,10 +276,15 @@ def build_splits(tables: dict[str, Table], config: DataConfig) -> Splits:
     if "train" not in tables:
         raise UserError(f"{source} has no split 'train', or an empty one; add pictures to it.")
     labels, class_names = encode_labels(tables, config)
-    encoded = {
-        split: EncodedImages(table, np.arange(len(table.names)), labels[split])
-        for split, table in tables.items()
-    }
+    encoded = {}
+    for split, table in tables.items():
+        numbers = np.flatnonzero(labels[split] >= 0)
+        if len(numbers):
+            encoded[split] = EncodedImages(table, numbers, labels[split][numbers])
+        if len(numbers) < len(table.names):
+            say(
+                f"{split}: {len(table.names) - len(numbers)} pictures without a class are left out."
+            )
     for split, share in (("test", config.test_share), ("validation", config.validation_share)):
         if split not in encoded:
             n = len(encoded["train"])
@@ -304,13 +311,19 @@ def build_splits(tables: dict[str, Table], config: DataConfig) -> Splits:
         )
     for problem in problems:
         say(f"{problem}. They are left out.")
-    untrained = set(parts["test"].labels.tolist()) - set(parts["train"].labels.tolist())
-    if untrained:
+    splits = Splits(**parts, class_names=class_names)
+    if untrained := find_untrained(splits):
+        names = ", ".join(class_names[i] for i in untrained[:50]) + ", …" * (len(untrained) > 50)
         say(
-            f"Warning: {len(untrained)} classes are in the test split only, so the likelihoods of "
-            "their images, given the class, are not meaningful."
+            f"Warning: no training pictures of {len(untrained)} of {len(class_names)} classes: "
+            f"{names}. A prior does not learn them, and they are not drawn by default."
         )
-    return Splits(**parts, class_names=class_names)
+    return splits
+
+
+def find_untrained(splits: Splits) -> list[int]:
+    """Returns the classes that no training image has."""
+    return np.setdiff1d(np.arange(len(splits.class_names)), splits.train.labels).tolist()
 
 
 def encode_labels(
@@ -318,11 +331,18 @@ def encode_labels(
 ) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
     """Encodes the classes of each split as numbers int32 [n], and returns them with their names.
 
-    Raises UserError if some images have no class, or classes are neither names nor numbers from 0.
+    Validation and test images may have no class (None, "" or -1), which is encoded as -1. Raises
+    UserError if some training images have none, or classes are neither names nor numbers from 0.
     """
     source = config.path or config.name
     classes = {split: table.classes or [None] * len(table.names) for split, table in tables.items()}
-    values = [value for split_values in classes.values() for value in split_values]
+    is_labeled = any(value is not None for value in classes["train"])
+    values = [
+        value
+        for split, split_values in classes.items()
+        for value in split_values
+        if split == "train" or not is_labeled or value not in NO_CLASS
+    ]
     names: tuple[str, ...]
     numbers: dict[Any, int]
     if all(value is None for value in values):
@@ -350,7 +370,7 @@ def encode_labels(
             "from 0, with --data.label-column."
         )
     labels = {
-        split: np.array([numbers[value] for value in split_values], np.int32)
+        split: np.array([numbers.get(value, -1) for value in split_values], np.int32)
         for split, split_values in classes.items()
     }
     return labels, names

@@ -12,24 +12,24 @@ import errno
 import hashlib
 import io
 import json
-import math
 import os
+import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import filelock
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from taming_jax.config.schema import DataConfig
 from taming_jax.errors import UserError, say
 from taming_jax.progress import Progress
 from taming_jax.storage import atomic_file, atomic_write, hash_json, user_cache
 
-VERSION = 3  # the version of the cache's format, which is part of each key
+VERSION = 4  # the version of the cache's format, which is part of each key
 CHUNK = 64  # images that a thread decodes at a time
 CHECKSUM_BYTES = 2**26  # bytes per checksum
 
@@ -75,8 +75,41 @@ class EncodedImages:
         return self.table.names[self.numbers[position]]
 
 
+@contextlib.contextmanager
+def lift_pillow_limits() -> Iterator[None]:
+    """Lifts Pillow's limits on pixels and on texts in PNG files, which are global, since they also
+    refuse good pictures. `decode` has a limit of its own. Silences warnings of damaged EXIF data.
+    """
+    limits = Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK
+    Image.MAX_IMAGE_PIXELS = None
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="PIL")
+            yield
+    finally:
+        Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK = limits
+
+
+def scale_to_bytes(values: np.ndarray) -> np.ndarray:
+    """Scales gray values to uint8 by their range: from 0 to 1 (floats only), 255 or 65535. Raises
+    ValueError for other values."""
+    low, high = values.min(), values.max()
+    if not (low >= 0 and high <= 65535):  # also refuses NaN
+        raise ValueError(f"its values go from {low} to {high}, not from 0 to 1, 255 or 65535")
+    if high > 255:
+        values = values.astype(np.uint16) >> 8
+    elif high <= 1 and values.dtype.kind == "f":
+        values = values * 255
+    return np.round(values).astype(np.uint8)
+
+
 def decode(
-    content: bytes, size: int | tuple[int, int], channels: int, resize_mode: str
+    content: bytes,
+    size: int | tuple[int, int],
+    channels: int,
+    resize_mode: str,
+    max_mib: int = DataConfig.max_decoded_mib,
 ) -> np.ndarray:
     """Decodes an image file's bytes to uint8 [h,w,channels] of a size, or of a height and width.
 
@@ -84,20 +117,28 @@ def decode(
     bicubic interpolation resizes it: with `resize_mode` "crop" the largest centered part of the
     target's shape, with "squeeze" the whole image.
 
-    Raises exceptions of many types if the image cannot be read.
+    Raises exceptions of many types if the image cannot be read, or decoding it takes more than
+    about `max_mib` MiB.
     """
     target_height, target_width = (size, size) if isinstance(size, int) else size
     with Image.open(io.BytesIO(content)) as opened:
-        # Pillow only warns about these, and raises if there are twice as many pixels.
-        if (pixels := opened.width * opened.height) > (Image.MAX_IMAGE_PIXELS or math.inf):
-            raise Image.DecompressionBombError(f"it has {pixels} pixels")
+        # A progressive JPEG is decoded whole, to two bytes per value, before it is made smaller.
+        coefficients = 6 * opened.width * opened.height if opened.info.get("progressive") else 0
         if resize_mode == "crop":
             # Decodes a JPEG at an eighth, a quarter or half of its size if that is enough.
             opened.draft(None, (2 * target_width, 2 * target_height))
+        needed = (coefficients + 4 * opened.width * opened.height) // 2**20
+        if needed > max_mib:
+            raise ValueError(
+                f"decoding takes {needed} MiB; --data.max-decoded-mib allows {max_mib}"
+            )
         opened.load()
-        image = ImageOps.exif_transpose(opened)
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        try:
+            image = ImageOps.exif_transpose(opened)
+        except Exception:  # Pillow raises many types for damaged EXIF data
+            image = opened.copy()
+    if image.mode[0] in "IF":
+        image = Image.fromarray(scale_to_bytes(np.asarray(image)))
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -244,7 +285,9 @@ def decode_all(
         for position in range(start, min(start + CHUNK, count)):
             try:
                 content = encoded.table.reader[int(encoded.numbers[position])]
-                images[position] = decode(content, size, channels, config.resize_mode)
+                images[position] = decode(
+                    content, size, channels, config.resize_mode, config.max_decoded_mib
+                )
             except UnidentifiedImageError:
                 bad[position] = "not a picture of a known format"
             except MemoryError:
@@ -263,7 +306,7 @@ def decode_all(
     # Threads suffice, since Pillow releases Python's lock while it decodes and resizes.
     pool = concurrent.futures.ThreadPoolExecutor(config.workers or os.cpu_count() or 1)
     try:
-        with Progress("decoding", count, "pictures") as progress:
+        with lift_pillow_limits(), Progress("decoding", count, "pictures") as progress:
             for chunk in pool.map(decode_chunk, range(0, count, CHUNK)):
                 bad |= chunk
                 progress.update(CHUNK)

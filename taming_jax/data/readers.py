@@ -4,26 +4,20 @@ Datasets. Each reader returns one table per split, by "train", "validation" and 
 import hashlib
 import importlib
 import logging
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from taming_jax.config.schema import DataConfig
+from taming_jax.data.columns import Columns, choose_columns, say_columns
+from taming_jax.data.folders import ImageFinder, find_images, get_split, to_text
 from taming_jax.data.images import Table, get_cache_folder
 from taming_jax.errors import UserError, say
 from taming_jax.storage import hash_json
-
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
-# The names that a split may have. The first is a prefix of the others.
-SPLITS = {"train": ("train",), "validation": ("val", "valid", "validation"), "test": ("test",)}
-
-
-def find_splits(exists: Callable[[str], bool]) -> dict[str, str]:
-    """Returns the names of the splits that exist, by "train", "validation" and "test"."""
-    return {split: name for split, names in SPLITS.items() for name in names if exists(name)}
 
 
 def hash_files(files: Iterable[Path]) -> str:
@@ -47,77 +41,36 @@ class Files:
         return self.paths[number].read_bytes()
 
 
-def read_folder(config: DataConfig) -> dict[str, Table]:
-    """Reads image files from the folder `config.path`.
+def read_path(config: DataConfig) -> dict[str, Table]:
+    """Reads a dataset from the folder `config.path`.
 
-    The folder holds `train/CLASS/*`, optionally with `validation/` and `test/`; or `CLASS/*`; or
-    only image files. The folders name the classes. Files outside the folders of a split or class
-    are left out, and a message says so. Raises UserError if there are no images or the files cannot
-    be read.
+    It holds what `datasets.save_to_disk` wrote, or image files (see `folders.find_images`), or
+    parquet files (see `read_parquet`). If it holds images and parquet files, `config.name`
+    determines which are read. Raises UserError if there are none or the files cannot be read.
     """
     if config.path is None:
         raise UserError("--data.name folder needs --data.path, the folder with your pictures.")
+    root = Path(config.path)
     try:
-        return build_folder_tables(Path(config.path))
+        if any((root / name).is_file() for name in ("dataset_dict.json", "state.json")):
+            return read_saved(root, config)
+        files = [file for file in sorted(root.rglob("*.parquet")) if file.is_file()]
+        if files and (config.name != "folder" or not ImageFinder([root]).has_images(root)):
+            return read_parquet(root, files, config)
+        return read_images(root, config)
     except OSError as error:
         raise UserError(
             f"{error.filename} cannot be read ({error.strerror}); check its permissions."
         ) from error
 
 
-def build_folder_tables(root: Path) -> dict[str, Table]:
-    """Builds one table per split from a folder, as `read_folder` describes. Raises OSError."""
-    splits = find_splits(lambda name: (root / name).is_dir())
-    folders = {split: root / name for split, name in splits.items()}
-    if "train" in folders:
-        left_out = [path for path in root.iterdir() if path not in folders.values()]
-    else:
-        folders, left_out = {"train": root}, []
+def read_images(root: Path, config: DataConfig) -> dict[str, Table]:
+    """Builds one table per split from a folder of images. Raises OSError."""
     tables = {}
-    for split, folder in folders.items():
-        files = sorted(find_image_files(folder))
-        if not files:
-            suffixes = " ".join(sorted(SUFFIXES))
-            raise UserError(f"{folder} holds no pictures ({suffixes}); put some there.")
-        in_classes = [file for file in files if file.parent != folder]
-        if in_classes:  # images beside the folders have no class
-            left_out += [file for file in files if file.parent == folder]
-            files = in_classes
-        classes = [file.relative_to(folder).parts[0] for file in in_classes] or None
-        names = [str(file.relative_to(root)) for file in files]
+    for split, (files, classes) in find_images(root, config.layout, config.label_column).items():
+        names = [to_text(file.relative_to(root)) for file in files]
         tables[split] = Table(Files(files), names, classes, (), hash_files(files))
-    left_out = [
-        path for path in left_out
-        if not path.name.startswith(".") and (path.is_dir() or is_image_file(path))
-    ]  # fmt: skip
-    if left_out:
-        kind = "class" if root in folders.values() else "split"
-        say(
-            f"Paths outside the {kind} folders are left out: {len(left_out)}, the first of which "
-            f"is {left_out[0]}."
-        )
     return tables
-
-
-def find_image_files(root: Path) -> Iterator[Path]:
-    """Yields the image files in a folder and, recursively, its folders.
-
-    Links are followed, and hidden files and folders are skipped. Raises OSError if a folder cannot
-    be read.
-    """
-
-    def raise_error(error: OSError) -> None:
-        raise error
-
-    for folder, subfolders, names in os.walk(root, onerror=raise_error, followlinks=True):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        yield from filter(is_image_file, (Path(folder, name) for name in names))
-
-
-def is_image_file(file: Path) -> bool:
-    """Returns whether a path is a file with the suffix of an image, and not hidden."""
-    hidden = file.name.startswith(".")
-    return file.suffix.lower() in SUFFIXES and not hidden and file.is_file()
 
 
 @dataclass(frozen=True)
@@ -134,18 +87,6 @@ class Column:
         return value
 
 
-class Columns(NamedTuple):
-    """The columns of a table of rows.
-
-    `label` is None if there are no classes. `class_names` is empty unless classes are numbers with
-    names.
-    """
-
-    image: str
-    label: str | None
-    class_names: tuple[str, ...]
-
-
 def build_column_table(
     split: str, rows: Any, columns: Columns, classes: Sequence[Any] | None, content: str
 ) -> Table:
@@ -153,39 +94,6 @@ def build_column_table(
     names = [f"{split}, row {i}" for i in range(len(rows))]
     reader = Column(rows, columns.image)
     return Table(reader, names, classes, columns.class_names, f"{columns.image} {content}")
-
-
-def choose_columns(
-    config: DataConfig, features: Mapping[str, Any], images: Sequence[str], label_kind: type
-) -> Columns:
-    """Returns the columns of images and classes.
-
-    Default: the first of the columns `images`, and the first column of type `label_kind` or with
-    the name "label" or "labels". Raises UserError if there is no column of images, or none with the
-    name that a setting gives.
-    """
-    names = list(features)
-    if not images:
-        raise UserError(
-            f"the dataset has no column of images, only {', '.join(names)}; choose another dataset."
-        )
-    image = config.image_column or images[0]
-    if image not in images:
-        raise UserError(
-            f"the dataset has no column '{image}' that holds images; set --data.image-column to "
-            f"one of these: {', '.join(images)}."
-        )
-    labels = [name for name in names if isinstance(features[name], label_kind)]
-    labels += [name for name in ("label", "labels") if name in names]
-    label = config.label_column or next(iter(labels), None)
-    if label is None:
-        return Columns(image, None, ())
-    if label not in names:
-        raise UserError(
-            f"the dataset has no column '{label}'; set --data.label-column to one of these: "
-            f"{', '.join(names)}."
-        )
-    return Columns(image, label, tuple(getattr(features[label], "names", None) or ()))
 
 
 def holds_images(feature: Any, image_kind: type) -> bool:
@@ -212,20 +120,22 @@ def get_first_line(error: BaseException) -> str:
 
 
 def read_hub(config: DataConfig) -> dict[str, Table]:
-    """Reads a dataset of the Hugging Face hub, or its parquet files in `config.path`.
+    """Reads a dataset of the Hugging Face hub, or its files in `config.path`.
 
     Raises UserError if the dataset cannot be loaded.
     """
-    datasets = import_package("datasets", config)
-    datasets.disable_progress_bars()
     if config.path is not None:
-        return read_parquet(datasets, Path(config.path), config)
+        return read_path(config)
+    datasets = import_datasets(config)
     say(f"Loading {config.name} from the Hugging Face hub or its local cache.")
     # Without a network it logs two warnings per retry. The error message below is enough.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
-        loaded = datasets.load_dataset(config.name)
+        loaded = datasets.load_dataset(config.name, config.config)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        if "Config name is missing" in str(error) or "BuilderConfig" in str(error):
+            reason = " ".join(str(error).split())
+            raise UserError(f"set --data.config for {config.name}: {reason}") from error
         raise UserError(
             f"the dataset {config.name} cannot be loaded from the Hugging Face hub "
             f"({get_first_line(error)}); without a network, download its parquet files elsewhere "
@@ -235,19 +145,71 @@ def read_hub(config: DataConfig) -> dict[str, Table]:
     return build_hub_tables(datasets, loaded, config, contents)
 
 
-def read_parquet(datasets: Any, root: Path, config: DataConfig) -> dict[str, Table]:
-    """Reads the files `train*.parquet`, `validation*.parquet` and `test*.parquet` in a folder, with
-    or without the hub's schema. Raises UserError if there are none to train on or one is damaged.
-    """
-    if not list(root.glob("*.parquet")) and (root / "data").is_dir():
-        root = root / "data"
-    files = {split: sorted(root.glob(f"{name}*.parquet")) for split, (name, *_) in SPLITS.items()}
-    files = {split: paths for split, paths in files.items() if paths}
-    if "train" not in files:
-        raise UserError(f"{root} has no train*.parquet; put the dataset's parquet files there.")
-    names = {split: list(map(str, paths)) for split, paths in files.items()}
+def import_datasets(config: DataConfig) -> Any:
+    """Imports the package datasets, without its progress bars."""
+    datasets = import_package("datasets", config)
+    datasets.disable_progress_bars()
+    return datasets
+
+
+def read_saved(root: Path, config: DataConfig) -> dict[str, Table]:
+    """Reads a dataset that `datasets` has saved with `save_to_disk`. Raises UserError if it cannot
+    be read."""
+    datasets = import_datasets(config)
     try:
-        contents = {split: hash_files(of_split) for split, of_split in files.items()}
+        loaded = datasets.load_from_disk(str(root))
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(
+            f"the saved dataset in {root} cannot be read ({get_first_line(error)}); save it again."
+        ) from error
+    if isinstance(loaded, datasets.Dataset):
+        loaded = datasets.DatasetDict({"train": loaded})
+    content = hash_files(sorted(root.rglob("*.arrow")))
+    contents = {name: f"{name} {content}" for name in loaded}
+    return build_hub_tables(datasets, loaded, config, contents)
+
+
+def find_parquet_splits(
+    root: Path, files: Sequence[Path], config: str | None
+) -> dict[str, list[Path]]:
+    """Returns the parquet files of each split.
+
+    Files or their folders are named after splits, as in `train-00000-of-00001.parquet` and
+    `plain_text/train/0000.parquet`; other folders, except `data`, are configurations, of which
+    `config` names one. If there are no splits, all files are the training split. Raises UserError
+    if `config` does not name one of several configurations.
+    """
+    configs: dict[str, dict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))
+    for file in files:
+        *folders, name = file.relative_to(root).with_suffix("").parts
+        places = [*folders, re.split(r"[-_.\d]", name)[0]]
+        split = next(filter(None, map(get_split, reversed(places))), "")
+        parts = [part for part in folders if part != "data" and not get_split(part)]
+        configs["/".join(parts)][split].append(file)
+    if config is None and len(configs) == 1:
+        config = next(iter(configs))
+    if config not in configs:
+        names = ", ".join(f"'{name}'" for name in configs)
+        raise UserError(f"set --data.config to one of the configurations in {root}: {names}.")
+    splits = dict(configs[config])
+    other = splits.pop("", [])
+    if not splits:
+        return {"train": other}
+    if other:
+        say(f"Left out, since they belong to no split: {len(other)} files, such as {other[0]}.")
+    return splits
+
+
+def read_parquet(root: Path, files: Sequence[Path], config: DataConfig) -> dict[str, Table]:
+    """Reads parquet files in a folder (see `find_parquet_splits`), with or without the hub's
+    schema. Raises UserError if there are none to train on or one is damaged."""
+    splits = find_parquet_splits(root, files, config.config)
+    if "train" not in splits:
+        raise UserError(f"{root} has no train*.parquet; put the dataset's parquet files there.")
+    datasets = import_datasets(config)
+    names = {split: list(map(str, paths)) for split, paths in splits.items()}
+    try:
+        contents = {split: hash_files(paths) for split, paths in splits.items()}
         # It takes files of one name, size and time for the same, whatever they hold.
         folder = str(get_cache_folder(config) / "parquet" / hash_json(contents)[:16])
         loaded = datasets.load_dataset("parquet", data_files=names, cache_dir=folder)
@@ -259,17 +221,31 @@ def read_parquet(datasets: Any, root: Path, config: DataConfig) -> dict[str, Tab
     return build_hub_tables(datasets, loaded, config, contents)
 
 
+def name_splits(names: Iterable[str]) -> dict[str, str]:
+    """Returns the names of a source's splits by "train", "validation" and "test". Says which others
+    are left out."""
+    splits: dict[str, str] = {}
+    other = [name for name in names if splits.setdefault(get_split(name) or "", name) != name]
+    other += filter(None, [splits.pop("", None)])
+    if other:
+        say(f"Splits that are left out: {', '.join(other)}.")
+    return splits
+
+
 def build_hub_tables(
     datasets: Any, loaded: Any, config: DataConfig, contents: Mapping[str, str]
 ) -> dict[str, Table]:
     """Builds one table per split of a `datasets.DatasetDict`. The value of a split in `contents`
     changes when its images change."""
-    features = next(iter(loaded.values())).features
+    splits = name_splits(loaded)
+    rows = loaded[splits.get("train", next(iter(loaded)))]
+    features = rows.features
     images = [name for name, feature in features.items() if holds_images(feature, datasets.Image)]
-    columns = choose_columns(config, features, images, datasets.ClassLabel)
+    columns = choose_columns(config, features, images, datasets.ClassLabel, rows.__getitem__)
+    say_columns(config.path or config.name, columns, features)
     image = columns.image
     tables = {}
-    for split, name in find_splits(loaded.__contains__).items():
+    for split, name in splits.items():
         rows = loaded[name]
         classes = None if columns.label is None else list(rows[columns.label])
         encoded = rows.select_columns([image]).cast_column(image, datasets.Image(decode=False))
@@ -299,7 +275,7 @@ def read_tfds(config: DataConfig) -> dict[str, Table]:
         encoded = {name: tf_datasets.decode.SkipDecoding() for name in images}
         sources = {
             split: builder.as_data_source(name, decoders=encoded)
-            for split, name in find_splits(builder.info.splits.__contains__).items()
+            for split, name in name_splits(builder.info.splits).items()
         }
     except Exception as error:
         raise UserError(
@@ -308,6 +284,7 @@ def read_tfds(config: DataConfig) -> dict[str, Table]:
             "--file_format=array_record` and name its folder with --data.path."
         ) from error
     columns = choose_columns(config, features, images, tf_datasets.features.ClassLabel)
+    say_columns(config.name, columns, features)
     content = hash_files(sorted(Path(builder.data_dir).glob("*.array_record*")))
     tables = {}
     for split, rows in sources.items():
