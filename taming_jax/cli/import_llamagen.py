@@ -35,8 +35,8 @@ def main() -> None:
     from taming_jax.weights.state_dict import open_state_dict
 
     for name in ("image_size", "heads"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be 1 or more.")
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be 1 or more.")
     check_new_folder(args.workdir)
     tokenizer, gpt = args.tokenizer, args.gpt
     files = {"tokenizer": (tokenizer, open_state_dict(tokenizer)[0])}

@@ -34,7 +34,7 @@ class Sample:
     out: Path
     """The FILE.npz, FILE.png or folder to write."""
     classes: tuple[str, ...] = ()
-    """Class numbers or names. Default: all classes (for a grid, at most 10 of them)."""
+    """Class numbers or names. Default: all (in a grid, at most 10 of them); for --complete, no class."""
     per_class: int = 8
     """The number of images per class."""
     temperature: float | None = None
@@ -48,8 +48,7 @@ class Sample:
     size: str | None = None
     """WIDTHxHEIGHT in pixels, at least the training size. Larger images are drawn in windows."""
     complete: tuple[str, ...] = ()
-    """Pictures to complete, --per-class times each; --classes takes one class for all, or one per
-    picture."""
+    """Pictures to complete, --per-class times each. Set one of --classes, or one per picture."""
     keep: float | Literal["top"] | None = None
     """The part of the pictures to keep: top for the upper half (the default), or the
     fraction of rows to keep from the top."""
@@ -68,12 +67,12 @@ class Complete(Sample):
 
         taming-jax complete bird.jpg --workdir runs/birds --keep top --out rest.png
 
-    `--out` is FILE.npz, FILE.png or a folder, as for `taming-jax sample`.
+    `--out` is FILE.npz, FILE.png or a folder, as for `taming-jax sample`. The sampling settings
+    default to those of the run.
     """
 
     complete: tyro.conf.Positional[tuple[str, ...]]
-    """Pictures to complete, --per-class times each; --classes takes one class for all, or one per
-    picture."""
+    """Pictures to complete, --per-class times each. Set one of --classes, or one per picture."""
 
 
 def parse_size(text: str) -> tuple[int, int]:
