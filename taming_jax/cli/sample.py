@@ -34,7 +34,7 @@ class Sample:
     out: Path
     """The FILE.npz, FILE.png or folder to write."""
     classes: tuple[str, ...] = ()
-    """Class numbers or names. Default: all (in a grid, at most 10 of them); for --complete, no class."""
+    """Class numbers or names. Default: all (at most 10 in a grid), or none for completions."""
     per_class: int = 8
     """The number of images per class."""
     temperature: float | None = None
