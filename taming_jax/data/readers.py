@@ -1,5 +1,6 @@
 """Readers of encoded images from folders, parquet files, the Hugging Face hub and TensorFlow
-Datasets. Each reader returns one table per split, by "train", "validation" and "test"."""
+Datasets. Each reader returns a table for every split that exists, with the keys "train",
+"validation" and "test"."""
 
 import hashlib
 import importlib
@@ -17,12 +18,12 @@ from taming_jax.errors import UserError, say
 from taming_jax.storage import hash_json
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
-# The names that a split may have. The first is a prefix of the others.
+# The names that each split may have. The first is a prefix of the others.
 SPLITS = {"train": ("train",), "validation": ("val", "valid", "validation"), "test": ("test",)}
 
 
 def find_splits(exists: Callable[[str], bool]) -> dict[str, str]:
-    """Returns the names of the splits that exist, by "train", "validation" and "test"."""
+    """Returns the name of each split that exists, with the keys "train", "validation", "test"."""
     return {split: name for split, names in SPLITS.items() for name in names if exists(name)}
 
 
@@ -39,7 +40,7 @@ def hash_files(files: Iterable[Path]) -> str:
 
 @dataclass(frozen=True)
 class Files:
-    """Encoded images, each of which is a file."""
+    """Encoded images, one per file."""
 
     paths: list[Path]
 
@@ -51,9 +52,8 @@ def read_folder(config: DataConfig) -> dict[str, Table]:
     """Reads image files from the folder `config.path`.
 
     The folder holds `train/CLASS/*`, optionally with `validation/` and `test/`; or `CLASS/*`; or
-    only image files. The folders name the classes. Files outside the folders of a split or class
-    are left out, and a message says so. Raises UserError if there are no images or the files cannot
-    be read.
+    only image files. The class folders name the classes. Files outside the split and class folders
+    are left out with a message. Raises UserError if there are no images or files cannot be read.
     """
     if config.path is None:
         raise UserError("--data.name folder needs --data.path, the folder with your pictures.")
@@ -66,7 +66,8 @@ def read_folder(config: DataConfig) -> dict[str, Table]:
 
 
 def build_folder_tables(root: Path) -> dict[str, Table]:
-    """Builds one table per split from a folder, as `read_folder` describes. Raises OSError."""
+    """Builds one table per split from a folder, as `read_folder` describes. Raises UserError if a
+    split has no images, and OSError if files cannot be read."""
     splits = find_splits(lambda name: (root / name).is_dir())
     folders = {split: root / name for split, name in splits.items()}
     if "train" in folders:
@@ -80,7 +81,7 @@ def build_folder_tables(root: Path) -> dict[str, Table]:
             suffixes = " ".join(sorted(SUFFIXES))
             raise UserError(f"{folder} holds no pictures ({suffixes}); put some there.")
         in_classes = [file for file in files if file.parent != folder]
-        if in_classes:  # images beside the folders have no class
+        if in_classes:  # images outside the class folders have no class
             left_out += [file for file in files if file.parent == folder]
             files = in_classes
         classes = [file.relative_to(folder).parts[0] for file in in_classes] or None
@@ -91,16 +92,16 @@ def build_folder_tables(root: Path) -> dict[str, Table]:
         if not path.name.startswith(".") and (path.is_dir() or is_image_file(path))
     ]  # fmt: skip
     if left_out:
-        kind = "class" if root in folders.values() else "split"
+        kind = "class" if root in folders.values() else "split or class"
         say(
-            f"Paths outside the {kind} folders are left out: {len(left_out)}, the first of which "
-            f"is {left_out[0]}."
+            f"Paths outside the {kind} folders are left out ({len(left_out)} in total, such as "
+            f"{left_out[0]})."
         )
     return tables
 
 
 def find_image_files(root: Path) -> Iterator[Path]:
-    """Yields the image files in a folder and, recursively, its folders.
+    """Yields the image files in a folder and, recursively, in its subfolders.
 
     Links are followed, and hidden files and folders are skipped. Raises OSError if a folder cannot
     be read.
@@ -115,14 +116,15 @@ def find_image_files(root: Path) -> Iterator[Path]:
 
 
 def is_image_file(file: Path) -> bool:
-    """Returns whether a path is a file with the suffix of an image, and not hidden."""
+    """Returns whether a path is an image file, by its suffix, and not hidden."""
     hidden = file.name.startswith(".")
     return file.suffix.lower() in SUFFIXES and not hidden and file.is_file()
 
 
 @dataclass(frozen=True)
 class Column:
-    """Encoded images in a column of rows, as bytes or as the hub's structs of bytes or a path."""
+    """Encoded images in a column of a dataset's rows: bytes, or the hub's structs with bytes or a
+    path."""
 
     rows: Any
     column: str
@@ -149,7 +151,7 @@ class Columns(NamedTuple):
 def build_column_table(
     split: str, rows: Any, columns: Columns, classes: Sequence[Any] | None, content: str
 ) -> Table:
-    """Builds the table of rows that are not decoded. `content` changes when a row changes."""
+    """Builds a table from rows with encoded images. `content` changes when an image changes."""
     names = [f"{split}, row {i}" for i in range(len(rows))]
     reader = Column(rows, columns.image)
     return Table(reader, names, classes, columns.class_names, f"{columns.image} {content}")
@@ -158,11 +160,11 @@ def build_column_table(
 def choose_columns(
     config: DataConfig, features: Mapping[str, Any], images: Sequence[str], label_kind: type
 ) -> Columns:
-    """Returns the columns of images and classes.
+    """Returns the columns of images and classes that the settings name.
 
-    Default: the first of the columns `images`, and the first column of type `label_kind` or with
-    the name "label" or "labels". Raises UserError if there is no column of images, or none with the
-    name that a setting gives.
+    By default, they are the first of the columns `images`, and the first column of type
+    `label_kind` or, without one, the column "label" or "labels". Raises UserError if no column
+    holds images, or a column that a setting names does not exist.
     """
     names = list(features)
     if not images:
@@ -189,7 +191,7 @@ def choose_columns(
 
 
 def holds_images(feature: Any, image_kind: type) -> bool:
-    """Returns whether a column holds images, as images, bytes, or the hub's structs of bytes."""
+    """Returns whether a column holds images, bytes, or the hub's structs with bytes."""
     if isinstance(feature, dict):
         return "bytes" in feature
     binary = getattr(feature, "dtype", None) in ("binary", "large_binary")
@@ -212,7 +214,7 @@ def get_first_line(error: BaseException) -> str:
 
 
 def read_hub(config: DataConfig) -> dict[str, Table]:
-    """Reads a dataset of the Hugging Face hub, or its parquet files in `config.path`.
+    """Reads a dataset from the Hugging Face hub, or its parquet files from `config.path`.
 
     Raises UserError if the dataset cannot be loaded.
     """
@@ -221,15 +223,15 @@ def read_hub(config: DataConfig) -> dict[str, Table]:
     if config.path is not None:
         return read_parquet(datasets, Path(config.path), config)
     say(f"Loading {config.name} from the Hugging Face hub or its local cache.")
-    # Without a network it logs two warnings per retry. The error message below is enough.
+    # Without a network, its client logs two warnings per retry. The error message below is enough.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         loaded = datasets.load_dataset(config.name)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
             f"the dataset {config.name} cannot be loaded from the Hugging Face hub "
-            f"({get_first_line(error)}); without a network, download its parquet files elsewhere "
-            "and name their folder with --data.path."
+            f"({get_first_line(error)}); check its name and your network, or download its parquet "
+            "files elsewhere and name their folder with --data.path."
         ) from error
     contents = {name: f"{config.name} {rows._fingerprint}" for name, rows in loaded.items()}
     return build_hub_tables(datasets, loaded, config, contents)
@@ -237,7 +239,7 @@ def read_hub(config: DataConfig) -> dict[str, Table]:
 
 def read_parquet(datasets: Any, root: Path, config: DataConfig) -> dict[str, Table]:
     """Reads the files `train*.parquet`, `validation*.parquet` and `test*.parquet` in a folder, with
-    or without the hub's schema. Raises UserError if there are none to train on or one is damaged.
+    or without the hub's schema. Raises UserError if no file is for training or one is damaged.
     """
     if not list(root.glob("*.parquet")) and (root / "data").is_dir():
         root = root / "data"
@@ -245,16 +247,17 @@ def read_parquet(datasets: Any, root: Path, config: DataConfig) -> dict[str, Tab
     files = {split: paths for split, paths in files.items() if paths}
     if "train" not in files:
         raise UserError(f"{root} has no train*.parquet; put the dataset's parquet files there.")
-    names = {split: list(map(str, paths)) for split, paths in files.items()}
+    data_files = {split: list(map(str, paths)) for split, paths in files.items()}
     try:
-        contents = {split: hash_files(of_split) for split, of_split in files.items()}
-        # It takes files of one name, size and time for the same, whatever they hold.
+        contents = {split: hash_files(paths) for split, paths in files.items()}
+        # `datasets` identifies cached files by name, size and time only, so the folder is named by
+        # a hash of their contents.
         folder = str(get_cache_folder(config) / "parquet" / hash_json(contents)[:16])
-        loaded = datasets.load_dataset("parquet", data_files=names, cache_dir=folder)
+        loaded = datasets.load_dataset("parquet", data_files=data_files, cache_dir=folder)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
             f"the parquet files in {root} cannot be read "
-            f"({get_first_line(error.__cause__ or error)}); fetch them again."
+            f"({get_first_line(error.__cause__ or error)}); download them again."
         ) from error
     return build_hub_tables(datasets, loaded, config, contents)
 
@@ -262,8 +265,8 @@ def read_parquet(datasets: Any, root: Path, config: DataConfig) -> dict[str, Tab
 def build_hub_tables(
     datasets: Any, loaded: Any, config: DataConfig, contents: Mapping[str, str]
 ) -> dict[str, Table]:
-    """Builds one table per split of a `datasets.DatasetDict`. The value of a split in `contents`
-    changes when its images change."""
+    """Builds one table per split of a `datasets.DatasetDict`. `contents` maps the name of a split
+    to a string that changes when its images change."""
     features = next(iter(loaded.values())).features
     images = [name for name, feature in features.items() if holds_images(feature, datasets.Image)]
     columns = choose_columns(config, features, images, datasets.ClassLabel)
@@ -278,10 +281,10 @@ def build_hub_tables(
 
 
 def read_tfds(config: DataConfig) -> dict[str, Table]:
-    """Reads a dataset `tfds:NAME` of TensorFlow Datasets, prepared as array_record.
+    """Reads a dataset `tfds:NAME` from TensorFlow Datasets, prepared as array_record.
 
-    It lies in `config.path`. Default: the folder of TensorFlow Datasets. Raises UserError if it
-    cannot be read there.
+    It is read from `config.path`, by default from TensorFlow Datasets' own folder. Raises UserError
+    if it cannot be read.
     """
     tf_datasets = import_package("tensorflow-datasets", config)
     name = config.name.removeprefix("tfds:")
