@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains both stages of a preset and draws a grid of samples, in runs/NAME:
-# `bash scripts/both.sh NAME [settings]`. Both stages get the settings, which may be any but
+# `bash scripts/both.sh NAME [settings]`. The settings apply to both stages, and may be any but
 # --workdir. Run the same command again to resume.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -13,7 +13,7 @@ name="$1"
 shift
 for argument in "$@"; do
     if [[ "$argument" == --workdir* ]]; then
-        echo "This script trains in runs/$name; to use another --workdir, run train_vqgan.py instead." >&2
+        echo "This script trains in runs/$name; to set --workdir, run train_vqgan.py instead." >&2
         exit 2
     fi
 done

@@ -14,23 +14,23 @@ def per_example(values: jax.Array) -> jax.Array:
 
 
 def l1(images: jax.Array, reconstruction: jax.Array) -> jax.Array:
-    """Returns the mean absolute difference [b] of images [b,h,w,c]."""
+    """Returns the mean absolute difference [b] between images and reconstruction [b,h,w,c]."""
     return per_example(jnp.abs(images - reconstruction))
 
 
 def generator_adversarial(fake: jax.Array) -> jax.Array:
-    """Returns the generator's adversarial loss [b] from the discriminator's logits [b,h,w,1] for
-    its images. It is the same for both discriminator losses, as in the official code."""
+    """Returns the generator's adversarial loss [b] from the logits [b,h,w,1] of its images. It is
+    the same for both discriminator losses, as in the official code."""
     return -per_example(fake)
 
 
 def hinge(real: jax.Array, fake: jax.Array) -> jax.Array:
-    """Returns the discriminator's hinge loss [b] (arXiv 1705.02894) of logits [b,h,w,1]."""
+    """Returns the discriminator's hinge loss [b] (arXiv 1705.02894) for logits [b,h,w,1]."""
     return 0.5 * (per_example(jax.nn.relu(1 - real)) + per_example(jax.nn.relu(1 + fake)))
 
 
 def vanilla(real: jax.Array, fake: jax.Array) -> jax.Array:
-    """Returns the discriminator's cross-entropy [b] (arXiv 1406.2661) of logits [b,h,w,1]."""
+    """Returns the discriminator's cross-entropy [b] (arXiv 1406.2661) for logits [b,h,w,1]."""
     return 0.5 * (per_example(jax.nn.softplus(-real)) + per_example(jax.nn.softplus(fake)))
 
 
@@ -40,9 +40,9 @@ DISCRIMINATOR_LOSSES = {"hinge": hinge, "vanilla": vanilla}
 def lecam(
     real: jax.Array, fake: jax.Array, real_average: jax.Array, fake_average: jax.Array
 ) -> jax.Array:
-    """Returns the LeCAM regularization [b] (arXiv 2104.03310, equation 4), with ReLU as in its
-    public code: it keeps the logits [b,h,w,1] of real images close to the moving average [] of the
-    logits of fake images, and the other way around."""
+    """Returns the LeCam regularization [b] (arXiv 2104.03310, equation 4), with ReLU as in its
+    official code. It keeps the logits [b,h,w,1] of real images close to the moving average [] of
+    the logits of fake images, and vice versa."""
     real_excess = jnp.square(jax.nn.relu(real - fake_average))
     fake_excess = jnp.square(jax.nn.relu(real_average - fake))
     return per_example(real_excess) + per_example(fake_excess)
@@ -71,7 +71,7 @@ def perplexity(counts: jax.Array) -> jax.Array:
 
 
 def next_token(logits: jax.Array, codes: jax.Array) -> jax.Array:
-    """Returns the negative log-likelihood [b] in nats per code of codes int [b,t] under logits
-    float32 [b,t,k]."""
+    """Returns the mean negative log-likelihood [b], in nats per code, of codes int [b,t] under
+    logits float32 [b,t,k]."""
     log_probs = jax.nn.log_softmax(logits)
     return -per_example(jnp.take_along_axis(log_probs, codes[..., None], -1))

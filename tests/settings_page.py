@@ -16,11 +16,11 @@ This page is generated from `taming_jax/config/schema.py` by `python -m tests.se
 
 Write a setting as a flag, `--vqgan.batch-size 64`, or as a key of a run's `config.json`. The
 defaults below are those of the dataclasses; a preset replaces many of them, and
-`python train_vqgan.py --config NAME --help` shows the defaults of a preset. A run that is resumed
-may change the settings marked *free*; all others say what is trained and may not change.
+`python train_vqgan.py --config NAME --help` shows the defaults of a preset. When you
+resume a run, you may change the settings marked *free*. All others determine what is trained.
 """
 SECTIONS = {
-    "Of a run": ("", (schema.Config,)),
+    "Run": ("", (schema.Config,)),
     "Data": ("data.", (schema.DataConfig,)),
     "Stage 1": ("vqgan.", (schema.StageConfig, schema.VQGANConfig)),
     "Stage 2": ("prior.", (schema.StageConfig, schema.PriorConfig)),

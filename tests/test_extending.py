@@ -120,7 +120,7 @@ def test_a_checkpoint_of_another_project_becomes_a_run(stage1, tmp_path):
     names = run_example("A checkpoint format")
     run = load_run(stage1)
     params = jax.tree.map(np.asarray, run.params)
-    arrays = layout.convert_to_torch(names["layout"](layout.flatten_shapes(params)), params)
+    arrays = layout.convert_to_torch(names["build_layout"](layout.flatten_shapes(params)), params)
     assert "G/encoder/conv_in.weight" in arrays
     arrays = {name: np.ascontiguousarray(x) for name, x in arrays.items()}
     save_file(arrays, tmp_path / "g.safetensors")

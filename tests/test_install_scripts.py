@@ -24,7 +24,7 @@ def test_a_python_that_is_too_old_is_a_sentence(tmp_path, script):
         )  # fmt: skip
         assert done.returncode == 2 and problem in done.stderr
         assert done.stderr.endswith(
-            "taming_jax needs Python 3.11 or later. Name one with PYTHON=python3.12 bash "
+            "taming_jax needs Python 3.11 or later. Choose it with PYTHON=python3.12 bash "
             f"scripts/{script}.\n"
         )
         assert {path.name for path in tmp_path.iterdir()} == {"scripts", "python3.8"}

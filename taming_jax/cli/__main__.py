@@ -11,9 +11,9 @@ COMMANDS = {
     "train-vqgan": ("train:train_vqgan", "train stage 1, the VQ-GAN"),
     "train-prior": ("train:train_prior", "train stage 2, the prior over the codes of stage 1"),
     "sample": ("sample:main", "draw new images from a run"),
-    "complete": ("sample:complete", "draw the missing part of pictures"),
+    "complete": ("sample:complete", "complete pictures"),
     "evaluate": ("evaluate:main", "evaluate a run, or compare two reports"),
-    "encode": ("encode:main", "write the codes of a split of a run's dataset"),
+    "encode": ("encode:main", "encode a split of a run's dataset"),
     "dataset": ("dataset:main", "describe a dataset"),
     "import compvis": ("import_compvis:main", "import an official checkpoint as a run"),
     "import llamagen": ("import_llamagen:main", "import LlamaGen checkpoints as a run"),
@@ -24,7 +24,7 @@ COMMANDS = {
 
 
 def show_help(names: list[str]) -> None:
-    # `say` ignores errors of a pipe whose reader has exited.
+    # `say` ignores a closed pipe, as in `taming-jax | head -1`.
     say("usage: taming-jax COMMAND [settings]; `taming-jax COMMAND --help` shows its settings.\n")
     for name in names:
         say(f"  {name:<16} {COMMANDS[name][1]}")

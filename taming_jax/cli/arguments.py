@@ -35,18 +35,18 @@ def parse(command: type[T], description: str | None) -> T:
     return tyro.cli(command, description=description, args=sys.argv[1:])
 
 
-# Data settings that the run's networks determine, or that only affect training.
+# Data settings that the run's networks fix, or that affect only training.
 FIXED_OR_TRAINING_ONLY = ("image_size", "channels", "random_crop", "mirror")
 HELP = {
-    "name": "folder, OWNER/NAME on the Hugging Face Hub, …; required to use other data",
-    "path": "the current folder of the data",
-    "cache": "the folder that caches decoded images",
+    "name": "The dataset; name it to use other data than in training. Default: as in training.",
+    "path": "The folder of the data, if it has moved. Default: as in training.",
+    "cache": "The folder for decoded images. Default: as in training.",
 }
-# The other data settings as `--data.…` flags, for data that has moved or for other data.
+# All other data settings, as `--data.…` flags, for data that has moved or for other data.
 DataFlags: Any = dataclasses.make_dataclass(
     "DataFlags",
     [
-        (name, Annotated[kind | None, tyro.conf.arg(help=HELP.get(name, "as in training"))], None)
+        (name, Annotated[kind | None, tyro.conf.arg(help=HELP.get(name, "As in training."))], None)
         for name, kind in typing.get_type_hints(DataConfig).items()
         if name not in FIXED_OR_TRAINING_ONLY
     ],
@@ -55,7 +55,7 @@ DataFlags: Any = dataclasses.make_dataclass(
 
 
 def collect_data_settings(flags: Any) -> dict[str, Any]:
-    """Returns the settings that `--data.…` flags set, by their names in `DataConfig`."""
+    """Returns the settings that were set by `--data.…` flags, by their names in `DataConfig`."""
     return {name: value for name, value in vars(flags).items() if value is not None}
 
 
@@ -71,7 +71,7 @@ def check_output(name: str, file: Path, suffixes: Sequence[str] = ()) -> None:
 
 @dataclass(frozen=True)
 class Training:
-    """The config to train, whether to start over, and the processes that take part."""
+    """The arguments of a training command."""
 
     config: Annotated[Config, tyro.conf.arg(name="")]
     restart: bool = False
@@ -127,8 +127,8 @@ def parse_training(
 
 
 def load_default_config(name: str | None, workdir: str | None, wants_help: bool) -> Config:
-    """Loads the config that --config and --workdir name and that flags override. For help, falls
-    back to the preset mnist if that config does not exist."""
+    """Loads the config named by --config, whose values are the defaults of the flags. For --help,
+    falls back to the preset mnist if that config does not exist."""
     if name is None and not wants_help:
         raise UserError(
             f"choose what to train with --config; the presets are {', '.join(list_presets())}."

@@ -28,7 +28,7 @@ from taming_jax.training.prior import init_transformer, train_step
 from taming_jax.training.state import copy_buffers
 from taming_jax.training.vqgan import VQGANStage
 
-HEADINGS = f"{'step':<26}{'compile':>10}{'steps/s':>10}{'images/s':>10}{'a step':>18}  peak memory"
+HEADINGS = f"{'step':<26}{'compile':>10}{'steps/s':>10}{'images/s':>10}{'FLOP':>18}  peak memory"
 
 
 def time_call(function: Callable, *arguments: Any) -> tuple[float, Any]:
@@ -41,8 +41,8 @@ def time_call(function: Callable, *arguments: Any) -> tuple[float, Any]:
 def measure_step(
     name: str, step: Compiled, state: Any, feed: Feed, config: Config, devices: Devices, count: int
 ) -> Any:
-    """Compiles a training step, prints a row with its median speed over `count` calls, and returns
-    the state after them."""
+    """Compiles a training step, prints its median speed over `count` calls, and returns the state
+    after them."""
     compile_seconds, _ = time_call(step.prepare, state, feed.batch(0).arrays)
     times = []
     for number in range(count + 1):
@@ -91,18 +91,21 @@ def measure_prior(config: Config, devices: Devices, count: int) -> None:
 @dataclass(frozen=True)
 class DataPath:
     path: str | None = None
-    """The dataset's local files. Default: the preset's download."""
+    """The folder with the dataset's files. Default: as in the preset."""
 
 
 @dataclass(frozen=True)
 class Benchmark:
     config: str = "mnist"
+    """The name of a preset, or the path of a run's config.json."""
     stage: Literal["vqgan", "prior"] = "vqgan"
+    """The stage whose training steps are timed."""
     batch_size: int | None = None
-    """Default: the preset's batch size."""
+    """The number of images per step. Default: as in the preset."""
     devices: int | None = None
+    """The number of devices to use. Default: all."""
     steps: int = 5
-    """How often to time each training step."""
+    """The number of times to run each training step."""
     data: DataPath = DataPath()
 
 

@@ -1,8 +1,8 @@
-"""Describes a dataset: sizes, classes, means, duplicates, and a contact sheet of its pictures.
+"""Describes a dataset: sizes, channel statistics, classes, duplicates, and a contact sheet.
 
     taming-jax dataset --config birds --data.path FOLDER --out sheet.png
 
-Takes the settings of the training scripts; only the data settings have an effect.
+Accepts the settings of the training scripts, but only the data settings have an effect.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ def describe_split(name: str, split: Split, class_names: tuple[str, ...]) -> str
     deviations = np.sqrt(np.maximum(squares - means**2, 0))
     channels = ", ".join(f"{m:.1f} ± {d:.1f}" for m, d in zip(means, deviations, strict=True))
     return (
-        f"{name}: {n} images of {h}x{w}x{c}, mean and deviation of each channel {channels}; "
+        f"{name}: {n} images of {h}x{w}x{c}, mean and standard deviation per channel {channels}; "
         f"{len(np.unique(split.labels))} of {len(class_names)} classes"
     )
 
@@ -43,7 +43,7 @@ def hash_images(split: Split) -> set[bytes]:
 @dataclass(frozen=True)
 class Dataset(Training):
     out: Path | None = None
-    """A .png to write a contact sheet of training images to."""
+    """The FILE.png for a contact sheet of training images."""
 
 
 def main() -> None:
@@ -51,7 +51,7 @@ def main() -> None:
     config = args.config
     if args.out is not None:
         check_output("--out", args.out, [".png"])
-    # Without random crops all splits have one size, so duplicates across splits are equal arrays.
+    # Without random crops, all splits have the same image size, so duplicates are equal arrays.
     splits: Splits = datasets.load(dataclasses.replace(config.data, random_crop=False))
     by_name = {name: getattr(splits, name) for name in ("train", "validation", "test")}
     for name, split in by_name.items():

@@ -1,8 +1,8 @@
-"""Writes the codes of a split of a run's dataset.
+"""Encodes a split of a run's dataset, and writes the codes to a file.
 
     taming-jax encode --workdir runs/mnist --split test --out codes.npz
 
-The file holds `codes` [n,h',w'] and `labels` int32 [n]. To encode other images, use
+The file holds `codes` unsigned [n,h',w'] and `labels` int32 [n]. To encode other images, use
 `taming_jax.load_run(...).encode`.
 """
 
@@ -24,7 +24,7 @@ class Encode:
     out: Path
     """The FILE.npz to write."""
     split: str = "train"
-    """train, validation or test."""
+    """The split: train, validation or test."""
     data: DataFlags = field(default_factory=DataFlags)
 
 

@@ -3,7 +3,7 @@
     taming-jax evaluate --workdir runs/mnist --samples 5000 --out eval.json
     taming-jax evaluate --compare one.json other.json
 
-docs/evaluation.md explains the metrics and what they compare.
+docs/evaluation.md explains the metrics.
 """
 
 import json
@@ -23,15 +23,15 @@ class Evaluate(Protocol):
     workdir: Path | None = None
     """The run's folder."""
     compare: tuple[Path, Path] | None = None
-    """Two reports to show side by side."""
+    """Two reports to print side by side."""
     save_reference: Path | None = None
-    """An .npz to write mu and sigma of the split to."""
+    """The FILE.npz for the mu and sigma of the split."""
     devices: int | None = None
     """The number of devices to use. Default: all."""
     out: Path | None = None
-    """The .json to write the report to."""
+    """The FILE.json for the report."""
     figures: Path | None = None
-    """The folder to write figures to. Default: the folder of --out."""
+    """The folder for figures. Default: the folder of --out."""
     data: DataFlags = field(default_factory=DataFlags)
 
 
@@ -53,7 +53,7 @@ def read_report(file: Path) -> dict[str, Any]:
             raise ValueError("keys are missing")
         return contents
     except FileNotFoundError:
-        raise UserError(f"there is no file {file}.") from None
+        raise UserError(f"there is no file {file}; name a report.") from None
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{file} is not a report of scripts/evaluate.py ({error}).") from error
 
@@ -71,7 +71,7 @@ def compare(left: Path, right: Path) -> None:
 
 
 def evaluate_run(args: Evaluate, workdir: Path) -> None:
-    """Prints the report of a run, and writes the files that the flags name."""
+    """Evaluates a run, prints the report, and writes the files that the flags name."""
     for name, file in (("--out", args.out), ("--save-reference", args.save_reference)):
         if file is not None:
             check_output(name, file)

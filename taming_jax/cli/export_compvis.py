@@ -21,7 +21,7 @@ class Export:
     out: Path
     """The FILE.safetensors or FILE.ckpt to write."""
     stage: Literal["vqgan", "prior"] | None = None
-    """Default: prior if the run has one, else vqgan."""
+    """The stage to export. Default: prior if the run has one, else vqgan."""
 
 
 def main() -> None:

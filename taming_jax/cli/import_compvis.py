@@ -1,7 +1,7 @@
 """Imports an official checkpoint (CompVis/taming-transformers) as a run: VQModel, GumbelVQ or
 Net2NetTransformer.
 
-    taming-jax import compvis --checkpoint last.ckpt --config model.yaml --workdir runs/it
+    taming-jax import compvis --checkpoint last.ckpt --config model.yaml --workdir runs/theirs
 
 The result is an ordinary run: load it with load_run, draw samples with sample.py, and continue
 training with train_vqgan.py and train_prior.py.
@@ -21,13 +21,13 @@ IGNORED = re.compile(r"(^|\.)loss\.|\.attn\.mask$|\.num_batches_tracked$")
 @dataclass(frozen=True)
 class ImportCompVis:
     checkpoint: Path
-    """The model's .ckpt or .safetensors."""
+    """The model's .ckpt, .pt, .pth or .safetensors file."""
     config: Path
-    """The model's YAML."""
+    """The model's YAML file."""
     workdir: Path
     """The new run's folder."""
     classes: int | None = None
-    """The number of classes, if the YAML does not state it."""
+    """The number of classes. Default: n_classes in the YAML, or else at most 1000."""
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Imports LlamaGen's tokenizer (VQ-16 or VQ-8) and, optionally, its class-conditional transformer
 as a run.
 
-    taming-jax import llamagen --tokenizer vq_ds16_c2i.pt --gpt c2i_B_256.pt --workdir runs/b
+    taming-jax import llamagen --tokenizer vq_ds16_c2i.pt --gpt c2i_B_256.pt --workdir runs/llamagen
 
 The result is an ordinary run: load it with load_run, draw samples with sample.py, and continue
 training with train_vqgan.py and train_prior.py.
@@ -17,15 +17,15 @@ from taming_jax.errors import UserError
 @dataclass(frozen=True)
 class ImportLlamaGen:
     tokenizer: Path
-    """The tokenizer's .pt or .safetensors."""
+    """The tokenizer's .pt or .safetensors file."""
     workdir: Path
     """The new run's folder."""
     gpt: Path | None = None
-    """A class-conditional transformer's .pt or .safetensors."""
+    """The .pt or .safetensors file of a class-conditional transformer."""
     image_size: int = 256
-    """The height and width of the images; the c2i models also come in 384."""
+    """The height and width of the images; 384 for transformers of 24x24 codes."""
     heads: int | None = None
-    """The number of attention heads; required only for a transformer of an unusual width."""
+    """The number of attention heads. Default: derived from the width of LlamaGen's models."""
 
 
 def main() -> None:
@@ -35,12 +35,12 @@ def main() -> None:
     from taming_jax.weights.state_dict import open_state_dict
 
     for name in ("image_size", "heads"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be 1 or more.")
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be 1 or more.")
     check_new_folder(args.workdir)
     tokenizer, gpt = args.tokenizer, args.gpt
     files = {"tokenizer": (tokenizer, open_state_dict(tokenizer)[0])}
     if gpt is not None:
         files["gpt"] = gpt, open_state_dict(gpt)[0]
     model, parts = llamagen.parse_model(files, args.image_size, args.heads)
-    import_run(args.workdir, model, parts, "LlamaGen's")
+    import_run(args.workdir, model, parts, "LlamaGen")

@@ -1,10 +1,11 @@
-"""Trains and evaluates the variations in docs/recipes.md, and prints their rows.
+"""Trains and evaluates the rows of docs/recipes.md, and prints them as tables.
 
     taming-jax recipes --workdir runs/recipes                 all rows of mnist_tiny (hours)
-    taming-jax recipes --workdir runs/recipes --rows LeCAM    one row, and the row it varies
+    taming-jax recipes --workdir runs/recipes --rows LeCAM    one row
     taming-jax recipes --config birds_tiny --data-path DIR --workdir runs/birds_recipes
 
-Rows that are already evaluated are only printed; an interrupted row resumes.
+Rows that were already evaluated are only printed, and interrupted rows are resumed. If a row builds
+on another, the other is trained and evaluated first.
 """
 
 import contextlib
@@ -27,16 +28,16 @@ from taming_jax.training import train
 
 
 class Row(NamedTuple):
-    """The settings of a row that differ from its base: of stage 1 without a base, of the prior if
-    the base is a stage 1, of sampling if the base is a prior. A stage 1 has at most one prior,
-    which is trained in its folder."""
+    """A row: a stage 1 if it has no base, a prior if its base is a stage 1, or samples if its base
+    is a prior. `settings` differ from the base or, without a base, from the preset. A stage 1 has
+    at most one prior, which is trained in its folder."""
 
     settings: dict[str, Any]
     base: str = ""
 
 
 class Table(NamedTuple):
-    """A preset's rows by name, and the numbers of images and samples for their evaluation."""
+    """A preset's rows by name, and the numbers of images and samples to evaluate them on."""
 
     rows: dict[str, Row]
     images: int
@@ -45,7 +46,7 @@ class Table(NamedTuple):
 
 ADAPTIVE = {"vqgan.adaptive_weight": True}
 LATE = ADAPTIVE | {"vqgan.discriminator_start": 0.75}
-BEFORE = LATE | {"vqgan.code_dim": 8}  # the preset before this table was measured
+BEFORE = LATE | {"vqgan.code_dim": 8}  # the preset before these measurements
 MNIST_TINY = {
     "mnist_tiny": Row({}),
     "seed 1": Row({"seed": 1}),
@@ -83,8 +84,7 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Recipes:
-    """The rows of a preset, which are trained and evaluated in a folder; `data` holds overrides of
-    the data settings."""
+    """Trains and evaluates the rows of a preset in a folder. `data` overrides data settings."""
 
     preset: str
     workdir: Path
@@ -125,7 +125,7 @@ class Recipes:
         """Returns a row of the Markdown table."""
         row, report = TABLES[self.preset].rows[name], self.evaluate(name)
         kind = "samples" if row.base else "reconstruction"
-        # Some metrics are missing, such as the accuracy, which only digits have.
+        # Some metrics may be missing, such as the accuracy, which exists only for MNIST.
         values = [f"{report[kind].get(column, math.nan):.3g}" for column in COLUMNS[kind]]
         flags = " ".join(
             f"{format_flag(key)} {format_value(value)}" for key, value in row.settings.items()
@@ -137,11 +137,13 @@ class Recipes:
 @dataclass(frozen=True)
 class Settings:
     workdir: Path
+    """The folder for the runs and reports of all rows."""
     config: Literal["mnist_tiny", "birds_tiny"] = "mnist_tiny"
+    """The preset."""
     data_path: Path | None = None
-    """The dataset's files. Default: the preset's download."""
+    """The folder with the dataset's files. Default: as in the preset."""
     rows: tuple[str, ...] = ()
-    """The names of the rows. Default: all."""
+    """The names of the rows. Default: all rows."""
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ from taming_jax.storage import check_writable
 if TYPE_CHECKING:
     from taming_jax.run import Run
 
-MAX_ROWS = 10  # of a grid, if --classes is not given
+MAX_ROWS = 10  # in a grid, if --classes is not set
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,61 +32,61 @@ class Sample:
     workdir: Path
     """The run's folder."""
     out: Path
-    """The FILE.npz, FILE.png, or folder to write."""
+    """The FILE.npz, FILE.png or folder to write."""
     classes: tuple[str, ...] = ()
-    """Class numbers or names. Default: all classes, or 10 of them for a grid."""
+    """Class numbers or names. Default: all (at most 10 in a grid), or none for completions."""
     per_class: int = 8
     """The number of images per class."""
     temperature: float | None = None
-    """0 is greedy."""
+    """The sampling temperature; 0 takes the most likely codes."""
     top_k: int | None = None
-    """Draw from this many of the most likely codes."""
+    """The number of most likely codes to draw from."""
     top_p: float | None = None
-    """Draw from the fewest codes whose probabilities sum to at least this."""
+    """Draw from the smallest set of most likely codes whose probabilities sum to at least this."""
     guidance_scale: tuple[float, ...] = ()
     """1 is no guidance, 2 is strong; two numbers are the scales of the first and the last code."""
     size: str | None = None
-    """WIDTHxHEIGHT in pixels, at least the training size; larger images are drawn in windows."""
+    """WIDTHxHEIGHT in pixels, at least the training size. Larger images are drawn in windows."""
     complete: tuple[str, ...] = ()
-    """Pictures to complete, --per-class times each; --classes takes one class for all, or one per
-    picture."""
+    """Pictures to complete, --per-class times each. Set one of --classes, or one per picture."""
     keep: float | Literal["top"] | None = None
-    """The part of the pictures to keep: top for the upper half (the default), or a share of
-    the rows from the top."""
+    """The part of the pictures to keep: top for the upper half (the default), or the
+    fraction of rows to keep from the top."""
     mask: Path | None = None
-    """A picture that is white where pixels are kept, instead of --keep."""
+    """Instead of --keep: a picture that is white where pixels are kept."""
     seed: int = 0
     devices: int | None = None
     """The number of devices to use. Default: all."""
     batch_size: int | None = None
-    """The number of images to draw at once, which bounds memory; it does not affect the images."""
+    """The number of images to draw at once. It limits memory, but does not affect the images."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Complete(Sample):
-    """Draws the rest of given pictures with a run of both stages.
+    """Completes pictures with a run of both stages.
 
         taming-jax complete bird.jpg --workdir runs/birds --keep top --out rest.png
 
-    `--out` is FILE.npz, FILE.png or a folder, as for `taming-jax sample`.
+    `--out` is FILE.npz, FILE.png or a folder, as for `taming-jax sample`. The sampling settings
+    default to those of the run.
     """
 
     complete: tyro.conf.Positional[tuple[str, ...]]
-    """Pictures to complete, --per-class times each; --classes takes one class for all, or one per
-    picture."""
+    """Pictures to complete, --per-class times each. Set one of --classes, or one per picture."""
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """Returns the height and width of a WIDTHxHEIGHT. Raises UserError if the text is not one."""
+    """Parses WIDTHxHEIGHT into height and width. Raises UserError if the text is invalid."""
     width, _, height = text.partition("x")
     if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
-        raise UserError(f"--size {text} is not WIDTHxHEIGHT, such as 512x384.")
+        raise UserError(f"--size {text} is invalid; write WIDTHxHEIGHT, such as 512x384.")
     return int(height), int(width)
 
 
 class SampleGrid(NamedTuple):
-    """Images uint8 [n,h,w,c], equally many per row, and their classes int32 [n]. Each row has a
-    title, a prefix of its file names and, if pictures were completed, the original [rows,h,w,c]."""
+    """A grid of images uint8 [n,h,w,c] and their classes int32 [n] (-1: no class), row by row. Each
+    row has a title, a prefix for its file names and, if it completes a picture, that picture:
+    `originals` uint8 [rows,h,w,c]."""
 
     images: np.ndarray
     labels: np.ndarray
@@ -118,7 +118,7 @@ def main() -> None:
 
 
 def draw_and_write(args: Sample) -> None:
-    """Draws the images that the flags ask for, and writes them."""
+    """Draws images as the flags specify, and writes them."""
     size = None if args.size is None else parse_size(args.size)
     suffix = check_flags(args)
     from taming_jax.run import load_run
@@ -191,7 +191,7 @@ def read_picture(file: Path, size: tuple[int, int], channels: int) -> np.ndarray
         raise UserError(f"there is no picture {file}.") from None
     except Exception as error:  # Pillow raises many types
         raise UserError(
-            f"{file} cannot be read as a picture; name one that is not damaged."
+            f"{file} cannot be read as a picture; check that it is an undamaged image file."
         ) from error
 
 

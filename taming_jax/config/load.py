@@ -39,8 +39,8 @@ def load_config(name: str | Path, overrides: Mapping[str, Any] | None = None) ->
         config = importlib.import_module(f"taming_jax.config.presets.{name}").CONFIG
     elif name.endswith(".json") or os.sep in name:
         config = read_config(Path(name))
-        # The step belongs to the run that wrote the file, which reads it from its checkpoints.
-        # A new run with these settings computes its own.
+        # This step belongs to the run that wrote the file, which keeps it when it is resumed. A new
+        # run with these settings computes its own.
         config = replace_section(config, "vqgan", discriminator_start_step=None)
     else:
         matches = difflib.get_close_matches(name, list_presets(), n=1)
@@ -58,15 +58,15 @@ def override(config: Config, overrides: Mapping[str, Any]) -> Config:
     Raises UserError if a setting does not exist, or if settings are invalid or conflict.
     """
     values = to_dict(config)
-    for dotted, value in overrides.items():
-        *sections, last = dotted.split(".")
+    for name, value in overrides.items():
+        *sections, last = name.split(".")
         section: Any = values
         for part in sections:
             section = section.get(part)
             if not isinstance(section, dict):
-                raise UserError(f"there is no setting '{dotted}'; check its name.")
+                raise UserError(f"there is no setting '{name}'; check its name.")
         if isinstance(section.get(last), dict):
-            raise UserError(f"'{dotted}' is a group of settings; name one of them, '{dotted}.…'.")
+            raise UserError(f"'{name}' is a group of settings; name one of them: '{name}.…'.")
         section[last] = value
     return validate_config(from_dict(Config, values))
 
@@ -78,7 +78,7 @@ def replace_section(config: Config, section: str, **values: Any) -> Config:
 
 
 def is_fixed(field: dataclasses.Field) -> bool:
-    """Returns whether a setting determines what is trained, and so cannot change on a resume."""
+    """Returns whether a setting determines what is trained and so may not change on resuming."""
     return not field.metadata.get("free")
 
 
@@ -93,6 +93,7 @@ def diff_configs(
     Compares the settings of `sections` for which `is_compared` returns true.
     """
 
+    # An imported run knows only the size and channels of its images.
     unknown = UNKNOWN in (left.data.name, right.data.name)
     left, right = (drop_unmatched_attention(config) for config in (left, right))
 
@@ -115,7 +116,7 @@ def diff_configs(
 
 
 def drop_unmatched_attention(config: Config) -> Config:
-    """Removes the attention resolutions that no level has, since they have no effect."""
+    """Returns a config without the attention resolutions that no level has and so do nothing."""
     kept = (x for x in config.vqgan.attention_resolutions if x in config.level_resolutions)
     return replace_section(config, "vqgan", attention_resolutions=tuple(kept))
 
@@ -142,7 +143,7 @@ def read_config(path: Path) -> Config:
 def parse_settings(values: Any, number: int) -> Config:
     """Converts the settings of a config in format `number` (config/migrations.py) to a config.
 
-    Raises UserError if a setting is unknown or its value has a wrong type.
+    Raises UserError if a setting is unknown or its value has the wrong type.
     """
     if isinstance(values, dict):
         values = migrate(
@@ -152,6 +153,6 @@ def parse_settings(values: Any, number: int) -> Config:
 
 
 def write_config(config: Config, path: Path) -> None:
-    """Writes a config.json atomically. Raises OSError."""
+    """Writes a config.json atomically. Raises OSError if it cannot be written."""
     content = {"format": FORMAT} | dataclasses.asdict(config)
     atomic_write(path, (json.dumps(content, indent=2) + "\n").encode())

@@ -17,15 +17,18 @@ Arrays = dict[tuple[str, ...], np.ndarray]
 
 
 def add_skipped(arrays: Arrays) -> Arrays:
-    """Adds the count of skipped steps, which a state has since format 2."""
+    """Adds the count of skipped steps, which states have had since format 2."""
     return {("skipped",): np.zeros((), np.int32)} | arrays
 
 
 def remove_used_codes(config: dict[str, Any]) -> dict[str, Any]:
-    """Removes the setting `used_codes`. Since format 5, all codes of a codebook are used."""
+    """Removes the setting `used_codes`, since all codes of a codebook are in use from format 5 on.
+    Raises UserError if a config uses only some of them."""
     vqgan = dict(config.get("vqgan", {}))
     if vqgan.pop("used_codes", None):
-        raise UserError("its remapped codes are no longer supported; use an older version.")
+        raise UserError(
+            "remapped codes (used_codes) are no longer supported; use an older taming_jax."
+        )
     return config | {"vqgan": vqgan}
 
 
@@ -47,7 +50,7 @@ def rename_keys(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str
 
 
 def rename_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """Renames the settings that format 6 renamed. There, `resize_mode` is a name, not a bool."""
+    """Renames the settings that format 6 renamed, and converts `resize_mode` from bool to str."""
     sections = {
         section: rename_keys(config[section], names)
         for section, names in RENAMED_SETTINGS.items() if isinstance(config.get(section), dict)
@@ -66,8 +69,8 @@ ARRAY_MIGRATIONS: dict[int, Callable[[Arrays], Arrays]] = {
     1: add_skipped, 2: dict, 3: dict, 4: dict, 5: dict
 }  # fmt: skip
 
-MICRO_BATCH_FORMAT = 4  # the first format with one weight per micro-batch in stage 1
-SCORE_FORMAT = 6  # the first format whose checkpoints name the metric that compares them
+MICRO_BATCH_FORMAT = 4  # the first with one adaptive weight per micro-batch in stage 1
+SCORE_FORMAT = 6  # the first whose checkpoints name the metric that ranks them
 
 
 def read_format(values: Mapping[str, Any], path: Path) -> int:
@@ -84,8 +87,8 @@ def read_format(values: Mapping[str, Any], path: Path) -> int:
 
 
 def migrate(content: Any, number: int, steps: Mapping[int, Callable[[Any], Any]]) -> Any:
-    """Migrates content of format `number` to `FORMAT`. `steps` maps each format to the function to
-    the next."""
+    """Migrates content from format `number` to `FORMAT`. `steps` maps each format to the function
+    that migrates it to the next."""
     for older in range(number, FORMAT):
         content = steps[older](content)
     return content

@@ -1,7 +1,7 @@
 """Every setting of both stages, as frozen dataclasses.
 
-A field made with `free` determines how long, how often or where a run is computed, and may change
-when the run is resumed. Every other field determines what is trained and may not change.
+You may change a field made with `free` when you resume a run: it sets how long or where the run
+trains, or how often it validates, saves or logs. Every other field determines what is trained.
 """
 
 import math
@@ -49,8 +49,8 @@ class DataConfig:
 
     name: str = "mnist"
     """The dataset: mnist, synthetic (simple shapes of any size), folder (pictures in --data.path),
-    OWNER/NAME from the Hugging Face hub, or tfds:NAME from TensorFlow Datasets. Imported runs have
-    unknown until you name one."""
+    OWNER/NAME from the Hugging Face hub, or tfds:NAME from TensorFlow Datasets. An imported run
+    has `unknown` until you name its dataset."""
     path: str | None = free(None)
     """A folder with your own copy of the files. Default: the dataset is downloaded or read from
     where its library keeps it."""
@@ -61,25 +61,25 @@ class DataConfig:
     config: str | None = None
     """The configuration of a dataset of the Hugging Face hub that has several."""
     image_column: str | None = None
-    """The column of a table that holds the images. Default: the first column of images."""
+    """The table column that holds the images. Default: the first column of images."""
     label_column: str | None = None
-    """The column of a table that holds the classes. Default: the first column of class labels, one
-    with a name such as label or class, or the only column of few texts."""
+    """The table column that holds the classes. Default: the first column of class labels, one with
+    a name such as label or class, or the only column of few texts."""
     image_size: int = setting(28, COUNT)
     """The height and width of the images that the model sees."""
     channels: int = 1
     """The color channels of the images: 1 for grayscale, 3 for color."""
     random_crop: bool = False
-    """Crop training images at random. They are stored an eighth larger for this."""
+    """Crop training images at random. For this, they are stored an eighth larger."""
     mirror: bool = False
     """Mirror each training image with a probability of one half."""
     resize_mode: Literal["crop", "squeeze"] = "crop"
     """How a picture becomes square: crop cuts out its center before resizing; squeeze resizes the
     whole picture, which changes its aspect ratio."""
     cache: str | None = free(None)
-    """The folder for decoded images. Default: the user's own cache folder."""
+    """The folder for decoded images. Default: ~/.cache/taming_jax."""
     max_corrupt_fraction: float = free(0.1, FRACTION)
-    """The largest fraction of pictures that may be unreadable. These are left out."""
+    """The largest fraction of pictures that may be unreadable. Unreadable pictures are left out."""
     max_decoded_mib: int = free(1024, COUNT)
     """The memory, in MiB, that decoding one picture may take in each thread. Pictures that take
     more are unreadable."""
@@ -89,17 +89,17 @@ class DataConfig:
     """The fraction of a device's memory up to which a split is kept on the device. A larger split
     is read from the disk batch by batch."""
     test_share: float = setting(0.1, PROPER_FRACTION)
-    """The fraction of the images that is held out for testing, if a dataset has no test split."""
+    """The fraction of the images to hold out for testing, if a dataset has no test split."""
     validation_share: float = setting(0.05, PROPER_FRACTION)
-    """The fraction of the training images that is held out for validation, if a dataset has no
+    """The fraction of the training images to hold out for validation, if a dataset has no
     validation split. Validation selects the best checkpoint."""
     split_seed: int = setting(0, SEED)
-    """The seed of the random choice of images that are held out."""
+    """The seed for the random choice of the images to hold out."""
 
 
 @dataclass(frozen=True)
 class StageConfig:
-    """The settings of the training loop, which both stages have."""
+    """The settings of the training loop, for either stage."""
 
     epochs: int = free(200, COUNT)
     """The number of passes over the training images."""
@@ -113,16 +113,15 @@ class StageConfig:
     eval_every: int | None = free(None, COUNT)
     """The number of steps between validations. Default: one epoch."""
     fd_every: int | None = setting(None, COUNT)
-    """The number of steps between validations that also compute the Fréchet distance, in VGG16's
-    features, between the validation split and reconstructions (in stage 2: samples). The best
-    checkpoint is then the one with the smallest distance, so you cannot change this when you
-    resume. Default: never."""
+    """The number of steps between validations that also compute the Fréchet distance, with VGG16
+    features, between the validation split and its reconstructions (stage 2: samples). The best
+    checkpoint is then the one with the smallest distance. Default: never."""
     checkpoint_every: int | None = free(None, COUNT)
     """The number of steps between checkpoints. Default: one epoch."""
     log_every: int | None = free(None, COUNT)
     """The number of steps between lines of the log. Default: a thousandth of the run."""
     draw_every: int | None = free(None, COUNT)
-    """The smallest number of steps between updates of the figures. Default: a twentieth of the
+    """The minimum number of steps between updates of the figures. Default: a twentieth of the
     run."""
     profile: tuple[int, int] | None = free(None)
     """The first and the last step, counted from 1, to trace with jax.profiler. Default: no
@@ -159,8 +158,8 @@ class VQGANConfig(StageConfig):
     channels: int = setting(128, COUNT)
     """The number of channels at full resolution."""
     multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
-    """The channels of each level, as multiples of --vqgan.channels. Between two levels the
-    resolution is halved."""
+    """The channels of each level, as multiples of --vqgan.channels. The resolution halves from one
+    level to the next."""
     blocks: int = setting(2, COUNT)
     """The number of residual blocks per level of the encoder."""
     decoder_blocks: int | None = setting(None, COUNT)
@@ -190,7 +189,7 @@ class VQGANConfig(StageConfig):
     """The temperature of the Gumbel-softmax at the first and the last step, with a cosine schedule
     between them."""
     kl_weight: float = setting(5e-4, NOT_NEGATIVE)
-    """The weight of the KL divergence of the code distribution of the gumbel quantizer from the
+    """The weight of the KL divergence between the gumbel quantizer's code distribution and the
     uniform distribution."""
 
     l1_weight: float = setting(1.0, NOT_NEGATIVE)
@@ -202,9 +201,9 @@ class VQGANConfig(StageConfig):
     """The weight of the whole codebook loss, which includes the commitment loss."""
 
     discriminator_filters: int = setting(64, COUNT)
-    """The number of filters of the first layer of the discriminator."""
+    """The number of filters of the discriminator's first layer."""
     discriminator_layers: int = setting(3, COUNT)
-    """The number of layers of the discriminator that halve the resolution."""
+    """The number of discriminator layers that halve the resolution."""
     discriminator_start: float = setting(0.25, FRACTION)
     """The fraction of the run after which the discriminator and the adversarial loss start. 1 turns
     them off."""
@@ -217,20 +216,20 @@ class VQGANConfig(StageConfig):
     discriminator_weight: float = setting(0.8, NOT_NEGATIVE)
     """The weight of the adversarial loss of the generator."""
     adaptive_weight: bool = True
-    """Multiply that weight by the ratio of the gradient norms of the reconstruction loss and the
-    adversarial loss."""
+    """Multiply --vqgan.discriminator-weight by the ratio of the gradient norms of the
+    reconstruction loss and the adversarial loss."""
     adaptive_weight_max: float = setting(1e4, NOT_NEGATIVE)
-    """The largest value of that ratio."""
+    """The upper limit of the ratio for --vqgan.adaptive-weight."""
     diff_augment: tuple[Literal["color", "translation", "cutout"], ...] = ()
-    """The differentiable augmentations of real and fake images for the discriminator (DiffAugment),
-    for small datasets."""
+    """The differentiable augmentations of the real and fake images that the discriminator sees
+    (DiffAugment), for small datasets."""
     discriminator_every: int = setting(1, COUNT)
-    """The number of steps per update of the discriminator. More than 1 slows it down."""
+    """The number of steps per update of the discriminator. More than 1 slows its learning."""
     lecam_weight: float = setting(0.0, NOT_NEGATIVE)
     """The weight of the LeCam regularization of the discriminator, for small datasets. 0 turns it
     off."""
     lecam_decay: float = setting(0.999, FRACTION)
-    """The decay of the moving averages of logits for the LeCam regularization."""
+    """The decay of the moving averages of the logits in the LeCam regularization."""
 
     discriminator_learning_rate: float = setting(4.5e-4, POSITIVE)
     """The peak learning rate of the discriminator."""
@@ -238,7 +237,7 @@ class VQGANConfig(StageConfig):
     """The decay rates beta1 and beta2 of Adam, for both networks."""
     epsilon: float = setting(1e-8, POSITIVE)
     """The epsilon of Adam. Gradients far below it hardly change a parameter, so that rounding
-    errors in place of zero gradients do not cause full steps."""
+    errors in gradients that should be zero do not cause full steps."""
     remat: bool = False
     """Recompute the activations of residual blocks in the backward pass, to save memory."""
     ema_decay: float | None = setting(None, FRACTION)
@@ -273,21 +272,20 @@ class PriorConfig(StageConfig):
     """The feed-forward network of a block: with GELU, or gated with SwiGLU."""
     mlp_width: int | None = setting(None, COUNT)
     """The number of hidden channels of the feed-forward network. Default: four times the width, or
-    with swiglu two thirds of that."""
+    with swiglu two thirds of that, rounded up to a multiple of 8."""
     bias: bool = True
     """Whether dense layers have a bias."""
     positions: Literal["learned", "rotary", "llamagen"] = setting("learned", meaning=True)
     """The position embeddings. learned: one per position in the sequence. rotary: rotary embeddings
-    of the row and column in the grid, and none for the class. llamagen: as LlamaGen's, which set
-    the queries and keys of the class to zero."""
-    # Only imported models need these three, mlp_width, bias, and positions "llamagen".
+    of the row and column in the grid, and none for the class. llamagen: rotary embeddings that
+    also set the query and key of the class to zero, as in LlamaGen."""
+    # Only imported models need the next three settings, mlp_width, bias, and positions "llamagen".
     block_size: int | None = setting(None, COUNT)
-    """The longest sequence for which there are learned positions. Default: the number of codes in
+    """The number of learned positions, and so the longest sequence. Default: the number of codes in
     the grid."""
     vocabulary: int | None = setting(None, COUNT, meaning=True)
-    """The number of tokens of the embeddings and the head, if classes and codes share one
-    vocabulary, as in the official transformer. Default: classes have their own embeddings, and the
-    head predicts codes only."""
+    """The number of tokens, if classes and codes share one vocabulary, as in the official
+    transformer. Default: classes have their own embeddings, and the head predicts only codes."""
     first_class: int = setting(0, NOT_NEGATIVE, meaning=True)
     """The token of the first class in a shared vocabulary."""
     qk_norm: bool = False
@@ -297,20 +295,20 @@ class PriorConfig(StageConfig):
     betas: tuple[float, float] = (0.9, 0.95)
     """The decay rates beta1 and beta2 of AdamW."""
     weight_decay: float = setting(0.01, NOT_NEGATIVE)
-    """The weight decay of AdamW, which applies to matrices only."""
+    """The weight decay of AdamW, which applies only to matrices."""
     schedule: Literal["one-cycle", "cosine"] = "one-cycle"
-    """The learning rate schedule: one-cycle rises and falls once; cosine has --prior.warmup-steps
-    and a cosine decay."""
+    """The learning rate schedule: one-cycle rises and falls once; cosine warms up over
+    --prior.warmup-steps and then decays."""
     final_learning_rate: float = setting(0.0, FRACTION)
     """The learning rate at the end of the cosine decay, as a fraction of the peak."""
     label_dropout: float = setting(0.1, FRACTION)
-    """The fraction of examples that are trained on without their class, which guidance requires."""
+    """The fraction of training examples whose class is dropped, which guidance requires."""
     augmented_versions: int = setting(8, COUNT)
-    """The number of versions of each training image that are encoded if training images are
-    augmented. Version 0 is not augmented. Epochs use the versions in turn."""
+    """The number of versions of each training image to encode if training images are augmented.
+    Version 0 is not augmented. Epochs use the versions in turn."""
     token_keep_prob: float = setting(1.0, FRACTION)
-    """The probability that an input code is kept in training. The other input codes are replaced by
-    random codes."""
+    """The probability that an input code is kept in training. The other input codes are replaced
+    with random codes."""
 
     temperature: float = free(1.0)
     """The temperature for sampling, unless the sampling command sets another. 0 is greedy."""
@@ -318,8 +316,8 @@ class PriorConfig(StageConfig):
     """The number of most likely codes to sample from, unless the sampling command sets another.
     Default: all codes."""
     top_p: float | None = free(None)
-    """The probability of the smallest set of most likely codes to sample from, unless the sampling
-    command sets another. Default: all codes."""
+    """Sample from the smallest set of most likely codes whose probabilities sum to at least this,
+    unless the sampling command sets another value. Default: all codes."""
     guidance_scale: float | None = free(None)
     """The classifier-free guidance scale for sampling, unless the sampling command sets another. 1
     turns guidance off. Default: off."""
@@ -334,18 +332,17 @@ class Config:
     workdir: str | None = free(None)
     """The folder of the run. Default: runs/NAME, with the name of the preset."""
     seed: int = setting(0, SEED)
-    """The seed of all random numbers of the run."""
+    """The seed for all random numbers of the run."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """The dtype in which the networks compute. Parameters, losses and statistics stay float32."""
     devices: int | None = free(None, COUNT)
     """The number of devices to use. Default: all."""
     deterministic: bool = free(False)
-    """Compute the same numbers in every run on a GPU, which is slower: kernels are not chosen by
-    their speed, and sums by index (the gradients of LPIPS's max pooling, of DiffAugment's
-    translation and of the prior's loss) are added in a fixed order. On a CPU results are the same
-    anyway."""
+    """Make runs on a GPU reproducible, but slower: kernels are not chosen by their speed, and sums
+    by index (in the gradients of LPIPS's max pooling, DiffAugment's translation and the prior's
+    loss) are computed in a fixed order. On a CPU, runs are reproducible without this."""
     compile_cache: bool = free(True)
-    """Keep compiled programs in the user's own cache folder, so that the next run starts sooner."""
+    """Keep compiled programs in ~/.cache/taming_jax, so that the next run starts faster."""
     data: DataConfig = DataConfig()
     vqgan: VQGANConfig = VQGANConfig()
     prior: PriorConfig = PriorConfig()
@@ -357,7 +354,7 @@ class Config:
 
     @property
     def downsample_factor(self) -> int:
-        """The number of pixels per code along each axis."""
+        """The height and width of a code in pixels."""
         return int(2 ** (len(self.vqgan.multipliers) - 1))
 
     @property

@@ -1,4 +1,4 @@
-"""Converts dataclasses to plain containers, as in JSON, and back, with type checks."""
+"""Converts dataclasses to JSON values and back, with type checks."""
 
 import dataclasses
 import difflib
@@ -11,7 +11,7 @@ from taming_jax.errors import UserError
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Converts a dataclass to nested plain containers, as in JSON."""
+    """Converts a dataclass to nested dictionaries and lists, as in JSON."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
@@ -19,10 +19,11 @@ def from_dict(kind: type, values: Any, prefix: str = "") -> Any:
     """Converts the result of `to_dict` back to a dataclass. Absent settings keep their defaults.
 
     `prefix` precedes the names of settings in messages. Raises UserError if a setting is unknown or
-    its value has a wrong type.
+    its value has the wrong type.
     """
     if not isinstance(values, dict):
-        raise UserError(f"the setting '{prefix or 'config'}' must be an object of settings.")
+        name = f"'{prefix.removesuffix('.')}'" if prefix else "the config"
+        raise UserError(f"{name} must be an object that maps settings to values.")
     hints = typing.get_type_hints(kind)
     unknown = sorted(set(values) - set(hints))
     if unknown:
@@ -51,4 +52,4 @@ def convert(hint: Any, value: Any, name: str) -> Any:
         return float(value)
     if isinstance(hint, type) and type(value) is hint:
         return value
-    raise UserError(f"the setting '{name}' cannot be {value!r}; check its type.")
+    raise UserError(f"the setting '{name}' cannot be {value!r}; --help lists the valid values.")

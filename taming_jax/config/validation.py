@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def check_ranges(settings: Any, *names: str) -> None:
-    """Raises UserError for the first setting that is set and out of its range (schema.py)."""
+    """Raises UserError for the first setting that is neither None nor in its range (schema.py)."""
     for field in dataclasses.fields(settings):
         value, values = getattr(settings, field.name), field.metadata.get("range")
         if dataclasses.is_dataclass(value):
@@ -36,11 +36,13 @@ def validate_config(config: "Config") -> "Config":
             )
         if stage.profile is not None and not 1 <= stage.profile[0] <= stage.profile[1]:
             raise UserError(
-                f"--{name}.profile is {stage.profile[0]} {stage.profile[1]}; give the "
-                "first step to trace, 1 or more, and the last."
+                f"--{name}.profile is {stage.profile[0]} {stage.profile[1]}; give the first and "
+                "the last step to trace, counted from 1."
             )
     if data.channels not in (1, 3):
-        raise UserError(f"--data.channels is {data.channels}; it must be 1 (gray) or 3 (color).")
+        raise UserError(
+            f"--data.channels is {data.channels}; it must be 1 (grayscale) or 3 (color)."
+        )
     if not vqgan.multipliers or min(vqgan.multipliers) < 1:
         raise UserError(
             "--vqgan.multipliers needs at least one number, and each must be 1 or more."
@@ -52,7 +54,7 @@ def validate_config(config: "Config") -> "Config":
             f"times, which the {len(vqgan.multipliers)} --vqgan.multipliers require; "
             f"use a multiple of {halvings}."
         )
-    # The discriminator halves the image `layers` times; two more convolutions remove a pixel each.
+    # The discriminator halves the image `layers` times, then two convolutions remove a pixel each.
     layers = vqgan.discriminator_layers
     if vqgan.discriminator_start < 1 and data.image_size // 2**layers < 3:
         raise UserError(
@@ -75,13 +77,13 @@ def validate_config(config: "Config") -> "Config":
     multiple = prior.heads * (1 if prior.positions == "learned" else 4)
     if prior.width % multiple:
         raise UserError(
-            f"--prior.width {prior.width} cannot be divided among {prior.heads} --prior.heads; "
-            f"use a multiple of {multiple}."
+            f"--prior.width {prior.width} does not fit --prior.heads {prior.heads} with "
+            f"--prior.positions {prior.positions}; use a multiple of {multiple}."
         )
     if prior.schedule == "one-cycle" and prior.warmup_steps:
         raise UserError(
-            "--prior.warmup-steps belongs to --prior.schedule cosine; the one-cycle schedule has "
-            "its own warm-up."
+            "--prior.warmup-steps requires --prior.schedule cosine; set it to 0 for one-cycle, "
+            "which has its own warm-up."
         )
     check_sampling(prior, vqgan.codebook_size, prior.label_dropout)
     return config
@@ -119,8 +121,8 @@ def check_sampling(settings: Any, codebook_size: int, label_dropout: float) -> N
     scales = [1.0] if scale is None else np.ravel(scale).tolist()
     if len(scales) not in (1, 2) or not all(0 <= x < math.inf for x in scales):
         raise UserError(
-            f"the guidance scale is {scale}; it must be one number of 0 or more, or two (for the "
-            "first and the last code)."
+            f"the guidance scale is {scale}; it must be one number or two (for the first and the "
+            "last code), each 0 or more."
         )
     if not label_dropout and any(x != 1 for x in scales):
         raise UserError(

@@ -1,7 +1,7 @@
 """Augmentation on the devices, as pure functions of images and one random key per image.
 
 If training images are cropped at random, a source stores them an eighth larger than the model sees
-them (`get_stored_size`). All other images are center crops.
+them (`get_stored_size`). All other images are stored at the size that the model sees.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ def center_crop(images: Images, size: int) -> Images:
 def augment(images: jax.Array, keys: jax.Array, config: DataConfig) -> jax.Array:
     """Crops and mirrors training images [b,h,w,c] at random, with one key per image in `keys` [b].
 
-    Returns images [b,size,size,c], or the input itself if the settings have no augmentation.
+    Returns images [b,image_size,image_size,c], or `images` unchanged if augmentation is off.
     """
 
     def augment_one(image: jax.Array, key: jax.Array) -> jax.Array:
@@ -61,7 +61,7 @@ def jitter_color(image: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def translate(image: jax.Array, key: jax.Array) -> jax.Array:
-    """Shifts an image [h,w,c] by up to an eighth of its size and fills the border with zeros."""
+    """Shifts an image [h,w,c] at random by up to an eighth of its size and pads it with zeros."""
     h, w, c = image.shape
     rows, columns = h // 8, w // 8
     padded = jnp.pad(image, ((rows, rows), (columns, columns), (0, 0)))
@@ -70,7 +70,7 @@ def translate(image: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def cut_out(image: jax.Array, key: jax.Array) -> jax.Array:
-    """Sets a window of an image [h,w,c] to zero.
+    """Sets a random window of an image [h,w,c] to zero.
 
     The window has half the image's height and width, rounded up. Its center lies anywhere in the
     image, so part of the window may lie outside the image.

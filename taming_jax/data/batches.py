@@ -1,8 +1,8 @@
-"""Batches for the devices.
+"""Batches of examples on the devices.
 
 A split of n examples is read as an endless stream, in which the example at position p is
-`permute_epoch(seed, p // n)[p % n]`. Batches cross the ends of epochs, so every shape is static,
-every example occurs once per epoch, and the number of a step alone determines its batch.
+`permute_epoch(seed, p // n)[p % n]`. A batch may span two epochs, so all batches have the same
+shape, every example occurs once per epoch, and the step number alone determines the batch.
 """
 
 import abc
@@ -21,14 +21,14 @@ from taming_jax.parallel.devices import Devices
 class Batch(NamedTuple):
     """The input of one step.
 
-    `step` is the number of the step on the host, by which a stage chooses among compiled steps.
+    `step` is the step number, kept on the host so that a stage can choose between compiled steps.
     `arrays` is the input of the compiled step, from which `gather_batch` takes the examples:
 
     - `images` uint8 [n,h,w,c] and `labels` int32 [n].
-    - `index` int32 [b]: the rows of the examples. Without it, every row is an example.
-    - `place` int32 [b], in training: an example's position in the batch of all devices, from which
-      its random keys derive.
-    - `weight` float32 [b], in evaluation: 0 for examples that only fill up the last batch, else 1.
+    - `index` int32 [b]: the rows of the examples. Without it, the batch consists of all rows.
+    - `place` int32 [b], in training: the position of each example in the global batch, which
+      determines its random keys.
+    - `weight` float32 [b], in evaluation: 0 for examples that only pad the last batch, else 1.
     """
 
     step: int
@@ -37,13 +37,13 @@ class Batch(NamedTuple):
 
 @functools.lru_cache(maxsize=4)
 def permute_epoch(seed: int, epoch: int, n: int) -> np.ndarray:
-    """Returns the order of an epoch. NumPy draws it, so that it is the same on every device."""
+    """Returns the order of n examples in an epoch, drawn by NumPy to be equal on all devices."""
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(n)
 
 
 def locate_examples(seed: int, n: int, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the epochs and the examples, int32 [count] each, of positions start .. start + count
-    - 1 of the stream."""
+    """Returns the epoch and the example, int32 [count] each, at every position of the stream from
+    `start` to `start + count - 1`."""
     positions = np.arange(start, start + count)
     epochs, offsets = np.divmod(positions, n)
     index = np.empty(count, np.int32)
@@ -54,9 +54,9 @@ def locate_examples(seed: int, n: int, start: int, count: int) -> tuple[np.ndarr
 
 
 class Feed(abc.ABC):
-    """A split in batches of `batch_size`, shuffled by `seed`.
+    """The base class of feeds, which read a split in batches of `batch_size`, shuffled by `seed`.
 
-    This class determines the examples of each batch, and its subclasses send them to the devices.
+    This class selects the examples of each batch, and its subclasses send them to the devices.
     """
 
     def __init__(self, size: int, batch_size: int, seed: int, devices: Devices):
@@ -65,18 +65,18 @@ class Feed(abc.ABC):
         self._own_slice = devices.get_local_rows(batch_size)
 
     def _locate_rows(self, epochs: np.ndarray, index: np.ndarray) -> np.ndarray:
-        """Returns the rows of the images that hold the examples `index` in `epochs`."""
+        """Returns the rows that hold the examples `index` [n] in the epochs `epochs` [n]."""
         return index
 
     def _select_training(self, step: int) -> dict[str, np.ndarray]:
-        first = step * self.batch_size
-        index = self._locate_rows(*locate_examples(self._seed, self.size, first, self.batch_size))
+        start = step * self.batch_size
+        index = self._locate_rows(*locate_examples(self._seed, self.size, start, self.batch_size))
         place = np.arange(self.batch_size, dtype=np.int32)
         return {"index": index[self._own_slice], "place": place[self._own_slice]}
 
     def _select_evaluation(self, number: int) -> dict[str, np.ndarray]:
-        first = number * self.batch_size
-        index = np.arange(first, first + self.batch_size, dtype=np.int32)[self._own_slice]
+        start = number * self.batch_size
+        index = np.arange(start, start + self.batch_size, dtype=np.int32)[self._own_slice]
         weight = (index < self.size).astype(np.float32)
         return {"index": np.minimum(index, self.size - 1), "weight": weight}
 
@@ -86,7 +86,7 @@ class Feed(abc.ABC):
 
     @abc.abstractmethod
     def iterate_once(self) -> Generator[Batch, None, None]:
-        """Yields every example once, in order, in batches of the same size."""
+        """Yields every example once, in order. The last batch is padded to the batch size."""
 
     @abc.abstractmethod
     def close(self) -> None:
@@ -94,7 +94,7 @@ class Feed(abc.ABC):
 
 
 class ResidentFeed(Feed):
-    """A feed that keeps the split on the devices as uint8, so that a batch only sends indices."""
+    """A feed that keeps the split on the devices as uint8 and sends only indices per batch."""
 
     def __init__(self, split: Split, batch_size: int, seed: int, devices: Devices):
         super().__init__(len(split.images), batch_size, seed, devices)
@@ -113,13 +113,13 @@ class ResidentFeed(Feed):
 
 
 class StreamingFeed(Feed):
-    """A feed that leaves the split where it is, usually on the disk.
+    """A feed that leaves the split on the host, usually in memory-mapped files.
 
-    Grain's threads read batches ahead of the step and send them to the devices. The batches and
-    their order are the same as those of `ResidentFeed`.
+    Grain's threads read batches ahead of time and send them to the devices. `ResidentFeed` returns
+    the same batches in the same order.
 
-    The feed uses threads, since reading decoded images is a copy that releases Python's lock.
-    Worker processes were four times slower in our measurements.
+    The feed uses threads because reading decoded images is a copy that releases the GIL. Worker
+    processes were four times slower in our measurements.
     """
 
     THREADS = 4  # also the number of batches that are read ahead
@@ -131,13 +131,13 @@ class StreamingFeed(Feed):
         self._next_step = 0
 
     def _read(self, select: Callable[[int], dict[str, np.ndarray]], start: int, stop: int) -> Any:
-        """Returns an iterator over batches start .. stop - 1, whose indices `select` returns."""
+        """Returns an iterator over batches start to stop - 1. `select` selects their examples."""
         import grain
 
         def read(number: int) -> Batch:
             arrays = select(number)
             index = arrays.pop("index")
-            # Indexing copies, so that a memory-mapped file is read here and not in the step.
+            # Indexing copies, so a memory-mapped file is read here and not during the step.
             images, labels = (np.asarray(part)[index] for part in self._split)
             arrays |= {"images": images, "labels": labels}
             return Batch(number, self._devices.shard(arrays))
@@ -176,7 +176,7 @@ def build_feed(
 
 
 def gather_batch(arrays: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """Returns a batch's images uint8 [b,h,w,c] (or codes) and labels [b]; called inside a step."""
+    """Returns the images uint8 [b,h,w,c] (or codes) and labels [b] of a batch, inside a step."""
     if "index" not in arrays:
         return arrays["images"], arrays["labels"]
     return arrays["images"][arrays["index"]], arrays["labels"][arrays["index"]]

@@ -1,7 +1,7 @@
 """Loads the images of a dataset by its name.
 
-A source is a function of the data settings that returns `Splits`. To add a dataset, write such a
-function, add it to `SOURCES`, and add a preset.
+A source is a function that takes the data settings and returns `Splits`. To add a dataset, write a
+source, add it to `SOURCES`, and add a preset.
 """
 
 import gzip
@@ -53,8 +53,8 @@ def load(config: DataConfig) -> Splits:
     """
     if config.name == UNKNOWN:
         raise UserError(
-            "the dataset of this imported run is not known; name one with --data.name and "
-            "--data.path (in a notebook with data={'name': …, 'path': …})."
+            "the dataset of this imported run is not known; name it with --data.name and, if it "
+            "needs one, --data.path (in a notebook, data={'name': …, 'path': …})."
         )
     if config.path is not None and not Path(config.path).is_dir():
         raise UserError(
@@ -73,7 +73,7 @@ def load(config: DataConfig) -> Splits:
 
 
 def parse_classes(classes: int | str | Iterable[int | str], names: Sequence[str]) -> np.ndarray:
-    """Converts classes, each a number or a name, to numbers int32 [n].
+    """Converts one or more classes, given by number or by name, to numbers int32 [n].
 
     A string that is both a name and a number is read as the name. Raises UserError if a class does
     not exist.
@@ -100,7 +100,7 @@ def parse_classes(classes: int | str | Iterable[int | str], names: Sequence[str]
 def load_and_check(load: Callable[[], Splits]) -> tuple[Splits, dict[str, Any]]:
     """Loads a dataset in every process and returns it with its fingerprint.
 
-    Raises UserError in all processes if their fingerprints differ or one of them cannot load it.
+    Raises UserError in all processes if one of them cannot load it or their fingerprints differ.
     """
     splits = distributed.run_on_all(load)
     own_fingerprint = fingerprint(splits)
@@ -115,11 +115,10 @@ def evenly_spaced(n: int, limit: int) -> np.ndarray:
 
 
 def fingerprint(splits: Splits) -> dict[str, Any]:
-    """Returns the values by which a resumed run recognizes its dataset, as JSON can hold them.
+    """Returns JSON-serializable values by which a resumed run recognizes its dataset.
 
     `means` holds the mean pixel values of some training and validation images. They differ between
-    datasets, while another version of a decoder, which rounds differently, changes them by less
-    than 1.
+    datasets, but a decoder version that rounds differently changes them by less than 1.
     """
 
     def compute_means(images: np.ndarray) -> list[float]:
@@ -134,10 +133,10 @@ def fingerprint(splits: Splits) -> dict[str, Any]:
 
 
 def fingerprint_diff(now: dict[str, Any] | None, then: dict[str, Any] | None) -> list[str]:
-    """Returns one phrase per difference between the fingerprints of a dataset now and then.
+    """Returns one phrase per difference between a current and an earlier fingerprint of a dataset.
 
-    The list is empty if one of them is unknown, or comes from an imported run, which knows only
-    the names of the classes.
+    The list is empty if one of them is None, or if `then` comes from an imported run, which knows
+    only the names of the classes.
     """
     phrases: list[str] = []
     if now is None or then is None or "images" not in then:
@@ -161,8 +160,8 @@ def fingerprint_diff(now: dict[str, Any] | None, then: dict[str, Any] | None) ->
 def hold_out_validation(train: Split, config: DataConfig) -> tuple[Split, Split]:
     """Splits the training images into a training and a validation split.
 
-    The same seed selects the same images. Both splits keep the order of the images and hold at
-    least one.
+    `split_seed` determines the selection. Both splits keep the order of the images and hold at
+    least one image.
     """
     parts = split_by_seed(len(train.images), config.validation_share, config.split_seed)
     rest, held_out = (Split(train.images[part], train.labels[part]) for part in parts)
@@ -172,8 +171,8 @@ def hold_out_validation(train: Split, config: DataConfig) -> tuple[Split, Split]
 def split_by_seed(n: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Splits the indices of n examples at random into two sorted parts.
 
-    The second part holds about the fraction `share` of them. The same seed gives the same parts,
-    and each holds at least one example.
+    The second part holds about the fraction `share` of the examples. Each part holds at least one.
+    The same seed gives the same parts.
     """
     count = min(max(round(n * share), 1), n - 1)
     order = np.random.Generator(np.random.Philox(seed)).permutation(n)
@@ -183,13 +182,13 @@ def split_by_seed(n: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarr
 def load_mnist(config: DataConfig) -> Splits:
     """Loads MNIST (LeCun, Cortes, Burges) from its four IDX files, with or without `.gz`.
 
-    The files are those in `config.path`. Default: the copy in the package. Raises UserError if the
-    settings do not fit MNIST, or a file is missing or damaged.
+    The files are read from `config.path`, by default from the copy in the package. Raises UserError
+    if the settings do not fit MNIST, or a file is missing or damaged.
     """
     if config.image_size != 28 or config.channels != 1 or config.random_crop:
         raise UserError(
-            "MNIST images are 28x28 and gray; use --data.image-size 28 and --data.channels 1, and "
-            "leave --data.random-crop out."
+            "MNIST images are 28x28 and grayscale; use --data.image-size 28 and --data.channels 1, "
+            "and leave --data.random-crop off."
         )
     package: Traversable = resources.files("taming_jax.data") / "mnist"
     folder = package if config.path is None else Path(config.path)
@@ -213,8 +212,9 @@ def load_mnist(config: DataConfig) -> Splits:
 def read_idx(folder: Traversable, name: str, dimensions: int) -> np.ndarray:
     """Reads an IDX file of unsigned bytes, with or without `.gz`.
 
-    The format is two zero bytes, the type (8), the number of dimensions, each dimension as a
-    big-endian 32-bit integer, then the values. Raises UserError if the file is missing or damaged.
+    The format is two zero bytes, the type (8), the number of dimensions, the size of each dimension
+    as a big-endian 32-bit integer, then the values. Raises UserError if the file is missing or
+    damaged.
     """
     for file in (folder / f"{name}.gz", folder / name):
         if file.is_file():
@@ -231,7 +231,7 @@ def read_idx(folder: Traversable, name: str, dimensions: int) -> np.ndarray:
     shape = tuple(map(int, np.frombuffer(content[4:header].ljust(header - 4, b"\0"), ">u4")))
     if content[:4] != bytes([0, 0, 8, dimensions]) or len(content) != header + np.prod(shape):
         raise UserError(
-            f"{file} is truncated, or not an IDX file of {dimensions} dimensions; replace it."
+            f"{file} is truncated, or not an IDX file with {dimensions} dimensions; replace it."
         )
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
@@ -239,9 +239,9 @@ def read_idx(folder: Traversable, name: str, dimensions: int) -> np.ndarray:
 def make_synthetic(config: DataConfig) -> Splits:
     """Makes images of simple shapes, of any size, for tests and first experiments.
 
-    An image of class n, of four classes, shows a disc (even n) or a square (odd n) at a random
-    position; n also determines its brightness and size. There are 512 images to train on
-    (including validation) and 64 to test on.
+    There are four classes. An image of class n shows a disc (even n) or a square (odd n) at a
+    random position; n also determines the brightness and size of the shape. The training and
+    validation splits hold 512 images together, and the test split holds 64.
     """
     rng = np.random.Generator(np.random.Philox(0))
     n, size = 576, get_stored_size(config)
@@ -268,13 +268,13 @@ def load_folder(config: DataConfig) -> Splits:
 def build_splits(tables: dict[str, Table], config: DataConfig) -> Splits:
     """Decodes the encoded images of a dataset into splits.
 
-    If the dataset has no test or validation split, it is taken from the training split by seed.
-    Raises UserError if there are no training images or too many images cannot be read.
+    A missing test or validation split is taken at random from the training split. Raises UserError
+    if there are too few training images to do so, or too many images cannot be read.
     """
     source = config.path or config.name
     tables = {split: table for split, table in tables.items() if len(table.names)}
     if "train" not in tables:
-        raise UserError(f"{source} has no split 'train', or an empty one; add pictures to it.")
+        raise UserError(f"{source} has no training pictures; put some in a split 'train'.")
     labels, class_names = encode_labels(tables, config)
     encoded = {}
     for split, table in tables.items():
@@ -306,8 +306,7 @@ def build_splits(tables: dict[str, Table], config: DataConfig) -> Splits:
     unreadable = count - sum(len(part.images) for part in parts.values())
     if unreadable > config.max_corrupt_fraction * count:
         raise UserError(
-            f"{'; '.join(problems)}. Fix or remove them, or allow more of them with "
-            "--data.max-corrupt-fraction."
+            f"{'; '.join(problems)}. Fix or remove them, or raise --data.max-corrupt-fraction."
         )
     for problem in problems:
         say(f"{problem}. They are left out.")
@@ -329,7 +328,7 @@ def find_untrained(splits: Splits) -> list[int]:
 def encode_labels(
     tables: dict[str, Table], config: DataConfig
 ) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-    """Encodes the classes of each split as numbers int32 [n], and returns them with their names.
+    """Returns the classes of each split as numbers int32 [n], and the names of all classes.
 
     Validation and test images may have no class (None, "" or -1), which is encoded as -1. Raises
     UserError if some training images have none, or classes are neither names nor numbers from 0.
@@ -359,7 +358,7 @@ def encode_labels(
         if not 0 <= min(values) <= max(values) < limit:
             raise UserError(
                 f"the classes of {source} go from {min(values)} to {max(values)}; number them from "
-                f"0 to at most {limit - 1}."
+                f"0 to at most {limit - 1}, or choose another --data.label-column."
             )
         names = names or tuple(map(str, range(max(values) + 1)))
         numbers = {i: i for i in range(len(names))}

@@ -90,7 +90,7 @@ def choose_split_folders(root: Path, layout: Layout, outside: list[Path]) -> dic
         return {"train": root}
     finder = ImageFinder([root])
     children = [path for path in sorted(root.iterdir()) if not path.name.startswith(".")]
-    folders = list(filter(finder.has_images, list_folders(root)))
+    folders = list(filter(has_images, list_folders(root)))
     splits: dict[str, Path] = {}
     for path in folders:
         split = get_split(path.name)
@@ -103,9 +103,7 @@ def choose_split_folders(root: Path, layout: Layout, outside: list[Path]) -> dic
             splits[split] = path
     others = [path for path in folders if path not in splits.values()]
     if "train" in splits and (
-        layout == "splits"
-        or not others
-        or any(map(finder.has_images, list_folders(splits["train"])))
+        layout == "splits" or not others or any(map(has_images, list_folders(splits["train"])))
     ):
         outside += [path for path in children if path not in splits.values()]
         if others:
@@ -184,6 +182,11 @@ def read_metadata(file: Path, label_column: str | None) -> dict[str, str | None]
     return {name: row.get(label) for name, row in zip(names, rows, strict=True)}
 
 
+def has_images(folder: Path) -> bool:
+    """Returns whether there are images in a folder or its folders."""
+    return any(True for _ in ImageFinder([folder]).walk(folder))
+
+
 class ImageFinder:
     """Finds image files, each once, and records other files in `left_out`, by the reason.
 
@@ -202,7 +205,7 @@ class ImageFinder:
         """Returns the image files in a folder and its folders, sorted. Raises OSError if a folder
         cannot be read."""
         files, seen = [], set()
-        for file in sorted(self._walk(folder)):
+        for file in sorted(self.walk(folder)):
             status = file.stat()
             if (status.st_dev, status.st_ino) in seen:
                 self.left_out["that link to pictures counted before"].append(file)
@@ -215,11 +218,8 @@ class ImageFinder:
         """Returns whether a path is a file with the suffix of an image that Pillow can open."""
         return path.suffix.lower() in self.suffixes and path.is_file()
 
-    def has_images(self, folder: Path) -> bool:
-        """Returns whether there are images in a folder or its folders."""
-        return any(True for _ in self._walk(folder))
-
-    def _walk(self, folder: Path, by_link: bool = False) -> Iterator[Path]:
+    def walk(self, folder: Path, by_link: bool = False) -> Iterator[Path]:
+        """Yields the image files in a folder and its folders. `by_link` is true below a link."""
         for path in sorted(folder.iterdir()):
             suffix = path.suffix.lower()
             if path.name.startswith("."):
@@ -229,7 +229,7 @@ class ImageFinder:
                 if is_link and (by_link or self._is_read(path.resolve())):
                     self.left_out["that link to folders"].append(path)
                 else:
-                    yield from self._walk(path, by_link or is_link)
+                    yield from self.walk(path, by_link or is_link)
             elif self.is_image(path):
                 yield path
             elif not path.is_file():

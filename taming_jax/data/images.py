@@ -1,9 +1,9 @@
 """Decodes and resizes encoded images to uint8 arrays once, and caches them on the disk.
 
-The cache holds one folder per decoded split, its entry, under a key that depends on the content of
-the images and on how they are resized. In it, `images.u8` holds the raw bytes, which are
-memory-mapped, and `about.json` says which images the entry holds and which cannot be read, and has
-checksums. `about.json` is written last, and an entry is valid only if it matches the images.
+Each decoded split is an entry of the cache: a folder whose name is a hash of the encoded images and
+of how they are resized. `images.u8` holds the raw pixels, which are memory-mapped. `about.json`
+lists the images in the entry, describes those that cannot be read, and holds checksums. It is
+written last, and an entry is valid only if its checksums match the images.
 """
 
 import concurrent.futures
@@ -35,15 +35,15 @@ CHECKSUM_BYTES = 2**26  # bytes per checksum
 
 
 class Reader(Protocol):
-    """A source of encoded images by number, which several threads read at the same time."""
+    """Encoded images by number, which several threads can read at the same time."""
 
     def __getitem__(self, number: int) -> bytes: ...
 
 
 class Table(NamedTuple):
-    """The images of a split in the form in which their source has them.
+    """The encoded images and classes of a split, as its source stores them.
 
-    `names` are names of the images for messages. `classes` holds one class per image, a number or a
+    `names` identify the images in messages. `classes` holds one class per image, a number or a
     name, or is None if the data has no classes. `class_names` are the names of numbered classes, or
     empty. `content` is a string that changes when an image changes.
     """
@@ -57,8 +57,8 @@ class Table(NamedTuple):
 
 @dataclass(frozen=True)
 class EncodedImages:
-    """Images that are not decoded yet: rows `numbers`, int [n], of a table, and their classes
-    `labels`, int32 [n]."""
+    """Images that are not decoded yet: the images with the numbers `numbers`, int [n], of a table,
+    and their classes `labels`, int32 [n]."""
 
     table: Table
     numbers: np.ndarray
@@ -68,7 +68,7 @@ class EncodedImages:
         return len(self.numbers)
 
     def select(self, index: np.ndarray) -> "EncodedImages":
-        """Returns the images at some positions."""
+        """Returns the images at the positions `index`, int [m]."""
         return EncodedImages(self.table, self.numbers[index], self.labels[index])
 
     def name(self, position: int) -> str:
@@ -111,11 +111,12 @@ def decode(
     resize_mode: str,
     max_mib: int = DataConfig.max_decoded_mib,
 ) -> np.ndarray:
-    """Decodes an image file's bytes to uint8 [h,w,channels] of a size, or of a height and width.
+    """Decodes the bytes of an image file to uint8 [h,w,channels].
 
-    The image is rotated as its EXIF data says, transparent pixels become white, and antialiased
-    bicubic interpolation resizes it: with `resize_mode` "crop" the largest centered part of the
-    target's shape, with "squeeze" the whole image.
+    `size` is both h and w, or the tuple (h, w). The image is rotated as its EXIF data says, its
+    transparent pixels become white, and it is resized with antialiased bicubic interpolation: if
+    `resize_mode` is "crop", the largest centered part with the target's aspect ratio; if it is
+    "squeeze", the whole image.
 
     Raises exceptions of many types if the image cannot be read, or decoding it takes more than
     about `max_mib` MiB.
@@ -133,10 +134,9 @@ def decode(
                 f"decoding takes {needed} MiB; --data.max-decoded-mib allows {max_mib}"
             )
         opened.load()
-        try:
+        image: Image.Image = opened
+        with contextlib.suppress(Exception):  # of many types, for damaged EXIF data
             image = ImageOps.exif_transpose(opened)
-        except Exception:  # Pillow raises many types for damaged EXIF data
-            image = opened.copy()
     if image.mode[0] in "IF":
         image = Image.fromarray(scale_to_bytes(np.asarray(image)))
     if "A" in image.getbands() or "transparency" in image.info:
@@ -172,7 +172,7 @@ class DecodedSplit(NamedTuple):
 
 
 def decode_split(encoded: EncodedImages, size: int, config: DataConfig, split: str) -> DecodedSplit:
-    """Returns the images of a split as arrays, decoding them into the cache if they are not there.
+    """Returns the images of a split from the cache, and decodes them into it if necessary.
 
     Raises UserError if an image file cannot be read, the cache cannot be used, or none of the
     images can be decoded.
@@ -206,7 +206,8 @@ def decode_split(encoded: EncodedImages, size: int, config: DataConfig, split: s
 
 
 def lock_entry(entry: Path, split: str) -> contextlib.AbstractContextManager[Any]:
-    """Locks an entry against other processes. The lock is released when its process ends."""
+    """Locks an entry against other processes. Returns a context manager that releases the lock,
+    which the operating system also does if the process dies."""
     lock = filelock.FileLock(entry / ".lock")
     try:
         return lock.acquire(blocking=False)
@@ -233,17 +234,20 @@ def read_entry(entry: Path, encoded: EncodedImages, shape: tuple[int, ...]) -> D
 def write_entry(
     entry: Path, encoded: EncodedImages, shape: tuple[int, ...], config: DataConfig, split: str
 ) -> DecodedSplit:
-    """Decodes images into an entry of the cache and returns it."""
+    """Decodes images into an entry of the cache and returns it. Raises UserError if no image can
+    be decoded, and OSError if the entry cannot be written."""
     with atomic_file(entry / "images.u8") as file:
         images = np.memmap(file, np.uint8, "w+", shape=shape)
-        if hasattr(os, "posix_fallocate"):  # so that a full disk raises here, not SIGBUS later
+        if hasattr(os, "posix_fallocate"):  # so that a full disk raises here, without SIGBUS later
             with file.open("r+b") as raw:
                 os.posix_fallocate(raw.fileno(), 0, images.nbytes)
         bad = decode_all(encoded, images, config, split)
         problem = list_unreadable(encoded, bad, entry / "skipped.txt")
         kept = [i for i in range(len(encoded)) if i not in bad]
         if not kept:
-            raise UserError(f"no picture of the {split} split can be read: {problem}.")
+            raise UserError(
+                f"no picture of the {split} split can be read: {problem}. Fix or replace them."
+            )
         if bad:
             for target, source in enumerate(kept):
                 images[target] = images[source]
@@ -260,13 +264,13 @@ def write_entry(
 def compute_checksums(images: np.ndarray) -> list[int]:
     """Computes one checksum per `CHECKSUM_BYTES` of images.
 
-    They are checked whenever an entry is opened, since a damaged disk would otherwise silently
-    train a different model.
+    They are checked whenever an entry is opened, since training would otherwise use damaged images
+    without notice.
     """
     content = images.reshape(-1)
     starts = range(0, len(content), CHECKSUM_BYTES)
     parts = [content[start : start + CHECKSUM_BYTES].data for start in starts]
-    with concurrent.futures.ThreadPoolExecutor(4) as threads:  # zlib releases Python's lock
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:  # zlib releases the GIL
         return list(threads.map(zlib.crc32, parts))
 
 
@@ -292,8 +296,8 @@ def decode_all(
                 bad[position] = "not a picture of a known format"
             except MemoryError:
                 raise
-            except Exception as error:  # damaged images raise many types
-                if isinstance(error, OSError) and error.errno is not None:  # a failure of the disk
+            except Exception as error:  # damaged images raise many types of exceptions
+                if isinstance(error, OSError) and error.errno is not None:  # the disk failed
                     raise UserError(
                         f"{error.filename or encoded.name(position)} cannot be read "
                         f"({error.strerror}); fix this and run the same command again."
@@ -303,7 +307,7 @@ def decode_all(
 
     say(f"{split}: decoding {count} pictures to {size}x{size} into {get_cache_folder(config)}.")
     bad: dict[int, str] = {}
-    # Threads suffice, since Pillow releases Python's lock while it decodes and resizes.
+    # Threads suffice, since Pillow releases the GIL while it decodes and resizes.
     pool = concurrent.futures.ThreadPoolExecutor(config.workers or os.cpu_count() or 1)
     try:
         with lift_pillow_limits(), Progress("decoding", count, "pictures") as progress:
@@ -316,7 +320,10 @@ def decode_all(
 
 
 def list_unreadable(encoded: EncodedImages, bad: dict[int, str], file: Path) -> str:
-    """Writes the names of unreadable images to a file and returns a phrase about them."""
+    """Writes the names of unreadable images and the reasons to a file.
+
+    Returns a phrase about them, which is empty if there are none.
+    """
     if not bad:
         return ""
     lines = [f"{encoded.name(i)}\t{bad[i]}\n" for i in sorted(bad)]

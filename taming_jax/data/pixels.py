@@ -14,7 +14,7 @@ def to_float(images: Images) -> Images:
 
 
 def to_uint8(images: Images) -> Images:
-    """Clips floats to [-1, 1] and converts them to uint8. Returns uint8 images unchanged."""
+    """Clips floats to [-1, 1] and converts them to uint8 in 0..255. Returns uint8 unchanged."""
     if images.dtype == np.uint8:
         return images
     return ((images.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8)

@@ -1,5 +1,6 @@
 """Readers of encoded images from folders, parquet files, the Hugging Face hub and TensorFlow
-Datasets. Each reader returns one table per split, by "train", "validation" and "test"."""
+Datasets. Each reader returns a table for every split that exists, with the keys "train",
+"validation" and "test"."""
 
 import hashlib
 import importlib
@@ -14,7 +15,7 @@ from typing import Any
 
 from taming_jax.config.schema import DataConfig
 from taming_jax.data.columns import Columns, choose_columns, say_columns
-from taming_jax.data.folders import ImageFinder, find_images, get_split, to_text
+from taming_jax.data.folders import find_images, get_split, has_images, to_text
 from taming_jax.data.images import Table, get_cache_folder
 from taming_jax.errors import UserError, say
 from taming_jax.storage import hash_json
@@ -33,7 +34,7 @@ def hash_files(files: Iterable[Path]) -> str:
 
 @dataclass(frozen=True)
 class Files:
-    """Encoded images, each of which is a file."""
+    """Encoded images, one per file."""
 
     paths: list[Path]
 
@@ -55,7 +56,7 @@ def read_path(config: DataConfig) -> dict[str, Table]:
         if any((root / name).is_file() for name in ("dataset_dict.json", "state.json")):
             return read_saved(root, config)
         files = [file for file in sorted(root.rglob("*.parquet")) if file.is_file()]
-        if files and (config.name != "folder" or not ImageFinder([root]).has_images(root)):
+        if files and (config.name != "folder" or not has_images(root)):
             return read_parquet(root, files, config)
         return read_images(root, config)
     except OSError as error:
@@ -75,7 +76,8 @@ def read_images(root: Path, config: DataConfig) -> dict[str, Table]:
 
 @dataclass(frozen=True)
 class Column:
-    """Encoded images in a column of rows, as bytes or as the hub's structs of bytes or a path."""
+    """Encoded images in a column of a dataset's rows: bytes, or the hub's structs with bytes or a
+    path."""
 
     rows: Any
     column: str
@@ -90,14 +92,14 @@ class Column:
 def build_column_table(
     split: str, rows: Any, columns: Columns, classes: Sequence[Any] | None, content: str
 ) -> Table:
-    """Builds the table of rows that are not decoded. `content` changes when a row changes."""
+    """Builds a table from rows with encoded images. `content` changes when an image changes."""
     names = [f"{split}, row {i}" for i in range(len(rows))]
     reader = Column(rows, columns.image)
     return Table(reader, names, classes, columns.class_names, f"{columns.image} {content}")
 
 
 def holds_images(feature: Any, image_kind: type) -> bool:
-    """Returns whether a column holds images, as images, bytes, or the hub's structs of bytes."""
+    """Returns whether a column holds images, bytes, or the hub's structs with bytes."""
     if isinstance(feature, dict):
         return "bytes" in feature
     binary = getattr(feature, "dtype", None) in ("binary", "large_binary")
@@ -120,7 +122,7 @@ def get_first_line(error: BaseException) -> str:
 
 
 def read_hub(config: DataConfig) -> dict[str, Table]:
-    """Reads a dataset of the Hugging Face hub, or its files in `config.path`.
+    """Reads a dataset from the Hugging Face hub, or its files in `config.path`.
 
     Raises UserError if the dataset cannot be loaded.
     """
@@ -128,7 +130,7 @@ def read_hub(config: DataConfig) -> dict[str, Table]:
         return read_path(config)
     datasets = import_datasets(config)
     say(f"Loading {config.name} from the Hugging Face hub or its local cache.")
-    # Without a network it logs two warnings per retry. The error message below is enough.
+    # Without a network, its client logs two warnings per retry. The error message below is enough.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         loaded = datasets.load_dataset(config.name, config.config)
@@ -138,8 +140,8 @@ def read_hub(config: DataConfig) -> dict[str, Table]:
             raise UserError(f"set --data.config for {config.name}: {reason}") from error
         raise UserError(
             f"the dataset {config.name} cannot be loaded from the Hugging Face hub "
-            f"({get_first_line(error)}); without a network, download its parquet files elsewhere "
-            "and name their folder with --data.path."
+            f"({get_first_line(error)}); check its name and your network, or download its parquet "
+            "files elsewhere and name their folder with --data.path."
         ) from error
     contents = {name: f"{config.name} {rows._fingerprint}" for name, rows in loaded.items()}
     return build_hub_tables(datasets, loaded, config, contents)
@@ -210,13 +212,14 @@ def read_parquet(root: Path, files: Sequence[Path], config: DataConfig) -> dict[
     names = {split: list(map(str, paths)) for split, paths in splits.items()}
     try:
         contents = {split: hash_files(paths) for split, paths in splits.items()}
-        # It takes files of one name, size and time for the same, whatever they hold.
+        # `datasets` identifies cached files by name, size and time only, so the folder is named by
+        # a hash of their contents.
         folder = str(get_cache_folder(config) / "parquet" / hash_json(contents)[:16])
         loaded = datasets.load_dataset("parquet", data_files=names, cache_dir=folder)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
             f"the parquet files in {root} cannot be read "
-            f"({get_first_line(error.__cause__ or error)}); fetch them again."
+            f"({get_first_line(error.__cause__ or error)}); download them again."
         ) from error
     return build_hub_tables(datasets, loaded, config, contents)
 
@@ -235,8 +238,8 @@ def name_splits(names: Iterable[str]) -> dict[str, str]:
 def build_hub_tables(
     datasets: Any, loaded: Any, config: DataConfig, contents: Mapping[str, str]
 ) -> dict[str, Table]:
-    """Builds one table per split of a `datasets.DatasetDict`. The value of a split in `contents`
-    changes when its images change."""
+    """Builds one table per split of a `datasets.DatasetDict`. `contents` maps the name of a split
+    to a string that changes when its images change."""
     splits = name_splits(loaded)
     rows = loaded[splits.get("train", next(iter(loaded)))]
     features = rows.features
@@ -254,10 +257,10 @@ def build_hub_tables(
 
 
 def read_tfds(config: DataConfig) -> dict[str, Table]:
-    """Reads a dataset `tfds:NAME` of TensorFlow Datasets, prepared as array_record.
+    """Reads a dataset `tfds:NAME` from TensorFlow Datasets, prepared as array_record.
 
-    It lies in `config.path`. Default: the folder of TensorFlow Datasets. Raises UserError if it
-    cannot be read there.
+    It is read from `config.path`, by default from TensorFlow Datasets' own folder. Raises UserError
+    if it cannot be read.
     """
     tf_datasets = import_package("tensorflow-datasets", config)
     name = config.name.removeprefix("tfds:")

@@ -1,7 +1,7 @@
 """The encoder and decoder of the VQ-GAN, as in the official code (arXiv 2012.09841, table 7).
 
-Level 0 has full resolution; the encoder halves and the decoder doubles the height and width between
-two levels. The names of the submodules follow the official state dicts.
+Level 0 has full resolution. Between levels, the encoder halves and the decoder doubles the height
+and width. The names of the submodules follow the official state dicts.
 """
 
 import flax.linen as nn
@@ -21,7 +21,7 @@ from taming_jax.models.layers import (
 
 
 class Encoder(nn.Module):
-    """An encoder of images [b,h,w,c] as latents [b,h/f,w/f,latent_channels], f = 2**(levels - 1).
+    """An encoder of images [b,h,w,c] to latents [b,h/f,w/f,latent_channels], f = 2**(levels - 1).
 
     `resolution` is the image height that the network is built for. It determines which levels have
     attention.

@@ -11,8 +11,8 @@ class Discriminator(nn.Module):
     """A network that maps images float [b,h,w,c] to logits float32 [b,h',w',1], one per patch.
 
     It has `layers` 4x4 convolutions of stride 2, then two of stride 1. In training, BatchNorm uses
-    the statistics of the batch over all devices of `axis_name` and updates the running statistics
-    (collection `batch_stats`).
+    the statistics of the batch over all devices along `axis_name` and updates the running
+    statistics (collection `batch_stats`).
     """
 
     filters: int = 64

@@ -13,7 +13,7 @@ CLASSES = 1008
 
 
 class BasicConv(nn.Module):
-    """A convolution without bias, normalization by the running statistics, and ReLU."""
+    """A convolution without bias, batch normalization by running statistics, and ReLU."""
 
     features: int
     size: tuple[int, int] = (1, 1)
@@ -33,8 +33,8 @@ class BasicConv(nn.Module):
 class Mixed(nn.Module):
     """Parallel branches on images [b,h,w,c], concatenated to [b,h',w',sum of the features].
 
-    A branch is a sequence of convolutions, each given as (name, features, size, stride). An item
-    that is a tuple of convolutions applies them in parallel to the same input. `pool` is the
+    A branch is a sequence of convolutions, each given as (name, features, size, stride). If an item
+    is a tuple of convolutions, they are applied in parallel to the same input. `pool` is the
     operation that starts the last branch: "average" (which excludes the padding, as in TensorFlow)
     or "max", both of stride 1 and followed by a 1x1 convolution, or "downsample", a max pooling of
     stride 2 without a convolution.
@@ -68,8 +68,8 @@ class Mixed(nn.Module):
 
 
 def make_conv(spec: Sequence) -> BasicConv:
-    """Returns the convolution for (name, features, size, stride). At stride 1 it keeps the height
-    and width."""
+    """Makes the convolution (name, features, size, stride). At stride 1, it keeps the height and
+    width."""
     name, features, (rows, columns), stride = spec
     padding = (rows // 2, columns // 2) if stride == 1 else (0, 0)
     return BasicConv(features, (rows, columns), stride, padding, name=name)
@@ -78,8 +78,8 @@ def make_conv(spec: Sequence) -> BasicConv:
 ONE, THREE, FIVE = (1, 1), (3, 3), (5, 5)
 
 
-def block_35(pool_features: int, name: str) -> Mixed:
-    """Returns a block for feature maps of 35x35."""
+def make_block_35(pool_features: int, name: str) -> Mixed:
+    """Makes a block for 35x35 feature maps."""
     return Mixed((
         (("branch1x1", 64, ONE, 1),),
         (("branch5x5_1", 48, ONE, 1), ("branch5x5_2", 64, FIVE, 1)),
@@ -88,8 +88,8 @@ def block_35(pool_features: int, name: str) -> Mixed:
     ), "average", pool_features, name=name)  # fmt: skip
 
 
-def block_17(c: int, name: str) -> Mixed:
-    """Returns a block for feature maps of 17x17."""
+def make_block_17(c: int, name: str) -> Mixed:
+    """Makes a block for 17x17 feature maps, with `c` channels within its branches."""
     row, column = (1, 7), (7, 1)
     return Mixed((
         (("branch1x1", 192, ONE, 1),),
@@ -100,8 +100,8 @@ def block_17(c: int, name: str) -> Mixed:
     ), "average", 192, name=name)  # fmt: skip
 
 
-def block_8(pool: str, name: str) -> Mixed:
-    """Returns a block for feature maps of 8x8."""
+def make_block_8(pool: str, name: str) -> Mixed:
+    """Makes a block for 8x8 feature maps."""
     row, column = (1, 3), (3, 1)
     return Mixed((
         (("branch1x1", 320, ONE, 1),),
@@ -126,20 +126,20 @@ class InceptionV3(nn.Module):
         x = BasicConv(192, THREE, name="Conv2d_4a_3x3")(x)
         x = nn.max_pool(x, THREE, (2, 2))
         for pool_features, name in ((32, "Mixed_5b"), (64, "Mixed_5c"), (64, "Mixed_5d")):
-            x = block_35(pool_features, name)(x)
+            x = make_block_35(pool_features, name)(x)
         x = Mixed((
             (("branch3x3", 384, THREE, 2),),
             (("branch3x3dbl_1", 64, ONE, 1), ("branch3x3dbl_2", 96, THREE, 1),
              ("branch3x3dbl_3", 96, THREE, 2)),
         ), "downsample", name="Mixed_6a")(x)  # fmt: skip
         for c, name in ((128, "Mixed_6b"), (160, "Mixed_6c"), (160, "Mixed_6d"), (192, "Mixed_6e")):
-            x = block_17(c, name)(x)
+            x = make_block_17(c, name)(x)
         x = Mixed((
             (("branch3x3_1", 192, ONE, 1), ("branch3x3_2", 320, THREE, 2)),
             (("branch7x7x3_1", 192, ONE, 1), ("branch7x7x3_2", 192, (1, 7), 1),
              ("branch7x7x3_3", 192, (7, 1), 1), ("branch7x7x3_4", 192, THREE, 2)),
         ), "downsample", name="Mixed_7a")(x)  # fmt: skip
-        x = block_8("average", "Mixed_7b")(x)
-        x = block_8("max", "Mixed_7c")(x)
+        x = make_block_8("average", "Mixed_7b")(x)
+        x = make_block_8("max", "Mixed_7c")(x)
         features = x.mean((1, 2))
         return features, nn.Dense(CLASSES, name="fc")(features)

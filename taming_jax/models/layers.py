@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 
 Dtype = Any
-# PyTorch's default initializer of convolutions, which the official models use: uniform within
-# 1 / sqrt(fan_in).
+# PyTorch's default initializer for convolutions, which the official models use: uniform in
+# [-x, x] with x = 1 / sqrt(fan_in).
 kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
@@ -79,7 +79,7 @@ class GroupNorm(nn.Module):
 
 
 class BatchNorm(nn.Module):
-    """Batch normalization over b, h and w, and over the devices of `axis_name`. Like PyTorch's
+    """Batch normalization over b, h and w, and the devices along `axis_name`. Like PyTorch's
     BatchNorm2d, and unlike Flax's, it keeps the unbiased variance as the running variance."""
 
     dtype: Dtype = jnp.float32
@@ -156,7 +156,8 @@ class AttentionBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """A 3x3 convolution of stride 2 that halves height and width. It pads right and bottom only."""
+    """A 3x3 convolution of stride 2 that halves the height and width, and pads only the right and
+    the bottom."""
 
     dtype: Dtype = jnp.float32
 
@@ -169,7 +170,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbor upsampling that doubles height and width, followed by a 3x3 convolution.
+    """Nearest-neighbor upsampling that doubles the height and width, followed by a 3x3 convolution.
 
     The layer computes this as four 2x2 convolutions of the small image, one for each parity of row
     and column, because two of the three rows that the kernel covers in the doubled image are the
@@ -198,8 +199,8 @@ class Upsample(nn.Module):
 
 def fold_taps(kernel: jax.Array, axis: int, parity: int) -> jax.Array:
     """Folds the three taps along a doubled axis into two taps along the original axis. An even
-    output (parity 0) reads the previous entry once and its own twice; an odd output reads its own
-    twice and the next once."""
+    output (parity 0) reads the previous entry once and the current one twice; an odd output reads
+    the current one twice and the next once."""
     first, second, third = (lax.index_in_dim(kernel, i, axis) for i in range(3))
     taps = (first + second, third) if parity else (first, second + third)
     return jnp.concatenate(taps, axis)

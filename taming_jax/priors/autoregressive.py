@@ -1,9 +1,9 @@
 """The autoregressive prior: a causal transformer over grids of codes, in raster order.
 
-A sequence starts with the class of the image or with the null token, so that the model also learns
-the first code: the logits at position i predict code i, given the class and the previous codes. The
-embedding table holds the codes, then the classes, then the null token. The head predicts only
-codes.
+A sequence starts with the class of the image or with the null token, so that the model also
+predicts the first code: the logits at position i predict code i, given the class and the previous
+codes. The embedding table holds the codes, then the classes, then the null token. The head predicts
+only codes, unless codes and classes share a vocabulary.
 """
 
 import functools
@@ -37,7 +37,7 @@ class GPT(nn.Module):
     """A transformer that maps tokens int32 [b,t] to logits float32 [b,t,num_logits].
 
     A token is a code, a class (from `first_class_token` on), or the null token, which comes last.
-    The network reads only the settings of the architecture, not those of the training.
+    Of `settings`, the model ignores those for optimization and for sampling.
     """
 
     codebook_size: int
@@ -48,7 +48,7 @@ class GPT(nn.Module):
 
     @classmethod
     def build(cls, config: Config, classes: int) -> "GPT":
-        """Builds the prior that a config describes, for a dataset with that many classes."""
+        """Builds the prior that a config describes, for a dataset with `classes` classes."""
         grid = config.grid_size, config.grid_size
         dtype = jnp.dtype(config.dtype)
         return cls(config.vqgan.codebook_size, classes, grid, config.prior, dtype)
@@ -66,7 +66,7 @@ class GPT(nn.Module):
     @property
     def window(self) -> tuple[int, int]:
         """The height and width of the grid that the model reads at once: the grid of the training
-        images if it fits in a sequence, otherwise the largest square that does."""
+        images if it fits in a sequence, otherwise the largest square that fits."""
         side = math.isqrt(self.max_length)
         return self.grid if self.length <= self.max_length else (side, side)
 
@@ -82,7 +82,7 @@ class GPT(nn.Module):
 
     @property
     def num_logits(self) -> int:
-        """The number of logits: the codes, then any other tokens of the vocabulary."""
+        """The number of logits per position: for the codes, then for other tokens, if any."""
         return self.settings.vocabulary or self.codebook_size
 
     def labels_to_tokens(self, labels: jax.Array) -> jax.Array:
@@ -127,7 +127,7 @@ class GPT(nn.Module):
         if self.settings.positions == "learned":
             x = x + self.position_embedding[positions]
         else:
-            # The class has row and column 0; the rows and columns of the codes start at 1.
+            # Rows and columns of codes start at 1. The class has 0, or -1 in LlamaGen's positions.
             row, column = jnp.divmod(positions - 1, self.window[1])
             code_coordinates = jnp.stack([row, column], -1) + 1
             class_coordinate = 0 if self.settings.positions == "rotary" else -1
@@ -151,11 +151,12 @@ class GPT(nn.Module):
     @nn.nowrap
     def check_trainable(self) -> None:
         """Raises UserError if this prior can only sample and cannot be trained."""
-        tokens = self.settings.vocabulary
-        if tokens is not None and self.first_class_token + self.classes > tokens:
+        vocabulary = self.settings.vocabulary
+        if vocabulary is not None and self.first_class_token + self.classes > vocabulary:
             raise UserError(
-                f"--prior.vocabulary {tokens} is too small for {self.classes} classes from token "
-                f"{self.first_class_token}. Set a larger vocabulary or a lower --prior.first-class."
+                f"--prior.vocabulary {vocabulary} is too small for {self.classes} classes from "
+                f"token {self.first_class_token}. Set a larger vocabulary or a lower "
+                "--prior.first-class."
             )
         if self.length > self.max_length:
             raise UserError(
@@ -166,8 +167,8 @@ class GPT(nn.Module):
 
     @nn.nowrap
     def shift_right(self, labels: jax.Array, codes: jax.Array) -> jax.Array:
-        """Returns the input tokens [b,t] that predict codes int [b,t]: the class, followed by all
-        codes but the last."""
+        """Returns the input tokens [b,t] from which the model predicts codes int [b,t]: the class,
+        followed by all codes but the last."""
         return jnp.concatenate([self.labels_to_tokens(labels)[:, None], codes[:, :-1]], 1)
 
     @nn.nowrap
@@ -183,8 +184,8 @@ class GPT(nn.Module):
     ) -> jax.Array:
         """Returns the training loss, float32 [b], for codes int [b,t] and labels int [b].
 
-        `keys` hold one key per example [b] for dropout ("dropout") and for corrupted codes
-        ("codes"), so that neither depends on the rest of the batch or on the device.
+        `keys` maps "dropout" and "codes" (for the corruption of codes) to one key per example [b],
+        so that neither depends on the rest of the batch or on the device.
         """
         tokens = self.shift_right(labels, codes)
         if self.settings.token_keep_prob < 1:
@@ -197,8 +198,8 @@ class GPT(nn.Module):
 
     @nn.nowrap
     def train_logits(self, params: Any, tokens: jax.Array, keys: jax.Array) -> jax.Array:
-        """Returns the logits [b,t,num_logits] for tokens [b,t], with dropout by one key per example
-        in `keys` [b]."""
+        """Returns the logits [b,t,num_logits] for tokens [b,t] with dropout, which uses one key per
+        example in `keys` [b]."""
         if not self.settings.dropout:
             return cast(jax.Array, self.apply({"params": params}, tokens))
 
@@ -210,7 +211,8 @@ class GPT(nn.Module):
 
     @nn.nowrap
     def evaluate(self, params: Any, labels: jax.Array, codes: jax.Array) -> dict[str, jax.Array]:
-        """Returns the validation metrics, float32 [b] each."""
+        """Returns the validation metrics of codes [b,t], float32 [b] each: "nll", in nats per code,
+        and "accuracy"."""
         logits = self.logits(params, labels, codes)
         correct = (logits.argmax(-1) == codes).astype(jnp.float32)
         return {"nll": next_token(logits, codes), "accuracy": per_example(correct)}
@@ -219,7 +221,8 @@ class GPT(nn.Module):
     def log_likelihood(self, params: Any, labels: jax.Array, codes: jax.Array) -> jax.Array:
         """Returns the log-likelihood in nats, float32 [b], of grids of codes int [b,h,w].
 
-        This is the log probability that `sample` draws them. They must be as large as the window.
+        This is the log of the probability with which `sample` draws them by default. The grids must
+        be as large as the window.
         """
         flat = codes.reshape(len(codes), -1)
         return -next_token(self.logits(params, labels, flat), flat) * flat.shape[1]
@@ -244,7 +247,7 @@ class GPT(nn.Module):
         Args:
           params: Parameters of the network.
           labels: Classes from 0, where the label `classes` means no class.
-          keys: Random keys.
+          keys: Random keys, one per image.
           temperature: At least 0. At 0, the most likely codes are chosen.
           top_k: From 1 to the codebook size. Default: all codes.
           top_p: Above 0, up to 1. Default: all codes.
@@ -253,8 +256,8 @@ class GPT(nn.Module):
           known: Fixed codes int [b,p], p <= h*w, or -1 for codes to sample. Default: none.
           grid: Height and width. A grid larger than the window is sampled in windows, without a
             cache. Default: the grid of the training images.
-          pieces: Number of consecutive scans over the positions. The cache grows between them, so
-            that it is no longer than necessary. Default: one per 32 positions, at most eight.
+          pieces: Number of consecutive scans over the positions. The cache grows between scans and
+            so stays as short as possible. Default: one per 32 positions, at most eight.
         """
         height, width = grid = grid or self.grid
         choose = make_token_sampler(keys, temperature, top_k, top_p)
@@ -275,7 +278,7 @@ class GPT(nn.Module):
 def corrupt_codes(
     keep_prob: float, codebook_size: int, key: jax.Array, codes: jax.Array
 ) -> jax.Array:
-    """Keeps each of the codes [t] with probability `keep_prob` and replaces the others by random
+    """Keeps each of the codes [t] with probability `keep_prob` and replaces the others with random
     codes, like `pkeep` in the official code."""
     mask_key, code_key = jax.random.split(key)
     random_codes = jax.random.randint(code_key, codes.shape, 0, codebook_size)

@@ -18,7 +18,7 @@ Inputs = tuple[jax.Array, jax.Array | None, jax.Array]
 def sampling_batch_size(device: Any) -> int:
     """Returns the number of images that a device samples at once.
 
-    The number is fixed per kind of device, because other batch sizes round differently, and a
+    The number is fixed per kind of device, because another batch size rounds differently, and a
     rounding difference can change a code. It is small on a CPU, so that sampling a single image
     does not take as long as sampling many.
     """
@@ -28,8 +28,8 @@ def sampling_batch_size(device: Any) -> int:
 def sample_keys(
     seed: jax.Array | np.uint32, labels: jax.Array | np.ndarray, numbers: jax.Array | np.ndarray
 ) -> jax.Array:
-    """Returns the random keys [b] of images with labels int [b] and numbers int [b]. The seed, the
-    label, and the number of the image within its class determine the image."""
+    """Returns the random keys [b] for sampling images with labels int [b] and numbers int [b]. The
+    seed, the label, and the number of an image within its class determine the image."""
     key = jax.random.key(seed)
     return jax.vmap(lambda c, i: jax.random.fold_in(jax.random.fold_in(key, c), i))(labels, numbers)
 
@@ -42,7 +42,7 @@ def keep_top_k(logits: jax.Array, k: int) -> jax.Array:
 
 def keep_top_p(logits: jax.Array, p: jax.Array | float) -> jax.Array:
     """Sets the logits [..., n] outside the nucleus to -inf. The nucleus is the smallest set of
-    tokens with a total probability of at least p (arXiv 1904.09751), and at least one token."""
+    tokens with a total probability of at least p (arXiv 1904.09751). It is never empty."""
     descending = -jnp.sort(-logits, -1)
     probabilities = jax.nn.softmax(descending)
     preceding = jnp.cumsum(probabilities, -1) - probabilities
@@ -60,7 +60,7 @@ def guide_logits(
 
 
 def append_unconditional(model: Any, labels: jax.Array, scale: Any) -> jax.Array:
-    """Returns the labels [b] without guidance, and with guidance [2b]: the labels, then as many
+    """Returns the labels [b] if the scale is None, and otherwise [2b]: the labels, followed by b
     labels that mean no class."""
     if scale is None:
         return labels
@@ -68,8 +68,8 @@ def append_unconditional(model: Any, labels: jax.Array, scale: Any) -> jax.Array
 
 
 def apply_guidance(logits: jax.Array, scale: jax.Array | float | None) -> jax.Array:
-    """Returns the logits [b,n] unchanged without guidance. With guidance, combines the logits
-    [2b,n], of which the first half is conditional and the second unconditional, to [b,n]."""
+    """Returns the logits [b,n] unchanged if the scale is None. Otherwise, combines logits [2b,n],
+    the first half conditional and the second unconditional, into guided logits [b,n]."""
     if scale is None:
         return logits
     conditional, unconditional = jnp.split(logits, 2)

@@ -12,7 +12,7 @@ from taming_jax.priors.autoregressive import GPT
 class Prior(Protocol):
     """The interface of a prior: a Linen module, listed in `PRIORS`.
 
-    Tokens int32 [b,t] initialize it. Codes are int32 in raster order. Labels int32 [b] are classes
+    `init` takes tokens int32 [b,t]. Codes are int32 in raster order. Labels int32 [b] are classes
     from 0, where the label `classes` means no class. Each method is a pure function of the
     parameters, for use inside `jit`.
     """
@@ -28,7 +28,7 @@ class Prior(Protocol):
 
     @classmethod
     def build(cls, config: Config, classes: int) -> "Prior":
-        """Builds the prior that a config describes, for a dataset with that many classes."""
+        """Builds the prior that a config describes, for a dataset with `classes` classes."""
 
     def init(self, rngs: Any, tokens: Any) -> Any:
         """Returns new variables, as in any Linen module."""
@@ -39,8 +39,8 @@ class Prior(Protocol):
     def loss(
         self, params: Any, labels: jax.Array, codes: jax.Array, keys: Mapping[str, jax.Array]
     ) -> jax.Array:
-        """Returns the training loss, float32 [b], for codes [b,t]. `keys` hold one key per example
-        [b] for each of "dropout" and "codes"."""
+        """Returns the training loss, float32 [b], for codes [b,t]. `keys` maps "dropout" and
+        "codes" to one key per example [b]."""
 
     def evaluate(self, params: Any, labels: jax.Array, codes: jax.Array) -> dict[str, jax.Array]:
         """Returns the validation metrics of codes [b,t], float32 [b] each. One of them is "nll" in
@@ -70,5 +70,5 @@ PRIORS: dict[str, type[Prior]] = {"autoregressive": GPT}
 
 
 def build_prior(config: Config, classes: int) -> Prior:
-    """Builds the prior that a config describes, for a dataset with that many classes."""
+    """Builds the prior that a config describes, for a dataset with `classes` classes."""
     return PRIORS[config.prior.kind].build(config, classes)

@@ -1,4 +1,4 @@
-"""The building blocks of the transformers: norms, rotary positions, attention with a cache."""
+"""The building blocks of the prior: norms, rotary embeddings, and attention with a KV cache."""
 
 import flax.linen as nn
 import jax
@@ -27,7 +27,7 @@ class RMSNorm(nn.Module):
 
 
 def make_norm(kind: str, dtype: Dtype, name: str | None = None) -> nn.Module:
-    """Returns an RMSNorm, or a LayerNorm with the default epsilon of PyTorch."""
+    """Returns an RMSNorm if `kind` is "rms", else a LayerNorm with PyTorch's default epsilon."""
     if kind == "rms":
         return RMSNorm(dtype, name=name)
     return nn.LayerNorm(epsilon=1e-5, dtype=dtype, name=name)
@@ -39,10 +39,10 @@ def dense(features: int, bias: bool, dtype: Dtype, name: str) -> Dense:
 
 
 def rotate(x: jax.Array, coordinates: jax.Array) -> jax.Array:
-    """Applies two-dimensional rotary positions (arXiv 2104.09864) to queries or keys [b,heads,t,d].
+    """Applies 2D rotary embeddings (arXiv 2104.09864) to queries or keys [b,heads,t,d].
 
-    The angles of the first half of the channels depend on the row, those of the second half on the
-    column. `coordinates` [t,2] are the rows and columns. d must be a multiple of four.
+    The first half of the channels rotates by the row, and the second half by the column.
+    `coordinates` [t,2] are the rows and columns. d must be a multiple of four.
     """
     quarter = x.shape[-1] // 4
     frequencies = 10_000.0 ** (-jnp.arange(quarter) / quarter)
@@ -74,8 +74,8 @@ class Block(nn.Module):
         """Applies the block to x [b,t,width] at the positions from `position` on.
 
         `cache` holds the keys and values of the earlier positions. `coordinates` [t,2] are the rows
-        and columns for rotary positions; negative coordinates set the query and key to zero.
-        Returns the output and the updated cache, or without a cache the keys and values of x.
+        and columns for rotary embeddings; negative coordinates set the query and key to zero.
+        Returns the output and the updated cache or, without a cache, the keys and values of x.
         """
         b, t, width = x.shape
 

@@ -1,5 +1,5 @@
-"""Sampling of grids of codes that are larger than those that an autoregressive prior was trained
-on, in sliding windows (arXiv 2012.09841, section 3.3). `model` is a `GPT`."""
+"""Sampling in sliding windows (arXiv 2012.09841, section 3.3), for grids of codes that are larger
+than those an autoregressive prior was trained on. `model` is a `GPT`."""
 
 import functools
 import itertools
@@ -22,15 +22,15 @@ def scan_windows(
 ) -> jax.Array:
     """Samples the codes int32 [b,h*w] of a grid that is at least as large as the model's window.
 
-    Each code depends on the previous codes within a window around it. The window, and with it the
-    positions of its codes, moves with every code, so no cache can be reused. To save time, each
-    pass reads only as many quarters of the window as can contain sampled codes.
+    Each code depends on the previous codes within a window around it. The window moves with every
+    code, which changes the positions of the codes in it, so a cache cannot be reused. To save time,
+    each pass reads only the quarters of the window that can contain sampled codes.
     """
     (height, width), window_height = grid, model.window[0]
     quarter = -(-window_height // 4)
 
     def count_visible_rows(row: int) -> int:
-        """Returns how many rows of their window the codes of a row read."""
+        """Returns the number of rows of the window that are read to sample a row of codes."""
         top = min(max(row - window_height // 2, 0), height - window_height)
         return min(-(-(row - top + 1) // quarter) * quarter, window_height)
 
@@ -44,8 +44,8 @@ def scan_windows(
 
     codes = inputs[2].T
     for rows, group in itertools.groupby(range(height), count_visible_rows):
-        members = list(group)
-        part = slice(members[0] * width, (members[-1] + 1) * width)
+        group_rows = list(group)
+        part = slice(group_rows[0] * width, (group_rows[-1] + 1) * width)
         piece = jax.tree.map(lambda x, part=part: x[part], inputs)
         codes, _ = lax.scan(functools.partial(step, rows), codes, piece)
     return codes
@@ -68,8 +68,8 @@ def compute_window_logits(
     scale: jax.Array | float | None = None,
 ) -> jax.Array:
     """Returns the logits [b,num_logits] of the code at a row and column, given the previous codes
-    in its window. The grid of codes [b,h,w] is at least as large as the model's window. Reads only
-    the first `rows` rows of the window, which must include the code. Default: all rows."""
+    in its window. The grid of codes [b,h,w] is at least as large as the model's window. Only the
+    first `rows` rows of the window are read, which must include the code. Default: all rows."""
     height, width = model.window
     rows = height if rows is None else rows
     top = compute_window_start(row, height, codes.shape[1])

@@ -96,7 +96,7 @@ def test_differences_name_what_is_trained_and_skip_what_may_change():
         ({"vqgan.grad_clip_norm": 0.0}, "--vqgan.grad-clip-norm"),
         ({"vqgan.betas": (1.0, 2.0)}, "--vqgan.betas"),
         ({"vqgan.lecam_weight": float("nan")}, "--vqgan.lecam-weight"),
-        ({"prior.heads": 3}, "--prior.width 256 cannot be divided among 3"),
+        ({"prior.heads": 3}, "--prior.width 256 does not fit --prior.heads 3"),
         ({"prior.positions": "rotary", "prior.heads": 128}, "use a multiple of 512"),
         ({"vqgan.epsilon": 0.0}, "--vqgan.epsilon is 0.0"),
         ({"vqgan.warmup_steps": -1}, "--vqgan.warmup-steps is -1"),
@@ -106,7 +106,7 @@ def test_differences_name_what_is_trained_and_skip_what_may_change():
         ({"prior.top_k": 65}, "top-k is 65; it must be from 1 to 64"),
         ({"prior.top_p": 0.0}, "top-p is 0.0"),
         ({"prior.guidance_scale": float("nan")}, "guidance scale is nan"),
-        ({"prior.warmup_steps": 9}, "--prior.warmup-steps belongs to --prior.schedule cosine"),
+        ({"prior.warmup_steps": 9}, "--prior.warmup-steps requires --prior.schedule cosine"),
         (
             {"prior.label_dropout": 0.0, "prior.guidance_scale": 2.0},
             "guidance scale of 2.0 needs a prior trained with --prior.label-dropout",

@@ -45,7 +45,7 @@ def test_only_training_images_are_larger():
     splits = datasets.load(BOTH)
     assert splits.train.images.shape[1:] == (18, 18, 3)
     assert splits.validation.images.shape[1:] == splits.test.images.shape[1:] == (16, 16, 3)
-    with pytest.raises(UserError, match="leave --data.random-crop out"):
+    with pytest.raises(UserError, match="leave --data.random-crop off"):
         datasets.load(DataConfig(random_crop=True))
 
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from taming_jax.config.schema import DataConfig
 from taming_jax.data import datasets, images
@@ -76,11 +77,55 @@ def test_a_long_thin_picture_costs_no_memory():
     assert (found == [255, 0, 0]).all()
 
 
-@pytest.mark.filterwarnings("ignore:Image size")
-def test_bombs_are_refused(monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(Image.DecompressionBombError):
-        decode(encoded(picture(5, 40, 40), "PNG"), 32, 3, resize_mode="crop")
+def test_bombs_are_refused():
+    for bomb in (
+        encoded(Image.new("L", (1000, 1000)), "PNG"),
+        encoded(Image.new("L", (1000, 1000)), "JPEG", progressive=True),
+    ):
+        with pytest.raises(ValueError, match="decoding takes . MiB; --data.max-decoded-mib allows"):
+            decode(bomb, 32, 3, resize_mode="crop", max_mib=2)
+    drafted = encoded(Image.new("L", (1000, 1000), 200), "JPEG")  # decoded at an eighth
+    assert (decode(drafted, 32, 3, resize_mode="crop", max_mib=1) == 200).all()
+
+
+def test_large_pictures_and_texts_are_read(tmp_path, recwarn):
+    """Pillow alone refuses the first two, and warns about the third."""
+    large = encoded(Image.new("L", (18_000, 10_100), 50), "JPEG")
+    info = PngInfo()
+    info.add_text("note", "x" * 2**21, zip=True)
+    exif = b"Exif\0\0" + b"MM\0*\0\0\0\x08\0\x09" + b"\x01\x12\0\x03\xff\xff\xff\xff"
+    contents = {
+        "large.jpg": large,
+        "text.png": encoded(Image.new("L", (40, 40), 50), "PNG", pnginfo=info),
+        "profile.png": encoded(Image.new("L", (40, 40), 50), "PNG", icc_profile=bytes(3 * 2**20)),
+        "exif.jpg": encoded(Image.new("L", (40, 40), 50), "JPEG", exif=exif),
+    }
+    (tmp_path / "data").mkdir()
+    for name, content in contents.items():
+        (tmp_path / "data" / name).write_bytes(content)
+    splits = datasets.load(config_of(tmp_path))
+    assert sum(len(split.images) for split in splits[:3]) == len(contents)
+    assert all((split.images == 50).all() for split in splits[:3])
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("mode", ["F", "I", "I;16"])
+@pytest.mark.parametrize("high", [1, 255, 65535])
+def test_gray_values_are_scaled_by_their_range(mode, high):
+    ramp = np.linspace(0, high, 256).round(0 if mode != "F" else 6).reshape(1, 256)
+    kinds = {"F": np.float32, "I": np.int32, "I;16": np.uint16}
+    image = Image.fromarray(np.repeat(ramp, 256, 0).astype(kinds[mode]))
+    assert image.mode == mode
+    pixels = decode(encoded(image, "TIFF"), 256, 1, resize_mode="crop")[0, :, 0].astype(int)
+    expected = np.arange(256) if high > 1 or mode == "F" else ramp[0]
+    assert np.abs(pixels - expected).max() <= 1
+
+
+@pytest.mark.parametrize("values", [[-3.0, 1.0], [0.0, 70000.0], [0.0, np.nan], [0.0, np.inf]])
+def test_gray_values_of_other_ranges_are_unreadable(values):
+    image = Image.fromarray(np.tile(np.float32(values), (8, 4)))
+    with pytest.raises(ValueError, match="its values go from"):
+        decode(encoded(image, "TIFF"), 8, 1, resize_mode="crop")
 
 
 def config_of(tmp_path, **settings):

@@ -175,7 +175,7 @@ def test_what_a_source_cannot_read_is_a_sentence(tmp_path):
         (config_of(tmp_path, "folder", empty), "holds no pictures"),
         (config_of(tmp_path, "folder", one), "holds too few pictures"),
         (config_of(tmp_path, "a/b", empty), "holds no pictures .* and no parquet files"),
-        (config_of(tmp_path, "a/b", broken), "cannot be read .* fetch them again"),
+        (config_of(tmp_path, "a/b", broken), "cannot be read .* download them again"),
         (
             config_of(tmp_path, "a/b", parquet, image_column="img"),
             "no column 'img' .* one of these: image.",

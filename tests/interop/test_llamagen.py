@@ -63,7 +63,7 @@ def test_a_tokenizer_and_its_transformer_are_the_references(files, tmp_path):
         files, tmp_path / "run", "--gpt", files / "gpt.pt", "--heads", 2, run=commands.run
     )  # fmt: skip
     assert status == 0, err
-    assert "holds generator and transformer of LlamaGen's: images of 16 px, 24 codes, 3" in said
+    assert "holds generator and transformer of LlamaGen: images of 16 px, 24 codes, 3" in said
     run = taming_jax.load_run(tmp_path / "run")
     images, codes, labels = reference.inputs()
     np.testing.assert_array_equal(run.encode(to_nhwc(images)), RECORDED["indices"])

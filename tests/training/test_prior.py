@@ -236,8 +236,8 @@ def test_bad_input_is_a_sentence(stage1, tmp_path):
             f"'{tmp_path}/a run'\n",
         ),
         ([*COMMAND, stage1, "--vqgan.codebook-size", 64], "--vqgan.codebook-size is 64, not 128"),
-        ([*COMMAND, stage1, "--prior.warmup-steps", 3], "belongs to --prior.schedule cosine"),
-        ([*COMMAND, stage1, "--prior.heads", 3], "--prior.width 32 cannot be divided"),
+        ([*COMMAND, stage1, "--prior.warmup-steps", 3], "requires --prior.schedule cosine"),
+        ([*COMMAND, stage1, "--prior.heads", 3], "--prior.width 32 does not fit --prior.heads 3"),
         ([*COMMAND, stage1, "--prior.batch-size", 0], "--prior.batch-size is 0"),
     ):
         status, _, err = commands.run_here(*arguments)

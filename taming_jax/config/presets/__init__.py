@@ -1,1 +1,1 @@
-"""The presets, one per module, whose settings are its `CONFIG`."""
+"""The presets: one per module, with its settings in `CONFIG`."""

@@ -1,6 +1,6 @@
 """Animals-10 at 64 px, as in thibmonsel/taming_transformer: 26,000 pictures of ten animals.
 
-The dataset has no test split, so a part of the pictures is held out by seed.
+The dataset has no test split, so some of the pictures are held out at random.
 """
 
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""CUB-200-2011 birds at 64 px, 16x16 codes, for twenty minutes on two CPU cores, without LPIPS."""
+"""CUB-200-2011 birds at 64 px, 16x16 codes, in twenty minutes on two CPU cores, without LPIPS."""
 
 from taming_jax.config.schema import Config, DataConfig, PriorConfig, VQGANConfig
 

@@ -1,4 +1,4 @@
-"""MNIST for a few minutes on two CPU cores: a small generator, L2-normalized codes, no LPIPS."""
+"""MNIST in a few minutes on two CPU cores: a small generator, L2-normalized codes, no LPIPS."""
 
 from taming_jax.config.schema import Config, DataConfig, PriorConfig, VQGANConfig
 
@@ -32,7 +32,7 @@ CONFIG = Config(
         discriminator_layers=2,
         discriminator_start=0.25,
         discriminator_weight=0.1,
-        adaptive_weight=False,  # gives a smaller feature distance (docs/recipes.md)
+        adaptive_weight=False,  # gives a smaller Fréchet distance (docs/recipes.md)
         ema_decay=0.99,
     ),
     prior=PriorConfig(

@@ -1,0 +1,175 @@
+"""Which files of a folder are read, as which split and class, and what a message says of others."""
+
+import os
+
+import pytest
+
+from taming_jax.data import folders
+from taming_jax.data.folders import find_images
+from taming_jax.errors import UserError
+
+
+def write(root, *paths):
+    """Writes a different file to each path, in `root`."""
+    for path in paths:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(os.fsencode(path))
+    return root
+
+
+def read(root, layout="auto", label_column=None):
+    """Returns the images and classes of each split: {"train": {"1.png": "cats"}}."""
+    splits = find_images(root, layout, label_column)
+    return {
+        split: dict(zip((file.name for file in files), classes or [None] * len(files), strict=True))
+        for split, (files, classes) in splits.items()
+    }
+
+
+PETS = ("cats/1.png", "cats/2.png", "dogs/3.png")
+CLASSES = {"1.png": "cats", "2.png": "cats", "3.png": "dogs"}
+
+
+def test_a_link_to_a_parent_is_not_followed(tmp_path, capsys):
+    root = write(tmp_path / "pets", *PETS)
+    (root / "cats" / "all").symlink_to("..")
+    (root / "dogs" / "all").symlink_to("..")
+    (root / "dogs" / "self").symlink_to("self")
+    assert read(root) == {"train": CLASSES}
+    out = capsys.readouterr().out
+    assert "2 that link to folders (cats/all, …)" in out
+    assert "1 broken links or special files (dogs/self)" in out
+
+
+def test_links_out_of_the_folder_are_followed_once(tmp_path, capsys):
+    root = write(tmp_path / "pets", *PETS)
+    write(tmp_path / "more", "4.png")
+    (root / "birds").symlink_to(tmp_path / "more")
+    (tmp_path / "more" / "back").symlink_to(root)
+    (tmp_path / "more" / "away").symlink_to("/")
+    assert read(root) == {"train": CLASSES | {"4.png": "birds"}}
+    assert "2 that link to folders (birds/away, …)" in capsys.readouterr().out
+
+
+def test_a_file_with_several_names_counts_once(tmp_path, capsys):
+    root = write(tmp_path / "pets", *PETS)
+    (root / "dogs" / "4.png").symlink_to(root / "cats" / "1.png")
+    os.link(root / "cats" / "1.png", root / "dogs" / "5.png")
+    assert read(root) == {"train": CLASSES}
+    assert "2 that link to pictures counted before (dogs/4.png, …)" in capsys.readouterr().out
+
+
+def test_splits_made_of_links_are_read(tmp_path):
+    root = write(tmp_path / "pets", *(f"all/{path}" for path in PETS))
+    for split in ("train", "test"):
+        (root / split).mkdir()
+    (root / "train" / "cats").symlink_to(root / "all" / "cats")
+    (root / "test" / "dogs").symlink_to(root / "all" / "dogs")
+    cats = {"1.png": "cats", "2.png": "cats"}
+    assert read(root) == {"train": cats, "test": {"3.png": "dogs"}}
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "test"),
+    [("train", "val", "test"), ("Train", "Valid", "Test"), ("TRAINING", "validation", "testing")],
+)
+def test_folders_named_after_splits(tmp_path, capsys, train, validation, test):
+    root = write(tmp_path, *(f"{train}/{path}" for path in PETS))
+    write(root, f"{validation}/cats/4.png", f"{test}/dogs/5.png")
+    assert read(root) == {
+        "train": CLASSES, "validation": {"4.png": "cats"}, "test": {"5.png": "dogs"},
+    }  # fmt: skip
+    assert capsys.readouterr().out == ""
+
+
+def test_classes_that_are_called_like_splits(tmp_path, capsys):
+    root = write(tmp_path, "train/1.png", "bus/2.png", "car/3.png")
+    classes = {"train": {"1.png": "train", "2.png": "bus", "3.png": "car"}}
+    assert read(root) == classes
+    assert "are read as classes, train too" in capsys.readouterr().out
+    assert read(root, "splits") == {"train": {"1.png": None}}
+    assert "bus" in capsys.readouterr().out
+    assert read(root, "classes") == classes
+    assert capsys.readouterr().out == ""
+
+
+def test_other_folders_beside_splits(tmp_path, capsys):
+    root = write(tmp_path, *(f"train/{path}" for path in PETS), "masks/9.png", "notes.txt")
+    assert read(root) == {"train": CLASSES}
+    out = capsys.readouterr().out
+    assert "train in" in out and "read as splits" in out and "--data.layout classes" in out
+    assert "2 outside the folders that are read (masks, …)" in out
+    assert read(root, "classes")["train"]["9.png"] == "masks"
+
+
+def test_two_folders_of_one_split_are_refused(tmp_path):
+    root = write(tmp_path, "train/1.png", "val/2.png", "valid/3.png")
+    with pytest.raises(UserError, match="val and .*valid are both the validation split; rename"):
+        read(root)
+
+
+def test_a_single_folder_is_looked_through(tmp_path, capsys):
+    root = write(tmp_path, *(f"raw-img/{path}" for path in PETS), "translate.py")
+    assert read(root) == {"train": CLASSES}
+    out = capsys.readouterr().out
+    assert "raw-img is the only folder" in out and "1 outside the folders" in out
+    assert set(read(root, "classes")["train"].values()) == {"raw-img"}
+    only_class = write(tmp_path / "one", "cats/1.png", "cats/2.png")
+    assert read(only_class)["train"] == {"1.png": "cats", "2.png": "cats"}
+    splits = write(tmp_path / "two", "pets/train/cats/1.png", "pets/test/cats/2.png")
+    assert read(splits) == {"train": {"1.png": "cats"}, "test": {"2.png": "cats"}}
+
+
+def test_every_file_is_accounted_for(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(folders, "SUFFIXES", {".png", ".TIF".lower(), ".heic"})
+    root = write(tmp_path, *PETS, "cats/4.TIF", "fish/5.heic", "fish/6.HEIC")
+    write(root, "cats/notes.txt", "README", ".DS_Store", "loose.png")
+    assert read(root) == {"train": CLASSES | {"4.TIF": "cats"}}
+    for part in (
+        "2 .heic, which Pillow cannot open (fish/5.heic, …)", "1 .txt (cats/notes.txt)",
+        "1 without a suffix (README)", "1 hidden (.DS_Store)",
+        "1 outside the class folders (loose.png)",
+    ):  # fmt: skip
+        assert part in capsys.readouterr().out or part in read_output(root, capsys), part
+
+
+def read_output(root, capsys):
+    read(root)
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("metadata.csv", "file_name,species\n1.png,cat\n2.png,dog\nsub/3.png,dog\n4.png,cat\n"),
+        (
+            "metadata.jsonl",
+            '{"file_name": "1.png", "species": "cat"}\n{"file_name": "2.png", "species": "dog"}\n'
+            '{"file_name": "sub/3.png", "species": "dog"}\n'
+            '{"file_name": "4.png", "species": "cat"}\n',
+        ),
+    ],
+)  # fmt: skip
+def test_a_table_beside_the_pictures_names_their_classes(tmp_path, capsys, name, text):
+    root = write(tmp_path, "1.png", "2.png")
+    (root / name).write_text(text)
+    assert read(root) == {"train": {"1.png": "cat", "2.png": "dog"}}
+    out = capsys.readouterr().out
+    assert "classes from 'species'" in out and "Left out" not in out
+    write(root, "sub/3.png")
+    assert read(root) == {"train": {"3.png": "sub"}}
+    assert f"({name})" in capsys.readouterr().out
+    with_column = {"1.png": "cat", "2.png": "dog", "3.png": "dog"}
+    assert read(root, label_column="species") == {"train": with_column}
+
+
+def test_a_damaged_table_is_a_sentence(tmp_path):
+    root = write(tmp_path, "1.png", "metadata.jsonl")
+    with pytest.raises(UserError, match="is not a table with a column 'file_name'"):
+        read(root)
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    name = os.fsdecode(b"caf\xe9")
+    root = write(tmp_path, f"{name}/1.png", "cats/2.png")
+    assert set(read(root)["train"].values()) == {"caf\\xe9", "cats"}
