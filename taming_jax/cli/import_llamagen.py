@@ -43,4 +43,4 @@ def main() -> None:
     if gpt is not None:
         files["gpt"] = gpt, open_state_dict(gpt)[0]
     model, parts = llamagen.parse_model(files, args.image_size, args.heads)
-    import_run(args.workdir, model, parts, "LlamaGen's")
+    import_run(args.workdir, model, parts, "LlamaGen")
