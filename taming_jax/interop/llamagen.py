@@ -93,7 +93,7 @@ def get_shape(
 
 
 def count_indices(state_dict: StateDict, pattern: str) -> int:
-    """Returns the largest index that `pattern` captures in the names, plus one, or 0."""
+    """Returns 1 + the largest index that `pattern` captures in the names, or 0 if none match."""
     matches = (re.match(pattern, name) for name in state_dict)
     return max((int(match[1]) + 1 for match in matches if match), default=0)
 
