@@ -54,7 +54,7 @@ def test_batches_and_devices_that_do_not_fit_are_refused():
     Devices(4).check_batch("prior", 24, 3)
     with pytest.raises(UserError, match="4 devices with 4 --prior.micro-batches each; .* of 16"):
         Devices(4).check_batch("prior", 24, 4)
-    with pytest.raises(UserError, match="--devices is 9, but there are 4"):
+    with pytest.raises(UserError, match="--devices is 9, but the number of cpu devices is 4"):
         Devices(9)
 
 
