@@ -75,7 +75,7 @@ def trained():
 @pytest.mark.slow
 def test_one_two_and_four_devices_take_the_same_step(trained):
     state, images = trained
-    # With LeCAM, so that every kind of state is compared.
+    # With LeCam, so that every kind of state is compared.
     config = load_config("mnist_tiny", OVERRIDES | {"vqgan.lecam_weight": 0.1})
     discriminator = state.nets["discriminator"]
     averages = {"real": np.float32(0.1), "fake": np.float32(-0.1)}
