@@ -41,7 +41,7 @@ TITLES = {
     "adversarial": "adversarial loss of the generator",
     "adaptive_weight": "adaptive weight",
     "discriminator": "discriminator loss",
-    "lecam": "LeCAM",
+    "lecam": "LeCam",
     "logits_real": "logits of real images",
     "logits_fake": "logits of reconstructions",
     "generator_gradient": "norm of the generator's gradient",

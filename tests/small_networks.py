@@ -33,7 +33,7 @@ class SmallDecoder(nn.Module):
 
 
 def small_networks(overrides, parts=1, axis_name=None):
-    """Returns the networks and losses, by default with LeCAM and an adaptive weight."""
+    """Returns the networks and losses, by default with LeCam and an adaptive weight."""
     settings = {
         "lecam_weight": 0.5,
         "discriminator_weight": 0.7,

@@ -36,7 +36,7 @@ def workdir(tmp_path):
         ("--config nowhere/config.json", "nowhere/config.json cannot be read"),
         ("--config mnist_tiny --vqgan.batch-size 0", "--vqgan.batch-size is 0"),
         ("--config mnist_tiny --devices 4 --vqgan.batch-size 6", "divided among 4 devices"),
-        ("--config mnist_tiny --devices 64", "--devices is 64, but there are"),
+        ("--config mnist_tiny --devices 64", "--devices is 64, but the number of"),
         ("--config mnist_tiny --data.image-size 30", "cannot be halved 2 times"),
         ("--config mnist_tiny --data.image-size 32", "MNIST images are 28x28"),
         ("--config mnist_tiny --data.name cifar", "--data.name cifar is unknown"),

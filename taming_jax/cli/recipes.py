@@ -1,7 +1,7 @@
 """Trains and evaluates the rows of docs/recipes.md, and prints them as tables.
 
     taming-jax recipes --workdir runs/recipes                 all rows of mnist_tiny (hours)
-    taming-jax recipes --workdir runs/recipes --rows LeCAM    one row
+    taming-jax recipes --workdir runs/recipes --rows LeCam    one row
     taming-jax recipes --config birds_tiny --data-path DIR --workdir runs/birds_recipes
 
 Rows that were already evaluated are only printed, and interrupted rows are resumed. If a row builds
@@ -54,7 +54,7 @@ MNIST_TINY = {
     "adaptive, seed 1": Row(ADAPTIVE | {"seed": 1}),
     "late": Row(LATE),
     "codes of 8": Row(ADAPTIVE | {"vqgan.code_dim": 8}),
-    "LeCAM": Row(ADAPTIVE | {"vqgan.lecam_weight": 0.1}),
+    "LeCam": Row(ADAPTIVE | {"vqgan.lecam_weight": 0.1}),
     "before": Row(BEFORE),
     "before, 32 codes": Row(BEFORE | {"vqgan.codebook_size": 32}),
     "before, 512 codes": Row(BEFORE | {"vqgan.codebook_size": 512}),

@@ -28,8 +28,8 @@ BATCH = 64  # images read at once, rounded up to a multiple of the feature batch
 
 @dataclasses.dataclass(frozen=True)
 class ImageSubset:
-    """The images of a split at `rows` int [n], center-cropped to `size` pixels. Indexing reads
-    them: uint8 [b,size,size,c]."""
+    """The images of a split at `rows` int [n], center-cropped to `size` pixels. Indexing returns
+    images uint8 [b,size,size,c]."""
 
     split: Split
     rows: np.ndarray
@@ -55,11 +55,11 @@ class ImageSubset:
 
 
 class Evaluator:
-    """A run and the data and feature extractors to evaluate it with.
+    """A run, and the data and feature extractors to evaluate it with.
 
-    Raises UserError if a sampling setting is invalid, if samples would be compared with fewer than
-    two images, if the run was not trained on the data and `data.name` does not select that data
-    explicitly, or if the features or the reference moments are not available.
+    Raises UserError if a sampling setting is invalid, if samples cannot be compared with the data
+    (it has other classes, or fewer than two images are selected), if the run was not trained on the
+    data and you did not set `data.name`, or if features or reference moments are not available.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Evaluator:
         self.has_samples = run.transformer is not None and protocol.samples > 0
         self.warnings: list[str] = []
         if self.has_samples:
-            run.resolve_sampling(**protocol.sampling)  # raises UserError early
+            run.resolve_sampling(**protocol.sampling)  # raises UserError before the data is loaded
         self.splits, self.fingerprint = datasets.load_and_check(run.load_data)
         classes = len(self.splits.class_names)
         self.prior_fits = run.transformer is not None and run.prior.classes == classes
@@ -114,22 +114,22 @@ class Evaluator:
         return Features(load_digit_classifier(train, len(self.splits.class_names)), self.devices)
 
     def select_images(self, name: str, limit: int | None = None) -> ImageSubset:
-        """Returns the images of a split, or at most `limit` of them, evenly spaced."""
+        """Returns the images of the split `name`, or at most `limit` of them, evenly spaced."""
         split: Split = getattr(self.splits, name)
         rows = evenly_spaced(len(split.images), limit or len(split.images))
         return ImageSubset(split, rows, self.run.config.data.image_size)
 
-    def read_batches(self, images: ImageSubset, name: str) -> Iterator[tuple[slice, np.ndarray]]:
-        """Yields images in batches, with the slice of each. `name` labels the progress bar."""
-        size = math.ceil(BATCH / self.features.size) * self.features.size
-        with Progress(name, len(images), "images", enabled=self.progress) as progress:
+    def read_batches(self, images: ImageSubset, label: str) -> Iterator[tuple[slice, np.ndarray]]:
+        """Yields the rows and the images of each batch. `label` is the progress bar's."""
+        size = math.ceil(BATCH / self.features.batch_size) * self.features.batch_size
+        with Progress(label, len(images), "images", enabled=self.progress) as progress:
             for start in range(0, len(images), size):
                 rows = slice(start, start + size)
                 yield rows, images[rows]
                 progress.update(size)
 
     def compute_feature_stats(self, images: ImageSubset, name: str) -> FeatureStats:
-        """Computes the features of images. `name` labels the progress bar."""
+        """Computes the features of images. The progress bar calls these `name`."""
         stats = FeatureStats(len(images), self.protocol.kept)
         for _, batch in self.read_batches(images, f"features of {name}"):
             stats.add(self.features(batch)[0])
@@ -137,18 +137,19 @@ class Evaluator:
 
     @functools.cached_property
     def reference(self) -> FeatureStats:
-        """The features of the split's images."""
+        """The feature statistics of the split's selected images."""
         return self.compute_feature_stats(self.images, self.protocol.split)
 
     @property
     def reference_moments(self) -> Moments:
-        """The moments for Fréchet distances: those of the reference file, or else of the split."""
+        """The moments for Fréchet distances: those of the reference file or the split."""
         return self.file_moments or self.reference.moments
 
     def draw_samples(self, labels: np.ndarray) -> Iterator[np.ndarray]:
-        """Yields new images uint8 [b,h,w,c] of classes int32 [n], numbered within each class."""
+        """Yields batches of samples uint8 [b,h,w,c] of the classes `labels` int32 [n]."""
         batches = self.run.draw_samples(
             labels, number_within_classes(labels), **self.protocol.sampling,
-            devices=len(self.devices.list), batch_size=self.features.size, progress=self.progress,
+            devices=len(self.devices.list), batch_size=self.features.batch_size,
+            progress=self.progress,
         )  # fmt: skip
         return map(to_uint8, batches)

@@ -21,8 +21,8 @@ from taming_jax.models.vqgan import VQGAN, decode_indices, encode, max_batch
 
 
 def evaluate_reconstructions(evaluator: Evaluator) -> dict[str, Any]:
-    """Reports on the reconstructions of the evaluator's images: means over the images, the Fréchet
-    distance to the originals, codebook usage and, if a prior fits the data,
+    """Returns the metrics of the reconstructions of the evaluator's images: means over the images,
+    the Fréchet distance to the originals, codebook usage and, if a prior fits the data,
     `likelihood_bits_per_code`."""
     run, devices, images = evaluator.run, evaluator.devices, evaluator.images
     config = run.config
@@ -77,8 +77,8 @@ def evaluate_reconstructions(evaluator: Evaluator) -> dict[str, Any]:
 
 
 def make_measure(model: VQGAN) -> Callable[[Any, jax.Array], Any]:
-    """Returns a function of parameters and images uint8 [b,h,w,c] that returns the reconstructions
-    uint8 [b,h,w,c], the codes int32 [b,h',w'], and metrics float32 [b] by name."""
+    """Returns a function from parameters and images uint8 [b,h,w,c] to the reconstructions uint8
+    [b,h,w,c], the codes int32 [b,h',w'], and metrics float32 [b] by name."""
 
     def measure(params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array, dict]:
         with jax.default_matmul_precision("highest"):
@@ -97,7 +97,7 @@ def make_measure(model: VQGAN) -> Callable[[Any, jax.Array], Any]:
 
 
 def evaluate_samples(evaluator: Evaluator) -> dict[str, Any]:
-    """Reports on samples, whose classes are as frequent as in the split."""
+    """Returns the metrics of samples, whose classes are as frequent as in the split."""
     protocol, classifier = evaluator.protocol, evaluator.classifier
     labels = np.sort(evaluator.images.labels, kind="stable")
     rows = np.arange(protocol.samples) * len(labels) // protocol.samples
@@ -106,12 +106,13 @@ def evaluate_samples(evaluator: Evaluator) -> dict[str, Any]:
     probabilities: list[np.ndarray] = []
     predictions: list[np.ndarray] = []
     for images in evaluator.draw_samples(labels):
-        features, classes = evaluator.features(images)
+        features, class_probabilities = evaluator.features(images)
         stats.add(features)
-        probabilities.append(classes)
+        probabilities.append(class_probabilities)
         if classifier is not None:
-            scores = classes if classifier is evaluator.features else classifier(images)[1]
-            predictions.append(scores.argmax(1))
+            if classifier is not evaluator.features:
+                class_probabilities = classifier(images)[1]
+            predictions.append(class_probabilities.argmax(1))
     report: dict[str, Any] = {
         "fd": distances.frechet_distance(stats.moments, evaluator.reference_moments),
         **compute_feature_distances(protocol, evaluator.reference.features, stats.features),
@@ -134,13 +135,13 @@ def compute_feature_distances(
     if min(len(real), len(fake)) <= protocol.neighbours:
         return {}
     kd, deviation = distances.kernel_distance(fake, real, protocol.seed)
-    shares = distances.compute_prdc(real, fake, protocol.neighbours)
-    return {"kd": kd, "kd_deviation": deviation} | shares
+    prdc = distances.compute_prdc(real, fake, protocol.neighbours)
+    return {"kd": kd, "kd_deviation": deviation} | prdc
 
 
 def find_nearest(evaluator: Evaluator, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns `count` samples uint8 [n,h,w,c], the nearest training images by features (among at
-    most `kept`), and the distances [n] to them, in units of the median distance between a training
+    """Returns `count` samples uint8 [n,h,w,c], the nearest of at most `kept` training images
+    to each by features, and their distances [n], in units of the median distance between a training
     image and its nearest neighbor."""
     train = evaluator.select_images("train", evaluator.protocol.kept)
     features = evaluator.compute_feature_stats(train, "training images").features
@@ -150,5 +151,5 @@ def find_nearest(evaluator: Evaluator, count: int) -> tuple[np.ndarray, np.ndarr
     images = np.concatenate(list(evaluator.draw_samples(labels)))
     rows, squares = distances.find_nearest(evaluator.features(images)[0], features)
     queries = features[evenly_spaced(len(features), 1000)]
-    unit = np.sqrt(np.median(distances.compute_radii(features, 1, queries)))
+    unit = np.sqrt(np.median(distances.compute_squared_radii(features, 1, queries)))
     return images, train[rows], np.sqrt(squares) / unit

@@ -20,9 +20,10 @@ class Protocol:
     features: str = "auto"
     """inception, vgg or classifier; auto is inception if its weights are available, else vgg."""
     weights: Path | None = None
-    """The .pth of pytorch-fid with the weights of InceptionV3. Default: the file in the cache."""
+    """pytorch-fid's .pth with the weights of InceptionV3. Default: the one in the cache, into which
+    --features inception downloads it."""
     reference: Path | None = None
-    """An .npz of mu and sigma to compare with. Default: those of the split."""
+    """An .npz of mu and sigma to compare with. Default: mu and sigma of the split."""
     legacy_resize: bool = False
     """Resize bilinearly without antialiasing, as the original FID does."""
     kept: int = 10_000
@@ -30,15 +31,19 @@ class Protocol:
     neighbours: int = 5
     """The number of nearest neighbors for precision, recall, density and coverage."""
     seed: int = 0
+    """The seed of the samples, and of the random subsets for KD and the Inception Score."""
     temperature: float | None = None
+    """The sampling temperature; 0 is greedy. Default: the run's."""
     top_k: int | None = None
+    """Draw from this many of the most likely codes. Default: the run's."""
     top_p: float | None = None
+    """Draw from the fewest codes whose probabilities sum to at least this. Default: the run's."""
     guidance_scale: float | tuple[float, float] | None = None
-    """One number, or two: the scales of the first and the last code."""
+    """One number, or two: the scales of the first and the last code. Default: the run's."""
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """The settings for `Run.resolve_sampling`; None means the run's own value."""
+        """The settings for `Run.resolve_sampling`; None means the value in the run's config."""
         names = ("temperature", "top_k", "top_p", "guidance_scale", "seed")
         return {name: getattr(self, name) for name in names}
 

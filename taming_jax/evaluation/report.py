@@ -22,22 +22,22 @@ SCHEMA = 1  # the report's version
 def evaluate(
     run: Run, *, devices: int | None = None, progress: bool = False, **protocol: Any
 ) -> dict[str, Any]:
-    """Evaluates a run, and returns the report that docs/evaluation.md describes: on reconstructions
-    of a split and, if the run has a prior, on samples. `protocol` holds the settings of `Protocol`,
-    such as `split="test", samples=5000`."""
+    """Evaluates the reconstructions of a split and, if the run has a prior, samples. Returns the
+    report that docs/evaluation.md describes. `protocol` are the settings of `Protocol`, such as
+    `split="test", samples=5000`. Raises the errors of `Protocol` and `Evaluator`."""
     return build_report(Evaluator(run, Protocol(**protocol), devices, progress))
 
 
 def build_report(evaluator: Evaluator) -> dict[str, Any]:
-    """Returns the report: `features`, `reconstruction`, `samples` (None without a prior),
-    `protocol` and `warnings`."""
+    """Returns the report: `schema`, `features`, `reconstruction`, `samples` (or None), `protocol`
+    and `warnings`."""
     return {
         "schema": SCHEMA,
         "features": evaluator.extractor.distance,
         "reconstruction": evaluate_reconstructions(evaluator),
         "samples": evaluate_samples(evaluator) if evaluator.has_samples else None,
         "protocol": describe_protocol(evaluator),
-        "warnings": evaluator.warnings + check_set_sizes(evaluator),
+        "warnings": evaluator.warnings + describe_small_sets(evaluator),
     }
 
 
@@ -55,7 +55,7 @@ def save_figures(evaluator: Evaluator, folder: Path, report: dict[str, Any]) -> 
         compared = min(len(evaluator.splits.train.images), protocol.kept)
         title = (
             f"Samples, the nearest of {compared} training images by {evaluator.extractor.name} "
-            "features, and their distance (1: between neighboring training images)"
+            "features, and their distance (1: the median between nearest training images)"
         )
         figure = figures.draw_grid(
             np.concatenate([images, neighbors]), ("sample", "training image"), len(images),
@@ -65,7 +65,7 @@ def save_figures(evaluator: Evaluator, folder: Path, report: dict[str, Any]) -> 
 
 
 def describe_protocol(evaluator: Evaluator) -> dict[str, Any]:
-    """Returns the report's protocol: what was measured, what it was compared with, and how."""
+    """Returns the report's protocol: what was measured, how, and what it was compared with."""
     run, protocol, config = evaluator.run, evaluator.protocol, evaluator.run.config
     has_samples, classifier = evaluator.has_samples, evaluator.classifier
     moments = evaluator.file_moments
@@ -97,7 +97,7 @@ def describe_protocol(evaluator: Evaluator) -> dict[str, Any]:
     }
 
 
-def check_set_sizes(evaluator: Evaluator) -> list[str]:
+def describe_small_sets(evaluator: Evaluator) -> list[str]:
     """Returns warnings about sets that are too small for the dimension of the features."""
     extractor = evaluator.extractor
     counts = {"images of the split": len(evaluator.images)}

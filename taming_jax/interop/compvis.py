@@ -14,7 +14,7 @@ from taming_jax.weights.layout import Entry, Layout, Path, map_parameter
 
 
 def get_layouts(model: Model) -> Layouts:
-    """Returns the layouts of a VQModel, GumbelVQ or Net2NetTransformer by network."""
+    """Returns the layouts of a VQModel, GumbelVQ or Net2NetTransformer, keyed by network."""
     prefix = "first_stage_model." if model.class_names else ""
     layouts: dict[str, Any] = {"generator": (build_vqgan_layout, prefix)}
     if model.discriminator:
@@ -28,15 +28,15 @@ def build_vqgan_layout(paths: Iterable[Path]) -> Layout:
     """Builds the layout of the `VQGAN` parameters in a VQModel or GumbelVQ."""
 
     def map_path(path: Path) -> Entry:
-        *names, last = path
+        *names, parameter = path
         if path == ("quantizer", "codebook"):
-            # The Gumbel quantizer, the only one with a projection, has another name for it.
+            # GumbelVQ names its codebook differently. Only its quantizer has a projection.
             name = "quantize.embed.weight" if is_gumbel else "quantize.embedding.weight"
             return layout.map_unchanged(name)
         name = ".".join(names).replace("quantizer.", "quantize.")
         name = re.sub(r"(down|up)_(\d+)_(block|attn)_(\d+)", r"\1.\2.\3.\4", name)
         name = re.sub(r"(down|up)_(\d+)_(down|up)sample", r"\1.\2.\3sample", name)
-        return map_parameter(name.replace("mid_", "mid."), last)
+        return map_parameter(name.replace("mid_", "mid."), parameter)
 
     paths = list(paths)
     is_gumbel = ("quantizer", "proj", "kernel") in paths
@@ -45,22 +45,22 @@ def build_vqgan_layout(paths: Iterable[Path]) -> Layout:
 
 def build_discriminator_layout(paths: Iterable[Path]) -> Layout:
     """Builds the layout of the `Discriminator` variables (`params` and `batch_stats`) in an
-    NLayerDiscriminator, whose `main` has a convolution and an activation, then a convolution, a
-    norm and an activation per layer, then the last convolution."""
+    NLayerDiscriminator. Its `main` consists of a convolution and an activation; a convolution, a
+    norm and an activation per layer; and the last convolution."""
 
     def map_path(path: Path) -> Entry:
-        _, layer, last = path
+        _, layer, parameter = path
         kind, number = layer.split("_")
         position = max(3 * int(number) - (kind == "conv"), 0)
-        return map_parameter(f"main.{position}", last)
+        return map_parameter(f"main.{position}", parameter)
 
     return {path: map_path(path) for path in paths}
 
 
 def build_gpt_layout(paths: Iterable[Path]) -> Layout:
     """Builds the layout of the `GPT` parameters (learned positions, LayerNorm, gelu) in a mingpt
-    GPT, whose tokens are codes and classes. It lacks our last token, "no class", whose embedding
-    becomes zeros."""
+    GPT, whose tokens are codes and classes. mingpt lacks our last token, "no class": an import sets
+    its embedding to zeros, and an export drops it."""
     names = {
         "norm1": "ln1", "norm2": "ln2", "projection": "attn.proj", "mlp_in": "mlp.0",
         "mlp_out": "mlp.2",
@@ -78,29 +78,29 @@ def build_gpt_layout(paths: Iterable[Path]) -> Layout:
     def map_path(path: Path) -> Entry:
         if len(path) == 1:
             return top_level[path[0]]
-        layer, *part, last = path
+        layer, *part, parameter = path
         if layer == "norm_out":
-            return map_parameter("ln_f", last)
+            return map_parameter("ln_f", parameter)
         block = f"blocks.{layer.removeprefix('block_')}"
         if part == ["qkv"]:
             projections = ("query", "key", "value")
             return layout.map_concatenated(
-                map_parameter(f"{block}.attn.{name}", last) for name in projections
+                map_parameter(f"{block}.attn.{name}", parameter) for name in projections
             )
-        return map_parameter(f"{block}.{names[part[0]]}", last)
+        return map_parameter(f"{block}.{names[part[0]]}", parameter)
 
     return {path: map_path(path) for path in paths}
 
 
 def build_lpips_state_dict(params: Any) -> dict[str, np.ndarray]:
-    """Builds the state dict of LPIPS, which is part of the official losses, from the `params` that
+    """Builds the state dict of the LPIPS module in the official losses from the `params` that
     `models.lpips.load_lpips` returns."""
-    channel = (1, 3, 1, 1)
+    per_channel = (1, 3, 1, 1)
     state_dict = {
-        "scaling_layer.shift": np.array(SHIFT, np.float32).reshape(channel),
-        "scaling_layer.scale": np.array(SCALE, np.float32).reshape(channel),
+        "scaling_layer.shift": np.array(SHIFT, np.float32).reshape(per_channel),
+        "scaling_layer.scale": np.array(SCALE, np.float32).reshape(per_channel),
     }
-    position = number = 0  # the position in torchvision's VGG16 counts activations and poolings
+    position = number = 0  # `position` also counts activations and poolings, as torchvision does
     for piece, group in enumerate(GROUPS, 1):
         position += piece > 1
         for _ in group:

@@ -14,8 +14,8 @@ from taming_jax.interop.imports import Model
 
 IMAGENET_CLASSES = 1000  # the default if a file does not set the number of classes
 OWN_SECTION = "taming_jax"  # the section of an exported YAML that the official code ignores
-# Our settings by their official names, of the networks, the transformer, and a loss with a
-# discriminator. The latter two include the official defaults.
+# Our settings by their official names: of the networks, the transformer, and a loss with a
+# discriminator. `GPT` and `LOSS` include the official defaults.
 NETWORK = {
     "ch": "channels", "ch_mult": "multipliers", "num_res_blocks": "blocks",
     "attn_resolutions": "attention_resolutions", "z_channels": "latent_channels",
@@ -26,7 +26,8 @@ LOSS: dict[str, tuple[str, Any]] = {
     "disc_weight": ("discriminator_weight", 1.0), "disc_loss": ("discriminator_loss", "hinge"),
     "disc_num_layers": ("discriminator_layers", 3), "disc_ndf": ("discriminator_filters", 64),
 }  # fmt: skip
-# The only values of official settings, and of our settings, that both implementations support.
+# The only values that both implementations support: `ENCODER` has official settings, and
+# `TRANSFORMER` has ours.
 ENCODER = {
     "double_z": False, "resamp_with_conv": True, "give_pre_end": False, "tanh_out": False,
     "use_linear_attn": False, "attn_type": "vanilla",
@@ -38,7 +39,8 @@ TRANSFORMER = {
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
-    """Returns the content of a model's YAML file. Raises UserError if it cannot be read."""
+    """Returns the content of a model's YAML file. Raises UserError if the file cannot be read or
+    has no `model` section."""
     import yaml
 
     try:
@@ -62,7 +64,7 @@ def parse_yaml(
 
     `classes` overrides the number of classes in the file, and `step` is the number of steps that
     the model was trained for. Raises UserError for a model that is not a VQModel, GumbelVQ or
-    Net2NetTransformer, or that uses unsupported settings.
+    Net2NetTransformer, or whose settings are invalid or unsupported.
     """
     try:
         if OWN_SECTION in content:
@@ -81,22 +83,22 @@ def parse_yaml(
 
 
 def parse_official(content: dict[str, Any], file: Path, classes: int | None, step: int) -> Model:
-    """Returns the model of an official YAML file, like `parse_yaml`. Raises KeyError, TypeError or
-    ValueError if the content is not as expected."""
+    """Does the same as `parse_yaml` for a file without our section. Also raises KeyError,
+    TypeError, ValueError, AttributeError or OverflowError if the content is malformed."""
     model, data = content["model"], (content.get("data") or {}).get("params") or {}
-    kind, first = get_target_class(model), model
+    kind, stage1 = get_target_class(model), model
     if kind == "Net2NetTransformer":
-        first = model["params"]["first_stage_config"]
-    if get_target_class(first) not in ("VQModel", "GumbelVQ"):
+        stage1 = model["params"]["first_stage_config"]
+    if get_target_class(stage1) not in ("VQModel", "GumbelVQ"):
         raise UserError(
-            f"{file} describes {first.get('target')}, which is not supported; use a VQModel, "
+            f"{file} describes {stage1.get('target')}, which is not supported; use a VQModel, "
             "GumbelVQ or Net2NetTransformer."
         )
-    config = parse_stage1(first, file, step)
+    config = parse_stage1(stage1, file, step)
     batch_size = parse_size(data.get("batch_size", 4))
     rate = float(model.get("base_learning_rate", 4.5e-6)) * batch_size
     names: tuple[str, ...] = ()
-    if first is model:
+    if stage1 is model:
         section = dataclasses.replace(
             config.vqgan, batch_size=batch_size, learning_rate=rate,
             discriminator_learning_rate=rate,
@@ -106,7 +108,7 @@ def parse_official(content: dict[str, Any], file: Path, classes: int | None, ste
         prior, names = parse_stage2(model["params"], file, classes)
         prior = dataclasses.replace(prior, batch_size=batch_size, learning_rate=rate)
         config = dataclasses.replace(config, prior=prior)
-    return Model(config, names, get_discriminator_settings(first["params"]) is not None)
+    return Model(config, names, get_discriminator_settings(stage1["params"]) is not None)
 
 
 def parse_size(value: Any) -> int:
@@ -117,12 +119,12 @@ def parse_size(value: Any) -> int:
 
 
 def get_target_class(section: dict[str, Any]) -> str:
-    """Returns the name of the class that a section is for."""
+    """Returns the class name, without its module, that a section sets as its `target`."""
     return str(section.get("target")).rsplit(".", 1)[-1]
 
 
 def get_discriminator_settings(params: dict[str, Any]) -> dict[str, Any] | None:
-    """Returns the loss's settings if it has a discriminator that is supported, else None."""
+    """Returns the settings of the loss, or None if it has no supported discriminator."""
     loss = params.get("lossconfig") or {}
     settings = loss.get("params") or {}
     unsupported = settings.get("use_actnorm") or settings.get("disc_conditional")
@@ -134,22 +136,23 @@ def get_discriminator_settings(params: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def parse_stage1(section: dict[str, Any], file: Path, step: int) -> Config:
-    """Returns the settings of a VQModel or GumbelVQ."""
+    """Returns the config of a VQModel or GumbelVQ. Raises UserError for unsupported settings."""
     params = section["params"]
-    dd = params["ddconfig"]
+    ddconfig = params["ddconfig"]
     for key, supported in ENCODER.items():
-        if dd.get(key, supported) != supported:
-            raise UserError(f"{file} sets {key} to {dd[key]}; only {supported} is supported.")
-    if dd["in_channels"] != dd["out_ch"] or dd["in_channels"] not in (1, 3):
+        if ddconfig.get(key, supported) != supported:
+            raise UserError(f"{file} sets {key} to {ddconfig[key]}; only {supported} is supported.")
+    channels, out_channels = ddconfig["in_channels"], ddconfig["out_ch"]
+    if channels != out_channels or channels not in (1, 3):
         raise UserError(
-            f"{file} describes a model from {dd['in_channels']} to {dd['out_ch']} image channels; "
-            "only 1 to 1 (gray) and 3 to 3 (color) are supported."
+            f"{file} describes a model with {channels} input and {out_channels} output channels; "
+            "both numbers must be 1 (gray), or both must be 3 (color)."
         )
     if params.get("remap"):
         raise UserError(f"{file} sets remap, which is not supported.")
-    if dd.get("dropout"):
-        say(f"{file} sets a dropout of {dd['dropout']}; training continues without dropout.")
-    sizes: dict[str, Any] = {name: dd[key] for key, name in NETWORK.items()}
+    if dropout := ddconfig.get("dropout"):
+        say(f"{file} sets a dropout of {dropout}. It is ignored: stage 1 trains without dropout.")
+    sizes: dict[str, Any] = {name: ddconfig[key] for key, name in NETWORK.items()}
     values: dict[str, Any] = {
         name: tuple(map(parse_size, size)) if isinstance(size, list) else parse_size(size)
         for name, size in sizes.items()
@@ -160,7 +163,7 @@ def parse_stage1(section: dict[str, Any], file: Path, step: int) -> Config:
         "legacy_commitment": bool(params.get("legacy", True)),
     }  # fmt: skip
     if get_target_class(section) == "GumbelVQ":
-        if dd["z_channels"] != params["embed_dim"]:
+        if ddconfig["z_channels"] != params["embed_dim"]:
             raise UserError(f"{file}: the z_channels and embed_dim of a GumbelVQ must be equal.")
         temperature = compute_temperature(step, params.get("temperature_scheduler_config") or {})
         values |= {
@@ -171,7 +174,7 @@ def parse_stage1(section: dict[str, Any], file: Path, step: int) -> Config:
     if loss is not None:
         values |= {name: type(x)(loss.get(key, x)) for key, (name, x) in LOSS.items()}
         values["discriminator_weight"] *= float(loss.get("disc_factor", 1.0))
-    data = DataConfig(UNKNOWN, image_size=parse_size(dd["resolution"]), channels=dd["in_channels"])
+    data = DataConfig(UNKNOWN, image_size=parse_size(ddconfig["resolution"]), channels=channels)
     return Config(config=file.stem, data=data, vqgan=VQGANConfig(**values))
 
 
@@ -186,7 +189,8 @@ def compute_temperature(step: int, section: dict[str, Any]) -> float:
 def parse_stage2(
     params: dict[str, Any], file: Path, classes: int | None
 ) -> tuple[PriorConfig, tuple[str, ...]]:
-    """Returns the settings and the class names of a Net2NetTransformer."""
+    """Returns the settings and the class names of a Net2NetTransformer. Raises UserError for
+    unsupported settings."""
     section = params["transformer_config"]
     if get_target_class(section) != "GPT":
         raise UserError(
@@ -200,13 +204,13 @@ def parse_stage2(
         raise UserError(
             f"{file} permutes its codes with {permuter['target']}; only Identity is supported."
         )
-    vocabulary, first = parse_size(gpt["vocab_size"]), 0
+    vocabulary, first_class = parse_size(gpt["vocab_size"]), 0
     names: tuple[str, ...] = ("image",)
     condition = params.get("cond_stage_config")
     kind = condition if isinstance(condition, str) else get_target_class(condition or {})
     is_class = kind == "DummyCondStage" and "class" in str(params.get("cond_stage_key"))
     if params.get("unconditional") or kind in ("__is_unconditional__", "SOSProvider"):
-        first = int(params.get("sos_token", 0))
+        first_class = int(params.get("sos_token", 0))
     elif kind == "Labelator" or is_class:
         count = classes or ((condition or {}).get("params") or {}).get("n_classes")
         names = tuple(map(str, range(int(count or min(IMAGENET_CLASSES, vocabulary)))))
@@ -215,16 +219,16 @@ def parse_stage2(
             f"{file} conditions its transformer on {kind}; only unconditional and "
             "class-conditional transformers are supported."
         )
-    if first + len(names) > vocabulary:
+    if first_class + len(names) > vocabulary:
         raise UserError(
-            f"{file} has {len(names)} classes from token {first} on, but only {vocabulary} tokens; "
-            "check the checkpoint's YAML file and --classes."
+            f"{file} has {len(names)} classes, starting at token {first_class}, but only "
+            f"{vocabulary} tokens; check the checkpoint's YAML file and --classes."
         )
     sizes: dict[str, Any] = {name: parse_size(gpt.get(key, x)) for key, (name, x) in GPT.items()}
     prior = PriorConfig(
         **sizes,
         dropout=max(float(gpt.get(f"{part}_pdrop", 0.0)) for part in ("embd", "resid", "attn")),
-        block_size=parse_size(gpt["block_size"]), vocabulary=vocabulary, first_class=first,
+        block_size=parse_size(gpt["block_size"]), vocabulary=vocabulary, first_class=first_class,
         token_keep_prob=float(params.get("pkeep", 1.0)), label_dropout=0.0, schedule="cosine",
         final_learning_rate=1.0,
     )  # fmt: skip
@@ -232,20 +236,20 @@ def parse_stage2(
 
 
 def convert_config(config: Config, classes: int) -> Config:
-    """Converts the config of a run to that of an official model, in which classes are tokens after
-    the codes, and removes the settings of the machine and its data. Raises UserError for settings
-    that the official models do not support."""
+    """Returns a run's config as that of an official model, in which the class tokens follow the
+    codes, without the settings of the machine and the data. Raises UserError for settings that the
+    official models do not support."""
     vqgan, prior = config.vqgan, config.prior
     if reasons := find_mismatches(vqgan, prior if classes else None):
         raise UserError(f"this run cannot be exported: the official code {'; '.join(reasons)}.")
     vqgan = dataclasses.replace(vqgan, init_from=None, discriminator_start_step=None)
     prior = dataclasses.replace(prior, init_from=None)
     if classes:
-        shared = prior.vocabulary is not None
+        is_shared = prior.vocabulary is not None
         prior = dataclasses.replace(
             prior, label_dropout=0.0, guidance_scale=None,
             vocabulary=prior.vocabulary or vqgan.codebook_size + classes,
-            first_class=prior.first_class if shared else vqgan.codebook_size,
+            first_class=prior.first_class if is_shared else vqgan.codebook_size,
             block_size=prior.block_size or config.grid_size**2,
         )  # fmt: skip
     data = DataConfig(UNKNOWN, image_size=config.data.image_size, channels=config.data.channels)
@@ -255,10 +259,10 @@ def convert_config(config: Config, classes: int) -> Config:
 
 
 def find_mismatches(vqgan: VQGANConfig, prior: PriorConfig | None) -> list[str]:
-    """Returns what the official models require that a run's stage 1 and prior do not have."""
+    """Returns the requirements of the official code that a run does not meet, as phrases."""
     quantizer, channels, latents = vqgan.quantizer, vqgan.channels, vqgan.latent_channels
     blocks, expected = vqgan.decoder_blocks or vqgan.blocks + 1, vqgan.blocks + 1
-    reasons = {
+    mismatches = {
         f"has no quantizer {quantizer}": quantizer not in ("nearest", "gumbel"),
         f"needs {expected} blocks per level of the decoder (--vqgan.decoder-blocks), but this run "
         f"has {blocks}": blocks != expected,
@@ -270,13 +274,13 @@ def find_mismatches(vqgan: VQGANConfig, prior: PriorConfig | None) -> list[str]:
     }  # fmt: skip
     for name, supported in TRANSFORMER.items() if prior else ():
         value = getattr(prior, name)
-        reasons[f"needs {name} {supported}, but this run has {value}"] = value != supported
-    return [reason for reason, is_missing in reasons.items() if is_missing]
+        mismatches[f"needs {name} {supported}, but this run has {value}"] = value != supported
+    return [phrase for phrase, is_mismatch in mismatches.items() if is_mismatch]
 
 
 def build_yaml(model: Model) -> dict[str, Any]:
-    """Builds the official YAML content of a model whose config `convert_config` returned. An extra
-    section holds the full config, since the official settings cannot express all of it."""
+    """Builds the official YAML content of a model whose config comes from `convert_config`. An
+    extra section contains the full config, since the official settings cannot express all of it."""
     config, section = model.config, build_stage1_section(model)
     settings: Any = config.prior if model.class_names else config.vqgan
     if model.class_names:
@@ -316,16 +320,16 @@ def build_yaml(model: Model) -> dict[str, Any]:
 
 
 def build_stage1_section(model: Model) -> dict[str, Any]:
-    """Builds the section of a VQModel or GumbelVQ."""
+    """Builds the YAML section of a VQModel or GumbelVQ."""
     vqgan, data = model.config.vqgan, model.config.data
-    network = to_dict(vqgan)
+    settings = to_dict(vqgan)
     params: dict[str, Any] = {
         "embed_dim": vqgan.code_dim,
         "n_embed": vqgan.codebook_size,
         "ddconfig": {
             "double_z": False, "resolution": data.image_size, "in_channels": data.channels,
             "out_ch": data.channels, "dropout": 0.0,
-            **{key: network[name] for key, name in NETWORK.items()},
+            **{key: settings[name] for key, name in NETWORK.items()},
         },
         "lossconfig": {"target": "taming.modules.losses.DummyLoss"},
     }  # fmt: skip

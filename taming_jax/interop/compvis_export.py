@@ -15,12 +15,12 @@ from taming_jax.training.checkpoints import Checkpoint, Store
 from taming_jax.weights.layout import convert_to_torch, flatten_shapes
 from taming_jax.weights.state_dict import write_state_dict
 
-LOW_LOGIT = -50.0  # for tokens that must never be drawn
+LOW_LOGIT = -50.0  # for tokens that must never be sampled
 
 
 def export_run(folder: Path, out: Path, stage: str | None) -> int:
-    """Writes the best checkpoint of a run's stage to a file, with its YAML file next to it, and
-    returns its step. Default stage: the prior if there is one, else stage 1.
+    """Writes the best checkpoint of a run's stage to a file, and its YAML file next to it. Returns
+    the step of the checkpoint. Default stage: the prior if there is one, else stage 1.
 
     Raises UserError for a run that the official models do not support, and RunFailed if the files
     cannot be written.
@@ -32,11 +32,11 @@ def export_run(folder: Path, out: Path, stage: str | None) -> int:
     config, names = checkpoint.config, get_class_names(checkpoint)
     model = Model(convert_config(config, len(names)), names, "discriminator" in checkpoint.nets)
     content = yaml.safe_dump(build_yaml(model))
-    arrays = build_official_arrays(model, checkpoint) | build_constants(model, checkpoint.step)
+    arrays = build_official_arrays(model, checkpoint) | build_other_arrays(model, checkpoint.step)
     if config.vqgan.l2_normalise:
         say(
-            "The exported codes have length one. Indices and reconstructions stay the same, but "
-            "the official code does not normalize latents, so training with it differs."
+            "The exported codes have unit length. Indices and reconstructions stay the same, but "
+            "the official code does not normalize latents, so it would train differently."
         )
     if names and config.prior.vocabulary is None:
         say(
@@ -62,8 +62,8 @@ def get_class_names(checkpoint: Checkpoint) -> tuple[str, ...]:
 
 
 def build_official_arrays(model: Model, checkpoint: Checkpoint) -> dict[str, np.ndarray]:
-    """Returns the networks' arrays by their official names. Normalized codes have length one, and
-    the logits cover all tokens, classes included."""
+    """Returns the networks' arrays by their official names. L2-normalized codes have unit length,
+    and the logits cover all tokens, including classes."""
     nets, networks = checkpoint.nets, {"generator": dict(checkpoint.generator)}
     if model.config.vqgan.l2_normalise:
         quantizer = networks["generator"]["quantizer"]
@@ -88,32 +88,32 @@ def build_official_arrays(model: Model, checkpoint: Checkpoint) -> dict[str, np.
 
 
 def add_class_logits(transformer: dict[str, Any], tokens: int) -> dict[str, Any]:
-    """Returns the parameters of a transformer with logits for `tokens` tokens, from one that has
-    logits for codes only. The logits of classes are low for every input.
+    """Extends the parameters of a transformer that has logits only for codes to logits for `tokens`
+    tokens. The logits of classes are low for every input.
 
     The last norm returns scale * n + bias, where n sums to zero over the channels. A head column of
     1 / scale therefore yields a constant, the sum of bias / scale. Adding scale to the bias makes
     this constant large; the columns of the codes then subtract what that adds to their logits.
     """
     head, norm = transformer["head"], transformer["norm_out"]
-    missing = tokens - head.shape[1]
-    if not missing:
+    class_count = tokens - head.shape[1]
+    if not class_count:
         return transformer
     scale, bias = (np.asarray(norm[name], np.float64) for name in ("scale", "bias"))
     scale = np.where(np.abs(scale) < 1e-6, 1e-6, scale)
     bias = bias + scale
     constant = (bias / scale).sum()
     codes = head - np.outer(1 / scale, scale @ head) / constant
-    classes = np.repeat((LOW_LOGIT / constant / scale)[:, None], missing, 1)
+    classes = np.repeat((LOW_LOGIT / constant / scale)[:, None], class_count, 1)
     return transformer | {
         "head": np.concatenate([codes, classes], 1).astype(np.float32),
         "norm_out": {"scale": scale.astype(np.float32), "bias": bias.astype(np.float32)},
     }
 
 
-def build_constants(model: Model, step: int) -> dict[str, np.ndarray]:
+def build_other_arrays(model: Model, step: int) -> dict[str, np.ndarray]:
     """Returns the other arrays of the official modules, which a strict load requires: attention
-    masks, BatchNorm's counts of batches, and the perceptual loss."""
+    masks, BatchNorm's batch counters, and the perceptual loss."""
     config = model.config
     arrays: dict[str, np.ndarray] = {}
     _, prefix = get_layouts(model)["generator"]

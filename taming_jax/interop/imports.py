@@ -1,4 +1,4 @@
-"""Writes a run from the weights of another program."""
+"""Imports the weights of another program as a run."""
 
 import contextlib
 import dataclasses
@@ -25,16 +25,16 @@ from taming_jax.training.checkpoints import Store
 from taming_jax.weights.layout import Layout, convert_shapes, convert_to_flax, flatten_shapes
 from taming_jax.weights.state_dict import StateDict, check_state_dict
 
-WARMUP = 200  # steps, since new optimizers start from trained weights
+WARMUP = 200  # steps, so that the new optimizers do not disturb the trained weights
 
-# By network: a function from the paths of its arrays to their layout in a file, and the prefix of
-# their names in the file.
+# For each network: a function that returns the layout of its arrays in a file, given their paths,
+# and the prefix of their names in the file.
 Layouts = Mapping[str, tuple[Callable[..., Layout], str]]
 
 
 class Model(NamedTuple):
-    """Another program's model as a run: the config, the class names of the prior (empty without a
-    prior), and whether there is a discriminator."""
+    """A model of another program, described as a run: its config, the class names of its prior
+    (empty without a prior), and whether it has a discriminator."""
 
     config: Config
     class_names: tuple[str, ...]
@@ -42,8 +42,8 @@ class Model(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A file with some networks of a model. `is_extra` tells by name which other arrays the file
-    may contain, and `source` names what the layouts come from, for messages."""
+    """A file with some networks of a model. `is_extra` returns whether the file may also contain an
+    array of a given name. Messages use `source` to name the origin of the layouts."""
 
     file: Path
     state_dict: StateDict
@@ -53,8 +53,8 @@ class Part(NamedTuple):
 
 
 def import_run(folder: Path, model: Model, parts: Sequence[Part], source: object) -> None:
-    """Writes a run from the files of a model and prints its contents. `source` names where the
-    model comes from. Raises UserError if a file does not match the model."""
+    """Writes a run from the files of a model, and prints a summary, in which `source` names the
+    origin of the model. Raises UserError if a file does not match the model."""
     model = prepare_for_training(model)
     shapes = compute_shapes(model)
     networks: dict[str, Any] = {}
@@ -65,14 +65,15 @@ def import_run(folder: Path, model: Model, parts: Sequence[Part], source: object
     sizes = [f"images of {config.data.image_size} px", f"{config.vqgan.codebook_size} codes"]
     if classes:
         sizes.append(f"{classes} class{'es' * (classes > 1)}")
-    print(f"{folder} holds {' and '.join(networks)} of {source}: {', '.join(sizes)}.")
+    print(f"{folder} contains the {' and '.join(networks)} of {source}: {', '.join(sizes)}.")
 
 
 def prepare_for_training(model: Model) -> Model:
-    """Returns the model with settings with which training can continue.
+    """Returns the model with settings that suit further training.
 
-    New optimizers warm up. A discriminator from the file is on from the first step. What the images
-    are too small for is switched off. Raises UserError for settings that cannot work.
+    The learning rate warms up. A discriminator from the file is on from the first step. Otherwise,
+    it is off if the images are too small for it, like the perceptual loss. Raises UserError for
+    invalid settings.
     """
     size, vqgan, prior = model.config.data.image_size, model.config.vqgan, model.config.prior
     vqgan = dataclasses.replace(vqgan, warmup_steps=max(vqgan.warmup_steps, WARMUP))
@@ -90,7 +91,7 @@ def prepare_for_training(model: Model) -> Model:
 
 
 def compute_shapes(model: Model) -> dict[str, Any]:
-    """Returns the shapes of a model's parameters and batch statistics, a tree per network."""
+    """Returns the shapes of a model's parameters and batch statistics: one tree per network."""
     data, settings = model.config.data, model.config.vqgan
     image = jnp.zeros((1, data.image_size, data.image_size, data.channels))
     key, tokens = jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
@@ -115,10 +116,10 @@ def get_file_shapes(layouts: Layouts, shapes: Mapping[str, Any]) -> dict[str, tu
 
 
 def read_networks(part: Part, shapes: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the parameters of a file's networks in float32, and shows a progress bar.
+    """Returns the arrays of a file's networks in float32: one tree per network.
 
-    Warns of arrays with values that are not finite. Raises UserError if the file does not match its
-    layouts.
+    Warns about values that are not finite. Raises UserError if the file does not match its layouts,
+    or if an array does not contain floats.
     """
     file_shapes = get_file_shapes(part.layouts, shapes)
     check_state_dict(part.file, part.state_dict, file_shapes, part.is_extra, part.source)
@@ -135,7 +136,7 @@ def read_networks(part: Part, shapes: Mapping[str, Any]) -> dict[str, Any]:
             with np.errstate(over="ignore"):
                 array = array.astype(np.float32, copy=False)
             if not np.isfinite(array).all():
-                say(f"Warning: {name} holds values that are not finite.")
+                say(f"Warning: {name} contains values that are not finite.")
             progress.update(array.size * 4)
             return array
 
@@ -177,22 +178,22 @@ def write_run(folder: Path, model: Model, networks: Mapping[str, Any]) -> None:
 
 
 def check_new_folder(folder: Path) -> None:
-    """Raises UserError if a folder is not empty or cannot be created."""
+    """Raises UserError if a path exists and is not an empty folder, or cannot be created."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} already exists and is not empty; name another --workdir.")
+        raise UserError(f"{folder} is not an empty folder; name another --workdir.")
     parent = next(path for path in folder.absolute().parents if path.exists())
     check_writable("--workdir", parent)
 
 
 @contextlib.contextmanager
 def create_run(folder: Path) -> Iterator[Path]:
-    """Yields a temporary folder next to `folder`, and renames it to `folder` in the end. Removes it
-    if something fails."""
+    """Yields a temporary folder next to `folder`, which becomes `folder` at the end, or is removed
+    if something fails. Raises UserError and RunFailed like `write_run`."""
     check_new_folder(folder)
     folder = folder.absolute()
     partial = folder.with_name(f".{folder.name}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)  # an import that was killed may have left it
+        shutil.rmtree(partial, ignore_errors=True)  # left by an import that was killed
         partial.mkdir(parents=True)
         yield partial
         partial.replace(folder)

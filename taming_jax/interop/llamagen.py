@@ -1,5 +1,5 @@
-"""LlamaGen's tokenizers and class-conditional transformers (arXiv 2406.06525): their settings, read
-from the shapes of their arrays, and the layouts of our arrays in their state dicts."""
+"""Reads the settings of LlamaGen's tokenizers and class-conditional transformers (arXiv 2406.06525)
+from the shapes of their arrays, and builds the layouts of our arrays in their state dicts."""
 
 import dataclasses
 import functools
@@ -16,17 +16,17 @@ from taming_jax.weights import layout
 from taming_jax.weights.layout import Entry, Layout, map_parameter
 from taming_jax.weights.state_dict import StateDict
 
-# Attention heads by width, for GPT-B, L, XL, XXL and 3B. The shapes do not show them.
+# The number of attention heads of GPT-B, L, XL, XXL and 3B by width. It does not follow from the
+# shapes.
 HEADS = {768: 12, 1024: 16, 1280: 20, 1536: 24, 3200: 32}
 
-# Arrays that are not parameters: recently used codes, rotary frequencies.
+# Arrays that are not parameters: the recently used codes, and the rotary frequencies.
 EXTRA = {"quantize.codebook_used", "freqs_cis"}
 
 
 def parse_tokenizer(file: object, state_dict: StateDict) -> tuple[VQGANConfig, int]:
     """Returns the settings of a VQ-16, a VQ-8, or a tokenizer of another size, and the number of
     image channels. Raises UserError for another model."""
-
     shape = functools.partial(get_shape, file, "tokenizer", state_dict)
     levels = count_indices(state_dict, r"encoder\.conv_blocks\.(\d+)\.")
     channels, image_channels, *_ = shape("encoder.conv_in.weight", 4)
@@ -34,7 +34,7 @@ def parse_tokenizer(file: object, state_dict: StateDict) -> tuple[VQGANConfig, i
     codebook_size, code_dim = shape("quantize.embedding.weight", 2)
     if not levels or any(width % channels for width in widths):
         raise UserError(
-            f"{file} is not a LlamaGen tokenizer: the widths of its levels are not multiples of "
+            f"{file} is not a LlamaGen tokenizer, which has levels whose widths are multiples of "
             f"{channels}; name a VQ-16 or VQ-8 file."
         )
     settings = VQGANConfig(
@@ -64,8 +64,8 @@ def parse_transformer(
     heads = heads or HEADS.get(width)
     if heads is None or width % (4 * heads):
         raise UserError(
-            f"{file} has width {width}, for which the number of attention heads is unknown; set it "
-            "with --heads."
+            f"{file} has width {width}; set --heads to its number of attention heads "
+            "(width / heads must be a multiple of 4)."
         )
     prior = PriorConfig(
         layers=count_indices(state_dict, r"layers\.(\d+)\."), heads=heads, width=width, norm="rms",
@@ -86,13 +86,14 @@ def get_shape(
     dimensions."""
     if name not in state_dict or len(state_dict[name].shape) != dimensions:
         raise UserError(
-            f"{file} is not a LlamaGen {kind}: it lacks {name}; name a file of this kind."
+            f"{file} is not a LlamaGen {kind}: it has no {name} of {dimensions} dimensions; name a "
+            "file of this kind."
         )
     return state_dict[name].shape
 
 
 def count_indices(state_dict: StateDict, pattern: str) -> int:
-    """Returns the largest index that `pattern` captures in the names, plus one; 0 without one."""
+    """Returns 1 + the largest index that `pattern` captures in the names, or 0 if none match."""
     matches = (re.match(pattern, name) for name in state_dict)
     return max((int(match[1]) + 1 for match in matches if match), default=0)
 
@@ -102,7 +103,7 @@ def parse_model(
 ) -> tuple[Model, list[Part]]:
     """Returns the model in a "tokenizer" file and an optional "gpt" file, and the parts to read.
 
-    Raises UserError if the files are other models or do not match.
+    Raises UserError if a file contains another model, or if the files do not match.
     """
     file, state_dict = files["tokenizer"]
     vqgan, channels = parse_tokenizer(file, state_dict)
@@ -129,14 +130,14 @@ def parse_model(
 def build_tokenizer_layout(paths: Iterable[layout.Path]) -> Layout:
     """Builds the layout of the `VQGAN` parameters in a LlamaGen VQModel, whose decoder numbers its
     levels from the lowest resolution."""
-    known = list(paths)
-    levels = 1 + max(int(m[1]) for m in (re.match(r"down_(\d+)_", p[1]) for p in known) if m)
+    paths = list(paths)
+    levels = 1 + max(int(m[1]) for m in (re.match(r"down_(\d+)_", p[1]) for p in paths) if m)
     middle = {"mid_block_1": "mid.0", "mid_attn_1": "mid.1", "mid_block_2": "mid.2"}
 
     def map_path(path: layout.Path) -> Entry:
         if path == ("quantizer", "codebook"):
             return layout.map_unchanged("quantize.embedding.weight")
-        net, *names, last = path
+        net, *names, parameter = path
         if names and names[0] in middle:
             names[0] = middle[names[0]]
         elif names and (match := re.fullmatch(r"(down|up)_(\d+)_(.+)", names[0])):
@@ -144,9 +145,9 @@ def build_tokenizer_layout(paths: Iterable[layout.Path]) -> Layout:
             index = level if direction == "down" else levels - 1 - level
             part = re.sub(r"block_(\d+)", r"res.\1", part).replace("attn_", "attn.")
             names[0] = f"conv_blocks.{index}.{part}"
-        return map_parameter(".".join([net, *names]), last)
+        return map_parameter(".".join([net, *names]), parameter)
 
-    return {path: map_path(path) for path in known}
+    return {path: map_path(path) for path in paths}
 
 
 def build_transformer_layout(
@@ -168,13 +169,13 @@ def build_transformer_layout(
             )
         if path == ("head",):
             return layout.map_kernel("output.weight")
-        block, *part, last = path
+        block, *part, parameter = path
         if block == "norm_out":
-            return map_parameter("norm", last)
+            return map_parameter("norm", parameter)
         layer = f"layers.{block.removeprefix('block_')}"
         if part == ["qkv"]:
             return map_qkv(f"{layer}.attention.wqkv.weight", heads)
-        return map_parameter(f"{layer}.{names[part[0]]}", last)
+        return map_parameter(f"{layer}.{names[part[0]]}", parameter)
 
     return {path: map_path(path) for path in paths}
 
@@ -182,8 +183,9 @@ def build_transformer_layout(
 def map_qkv(name: str, heads: int) -> Entry:
     """Maps the projection to queries, keys and values, and reorders the channels of each head.
 
-    LlamaGen's rotary embeddings rotate pairs of neighboring channels. Ours rotate the first quarter
-    of a head's channels with the second by the row, and the third with the fourth by the column.
+    LlamaGen's rotary embeddings rotate pairs of neighboring channels. Ours pair the first quarter
+    of a head's channels with the second (rotated by the row), and the third with the fourth (by the
+    column).
     """
 
     def compute_order(width: int) -> np.ndarray:

@@ -1,6 +1,5 @@
-"""A small classifier of MNIST digits, trained when it is first needed. Its features play the role
-that InceptionV3's have for photographs, and its predictions show whether samples match their
-classes."""
+"""A small classifier for MNIST digits, which is trained when it is first needed. Its features
+replace those of InceptionV3, and its predictions show whether samples match their classes."""
 
 import functools
 from pathlib import Path
@@ -25,8 +24,8 @@ VERSION = 1  # increase it with every change here that affects the trained param
 
 
 class Classifier(nn.Module):
-    """A network from images float [b,h,w,c] in [-1, 1] to features [b,128] and the logits of the
-    classes."""
+    """A network that maps images float [b,h,w,c] in [-1, 1] to features [b,128] and class logits
+    [b,k]."""
 
     classes: int
 
@@ -41,8 +40,8 @@ class Classifier(nn.Module):
 
 
 def shift_randomly(key: jax.Array, images: jax.Array) -> jax.Array:
-    """Shifts each image by up to two pixels at random, since samples are less centered than the
-    dataset's digits."""
+    """Shifts each image [b,h,w,c] by up to two pixels at random, since samples are less well
+    centered than the digits of the dataset."""
     padded = jnp.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)), constant_values=-1)
     starts = jax.random.randint(key, (len(images), 2), 0, 5)
 
@@ -73,18 +72,18 @@ def train_classifier(train: Split, classes: int) -> Any:
     state = optimizer.init(params)
     per_epoch = len(train.images) // BATCH
     with Progress("training a classifier", steps, "steps") as progress:
-        for number in range(steps):
-            epoch, batch = divmod(number, per_epoch)
+        for index in range(steps):
+            epoch, batch = divmod(index, per_epoch)
             rows = permute_epoch(0, epoch, len(train.images))[batch * BATCH : (batch + 1) * BATCH]
-            key = jax.random.fold_in(jax.random.key(1), number)
+            key = jax.random.fold_in(jax.random.key(1), index)
             params, state = step(params, state, train.images[rows], train.labels[rows], key)
             progress.update()
     return jax.tree.map(np.asarray, params)
 
 
 def load_or_train(file: Path, train: Split, classes: int) -> Any:
-    """Returns the parameters from a file. If the file is missing or damaged, trains them and writes
-    the file."""
+    """Returns the parameters from a file. If the file is missing or damaged, trains a classifier
+    and writes the file."""
     arrays = read_arrays(file)
     if arrays is None:
         arrays = traverse_util.flatten_dict(train_classifier(train, classes), sep="/")

@@ -16,24 +16,23 @@ from taming_jax.data.datasets import evenly_spaced
 from taming_jax.errors import RunFailed, UserError
 from taming_jax.storage import atomic_write
 
-ROWS = 1024  # of a distance matrix that are in memory at once
+ROWS = 1024  # rows of a distance matrix that are in memory at once
 
 
 @dataclass
 class Moments:
-    """The count, mean [d] and covariance [d,d] of features that come in parts. The pairwise update
-    of Chan, Golub and LeVeque merges them in constant memory and without the loss of precision of
-    sums of squares."""
+    """The count, mean [d] and covariance [d,d] of features that arrive in batches. The pairwise
+    update of Chan, Golub and LeVeque needs constant memory, and loses less precision than sums of
+    squares."""
 
     count: int = 0
     mean: np.ndarray | float = 0.0
-    scatter: np.ndarray | float = (
-        0.0  # the sum of the outer products of the deviations from the mean
-    )
+    scatter: np.ndarray | float = 0.0
+    """The sum of the outer products of the deviations from the mean."""
 
     def add(self, features: np.ndarray) -> None:
-        """Adds features [n,d]. Raises RunFailed if they are not finite, which distances would hide
-        or fail on."""
+        """Adds features [n,d]. Raises RunFailed if they are not finite, since distances would be
+        meaningless or fail."""
         if not len(features):
             return
         if not np.isfinite(features).all():
@@ -62,16 +61,16 @@ def compute_moments(features: np.ndarray) -> Moments:
 
 
 def save_moments(file: Path, moments: Moments) -> None:
-    """Writes an .npz file with the usual `mu` [d] and `sigma` [d,d], and `count`. Raises
-    OSError."""
+    """Writes an .npz file with the usual `mu` [d] and `sigma` [d,d], and `count`. Raises OSError if
+    it cannot be written."""
     content = io.BytesIO()
     np.savez(content, mu=moments.mean, sigma=moments.covariance, count=moments.count)
     atomic_write(file, content.getvalue())
 
 
 def load_moments(file: Path, dimensions: int) -> Moments:
-    """Reads an .npz file with `mu` and `sigma`: ours, pytorch-fid's, or ADM's. Default count: 2 if
-    the file has none (the distance does not depend on it).
+    """Reads an .npz file with `mu` and `sigma`: ours, pytorch-fid's, or ADM's. The count is 2 if
+    the file has none; the distance does not depend on it.
 
     Raises UserError if the file is invalid or has another number of dimensions.
     """
@@ -84,7 +83,7 @@ def load_moments(file: Path, dimensions: int) -> Moments:
             shapes = f"{mean.shape} and {covariance.shape}"
             raise ValueError(f"shapes {shapes}; these features have {dimensions} dimensions")
         if count < 2 or not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-            raise ValueError(f"the statistics of {count} images, or values that are not finite")
+            raise ValueError(f"values are not finite, or the count is {count}, below 2")
     except FileNotFoundError:
         raise UserError(f"there is no file {file}.") from None
     except (OSError, ValueError, KeyError, EOFError, TypeError, BadZipFile, zlib.error) as error:
@@ -95,7 +94,7 @@ def load_moments(file: Path, dimensions: int) -> Moments:
 
 
 def frechet_distance(left: Moments, right: Moments) -> float:
-    """Computes the Fréchet distance of two normal distributions (arXiv 1706.08500):
+    """Computes the Fréchet distance between two normal distributions (arXiv 1706.08500):
     |m - n|^2 + tr(A + B - 2 (A B)^1/2).
 
     The trace of the root comes from the eigenvalues of the symmetric A^1/2 B A^1/2. This also works
@@ -134,8 +133,8 @@ def kernel_distance(
 
 
 def iterate_distances(left: np.ndarray, right: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-    """Yields the squared distances of rows [n,d] to rows [m,d], in strips of at most `ROWS` rows: a
-    slice of `left`'s rows, and their distances float64 [rows,m]."""
+    """Yields the squared distances from the rows of `left` [n,d] to those of `right` [m,d], in
+    strips of at most `ROWS` rows: a slice of `left`, and its distances float64 [rows,m]."""
     right = right.astype(np.float64)
     for start in range(0, len(left), ROWS):
         rows = slice(start, start + ROWS)
@@ -145,8 +144,8 @@ def iterate_distances(left: np.ndarray, right: np.ndarray) -> Iterator[tuple[sli
 
 
 def find_nearest(left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the index of the nearest row of right [m,d] for each row of left [n,d], and its
-    squared distance."""
+    """Returns the index of the nearest row of `right` [m,d] for each row of `left` [n,d], and the
+    squared distance to it: int and float64 [n]."""
     indices, squares = zip(
         *((strip.argmin(1), strip.min(1)) for _, strip in iterate_distances(left, right)),
         strict=True,
@@ -154,30 +153,31 @@ def find_nearest(left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.nd
     return np.concatenate(indices), np.concatenate(squares)
 
 
-def compute_radii(
+def compute_squared_radii(
     features: np.ndarray, neighbors: int, queries: np.ndarray | None = None
 ) -> np.ndarray:
-    """Returns the squared distance of each row to its k-th nearest other row, k being `neighbors`.
-    With `queries`, a subset of the rows, returns theirs only."""
+    """Returns the squared distance from each row to its k-th nearest other row, where k is
+    `neighbors`: float64 [n]. With `queries`, a subset of the rows, returns only theirs."""
     strips = iterate_distances(features if queries is None else queries, features)
     return np.concatenate([np.partition(strip, neighbors, 1)[:, neighbors] for _, strip in strips])
 
 
 def compute_prdc(real: np.ndarray, fake: np.ndarray, neighbors: int = 5) -> dict[str, float]:
     """Computes precision and recall (arXiv 1904.06991), and density and coverage (arXiv 2002.09797)
-    of fake features [m,d] and real ones [n,d].
+    of fake features [m,d] relative to real ones [n,d].
 
     All four count the images of one set within balls around the images of the other, whose radius
-    is the distance to the k-th nearest neighbor, k being `neighbors`. Both sets must have more than
-    k images. Only a strip of the distance matrix is in memory at once.
+    is the distance to the k-th nearest neighbor, where k is `neighbors`. Both sets must have more
+    than k images. Only a strip of the distance matrix is in memory at once.
     """
-    real_radii, fake_radii = compute_radii(real, neighbors), compute_radii(fake, neighbors)
+    real_radii = compute_squared_radii(real, neighbors)
+    fake_radii = compute_squared_radii(fake, neighbors)
     in_real, recalled, covered = np.zeros(len(fake), np.int64), 0, 0
     for rows, squares in iterate_distances(real, fake):
-        radius = real_radii[rows, None]
-        in_real += (squares < radius).sum(0)
+        radii = real_radii[rows, None]
+        in_real += (squares < radii).sum(0)
         recalled += int((squares < fake_radii).any(1).sum())
-        covered += int((squares.min(1, keepdims=True) < radius).sum())
+        covered += int((squares.min(1, keepdims=True) < radii).sum())
     return {
         "precision": float((in_real > 0).mean()),
         "recall": recalled / len(real),
@@ -204,8 +204,8 @@ def inception_score(
 
 
 class FeatureStats:
-    """Statistics of the features of `count` images, which come in parts: the moments of all
-    features, and at most `kept` features, those of the evenly spaced `rows` int [m]."""
+    """Statistics of the features of `count` images, which arrive in batches: the moments of all
+    features, and the features of at most `kept` evenly spaced images, `rows` int [m]."""
 
     def __init__(self, count: int, kept: int):
         self.moments, self.rows = Moments(), evenly_spaced(count, kept)
@@ -219,5 +219,5 @@ class FeatureStats:
 
     @property
     def features(self) -> np.ndarray:
-        """The features [m,d] of `rows` that were added so far."""
+        """The features [m,d] of those `rows` that were added so far."""
         return np.concatenate(self._parts)

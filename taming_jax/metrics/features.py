@@ -42,7 +42,8 @@ INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = (
     f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION_FILE}"
 )
-# VGG16's input sizes: smaller images are resized to the minimum, larger ones to the large size.
+# Images from VGG_MIN_SIZE to VGG_MAX_SIZE keep their size for VGG16. Smaller ones are resized to
+# VGG_MIN_SIZE, larger ones to VGG_LARGE_SIZE.
 VGG_MIN_SIZE, VGG_MAX_SIZE, VGG_LARGE_SIZE = 16, 64, 128
 
 Outputs = tuple[jax.Array, jax.Array]
@@ -62,7 +63,7 @@ class Extractor:
     probabilities [b,k], or [b,0] if the network does not classify."""
     params: Any
     size: Callable[[int], int]
-    """A function from the height and width of images to those that they are resized to."""
+    """A function from the height of square images to the height that they are resized to."""
     resize: str
     """A description of the resizing, for the report."""
 
@@ -74,8 +75,8 @@ class Extractor:
 
 def resize_clean(images: np.ndarray, size: int) -> np.ndarray:
     """Resizes images uint8 [n,h,w,c] to float32 [n,size,size,c] in [0, 255] like clean-fid (arXiv
-    2104.11222): each channel with Pillow in float32, bicubic and antialiased. Returns images that
-    have this size unchanged."""
+    2104.11222): each channel with Pillow in float32, bicubic and antialiased. Returns images of
+    this size unchanged, as uint8."""
     n, h, w, c = images.shape
     if h == w == size:
         return images
@@ -111,16 +112,16 @@ def load_vgg() -> Extractor:
 
 
 def load_inception(file: Path, legacy: bool = False) -> Extractor:
-    """Loads InceptionV3 with the original weights from pytorch-fid's file. Images are resized like
-    in clean-fid or, with `legacy`, like in pytorch-fid: bilinear, not antialiased. Raises UserError
-    for another file."""
+    """Loads InceptionV3 with the original weights from pytorch-fid's file. Images are resized as
+    in clean-fid or, with `legacy`, as in pytorch-fid: bilinear, not antialiased. Raises UserError
+    if the file does not have the arrays of InceptionV3."""
     model = InceptionV3()
     image = jnp.zeros((1, inception.SIZE, inception.SIZE, 3))
     shapes = flatten_shapes(jax.eval_shape(model.init, jax.random.key(0), image))
     layout = build_inception_layout(shapes)
     try:
         tensors, _ = open_state_dict(file)
-        # The file also has arrays for training: a second head, and BatchNorm's counts of batches.
+        # The file also has arrays for training: a second head, and BatchNorm's batch counters.
         check_state_dict(
             file, tensors, convert_shapes(layout, shapes),
             lambda name: "AuxLogits" in name or name.endswith("num_batches_tracked"),
@@ -139,7 +140,7 @@ def load_inception(file: Path, legacy: bool = False) -> Extractor:
         if legacy:
             images = resize_legacy(images)
         features, logits = cast(Outputs, model.apply(params, images))
-        # The Inception Score's logits have no bias, as in the graph that defined the score.
+        # The logits of the Inception Score have no bias, as in the graph that defined the score.
         return features, jax.nn.softmax(logits - params["params"]["fc"]["bias"])
 
     method = "bilinear, not antialiased" if legacy else "antialiased bicubic"
@@ -152,8 +153,8 @@ def load_inception(file: Path, legacy: bool = False) -> Extractor:
 
 
 def load_digit_classifier(train: Split, classes: int) -> Extractor:
-    """Loads a classifier of a dataset's classes (usually MNIST digits). The first call trains it on
-    the training split and caches it. Raises UserError if the split is too small."""
+    """Loads a classifier for a dataset's classes (usually MNIST digits). The first call trains it
+    on the training split and caches it. Raises UserError if the split is too small."""
     if classes < 2 or len(train.images) < classifier.BATCH:
         raise UserError(
             f"{len(train.images)} training images of {classes} classes are too few to train a "
@@ -176,7 +177,7 @@ def load_digit_classifier(train: Split, classes: int) -> Extractor:
 
 def load_pretrained(name: str, weights: str | Path | None, legacy_resize: bool) -> Extractor:
     """Loads the extractor that a protocol names: "inception", "vgg", or "auto", which is
-    InceptionV3 if `weights` names its file or this machine has it, else VGG16. Raises UserError for
+    InceptionV3 if `weights` is set or its file is in a cache, else VGG16. Raises UserError for
     another name, and if the weights are missing or invalid."""
     if name not in ("auto", "inception", "vgg"):
         raise UserError(
@@ -189,8 +190,8 @@ def load_pretrained(name: str, weights: str | Path | None, legacy_resize: bool) 
 
 
 def find_inception(fetch: bool) -> Path | None:
-    """Returns InceptionV3's file in the user's cache or in PyTorch's, or None. With `fetch`,
-    downloads a missing file into the user's cache, and raises UserError if that fails."""
+    """Returns the path of InceptionV3's file in the user's cache or in PyTorch's. If it is missing,
+    returns None, or with `fetch` downloads it, and raises UserError if that fails."""
     torch = Path(os.environ.get("TORCH_HOME") or "~/.cache/torch").expanduser()
     file = user_cache() / INCEPTION_FILE
     for path in (file, torch / "hub" / "checkpoints" / INCEPTION_FILE):
@@ -215,16 +216,16 @@ def find_inception(fetch: bool) -> Path | None:
 
 
 def is_original(content: bytes) -> bool:
-    """Returns whether the content is that of pytorch-fid's file, whose name ends in its hash."""
+    """Returns whether the content is that of pytorch-fid's file, whose name contains its hash."""
     return hashlib.sha256(content).hexdigest().startswith("6726825d")
 
 
 class Features:
-    """An extractor that runs on the devices, in batches of one size."""
+    """An extractor that runs on the devices, in batches of a fixed size."""
 
     def __init__(self, extractor: Extractor, devices: Devices):
         self.extractor, self._devices = extractor, devices
-        self.size = MICRO_BATCH * len(devices)
+        self.batch_size = MICRO_BATCH * len(devices)
         self._params = devices.replicate(extractor.params)
 
         def extract(params: Any, images: jax.Array) -> Outputs:
@@ -240,4 +241,4 @@ class Features:
         def apply(rows: np.ndarray) -> Outputs:
             return self._apply(self._params, devices.shard(resize_clean(rows, size)))
 
-        return devices.map_batches(apply, images, self.size)
+        return devices.map_batches(apply, images, self.batch_size)

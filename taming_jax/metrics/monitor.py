@@ -1,4 +1,4 @@
-"""A small evaluation during training."""
+"""The Fréchet distance that validation computes during training."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +18,7 @@ MAX_IMAGES = 2000
 
 
 def number_within_classes(labels: np.ndarray) -> np.ndarray:
-    """Returns each image's number within its class, int32 [n], from the labels int [n]."""
+    """Returns the number of each image within its class, int32 [n], given the labels int [n]."""
     order = np.argsort(labels, kind="stable")
     ordered = labels[order]
     numbers = np.empty(len(labels), np.int32)
@@ -37,7 +37,7 @@ class ValidationFD:
         if len(split.images) < 2:
             raise UserError(
                 f"the validation split has {len(split.images)} images, but a distance needs two; "
-                "remove --vqgan.fd-every and --prior.fd-every, or raise --data.validation-share."
+                "omit --vqgan.fd-every and --prior.fd-every, or increase --data.validation-share."
             )
         rows = evenly_spaced(len(split.images), MAX_IMAGES)
         labels = split.labels[rows].astype(np.int32)
@@ -51,8 +51,9 @@ class ValidationFD:
         self._reference: Moments | None = None
 
     def compute(self, generate: Callable[[dict[str, Any]], jax.Array]) -> float:
-        """Computes the distance of the images uint8 [b,h,w,c] that `generate` returns for a batch
-        on the devices: `images` uint8 [b,h,w,c], and `labels` and `numbers` int32 [b]."""
+        """Computes the distance from the split to the images uint8 [b,h,w,c] that `generate`
+        returns for its sharded batches of `images` uint8 [b,h,w,c], `labels` and `numbers` int32
+        [b]."""
         devices = self._devices
         images = devices.map_batches(
             lambda rows: generate(devices.shard(rows)), self._batch, self._size

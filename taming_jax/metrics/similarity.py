@@ -9,14 +9,14 @@ WINDOW = 11  # side of SSIM's Gaussian window in pixels; its standard deviation 
 
 
 def psnr(images: jax.Array, others: jax.Array) -> jax.Array:
-    """Computes the peak signal-to-noise ratio in dB, [b]; at most 100, that of equal images."""
+    """Computes the peak signal-to-noise ratio [b] in dB; it is 100 for equal images."""
     error = jnp.square(images - others).reshape(len(images), -1).mean(-1)
     return -10 * jnp.log10(jnp.maximum(error, 1e-10))
 
 
 def ssim(images: jax.Array, others: jax.Array) -> jax.Array:
     """Computes the structural similarity (Wang et al. 2004) [b] with the paper's Gaussian window,
-    averaged over channels and the positions at which the window is within the image.
+    averaged over channels and the positions at which the window is inside the image.
 
     Matches scikit-image with `gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
     data_range=1`. The height and width must be at least 11.

@@ -1,8 +1,9 @@
 """Runs the same step function on one device with `jit`, or on several devices, of one or more
 processes, with `pmap`.
 
-Only the axis name over which a step averages differs: None or "devices". With several devices, the
-state is replicated: every leaf has a leading axis for this process's devices.
+The step functions differ only in the name of the axis that they average over: None or "devices".
+With several devices, the state is replicated: every leaf has a leading axis for this process's
+devices.
 """
 
 import functools
@@ -18,20 +19,20 @@ from taming_jax.parallel import distributed
 
 
 def maybe_pmean(tree: Any, axis_name: str | None) -> Any:
-    """Returns the mean of a tree over the devices, inside a step; `tree` itself without an axis."""
+    """Returns the mean of a tree over the devices, or the tree itself if `axis_name` is None."""
     return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
 
 
 def maybe_psum(tree: Any, axis_name: str | None) -> Any:
-    """Returns the sum of a tree over the devices, inside a step; `tree` itself without an axis."""
+    """Returns the sum of a tree over the devices, or the tree itself if `axis_name` is None."""
     return tree if axis_name is None else jax.lax.psum(tree, axis_name)
 
 
 def count_flops(lowered: Any) -> float | None:
-    """Returns the floating-point operations of a lowered function, before XLA replaces some with
-    library calls, or None if JAX cannot count them."""
+    """Returns the number of floating-point operations of a lowered function, before XLA replaces
+    some with library calls, or None if JAX cannot count them."""
     costs = lowered.cost_analysis()
-    if costs is None:  # GPU plugins have no analysis; the CPU's has a private name
+    if costs is None:  # GPU plugins have no analysis; that of the CPU is private
         try:
             from jax._src.lib import _jax
 
@@ -44,8 +45,8 @@ def count_flops(lowered: Any) -> float | None:
 
 
 def map_batches(apply: Callable[[Any], Any], arrays: Any, size: int) -> Any:
-    """Applies a function to a tree of arrays [n, ...] in batches of one size, and returns a tree of
-    numpy arrays [n, ...]. The last row pads the last batch."""
+    """Applies a function to a tree of arrays [n, ...] in batches of `size`, and returns a tree of
+    numpy arrays [n, ...]. Copies of the last row pad the last batch."""
     n, parts = len(jax.tree.leaves(arrays)[0]), []
     for start in range(0, n, size):
         rows = np.minimum(np.arange(start, start + size), n - 1)
@@ -55,12 +56,12 @@ def map_batches(apply: Callable[[Any], Any], arrays: Any, size: int) -> Any:
 
 
 class Compiled:
-    """A function of a state and arrays with its frozen arguments bound. The first call, or
-    `prepare`, compiles it."""
+    """A function of a state and arrays, whose frozen arguments are bound. `prepare` or the first
+    call compiles it."""
 
     flops: float | None = None
-    """Floating-point operations of a call on one device, set by `prepare`. It counts the body of a
-    loop once."""
+    """The number of floating-point operations per call and device, set by `prepare`. The body of a
+    loop counts once."""
 
     def __init__(self, function: Any, frozen: tuple[Any, ...]):
         self._function, self._program, self.frozen = function, function, frozen
@@ -69,8 +70,9 @@ class Compiled:
         return self._program(state, arrays, *self.frozen)
 
     def prepare(self, state: Any, arrays: Any) -> None:
-        """Compiles for all calls, whose arguments must have these shapes. With several processes,
-        the first call compiles instead, since JAX cannot call a function lowered for several."""
+        """Compiles the function for the shapes of these arguments, which all calls must share. With
+        several processes, the first call compiles it, since JAX cannot call a function that was
+        lowered for several processes."""
         lowered = self._function.lower(state, arrays, *self.frozen)
         self.flops = count_flops(lowered)
         if distributed.process_count() == 1:
@@ -78,21 +80,22 @@ class Compiled:
 
 
 def select_devices(count: int | None) -> list[Any]:
-    """Returns this process's first `count` devices, or all. Raises UserError if it has fewer."""
+    """Returns this process's first `count` devices, or all if None. Raises UserError for an invalid
+    count."""
     available = jax.local_devices()
     if count is not None and not 1 <= count <= len(available):
         where = "" if distributed.process_count() == 1 else " in this process"
         raise UserError(
-            f"--devices is {count}, but there are {len(available)}{where} "
-            f"({available[0].platform}); set it to a number from 1 to {len(available)}."
+            f"--devices is {count}, but the number of {available[0].platform} devices{where} is "
+            f"{len(available)}; set it to a number from 1 to {len(available)}."
         )
     return available[:count]
 
 
 class Devices:
-    """The devices that a run uses: the first `count` of each process, or all.
+    """The devices that a run uses: the first `count` of each process, or all if None.
 
-    Raises UserError if a process has fewer devices, or if the processes have different numbers.
+    Raises UserError for an invalid count, or if the processes have different numbers of devices.
     """
 
     def __init__(self, count: int | None = None):
@@ -110,12 +113,12 @@ class Devices:
             for process in range(distributed.process_count())
             for device in jax.local_devices(process)[: len(self.list)]
         ]
-        # The minimum over the processes, since all have to make the same choices.
+        # The minimum, since decisions that depend on it must be the same in all processes.
         self.memory = min(memories)
         """Bytes of memory per device; on a CPU, a device's share of the machine's memory."""
         self.axis_name = "devices" if len(self) > 1 else None
-        # The layout of pmap's results: another one would recompile the next step.
-        self._layout = jax.sharding.NamedSharding(
+        # The sharding of pmap's results; another one would recompile the next step.
+        self._sharding = jax.sharding.NamedSharding(
             jax.sharding.Mesh(np.array(self.list), ("devices",)),
             jax.sharding.PartitionSpec("devices"),
         )
@@ -132,13 +135,13 @@ class Devices:
         return machine // len(self.list)
 
     def get_local_rows(self, batch_size: int) -> slice:
-        """Returns the rows of a batch that this process reads: its share, or all if it is alone."""
+        """Returns the rows of a batch that this process reads."""
         size = batch_size // distributed.process_count()
         return slice(jax.process_index() * size, (jax.process_index() + 1) * size)
 
     def check_batch(self, name: str, batch_size: int, micro_batches: int = 1) -> None:
-        """Raises UserError if a batch cannot be divided equally among the devices and each device's
-        part into this number of micro-batches."""
+        """Raises UserError if a batch cannot be divided equally among the devices, and the part of
+        each device into `micro_batches`."""
         n = len(self)
         if batch_size % (n * micro_batches):
             processes = distributed.process_count()
@@ -154,16 +157,17 @@ class Devices:
             )
 
     def compile(self, function: Callable, *frozen: Any, donate: bool = False) -> "Compiled":
-        """Returns `function(state, arrays, *frozen)` as a function of the first two on the devices.
+        """Returns a function of `state` and `arrays` that runs `function(state, arrays, *frozen)`
+        on the devices.
 
         `frozen` are replicated arrays that never change. `donate` donates the state's buffers.
         """
-        donated = (0,) if donate else ()
+        donate_argnums = (0,) if donate else ()
         if self.axis_name is None:
-            compiled = jax.jit(function, donate_argnums=donated)
+            compiled = jax.jit(function, donate_argnums=donate_argnums)
         else:
             compiled = jax.pmap(
-                function, axis_name=self.axis_name, devices=self._all, donate_argnums=donated
+                function, axis_name=self.axis_name, devices=self._all, donate_argnums=donate_argnums
             )
         return Compiled(compiled, frozen)
 
@@ -176,19 +180,20 @@ class Devices:
             x = np.asarray(x)
             return np.broadcast_to(x, (len(self.list), *x.shape))
 
-        return jax.device_put(jax.tree.map(broadcast, tree), self._layout)
+        return jax.device_put(jax.tree.map(broadcast, tree), self._sharding)
 
     def shard(self, tree: Any) -> Any:
         """Divides arrays [n, ...], this process's rows of a batch, among its devices. Returns
-        arrays [devices, n / devices, ...] without waiting for the transfer."""
+        arrays [devices, n / devices, ...], or [n, ...] on a single device, without waiting for the
+        transfer."""
         if self.axis_name is None:
             return jax.device_put(tree, self.list[0])
         count = len(self.list)
         parts = jax.tree.map(lambda x: x.reshape(count, len(x) // count, *x.shape[1:]), tree)
-        return jax.device_put(parts, self._layout)
+        return jax.device_put(parts, self._sharding)
 
     def reduce_max(self, value: int) -> jax.Array:
-        """Returns the maximum of all processes' values, replicated int32, without waiting."""
+        """Returns the maximum of all processes' values, a replicated int32, without waiting."""
         return self._reduce_max(np.full(len(self.list), value, np.int32))
 
     @functools.cached_property
@@ -198,8 +203,8 @@ class Devices:
         )
 
     def gather(self, values: jax.Array) -> np.ndarray:
-        """Returns the result [n, ...] of a compiled function for a sharded batch, from all devices
-        of all processes."""
+        """Returns a compiled function's result [n, ...] for a sharded batch, gathered from all
+        devices of all processes."""
         array = np.asarray(values)
         if self.axis_name is None:
             return array
@@ -210,9 +215,9 @@ class Devices:
         )
 
     def map_batches(self, apply: Callable[[Any], Any], arrays: Any, size: int) -> Any:
-        """Does the same as the function `map_batches` on all processes, which must have the same
-        arrays. `apply` takes this process's rows of each batch, and returns a tree of the sharded
-        results of a compiled function."""
+        """Does the same as the function `map_batches`, on all processes, which must pass the same
+        arrays. `apply` takes this process's rows of a batch, and returns a tree of sharded results
+        of a compiled function."""
 
         def apply_on_all(batch: Any) -> Any:
             local = jax.tree.map(lambda x: x[self.get_local_rows(size)], batch)

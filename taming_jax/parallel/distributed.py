@@ -1,7 +1,7 @@
-"""Runs several processes as one with jax.distributed: starts them and keeps them consistent.
+"""Makes several processes work as one: connects them with jax.distributed and keeps them
+consistent.
 
-If a process dies, JAX ends the others with a message. With a single process, nothing here has any
-effect.
+If a process dies, JAX ends the others with a message. A single process does not communicate.
 """
 
 import importlib.metadata
@@ -20,10 +20,10 @@ import numpy as np
 from taming_jax import progress
 from taming_jax.errors import RunFailed, UserError, say
 
-HEARTBEAT = 60  # seconds without a heartbeat after which a process counts as dead
+HEARTBEAT = 60  # seconds without a heartbeat after which a process is considered dead
 CHUNK = 2**26  # bytes per broadcast; every device holds them twice
 
-# The variables of Open MPI with the number of processes and the number of this one.
+# Open MPI's environment variables for the number of processes and the number of this one.
 OPEN_MPI_SIZE, OPEN_MPI_RANK = "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"
 
 T = TypeVar("T")
@@ -31,8 +31,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Processes:
-    """The settings with which several processes, each with its own devices, train as one. They are
-    not part of the config, since they differ between the processes."""
+    """The settings for training with several processes, each with its own devices. They are not
+    part of the config, since they differ between the processes."""
 
     distributed: bool = False
     """Train together with other processes, which Slurm, Open MPI or Kubernetes started, or which
@@ -49,8 +49,8 @@ class Processes:
 
 
 def join(processes: Processes) -> None:
-    """Connects to the other processes with `--distributed`. Call it before JAX starts. Raises
-    UserError for settings that cannot work, and if the other processes cannot be reached."""
+    """Connects to the other processes if `distributed` is set. Call it before JAX starts. Raises
+    UserError for invalid settings, and if the other processes cannot be reached."""
     address, timeout = processes.coordinator_address, processes.initialization_timeout
     size, rank = processes.num_processes, processes.process_id
     if not processes.distributed:
@@ -80,7 +80,8 @@ def join(processes: Processes) -> None:
         raise UserError(
             f"cannot connect to the other processes ({reason}). Start each process with the same "
             "--coordinator-address HOST:PORT, a free port of process 0, the same --num-processes, "
-            "and its own --process-id; under Slurm, Open MPI or Kubernetes, omit all three."
+            "and its own --process-id; under Slurm, Open MPI 4 or Kubernetes, omit all three, and "
+            "under Open MPI 5, the last two."
         ) from error
 
 
@@ -119,7 +120,7 @@ def is_primary() -> bool:
 
 
 def silence_secondary() -> None:
-    """Discards the standard output and progress of all processes but the primary one from here on.
+    """Silences the standard output and the progress bars of this process if it is not process 0.
     Errors still appear."""
     if not is_primary():
         progress.silence()
@@ -127,7 +128,7 @@ def silence_secondary() -> None:
 
 
 def all_gather_objects(value: Any) -> list[Any]:
-    """Returns the values of all processes, in order of process. All processes must call this."""
+    """Returns the values of all processes, ordered by process. All processes must call this."""
     if process_count() == 1:
         return [value]
     from jax.experimental.multihost_utils import process_allgather
@@ -140,8 +141,9 @@ def all_gather_objects(value: Any) -> list[Any]:
 
 
 def run_on_all(function: Callable[[], T]) -> T:
-    """Runs a function in every process and returns its result. If it raises UserError or RunFailed
-    in one process, all processes raise it. The function must not communicate with the others."""
+    """Runs a function in every process and returns its result in this one. If it raises UserError
+    or RunFailed in one process, all processes raise it. The function must not communicate with
+    other processes."""
     error: BaseException | None = None
     try:
         value = function()
@@ -176,7 +178,7 @@ def check_equal(
     compare: Callable[[T, T], list[str]],
     advice: str = "Start all processes with the same settings and the same packages.",
 ) -> None:
-    """Raises UserError in every process if a process has a different value than process 0.
+    """Raises UserError in every process if the value of one differs from that of process 0.
 
     `compare` returns the differences of two values as phrases; `advice` is a sentence that follows
     them.

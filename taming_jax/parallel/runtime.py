@@ -27,8 +27,8 @@ MIN_COMPILE_SECONDS = 0.5  # faster compilations are not cached
 
 
 def prepare(config: Config) -> None:
-    """Configures JAX as a config requires. Raises UserError if JAX has started already and it is
-    too late."""
+    """Configures JAX as a config requires. Raises UserError if the config is deterministic, but JAX
+    has already started."""
     if config.deterministic:
         enable_determinism()
     if config.compile_cache:
@@ -36,7 +36,8 @@ def prepare(config: Config) -> None:
 
 
 def enable_determinism() -> None:
-    """Makes XLA use only deterministic operations on GPUs."""
+    """Makes XLA use only deterministic operations on GPUs. Raises UserError if JAX has already
+    started."""
     flags = os.environ.get("XLA_FLAGS", "")
     if DETERMINISTIC in flags.split():
         return
@@ -53,19 +54,19 @@ def enable_compile_cache() -> None:
     if jax.config.values["jax_compilation_cache_dir"]:
         return
     folder = user_cache() / f"xla-{get_machine_key()}"
-    with contextlib.suppress(OSError):  # JAX prints a warning
+    with contextlib.suppress(OSError):  # JAX warns about it later
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
-    if jax.__version_info__ >= (0, 12):  # with 0.10 a bound fails for users without a home folder
+    if jax.__version_info__ >= (0, 12):  # with 0.10, a limit fails for users without a home folder
         jax.config.update("jax_compilation_cache_max_size", MAX_CACHE_BYTES)
 
 
 def get_machine_key() -> str:
     """Returns a name for the machine properties that affect compiled programs but are not part of
     JAX's cache keys: the CPU model, and the number of cores that this process may use, among which
-    a CPU program divides its work (and rounds accordingly)."""
+    a CPU program divides its work, so that rounding depends on it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         names = ("model name", "flags", "CPU part", "Features")  # x86-64, then Arm

@@ -24,7 +24,7 @@ def make_example_keys(seed: int, purpose: int, step: Any, place: jax.Array) -> j
 
 class Net(struct.PyTreeNode):
     """The state of one network. `extra` holds state that is neither a parameter nor an optimizer
-    state: BatchNorm's running statistics and LeCAM's averages. `ema` is the exponential moving
+    state: BatchNorm's running statistics and LeCam's averages. `ema` is the exponential moving
     average of the parameters, or None."""
 
     params: Any

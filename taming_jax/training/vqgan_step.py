@@ -163,7 +163,7 @@ class VQGANObjective:
     ) -> Gradients:
         """Returns all losses and gradients of one step on images float [b,h,w,c] in [-1, 1].
 
-        `discriminator_steps` is the number of steps since the discriminator started, which LeCAM's
+        `discriminator_steps` is the number of steps since the discriminator started, which LeCam's
         averages need. `keys` are the random keys, and `temperature` is that of sampled codes.
 
         With the setting `micro_batches`, each micro-batch has its own adaptive weight and BatchNorm

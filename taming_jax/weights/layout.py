@@ -1,8 +1,8 @@
 """Layouts: where the arrays of our networks are in PyTorch state dicts, and how to convert them in
 both directions.
 
-A layout maps each of our parameters' paths to an `Entry`. Imports, exports, and the shapes that a
-file must have all follow from it.
+A layout maps the path of each of our parameters to an `Entry`. It determines imports, exports, and
+the shapes that a file's arrays must have.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -27,7 +27,7 @@ Layout = dict[Path, Entry]
 
 
 def map_kernel(name: str) -> Entry:
-    """Maps a weight: OIHW in PyTorch and HWIO in Flax, OI and IO, or a vector in both."""
+    """Maps a weight: OIHW in PyTorch to HWIO in Flax, OI to IO, and a vector to itself."""
 
     def to_flax(x: np.ndarray) -> np.ndarray:
         return x.transpose(2, 3, 1, 0) if x.ndim == 4 else x.T
@@ -39,23 +39,22 @@ def map_kernel(name: str) -> Entry:
 
 
 def map_unchanged(name: str) -> Entry:
-    """Maps an array that is the same in both."""
+    """Maps an array that is the same in PyTorch and Flax."""
     return Entry((name,), lambda x: x, lambda x: (x,))
 
 
-def map_parameter(name: str, last: str) -> Entry:
-    """Maps the parameter `last` of a Flax layer that PyTorch calls `name`."""
-    if last == "kernel":
-        return map_kernel(f"{name}.weight")
-    return map_unchanged(f"{name}.{TORCH_NAMES[last]}")
+def map_parameter(layer: str, parameter: str) -> Entry:
+    """Maps a Flax parameter, such as "kernel", of the layer that PyTorch calls `layer`."""
+    if parameter == "kernel":
+        return map_kernel(f"{layer}.weight")
+    return map_unchanged(f"{layer}.{TORCH_NAMES[parameter]}")
 
 
 TORCH_NAMES = {"scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 
 
 def map_concatenated(entries: Iterable[Entry]) -> Entry:
-    """Maps one of our arrays to several PyTorch arrays of equal width, which it concatenates along
-    its last axis."""
+    """Maps several PyTorch arrays of equal width to their concatenation along our last axis."""
     parts = tuple(entries)
 
     def to_flax(*arrays: np.ndarray) -> np.ndarray:
@@ -76,7 +75,7 @@ def flatten_shapes(tree: Any) -> dict[Path, tuple[int, ...]]:
 def convert_shapes(
     layout: Layout, shapes: Mapping[Path, tuple[int, ...]]
 ) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of the PyTorch arrays by name, from the shapes of ours by path."""
+    """Returns the shapes of the PyTorch arrays by name, given the shapes of our arrays by path."""
     torch_shapes: dict[str, tuple[int, ...]] = {}
     for path, entry in layout.items():
         arrays = entry.to_torch(np.broadcast_to(np.float32(0), shapes[path]))
@@ -85,7 +84,7 @@ def convert_shapes(
 
 
 def convert_to_flax(layout: Layout, state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Converts a PyTorch state dict to our parameters, a tree."""
+    """Converts a PyTorch state dict to a tree of our parameters."""
     flat = {
         path: entry.to_flax(*(state_dict[name] for name in entry.names))
         for path, entry in layout.items()
@@ -94,7 +93,7 @@ def convert_to_flax(layout: Layout, state_dict: Mapping[str, np.ndarray]) -> dic
 
 
 def convert_to_torch(layout: Layout, params: Any) -> dict[str, np.ndarray]:
-    """Converts our parameters, a tree, to a PyTorch state dict."""
+    """Converts a tree of our parameters to a PyTorch state dict."""
     flat = traverse_util.flatten_dict(params)
     state_dict: dict[str, np.ndarray] = {}
     for path, entry in layout.items():
@@ -102,7 +101,7 @@ def convert_to_torch(layout: Layout, params: Any) -> dict[str, np.ndarray]:
     return state_dict
 
 
-def build_inception_layout(names: Iterable[Path]) -> Layout:
+def build_inception_layout(paths: Iterable[Path]) -> Layout:
     """Builds the layout of the `InceptionV3` variables (`params` and `batch_stats`) in
     pytorch-fid's file."""
-    return {name: map_parameter(".".join(name[1:-1]), name[-1]) for name in names}
+    return {path: map_parameter(".".join(path[1:-1]), path[-1]) for path in paths}

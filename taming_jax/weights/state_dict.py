@@ -16,34 +16,35 @@ StateDict = dict[str, np.ndarray]
 
 
 def open_state_dict(file: Path) -> tuple[StateDict, dict[str, Any]]:
-    """Returns the arrays of a file by name, and its numbers and strings.
+    """Returns the arrays of a file by name, and its metadata: other numbers and strings.
 
     In a PyTorch file, the arrays are under the key `ema`, `state_dict`, `model` or `module`, or at
-    the top level. Raises UserError for a file that is missing or damaged, or has no arrays.
+    the top level. Raises UserError if the file is missing or damaged, or if a PyTorch file
+    has no arrays.
     """
     if file.suffix == ".safetensors":
         return open_safetensors(file)
     content = open_tensors(file)
     if not isinstance(content, Mapping):
-        raise UserError(f"{file} has no state dict; name a checkpoint.")
-    # The names that Lightning, LlamaGen and DeepSpeed use.
+        raise UserError(f"{file} has no state dict; name a checkpoint with weights.")
+    # The keys that Lightning, LlamaGen and DeepSpeed use.
     keys = [k for k in ("ema", "state_dict", "model", "module") if isinstance(content.get(k), dict)]
     state_dict = content[keys[0]] if keys else content
     arrays = {str(name): x for name, x in state_dict.items() if isinstance(x, np.ndarray)}
     if not arrays:
-        raise UserError(f"{file} has no state dict; name a checkpoint.")
+        raise UserError(f"{file} has no state dict; name a checkpoint with weights.")
     if keys[:1] == ["ema"]:
-        say(f"{file} has an exponential moving average of its weights (ema), which is used.")
+        say(f"Using the exponential moving average (ema) of the weights in {file}.")
     return arrays, {str(k): x for k, x in content.items() if isinstance(x, int | float | str)}
 
 
 def open_safetensors(file: Path) -> tuple[StateDict, dict[str, Any]]:
-    """Returns the arrays of a safetensors file by name, and its metadata. Raises UserError for a
-    file that is missing or damaged."""
+    """Returns the arrays of a safetensors file by name, and its metadata. Raises UserError if the
+    file is missing or damaged."""
     import safetensors
 
     try:
-        # "numpy" reads every type but bfloat16; "flax" reads that, but turns int64 into int32.
+        # "numpy" cannot read bfloat16; "flax" can, but it turns int64 into int32.
         by_numpy, by_flax = (safetensors.safe_open(file, kind) for kind in ("numpy", "flax"))
 
         def read(name: str) -> np.ndarray:
@@ -63,7 +64,9 @@ def check_suffix(file: Path) -> None:
     """Raises UserError for a file that `write_state_dict` cannot write: one with another suffix, or
     a `.ckpt` if PyTorch is not installed."""
     if file.suffix not in (".ckpt", ".safetensors"):
-        raise UserError(f"{file} is neither a .ckpt nor a .safetensors file; name one of these.")
+        raise UserError(
+            f"{file} is neither a .ckpt nor a .safetensors file; use one of these suffixes."
+        )
     if file.suffix == ".ckpt" and importlib.util.find_spec("torch") is None:
         raise UserError(
             f"{file}: writing a .ckpt file needs PyTorch, which is not installed; install it (pip "
@@ -75,7 +78,7 @@ def write_state_dict(
     file: Path, state_dict: Mapping[str, np.ndarray], metadata: dict[str, Any]
 ) -> None:
     """Writes a `.safetensors` file with metadata, or a `.ckpt` file in the format of PyTorch
-    Lightning. The write is atomic. Raises OSError."""
+    Lightning. The write is atomic. Raises OSError if it fails."""
     with atomic_file(file) as partial:
         if file.suffix == ".safetensors":
             from safetensors.numpy import save_file
@@ -99,8 +102,9 @@ def check_state_dict(
     is_extra: Callable[[str], bool],
     source: str,
 ) -> None:
-    """Raises UserError if a file lacks an array of `shapes`, has one of another shape, or has an
-    unknown one for which `is_extra` is false. `source` names what the shapes come from."""
+    """Raises UserError if a file lacks an array of `shapes`, or has one of another shape, or an
+    array that is neither in `shapes` nor extra. `source` names the origin of the shapes in
+    messages."""
     missing = [name for name in shapes if name not in state_dict]
     unknown = [name for name in state_dict if name not in shapes and not is_extra(name)]
     if missing or unknown:
@@ -119,7 +123,7 @@ def check_state_dict(
 
 
 def format_names(names: Iterable[str]) -> str:
-    """Returns the first five names, and the number of the others."""
+    """Returns the first five names and the number of the others as a phrase."""
     listed = list(names)
     more = f" and {len(listed) - 5} more" if len(listed) > 5 else ""
     return ", ".join(listed[:5]) + more

@@ -1,7 +1,7 @@
 """Reads PyTorch files (`.pth`, `.pt`, `.ckpt`) without PyTorch: the current zip format, and the
 legacy format from before version 1.6.
 
-These files are pickles. Only tensors and plain containers are restored; an object that does nothing
+These files are pickles. Only tensors and plain containers are restored. An object that does nothing
 replaces everything else, so no code from the file runs. Tensors are views of the memory-mapped
 file, except those of bfloat16, which are converted to float32.
 """
@@ -38,7 +38,7 @@ DAMAGE_ERRORS = (
 
 
 def read_storage(raw: Any, kind: str, count: int) -> np.ndarray:
-    """Returns a storage's bytes as a flat read-only array, or for bfloat16 as a float32 copy.
+    """Returns the bytes `raw` as a flat read-only array, or for bfloat16 as a float32 copy.
 
     Raises ValueError if there are too few bytes.
     """
@@ -53,7 +53,7 @@ def read_storage(raw: Any, kind: str, count: int) -> np.ndarray:
 def view_storage(
     storage: np.ndarray, offset: int, shape: tuple, strides: tuple, *_: Any
 ) -> np.ndarray:
-    """Returns a tensor, a read-only view of a storage. Raises ValueError if it is invalid."""
+    """Returns a tensor as a read-only view of a storage. Raises ValueError if it is invalid."""
     numbers = (offset, *shape, *strides)
     if len(shape) != len(strides) or not all(type(n) is int and n >= 0 for n in numbers):
         raise ValueError("a tensor has an invalid shape")
@@ -92,8 +92,8 @@ SUPPORTED: dict[tuple[str, str], Any] = {
 
 
 class TensorUnpickler(pickle.Unpickler):
-    """An unpickler of containers and tensors. `load_storage` returns a storage by kind, key and
-    size."""
+    """An unpickler of containers and tensors. `load_storage` returns a storage, given its kind, key
+    and number of elements."""
 
     def __init__(self, stream: Any, load_storage: Callable[[str, str, int], np.ndarray]):
         super().__init__(stream)
@@ -129,7 +129,7 @@ def open_tensors(file: Path) -> Any:
 
 
 def read_zip(stream: IO[bytes], mapped: mmap.mmap) -> Any:
-    """Reads the current format: a pickle, and one file per storage."""
+    """Reads the current format, a zip of a pickle and one file per storage."""
     with zipfile.ZipFile(stream) as archive:
         (pickled,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
         folder = pickled.removesuffix("data.pkl")
@@ -157,9 +157,9 @@ def read_stored_bytes(mapped: mmap.mmap, part: zipfile.ZipInfo) -> memoryview:
 
 
 def read_legacy(mapped: mmap.mmap) -> Any:
-    """Reads the legacy format: three pickles about the file, one of the content, one of the ordered
-    storage keys, and the storages, each after its length. It reads the content twice, since the
-    storages come after it."""
+    """Reads the legacy format: three pickles about the file, one of the content, one of the storage
+    keys in order, and the storages, each preceded by its length. Reads the content twice, since the
+    storages follow it."""
     if mapped[:1] != b"\x80":
         raise ValueError("it does not start with a pickle")
     kinds: dict[str, tuple[str, int]] = {}

@@ -178,7 +178,7 @@ def test_the_log_likelihood_is_that_of_the_codes(run):
         ("--guidance-scale 1 2 3", "the guidance scale is"),
         ("--per-class 0", "there is nothing to draw: 0 images of 4 classes"),
         ("--batch-size 0", "the batch size is 0"),
-        ("--devices 64", "--devices is 64, but there are"),
+        ("--devices 64", "--devices is 64, but the number of"),
         ("--devices 0", "--devices is 0"),
         ("--out /proc/s.npz", "/proc/s.npz cannot be written"),
         ("--out nowhere/s.npz", "cannot be written (No such file or directory)"),

@@ -200,7 +200,7 @@ def test_settings_become_ours(command, tmp_path):
     )  # fmt: skip
     files = Files(tmp_path, model, random_weights(names_of(model), 1))
     said = files.imported(command, tmp_path / "run")
-    assert "holds generator and discriminator of" in said and "32 px, 64 codes." in said
+    assert "contains the generator and discriminator of" in said and "32 px, 64 codes." in said
     config = taming_jax.load_run(tmp_path / "run").config
     assert config.vqgan.legacy_commitment and config.vqgan.commitment == 0.25
     assert config.vqgan.discriminator_loss == "vanilla" and config.vqgan.batch_size == 4
@@ -241,7 +241,7 @@ def test_a_token_before_the_codes_is_the_class(command, tmp_path):
     [
         (VQ | {"target": "taming.models.vqgan.EMAVQ"}, r"describes taming.models.vqgan.EMAVQ,"),
         (changed(VQ, ddconfig__double_z=True), r"sets double_z to True; only False is supported"),
-        (changed(VQ, ddconfig__in_channels=4), r"describes a model from 4 to 3 image channels"),
+        (changed(VQ, ddconfig__in_channels=4), "with 4 input and 3 output channels"),
         (changed(VQ, remap="used.npy"), "sets remap, which is not supported"),
         (changed(NET, cond_stage_config=NET["params"]["first_stage_config"]),
          r"conditions its transformer on VQModel"),
@@ -319,13 +319,13 @@ def test_what_is_not_finite_is_imported_and_named(command, tmp_path):
     weights["quant_conv.bias"] = weights["quant_conv.bias"].astype(np.float64)
     weights["quant_conv.bias"][0] = 1e300
     said = Files(tmp_path, model, weights).imported(command, tmp_path / "run")
-    assert "Warning: encoder.conv_in.bias holds values that are not finite." in said
-    assert "Warning: quant_conv.bias holds values that are not finite." in said
+    assert "Warning: encoder.conv_in.bias contains values that are not finite." in said
+    assert "Warning: quant_conv.bias contains values that are not finite." in said
     status, _, err = command(
         "import", "--checkpoint", tmp_path / "model.ckpt", "--config", tmp_path / "model.yaml",
         "--workdir", tmp_path / "run",
     )  # fmt: skip
-    assert status == 2 and "already exists and is not empty; name another --workdir" in err
+    assert status == 2 and "is not an empty folder; name another --workdir" in err
 
 
 def test_a_run_of_ones_own_goes_there_and_back(command, tmp_path):
@@ -350,7 +350,7 @@ def test_a_run_of_ones_own_goes_there_and_back(command, tmp_path):
         status, said, err = command(
             "export", "--workdir", tmp_path / "run", "--out", out, "--stage", stage
         )
-        assert status == 0 and "have length one" in said, err
+        assert status == 0 and "have unit length" in said, err
         assert ("Class c is token 24 + c" in said) == (stage == "prior")
         status, _, err = command(
             "import", "--checkpoint", out, "--config", out.with_suffix(".yaml"), "--workdir",

@@ -63,7 +63,9 @@ def test_a_tokenizer_and_its_transformer_are_the_references(files, tmp_path):
         files, tmp_path / "run", "--gpt", files / "gpt.pt", "--heads", 2, run=commands.run
     )  # fmt: skip
     assert status == 0, err
-    assert "holds generator and transformer of LlamaGen: images of 16 px, 24 codes, 3" in said
+    assert (
+        "contains the generator and transformer of LlamaGen: images of 16 px, 24 codes, 3" in said
+    )
     run = taming_jax.load_run(tmp_path / "run")
     images, codes, labels = reference.inputs()
     np.testing.assert_array_equal(run.encode(to_nhwc(images)), RECORDED["indices"])
@@ -86,10 +88,10 @@ def test_what_does_not_belong_together_is_refused(files, tmp_path):
         (("--gpt", files / "vq.pt"), "is not a LlamaGen class-conditional transformer"),
         (
             ("--gpt", files / "gpt.pt"),
-            "has width 32, for which the number of attention heads is unknown",
+            "has width 32; set --heads to its number of attention heads",
         ),
         (("--gpt", files / "none.pt"), "there is no file"),
-        (("--gpt", files / "part.pt"), "it lacks layers.0.feed_forward.w1.weight"),
+        (("--gpt", files / "part.pt"), "it has no layers.0.feed_forward.w1.weight of 2 dimensions"),
     ):
         status, _, err = imported(files, tmp_path / "run", *flags)
         assert status == 2 and says in err and err.count("\n") == 1, err

@@ -132,7 +132,7 @@ def test_statistics_that_cannot_be_used(tmp_path):
         "cut.npz": "has no usable statistics",
         "array.npy": "has no usable statistics",
         "nan.npz": "not finite",
-        "one.npz": "of 1 images",
+        "one.npz": "the count is 1",
     }.items():
         with pytest.raises(UserError, match=said):
             distances.load_moments(tmp_path / name, 512)

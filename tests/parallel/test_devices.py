@@ -54,7 +54,7 @@ def test_batches_and_devices_that_do_not_fit_are_refused():
     Devices(4).check_batch("prior", 24, 3)
     with pytest.raises(UserError, match="4 devices with 4 --prior.micro-batches each; .* of 16"):
         Devices(4).check_batch("prior", 24, 4)
-    with pytest.raises(UserError, match="--devices is 9, but there are 4"):
+    with pytest.raises(UserError, match="--devices is 9, but the number of cpu devices is 4"):
         Devices(9)
 
 
@@ -75,7 +75,7 @@ def trained():
 @pytest.mark.slow
 def test_one_two_and_four_devices_take_the_same_step(trained):
     state, images = trained
-    # With LeCAM, so that every kind of state is compared.
+    # With LeCam, so that every kind of state is compared.
     config = load_config("mnist_tiny", OVERRIDES | {"vqgan.lecam_weight": 0.1})
     discriminator = state.nets["discriminator"]
     averages = {"real": np.float32(0.1), "fake": np.float32(-0.1)}
