@@ -27,6 +27,7 @@ from taming_jax.priors.registry import Prior, build_prior
 from taming_jax.sampler import Sampler, SamplingSettings, make_keep_mask
 from taming_jax.training.checkpoints import Store
 from taming_jax.training.tokens import Tokenizer
+from taming_jax.weights.arrays import hash_arrays
 
 # The two batch sizes that the networks are compiled for; the last batch is padded.
 SMALL_BATCH, BATCH = 8, 64
@@ -110,6 +111,16 @@ class Run:
         if self.dataset is None:
             return datasets.load(self.config.data).class_names
         return tuple(self.dataset["class_names"])
+
+    @property
+    def trained_classes(self) -> list[int]:
+        """The numbers of the classes with training images, as far as that is known."""
+        untrained = (self.dataset or {}).get("untrained_classes", [])
+        return [i for i in range(len(self.class_names)) if i not in untrained]
+
+    def hash_weights(self) -> str:
+        """Returns a hash of the weights of both stages, 16 hexadecimal digits."""
+        return hash_arrays((self.params, self.transformer))
 
     def with_data(self, settings: Mapping[str, Any]) -> "Run":
         """Returns this run with other data settings (fields of `DataConfig`): `path` is the current
@@ -211,20 +222,28 @@ class Run:
 
         Raises UserError if a class does not exist, or if a setting is invalid.
         """
-        class_labels, known = self.to_labels(classes), None
-        n = len(class_labels)
-        if per_class < 1 or not n:
-            raise UserError(
-                f"there is nothing to draw: {per_class} images of {n} classes; choose at least one."
-            )
-        labels = np.repeat(class_labels, per_class)
-        numbers = np.tile(np.arange(per_class, dtype=np.int32), n)
+        labels, numbers = self.number_images(classes, per_class)
+        known = None
         if prefix is not None:
             codes = np.asarray(prefix)
             if codes.ndim != 1 or (codes < 0).any():
                 raise UserError("a prefix must be a one-dimensional array of codes from 0.")
             known = np.broadcast_to(codes, (len(labels), len(codes)))
         return np.concatenate(list(self.draw_samples(labels, numbers, known=known, **settings)))
+
+    def number_images(
+        self, classes: int | str | Iterable[int | str], per_class: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the labels of the images of `sample`, and their numbers within each class, both
+        int32 [n]. Raises UserError if a class does not exist, or if there are none."""
+        class_labels = self.to_labels(classes)
+        n = len(class_labels)
+        if per_class < 1 or not n:
+            raise UserError(
+                f"there is nothing to draw: {per_class} images of {n} classes; choose at least one."
+            )
+        numbers = np.tile(np.arange(per_class, dtype=np.int32), n)
+        return np.repeat(class_labels, per_class), numbers
 
     def complete(
         self,

@@ -91,11 +91,9 @@ class Sampler:
         temperature, top_k, top_p, guidance_scale = self.resolve_settings(**settings, seed=seed)
         grid, n = self.compute_grid(size), len(labels)
         length, codes = grid[0] * grid[1], self.prior.codebook_size
-        known_codes = np.full((n, length), -1, np.int32)
-        if known is not None:
-            if np.shape(known)[1] > length or not all(-1 <= x < codes for x in np.unique(known)):
-                raise UserError(f"a prefix holds at most {length} codes from 0 to {codes - 1}.")
-            known_codes[:, : known.shape[1]] = known
+        known = np.empty((n, 0), np.int32) if known is None else known
+        if known.shape[1] > length or not all(-1 <= x < codes for x in np.unique(known)):
+            raise UserError(f"a prefix holds at most {length} codes from 0 to {codes - 1}.")
         (replicas, params), draw = self._placed(devices), self._compiled(devices, top_k, grid)
         micro = sampling_batch_size(replicas.list[0])
         if grid != self.prior.grid:
@@ -114,8 +112,10 @@ class Sampler:
         with Progress("sampling", n, "images", enabled=progress) as bar:
             for start in range(0, n, batch):
                 rows = np.minimum(np.arange(start, start + batch), n - 1)
+                known_codes = np.full((batch, length), -1, np.int32)
+                known_codes[:, : known.shape[1]] = known[rows]
                 shards = replicas.shard({
-                    "labels": labels[rows], "numbers": numbers[rows], "known": known_codes[rows]
+                    "labels": labels[rows], "numbers": numbers[rows], "known": known_codes
                 })  # fmt: skip
                 pending.append(draw(params, shards | shared))
                 if len(pending) == max_pending or start + batch >= n:

@@ -22,6 +22,7 @@ from taming_jax.errors import RunFailed, UserError
 from taming_jax.storage import check_writable
 
 if TYPE_CHECKING:
+    from taming_jax.cli.sample_files import SampleFiles
     from taming_jax.run import Run
 
 MAX_ROWS = 10  # in a grid, if --classes is not set
@@ -121,6 +122,7 @@ def draw_and_write(args: Sample) -> None:
     """Draws images as the flags specify, and writes them."""
     size = None if args.size is None else parse_size(args.size)
     suffix = check_flags(args)
+    from taming_jax.data.pixels import to_uint8
     from taming_jax.run import load_run
 
     run = load_run(args.workdir)
@@ -131,32 +133,68 @@ def draw_and_write(args: Sample) -> None:
     }  # fmt: skip
     if args.complete:
         grid = complete_pictures(run, args, size, settings)
-        summary = f"{len(grid.images)} completions of {len(grid.titles)} pictures"
+        write_samples(args.out, suffix, grid)
+        print(f"Wrote {len(grid.images)} completions of {len(grid.titles)} pictures to {args.out}.")
+        return
+    classes = choose_classes(run, args.classes, MAX_ROWS if suffix == ".png" else None)
+    if suffix == ".png":
+        images = to_uint8(run.sample(classes, args.per_class, size=size, **settings))
+        names = [run.class_names[i] for i in classes]
+        write_samples(args.out, suffix, SampleGrid(images, classes, names, names))
     else:
-        max_classes = MAX_ROWS if suffix == ".png" else None
-        grid = sample_classes(run, args, max_classes, size=size, **settings)
-        summary = f"{len(grid.images)} images of {len(grid.titles)} classes"
-    write_samples(args.out, suffix, grid)
-    print(f"Wrote {summary} to {args.out}.")
-    if not args.complete and not args.classes and len(grid.titles) < len(run.class_names):
+        draw_to_files(run, args, classes, suffix, size, settings)
+    print(f"Wrote {len(classes) * args.per_class} images of {len(classes)} classes to {args.out}.")
+    if not args.classes and len(classes) < len(run.class_names):
         print(f"There are {len(run.class_names)} classes; choose others with --classes.")
 
 
-def sample_classes(
-    run: "Run", args: Sample, max_classes: int | None, **settings: Any
-) -> SampleGrid:
-    """Draws new images of --classes, without duplicates. Without --classes, draws all classes or
-    at most `max_classes`, evenly spaced."""
+def choose_classes(run: "Run", names: tuple[str, ...], limit: int | None) -> np.ndarray:
+    """Returns the classes `names`, int32 [n], without duplicates. Default: those with training
+    images, or at most `limit` of them, evenly spaced."""
     from taming_jax.data.datasets import evenly_spaced
+
+    if names:
+        return np.array(list(dict.fromkeys(run.to_labels(names).tolist())), np.int32)
+    trained = np.array(run.trained_classes, np.int32)
+    return trained[evenly_spaced(len(trained), limit or len(trained))]
+
+
+def draw_to_files(
+    run: "Run",
+    args: Sample,
+    classes: np.ndarray,
+    suffix: str,
+    size: tuple[int, int] | None,
+    settings: dict[str, Any],
+) -> None:
+    """Draws images and writes them as they are drawn, except those that are written already."""
+    from taming_jax.cli.sample_files import NpzFile, PngFolder
     from taming_jax.data.pixels import to_uint8
 
-    count = len(run.class_names)
-    numbers = run.to_labels(args.classes or evenly_spaced(count, max_classes or count))
-    classes = list(dict.fromkeys(numbers.tolist()))
-    images = run.sample(classes, args.per_class, **settings)
-    labels = np.repeat(np.array(classes, np.int32), args.per_class)
-    names = [run.class_names[i] for i in classes]
-    return SampleGrid(to_uint8(images), labels, names, [f"{i:04d}" for i in classes])
+    labels, numbers = run.number_images(classes, args.per_class)
+    names = ("temperature", "top_k", "top_p", "guidance_scale", "seed")
+    sampling = run.resolve_sampling(**{name: settings[name] for name in names})
+    config = run.config.data
+    shape = (*(size or (config.image_size, config.image_size)), config.channels)
+    manifest = {
+        "weights": run.hash_weights(), **sampling._asdict(), "seed": args.seed, "shape": shape,
+    }  # fmt: skip
+    files: SampleFiles = PngFolder(args.out, manifest)
+    if suffix:
+        manifest |= {"classes": classes.tolist(), "per_class": args.per_class}
+        files = NpzFile(args.out, manifest, shape)
+    missing = files.find_missing(labels, numbers)
+    if len(missing) < len(labels):
+        print(f"{len(labels) - len(missing)} of {len(labels)} images are drawn already.")
+    labels_left, numbers_left, start = labels[missing], numbers[missing], 0
+    try:
+        for images in run.draw_samples(labels_left, numbers_left, size=size, **settings):
+            part = slice(start, start + len(images))
+            files.write(labels_left[part], numbers_left[part], to_uint8(images))
+            start += len(images)
+        files.finish(labels)
+    except OSError as error:
+        raise RunFailed(f"{args.out} could not be written: {error.strerror or error}.") from error
 
 
 def complete_pictures(

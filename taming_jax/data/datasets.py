@@ -129,6 +129,7 @@ def fingerprint(splits: Splits) -> dict[str, Any]:
         "images": {name: len(split.images) for name, split in parts.items()},
         "means": {name: compute_means(split.images) for name, split in parts.items()},
         "class_names": list(splits.class_names),
+        "untrained_classes": find_untrained(splits),
     }
 
 

@@ -145,9 +145,8 @@ def find_nearest(evaluator: Evaluator, count: int) -> tuple[np.ndarray, np.ndarr
     image and its nearest neighbor."""
     train = evaluator.select_images("train", evaluator.protocol.kept)
     features = evaluator.compute_feature_stats(train, "training images").features
-    labels = np.resize(evenly_spaced(len(evaluator.splits.class_names), count), count).astype(
-        np.int32
-    )
+    trained = np.unique(evaluator.splits.train.labels)
+    labels = np.resize(trained[evenly_spaced(len(trained), count)], count).astype(np.int32)
     images = np.concatenate(list(evaluator.draw_samples(labels)))
     rows, squares = distances.find_nearest(evaluator.features(images)[0], features)
     queries = features[evenly_spaced(len(features), 1000)]

@@ -220,7 +220,8 @@ class PriorStage(Stage):
         from taming_jax import figures  # slow to import
 
         names, columns = self.splits.class_names, 8
-        classes = datasets.evenly_spaced(len(names), 10).astype(np.int32)
+        trained = np.unique(self.splits.train.labels)
+        classes = trained[datasets.evenly_spaced(len(trained), 10)].astype(np.int32)
         params = self.devices.fetch({name: net.params for name, net in state.nets.items()})
         arrays = {
             "labels": np.repeat(classes, columns),
