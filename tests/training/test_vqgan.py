@@ -10,7 +10,7 @@ from taming_jax.errors import RunFailed, UserError
 from taming_jax.parallel.devices import Devices
 from taming_jax.training import loop
 from taming_jax.training.checkpoints import Store
-from taming_jax.training.vqgan import VQGANStage, fix_discriminator_start
+from taming_jax.training.vqgan import VQGANStage, resolve_discriminator_start
 from taming_jax.training.vqgan_step import VQGANObjective
 from taming_jax.training.writers import read_rows
 from tests import small_runs
@@ -145,7 +145,7 @@ def test_the_discriminators_start_is_decided_once(created, given, start):
         return load_config("mnist_tiny", {f"vqgan.{key}": x for key, x in settings.items()})
 
     before = None if created is None else config(created)
-    found = fix_discriminator_start(config(given), 20, before)
+    found = resolve_discriminator_start(config(given), 20, before)
     assert found.vqgan.discriminator_start_step == start
 
 
