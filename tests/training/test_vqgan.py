@@ -24,7 +24,7 @@ SMALL = {
 
 def planted(monkeypatch, steps):
     """Makes the images of these steps (counted from 1) infinite."""
-    gradients = VQGANObjective.gradients
+    gradients = VQGANObjective.compute_gradients
 
     def broken(self, generator, discriminator, images, lpips, adversarial, step, *rest):
         images += jnp.where(jnp.isin(step + 1, jnp.array(steps)), jnp.inf, 0)
@@ -97,7 +97,7 @@ def check_longer_runs(config_of, capsys):
     """After step 2 of 4 steps, though half of 10 are 5; another step is refused."""
     longer = VQGANStage(config_of(10), Devices(1))
     assert (longer.start, longer.config.vqgan.discriminator_start_step) == (2, 2)
-    assert "The discriminator starts after step 2, which was fixed" in capsys.readouterr().out
+    assert "The discriminator starts after step 2, as computed" in capsys.readouterr().out
     assert VQGANStage(config_of(10), Devices(1), restart=True).start == 5
     with pytest.raises(UserError, match="start-step is 7, but the run in .* was created with 2"):
         VQGANStage(config_of(12, **{"vqgan.discriminator_start_step": 7}), Devices(1))
