@@ -57,7 +57,7 @@ def resolve_discriminator_start(config: Config, examples: int, created: Config |
             f"--vqgan.discriminator-start-step is {setting}, but the run in {config.folder} was "
             f"created with {fixed}; leave the setting out, or start over with --restart."
         )
-    if start != default:
+    if start not in (None, default):
         say(f"The discriminator starts after step {start}, as computed when the run was created.")
     return replace_section(config, "vqgan", discriminator_start_step=start)
 
@@ -247,9 +247,9 @@ class VQGANStage(Stage):
             for i in range(0, len(uniform_grids), 32)
         ]
 
-        figures.plot_loss_curves(
-            rows, folder / "loss_curves.png", "VQ-GAN (dotted: discriminator starts)", self.start
-        )
+        start = self.config.vqgan.discriminator_start_step
+        title = "VQ-GAN" + ("" if start is None else " (dotted: discriminator starts)")
+        figures.plot_loss_curves(rows, folder / "loss_curves.png", title, start)
         figures.plot_reconstructions(
             images, self._reconstruct(params, images), folder / "reconstructions.png", step
         )
