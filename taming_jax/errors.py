@@ -17,12 +17,11 @@ class UserError(Exception):
 
 
 class RunFailed(Exception):
-    """A failure that the run cannot continue from, such as values that are not finite. Exit status
-    1."""
+    """A failure that ends the run, such as non-finite values. Exit status 1."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """The end of a run by a signal, after its state was saved. Exit status 128 + signal number."""
+    """A signal that stopped training after a checkpoint. Exit status 128 + signal number."""
 
     def __init__(self, signum: int, message: str):
         super().__init__(message)

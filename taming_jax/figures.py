@@ -26,7 +26,7 @@ INK, ACCENT, FAINT = "#1f2933", "#c2410c", "#9aa5b1"
 LOG_SCALE = {"l1", "perceptual", "codebook", "adaptive_weight"}
 # The titles of metrics, in the order of their plots. Other metrics follow, titled by their names.
 TITLES = {
-    "l1": "L1 (images in 0 to 1)",
+    "l1": "L1 (images in [0, 1])",
     "perceptual": "perceptual (LPIPS)",
     "reconstruction_loss": "reconstruction loss (weighted sum)",
     "nll": "negative log-likelihood (nats per code)",
@@ -78,25 +78,25 @@ def tile_images(images: np.ndarray, columns: int, gap: int = GAP) -> np.ndarray:
 def plot_loss_curves(
     rows: Sequence[dict[str, Any]], path: Path, title: str, mark: int | None = None
 ) -> None:
-    """Plots each metric of the log's rows over the steps: training as a line, validation as dots. A
-    dotted line marks the step `mark`, if it is within the range."""
+    """Plots each metric of the log's rows over the steps: training as a line, validation with dots.
+    A dotted line marks the step `mark`, if it is within the range."""
     steps = max(row["step"] for row in rows)
     logged = dict.fromkeys(name for row in rows for name in row if name not in NOT_PLOTTED)
-    terms = sorted(logged, key=lambda name: [*TITLES, name].index(name))
-    columns = min(4, len(terms))
-    lines = math.ceil(len(terms) / columns)
-    size = 3.6 * columns, 2.5 * lines + 0.7
+    metrics = sorted(logged, key=lambda name: [*TITLES, name].index(name))
+    columns = min(4, len(metrics))
+    plot_rows = math.ceil(len(metrics) / columns)
+    size = 3.6 * columns, 2.5 * plot_rows + 0.7
     figure = Figure(figsize=size)
-    # A fixed layout, since matplotlib's layout engines take seconds.
+    # Use a fixed layout, since matplotlib's layout engines take seconds.
     figure.subplots_adjust(
         left=0.6 / size[0], right=1 - 0.15 / size[0], bottom=0.5 / size[1],
         top=1 - 0.7 / size[1], wspace=0.24, hspace=0.34,
     )  # fmt: skip
-    for i, term in enumerate(terms):
-        axes = figure.add_subplot(lines, columns, i + 1)
-        plot_metric(axes, rows, term)
+    for i, metric in enumerate(metrics):
+        axes = figure.add_subplot(plot_rows, columns, i + 1)
+        plot_metric(axes, rows, metric)
         axes.set_xlim(0, steps)
-        if i >= len(terms) - columns:
+        if i >= len(metrics) - columns:
             axes.set_xlabel("step", fontsize=9)
         if mark is not None:
             axes.axvline(mark, color=FAINT, linestyle=":", linewidth=1)
@@ -107,10 +107,12 @@ def plot_loss_curves(
     save(figure, path)
 
 
-def plot_metric(axes: Axes, rows: Sequence[dict[str, Any]], term: str) -> None:
+def plot_metric(axes: Axes, rows: Sequence[dict[str, Any]], metric: str) -> None:
     """Plots one metric of the log's rows. A long training curve also gets a moving average."""
     for split in ("train", "validation"):
-        points = [(row["step"], row[term]) for row in rows if row["split"] == split and term in row]
+        points = [
+            (row["step"], row[metric]) for row in rows if row["split"] == split and metric in row
+        ]
         x, y = np.array(points, float).reshape(-1, 2).T
         if split == "validation":
             axes.plot(x, y, "o-", color=ACCENT, markersize=3.5, linewidth=1, clip_on=False)
@@ -121,11 +123,11 @@ def plot_metric(axes: Axes, rows: Sequence[dict[str, Any]], term: str) -> None:
             mean = np.convolve(y, np.full(window, 1 / window), "valid")
             axes.plot(x, y, color=FAINT, linewidth=0.5)
             axes.plot(x[window // 2 :][: len(mean)], mean, color=INK, linewidth=1.2)
-    set_title(axes, TITLES.get(term, term))
+    set_title(axes, TITLES.get(metric, metric))
     axes.tick_params(labelsize=8)
-    if term == "usage":
+    if metric == "usage":
         axes.set_ylim(0, 1.05)
-    if term in LOG_SCALE:
+    if metric in LOG_SCALE:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
@@ -147,8 +149,8 @@ def plot_reconstructions(
 
 
 def plot_codebook_usage(counts: np.ndarray, path: Path, source: str) -> None:
-    """Plots how often each code is used, from counts [k], in descending order. `source` says in the
-    title which images the counts are from."""
+    """Plots how often each code is used, from counts [k], in descending order. The title names
+    `source`, the images that the counts are from."""
     shares = np.sort(counts / counts.sum())[::-1]
     used = shares[shares > 0]
     perplexity = math.exp(-(used * np.log(used)).sum())
@@ -177,23 +179,23 @@ def draw_grid(
     below: Sequence[str] = (),
 ) -> Figure:
     """Returns a figure of images [n,h,w,c] in rows of `columns`. `names` are the labels of the rows
-    (or empty), and `below` are the texts below the columns. If an image's pixels are at least two
-    figure pixels wide, they are drawn with sharp edges."""
+    (or empty), and `below` are the texts below the columns. Pixels of images are drawn with
+    sharp edges if they are at least two pixels of the figure wide."""
     sheet = tile_images(images, columns)
     names = [name if len(name) <= 24 else f"{name[:23]}…" for name in names]
     # Sizes in inches. Matplotlib's "constrained" layout would cut off long names.
     width, margin = min(columns, 8.0), 0.05
     height = width * sheet.shape[0] / sheet.shape[1]
-    longest = max(map(len, names), default=0)
-    beside = max(0.8, 0.2 + 0.09 * longest) if names else margin  # the font size is 9 points
-    above = margin if title is None else 0.4
-    under = 0.25 if below else margin
-    room = 0.075 * len(title or "")  # letters of ten points
-    size = max(beside + width + margin, room), under + height + above
+    longest_name = max(map(len, names), default=0)
+    left = max(0.8, 0.2 + 0.09 * longest_name) if names else margin  # the font size is 9 points
+    top = margin if title is None else 0.4
+    bottom = 0.25 if below else margin
+    title_width = 0.075 * len(title or "")  # the font size is 10 points
+    size = max(left + width + margin, title_width), bottom + height + top
     figure = Figure(figsize=size)
     if title is not None:
         figure.suptitle(title, fontsize=10, x=0.01, ha="left", y=1 - 0.1 / size[1])
-    axes = figure.add_axes((beside / size[0], under / size[1], width / size[0], height / size[1]))
+    axes = figure.add_axes((left / size[0], bottom / size[1], width / size[0], height / size[1]))
     sharp = width * DPI >= 2 * sheet.shape[1]
     axes.imshow(
         np.broadcast_to(sheet, (*sheet.shape[:2], 3)),

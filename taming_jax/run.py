@@ -34,11 +34,11 @@ SMALL_BATCH, BATCH = 8, 64
 
 
 def load_run(workdir: str | Path, data: Mapping[str, Any] | None = None) -> "Run":
-    """Loads the best checkpoint of the run in a folder, or the newest if none was validated: the
-    prior with the generator that it was trained on if the run has a prior, else stage 1.
+    """Loads a run from the best checkpoint in its folder, or from the newest if none was validated.
+    If the run has a prior, loads the prior and the generator that it was trained on, else stage 1.
 
-    `data` overrides data settings of the run's config.json, such as `{"path": "elsewhere/birds"}`,
-    for data that has moved, or for other data.
+    `data` overrides data settings of the run's config.json, such as `{"path": "elsewhere/birds"}`
+    for data that has moved; see `Run.with_data`.
 
     Raises UserError if the folder holds no run, or if none of its checkpoints can be read.
     """
@@ -48,14 +48,14 @@ def load_run(workdir: str | Path, data: Mapping[str, Any] | None = None) -> "Run
 
 
 def _load_checkpoint(folder: Path) -> tuple[Config, int, dict[str, Any] | None, Any, Any]:
-    """Returns the arguments of `Run` that a folder's checkpoint holds."""
+    """Returns the arguments of `Run`, except `workdir`, from a folder's checkpoint."""
     if not folder.is_dir():
         raise UserError(
             f"there is no folder {folder}; name the folder of a run, such as runs/mnist_tiny."
         )
-    prior = Store(folder, "prior")
-    if prior.steps():
-        checkpoint = prior.load_best()
+    prior_store = Store(folder, "prior")
+    if prior_store.steps():
+        checkpoint = prior_store.load_best()
         transformer = checkpoint.nets["transformer"]["params"]
     else:
         checkpoint, transformer = Store(folder, "vqgan").load_best(), None
@@ -64,9 +64,9 @@ def _load_checkpoint(folder: Path) -> tuple[Config, int, dict[str, Any] | None, 
 
 
 def _update_data_settings(config: Config, folder: Path) -> Config:
-    """Takes the data settings from the run's config.json, where the user may have changed the path,
-    or named the dataset of an imported run. Keeps the checkpoint's if config.json is about other
-    data."""
+    """Returns the config with the data settings of the run's config.json, where the user may have
+    changed the path, or named the dataset of an imported run. Keeps the checkpoint's data settings
+    if config.json describes other data."""
     with contextlib.suppress(UserError):
         current = read_config(folder / "config.json")
         if not diff_configs(current, config, ("data",)):
@@ -124,7 +124,7 @@ class Run:
 
     def with_data(self, settings: Mapping[str, Any]) -> "Run":
         """Returns this run with other data settings (fields of `DataConfig`): `path` is the current
-        location of the data, and `name` selects a dataset, which the run need not be trained on.
+        location of the data, and `name` selects a dataset, on which the run need not be trained.
 
         Raises UserError if a setting does not exist, or does not fit the run's networks.
         """
@@ -206,19 +206,19 @@ class Run:
         """Draws images of classes (numbers or names), float32 [n,h,w,c] in [-1, 1]: `per_class` of
         the first class, then of the second, and so on.
 
-        Image i of a class depends only on the seed, the class and i, because the size of the
-        micro-batches is fixed (8 on a CPU, 32 on other devices). Another type of device rounds
-        differently, and may draw other codes. `prefix` int [p] holds the first codes in raster
-        order. The `settings` are optional:
+        Image i of a class depends only on the settings, the seed, the class and i, because the size
+        of the micro-batches is fixed (8 on a CPU, 32 on other devices). Another type of device
+        rounds differently, and may draw other codes. `prefix` int [p] holds the first codes in
+        raster order. The `settings` are optional:
 
         - `temperature`: 0 takes the most likely codes. `top_k` and `top_p` exclude unlikely codes.
-          A `guidance_scale` above 1 emphasizes the class; two scales are those of the first and the
-          last code, and the codes between them are interpolated linearly. None means the value of
-          the run's config (a guidance scale or top-p of 1 has no effect).
+          A `guidance_scale` above 1 emphasizes the class; a pair of scales is interpolated linearly
+          from the first code to the last. None means the value of the run's config; to turn off
+          guidance or top-p, pass 1.
         - `size`: height and width in pixels. If they are larger than the training images, the codes
           are drawn in windows of the training size.
-        - `seed`. `devices`, default: all. `batch_size`, which bounds how many images are drawn at
-          once, rounded up to whole micro-batches. `progress`, which shows a progress bar.
+        - `seed`: default 0. `devices`: their number, default: all. `batch_size`: how many images to
+          draw at once, rounded up to whole micro-batches. `progress`: shows a progress bar.
 
         Raises UserError if a class does not exist, or if a setting is invalid.
         """
@@ -227,7 +227,7 @@ class Run:
         if prefix is not None:
             codes = np.asarray(prefix)
             if codes.ndim != 1 or (codes < 0).any():
-                raise UserError("a prefix must be a one-dimensional array of codes from 0.")
+                raise UserError("a prefix must be a one-dimensional array of codes, 0 or more.")
             known = np.broadcast_to(codes, (len(labels), len(codes)))
         return np.concatenate(list(self.draw_samples(labels, numbers, known=known, **settings)))
 
@@ -259,11 +259,12 @@ class Run:
         draws the others, `per_image` times for the first image, then for the second, and so on.
         Returns float32 [n*per_image,h,w,c] in [-1, 1].
 
-        `keep` is the share of rows to keep from the top. A bool `mask`, [h',w'] for codes or [h,w]
-        for pixels, is true where codes are kept instead. Codes are drawn in raster order, so a code
-        depends on the codes above it and to its left, but not on kept codes after it. `classes` is
-        one class for all images or one per image. None means no class, which requires a prior with
-        a single class or one trained with --prior.label-dropout. `settings` are those of `sample`.
+        `keep` is the share of rows to keep, from the top. A bool `mask`, [h',w'] for codes or [h,w]
+        for pixels, replaces `keep` and is true where codes are kept. Codes are drawn in raster
+        order, so a code depends on the codes before it, but not on kept codes after it. `classes`
+        is one class for all images or one per image. None means no class, which requires a prior
+        with a single class or one trained with --prior.label-dropout. `settings` are those of
+        `sample`.
 
         Raises UserError if an argument is invalid.
         """
@@ -273,7 +274,9 @@ class Run:
         labels = self._resolve_labels(classes, n)
         known = np.where(make_keep_mask(keep, mask, (grid[0], grid[1]), self.factor), codes, -1)
         if per_image < 1:
-            raise UserError(f"there is nothing to draw: {per_image} completions per image.")
+            raise UserError(
+                f"there is nothing to draw: {per_image} completions per image; choose at least one."
+            )
         return np.concatenate(list(self.draw_samples(
             np.repeat(labels, per_image), np.tile(np.arange(per_image, dtype=np.int32), n),
             known=np.repeat(known.reshape(n, -1), per_image, 0),
@@ -283,7 +286,8 @@ class Run:
     def _resolve_labels(
         self, classes: int | str | Iterable[int | str] | None, n: int
     ) -> np.ndarray:
-        """Returns the labels of n images, int32 [n]. None stands for images without a class."""
+        """Returns the labels of n images, int32 [n]. None means no class. Raises UserError if the
+        number of classes is neither 1 nor n, or if the prior needs a class."""
         if classes is None:
             null_label = 0 if self.prior.classes == 1 else self.prior.classes
             if null_label and not self.config.prior.label_dropout:
@@ -309,8 +313,8 @@ class Run:
         return self._sampler.draw_samples(labels, numbers, **settings)
 
     def resolve_sampling(self, **settings: Any) -> SamplingSettings:
-        """Returns the settings of `sample`, with those of the run's config instead of None. Raises
-        UserError if one is invalid."""
+        """Returns the sampling settings, with the values of the run's config for those that are
+        None or missing. Raises UserError if one is invalid."""
         return self._sampler.resolve_settings(**settings)
 
     def log_likelihood(self, images: Any, labels: Any) -> np.ndarray:
@@ -323,15 +327,18 @@ class Run:
         return self.code_log_likelihood(self.encode(images), labels)
 
     def code_log_likelihood(self, indices: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """Like `log_likelihood`, of code indices int32 [n,h',w'] and labels int32 [n]."""
+        """Like `log_likelihood`, but takes code indices int32 [n,h',w'] and labels int32 [n]."""
         grid, expected = indices.shape[1:], self.prior.window
         if grid != expected:
-            raise UserError(f"the prior computes likelihoods of {expected} codes, not of {grid}.")
+            raise UserError(
+                f"the images have {grid} codes, but the prior computes likelihoods only of "
+                f"{expected}; pass images of the training size."
+            )
         return self._apply_in_batches(self._likelihood, (labels, indices), 1, self.transformer)
 
     def tokens(self, split: str = "train") -> Split:
-        """Returns the codes of a split of the run's dataset, unsigned [n, h' * w'], without
-        augmentation, and its labels. The codes are cached in the run's folder.
+        """Returns a split of the run's dataset with its images encoded as codes, unsigned int
+        [n, h' * w'], without augmentation. The codes are cached in the run's folder.
 
         Raises UserError if the split does not exist, or if the data cannot be loaded.
         """
@@ -363,7 +370,7 @@ class Run:
         ):  # fmt: skip
             raise UserError(
                 f"the images have shape {images.shape}; this run takes [n, h, w, {channels}], "
-                f"with h and w multiples of {factor} (it was trained on "
+                f"with h and w multiples of {factor} (the training size is "
                 f"{self.config.data.image_size})."
             )
         if images.dtype == np.uint8:
@@ -374,8 +381,8 @@ class Run:
             )
         elif not np.abs(images).max(initial=0) <= 1.001:
             raise UserError(
-                "float images must lie in [-1, 1], but some values are outside of it or NaN; pass "
-                "uint8, or images / 127.5 - 1."
+                "float images must lie in [-1, 1], but some values are outside this range or NaN; "
+                "pass uint8 images, or scale them with images / 127.5 - 1."
             )
 
         def encode(images: np.ndarray) -> np.ndarray:
@@ -386,7 +393,8 @@ class Run:
 
     def decode(self, indices: Any, tile: int | None = None) -> np.ndarray:
         """Decodes code indices int [n,h',w'], a grid of any size, into images float32 [n,h,w,c] in
-        [-1, 1], in tiles like `encode`. Raises UserError if the type or a code is invalid."""
+        [-1, 1], in tiles like `encode`. Raises UserError if the shape, type or a code is invalid.
+        """
         indices, codes = np.asarray(indices), self.config.vqgan.codebook_size
         if indices.ndim != 3 or not np.issubdtype(indices.dtype, np.integer):
             raise UserError(
@@ -419,7 +427,8 @@ class Run:
         function: Callable[..., jax.Array], arrays: tuple[np.ndarray, ...], pixels: int, params: Any
     ) -> np.ndarray:
         """Applies a compiled function to parameters and arrays [n, ...] in batches of one size, so
-        that it is compiled once per image size."""
+        that it compiles at most twice per image size. `pixels` is the number of pixels per image.
+        """
         n, limit = len(arrays[0]), max_batch(pixels, BATCH)
         if not n:
             raise UserError(

@@ -19,7 +19,7 @@ from taming_jax.progress import Progress
 
 
 class SamplingSettings(NamedTuple):
-    """The settings that codes are drawn with; see `Run.sample`."""
+    """The settings for sampling codes; see `Run.sample`."""
 
     temperature: float
     top_k: int | None
@@ -38,19 +38,19 @@ class Sampler:
         params: dict[str, Any],
         decode: Callable[[np.ndarray], np.ndarray],
     ):
-        """`decode` makes images from grids of codes larger than those of the training images."""
-        self.preset, self.factor, self._decode = config.prior, config.downsample_factor, decode
+        """`decode` decodes the codes of images larger than the training images."""
+        self._defaults, self.factor, self._decode = config.prior, config.downsample_factor, decode
         self.prior, self.generator, self.params = prior, generator, params
-        self._placed = functools.cache(self._place)
-        self._compiled = functools.cache(self._compile)
+        self._place_once = functools.cache(self._place)
+        self._compile_once = functools.cache(self._compile)
 
     def resolve_settings(self, seed: int = 0, **overrides: Any) -> SamplingSettings:
-        """Returns the settings of the run's config, with the overrides that are not None. Raises
-        UserError if one is invalid."""
-        defaults = (getattr(self.preset, name) for name in SamplingSettings._fields)
+        """Returns the sampling settings of the run's config, replaced by the overrides that are not
+        None. Raises UserError if one of them or the seed is invalid."""
+        defaults = (getattr(self._defaults, name) for name in SamplingSettings._fields)
         settings = SamplingSettings(*defaults)
         settings = settings._replace(**{k: x for k, x in overrides.items() if x is not None})
-        check_sampling(settings, self.prior.codebook_size, self.preset.label_dropout)
+        check_sampling(settings, self.prior.codebook_size, self._defaults.label_dropout)
         if not 0 <= seed < 2**32:
             raise UserError(f"the seed is {seed}; it must be from 0 to {2**32 - 1}.")
         return settings
@@ -67,8 +67,8 @@ class Sampler:
         ):
             raise UserError(
                 f"the size is {size}; it must be a height and a width in pixels that are multiples "
-                f"of {factor}, and at least the {window[0] * factor} and {window[1] * factor} that "
-                "the prior was trained on."
+                f"of {factor}, and at least {window[0] * factor} and {window[1] * factor}, the "
+                "training size."
             )
         return int(size[0]) // factor, int(size[1]) // factor
 
@@ -93,17 +93,18 @@ class Sampler:
         length, codes = grid[0] * grid[1], self.prior.codebook_size
         known = np.empty((n, 0), np.int32) if known is None else known
         if known.shape[1] > length or not all(-1 <= x < codes for x in np.unique(known)):
-            raise UserError(f"a prefix holds at most {length} codes from 0 to {codes - 1}.")
-        (replicas, params), draw = self._placed(devices), self._compiled(devices, top_k, grid)
-        micro = sampling_batch_size(replicas.list[0])
+            raise UserError(f"a prefix must hold at most {length} codes from 0 to {codes - 1}.")
+        device_group, params = self._place_once(devices)
+        draw = self._compile_once(devices, top_k, grid)
+        micro_batch_size = sampling_batch_size(device_group.list[0])
         if grid != self.prior.grid:
-            micro = max_batch(length * self.factor**2, micro)
-        batch = micro * len(replicas)
+            micro_batch_size = max_batch(length * self.factor**2, micro_batch_size)
+        batch = micro_batch_size * len(device_group)
         scales = None
         if guidance_scale is not None:
             ends = np.ravel(guidance_scale)
             scales = np.linspace(ends[0], ends[-1], length, dtype=np.float32)
-        shared = replicas.replicate({
+        shared = device_group.replicate({
             "seed": np.uint32(seed), "temperature": np.float32(temperature),
             "top_p": None if top_p is None else np.float32(top_p), "scales": scales,
         })  # fmt: skip
@@ -114,12 +115,12 @@ class Sampler:
                 rows = np.minimum(np.arange(start, start + batch), n - 1)
                 known_codes = np.full((batch, length), -1, np.int32)
                 known_codes[:, : known.shape[1]] = known[rows]
-                shards = replicas.shard({
+                shards = device_group.shard({
                     "labels": labels[rows], "numbers": numbers[rows], "known": known_codes
                 })  # fmt: skip
                 pending.append(draw(params, shards | shared))
                 if len(pending) == max_pending or start + batch >= n:
-                    for outputs in map(replicas.gather, pending):
+                    for outputs in map(device_group.gather, pending):
                         outputs = outputs[:remaining]
                         yield outputs if grid == self.prior.grid else self._decode(outputs)
                         bar.update(len(outputs))
@@ -149,7 +150,7 @@ class Sampler:
                     return codes
                 return decode_indices(generator, params["generator"], codes)
 
-        return self._placed(count)[0].compile(draw)
+        return self._place_once(count)[0].compile(draw)
 
 
 def make_keep_mask(keep: float, mask: Any, grid: tuple[int, int], factor: int) -> np.ndarray:
@@ -159,8 +160,8 @@ def make_keep_mask(keep: float, mask: Any, grid: tuple[int, int], factor: int) -
         rows = round(keep * grid[0]) if 0 < keep < 1 else 0
         if not 0 < rows < grid[0]:
             raise UserError(
-                f"keep is {keep}, which leaves nothing to keep or nothing to draw of {grid[0]} "
-                "rows of codes; choose a share between 0 and 1."
+                f"keep is {keep}; it must be a share between 0 and 1 that leaves at least one of "
+                f"the {grid[0]} rows of codes to keep and one to draw."
             )
         return np.broadcast_to(np.arange(grid[0])[:, None] < rows, grid)
     mask = np.asarray(mask, bool)

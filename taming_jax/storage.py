@@ -1,4 +1,4 @@
-"""Atomic writes, which survive a full disk or a killed process, and locks of a run's folder."""
+"""Atomic writes, which a full disk or a killed process cannot corrupt, and locks of run folders."""
 
 import contextlib
 import errno
@@ -50,7 +50,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     try:
         yield partial
         with partial.open("rb") as file:
-            os.fsync(file.fileno())  # so that the content is on the disk before the rename
+            os.fsync(file.fileno())  # so that the content reaches the disk before the rename
         partial.replace(path)
     finally:
         with contextlib.suppress(OSError):
@@ -64,7 +64,7 @@ def atomic_write(path: Path, content: bytes) -> None:
 
 
 def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Caches arrays in an .npz. Does nothing if the file cannot be written."""
+    """Caches arrays in an .npz file. Does nothing if the file cannot be written."""
     content = io.BytesIO()
     np.savez(content, **cast(dict[str, Any], arrays))
     with contextlib.suppress(OSError):
@@ -107,8 +107,8 @@ def run_lock(folder: Path) -> Iterator[None]:
             if number not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):
                 raise
             say(
-                f"The file system of {folder} has no locks ({os.strerror(number)}): make sure that "
-                "no second run trains in the folder."
+                f"The file system of {folder} does not support locks ({os.strerror(number)}): make "
+                "sure that no other run trains in the folder."
             )
     try:
         with contextlib.suppress(OSError):  # the lock works even if a full disk rejects its text
@@ -124,7 +124,7 @@ def run_lock(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def report_unwritable(folder: Path) -> Iterator[None]:
-    """Converts OSError to UserError while a run's folder is written."""
+    """A context for writing a run's folder that converts OSError to UserError."""
     try:
         yield
     except OSError as error:

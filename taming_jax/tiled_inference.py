@@ -17,13 +17,13 @@ Tile = tuple[slice, slice]  # the rows and the columns
 
 
 def choose_tile_side(size: Sequence[int], tile: int | None, factor: int) -> int | None:
-    """Returns the side of a tile in codes, for images of a size in pixels and tiles of `tile`
-    pixels per side, or None if the images are small enough to need no tiles. Raises UserError if
-    `tile` is invalid."""
+    """Returns the side of a tile in codes, or None if images of this height and width in pixels
+    are small enough to need no tiles. `tile` is the side in pixels, or None for the default. Raises
+    UserError if `tile` is invalid."""
     is_integer = tile is None or isinstance(tile, int | np.integer)
     if tile is not None and (not is_integer or tile < 4 * factor or tile % factor):
         raise UserError(
-            f"the tile is {tile} pixels; it must be a multiple of {factor}, {4 * factor} or more."
+            f"the tile is {tile} pixels; it must be a multiple of {factor}, at least {4 * factor}."
         )
     if tile is None and size[0] * size[1] <= MAX_PIXELS:
         return None
@@ -31,7 +31,7 @@ def choose_tile_side(size: Sequence[int], tile: int | None, factor: int) -> int 
 
 
 def compute_tile_starts(size: int, tile: int, overlap: int) -> list[int]:
-    """Returns the starts of tiles along an axis, which cover it and overlap at least `overlap`."""
+    """Returns the starts of tiles that cover an axis and overlap by at least `overlap`."""
     if size <= tile:
         return [0]
     count = math.ceil((size - overlap) / (tile - overlap))
@@ -47,7 +47,7 @@ def iterate_tiles(shape: Sequence[int], tile: int) -> Iterator[Tile]:
 
 
 def to_pixels(tile: Tile, factor: int) -> Tile:
-    """Converts a tile of codes to one of pixels."""
+    """Converts a tile from units of codes to units of pixels."""
     rows, columns = (slice(axis.start * factor, axis.stop * factor) for axis in tile)
     return rows, columns
 
@@ -81,7 +81,7 @@ def decode_tiled(
     """Decodes codes [n,h,w] into images float32 [n,h*factor,w*factor,channels], in tiles of `tile`
     pixels per side (see `choose_tile_side`), which are blended where they overlap."""
     n, *grid = codes.shape
-    size = [codes * factor for codes in grid]
+    size = [length * factor for length in grid]
     side = choose_tile_side(size, tile, factor)
     if side is None:
         return decode(codes)

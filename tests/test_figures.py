@@ -23,7 +23,7 @@ def test_loss_curves_of_any_metrics(tmp_path, monkeypatch):
         Axes, "set_title", lambda axes, *a, **k: titles.append(a[0]) or set_title(axes, *a, **k)
     )
     figures.plot_loss_curves(rows, path, "title", mark=150)
-    assert titles == ["L1 (images in 0 to 1)", "share of codes in use", "sharpness"]
+    assert titles == ["L1 (images in [0, 1])", "share of codes in use", "sharpness"]
     with Image.open(path) as image:
         assert image.size[0] > image.size[1]
     assert [file.name for file in tmp_path.iterdir()] == ["curves.png"], "no partial file is left"
@@ -41,7 +41,7 @@ def test_long_class_names_have_room():
 def test_a_title_over_few_images_is_not_cut():
     images = np.zeros((9, 32, 32, 3), np.float32)
     title = "Validation images after step 4000; under each error its mean (0 to 1)"
-    figure = figures.labelled_grid(images, ["original", "reconstruction", "error"], 3, title)
+    figure = figures.draw_grid(images, ["original", "reconstruction", "error"], 3, title)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     box = figure._suptitle.get_window_extent(canvas.get_renderer())

@@ -81,7 +81,7 @@ def test_a_file_system_without_locks_costs_a_sentence(tmp_path, monkeypatch, cap
     monkeypatch.setattr("filelock.FileLock.acquire", none)
     with run_lock(tmp_path / "run"):
         (tmp_path / "run" / "file").touch()
-    assert "has no locks (No locks available)" in capsys.readouterr().out
+    assert "does not support locks (No locks available)" in capsys.readouterr().out
 
 
 def test_arrays_are_kept_where_there_is_room(tmp_path, limit_file_size):

@@ -25,7 +25,8 @@ def should_unroll() -> bool:
 
 
 def count_loop_iterations(count: int) -> int:
-    """Returns how many times each compiled copy of the body of `average_micro_batches` runs."""
+    """Returns how often each compiled copy of the loop body of `average_micro_batches` runs in a
+    step. `Compiled.flops` counts each copy once."""
     return 1 if should_unroll() else count
 
 
@@ -42,7 +43,7 @@ def average_micro_batches(function: Callable[[Any], Any], arrays: Any, count: in
         # Make the index depend on the previous sums, so that XLA cannot run micro-batches in
         # parallel, which would need the memory of the full batch. optimization_barrier does not
         # help: XLA's CPU compiler drops it before it schedules operations. A NaN changes the index,
-        # but then the step is skipped anyway.
+        # but such a step is skipped anyway.
         last_values = jnp.stack([leaf.ravel()[-1] for leaf in jax.tree.leaves(total)])
         index += jnp.isnan(last_values).any()
         micro_batch = jax.tree.map(

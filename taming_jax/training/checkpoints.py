@@ -45,15 +45,18 @@ def advise_on_settings(run: Path) -> str:
     """Returns a sentence that tells you how to resume a run with its own settings."""
     folder = shlex.quote(str(run))
     return (
-        "Give the settings that the run was created with, or use all of them with "
+        "Pass the settings that the run was created with, or load all of them with "
         f"--config {shlex.quote(str(run / 'config.json'))} --workdir {folder}."
     )
 
 
 class Checkpoint(NamedTuple):
-    """The content of a checkpoint: its step, its arrays by name, the config of its run, the
-    fingerprint of its dataset (data/datasets.py) or None if that is not known, whether it holds
-    weights only, without optimizer states, and its format number."""
+    """The content of a checkpoint.
+
+    `arrays` are named by their paths. `config` is that of the run. `dataset` is the fingerprint of
+    the training data (data/datasets.py), or None if that is not known. `weights_only` is true if
+    there are no optimizer states. `format` is the format number (config/migrations.py).
+    """
 
     step: int
     arrays: dict[tuple[str, ...], np.ndarray]
@@ -90,7 +93,7 @@ class Store:
         best_metric: str = "nll",
         dataset: dict[str, Any] | None = None,
     ):
-        self.run, self.path = folder, folder.absolute() / "checkpoints" / name
+        self.folder, self.path = folder, folder.absolute() / "checkpoints" / name
         self._best_metric, self._dataset = best_metric, dataset
         self._writing: tuple[int, ocp.AsyncCheckpointer] | None = None
         self._failure = ""
@@ -118,13 +121,13 @@ class Store:
     def best(self) -> tuple[int | None, float]:
         """Returns the step of the best checkpoint and its score, or None and infinity if no
         checkpoint has a score."""
-        values = {}
+        scores = {}
         for step in self.steps():
             with contextlib.suppress(ValueError):
                 if (score := self._read_metadata(step)["score"]) is not None:
-                    values[step] = score
-        best = min(values, key=lambda step: values[step], default=None)
-        return (None, math.inf) if best is None else (best, values[best])
+                    scores[step] = score
+        best = min(scores, key=lambda step: scores[step], default=None)
+        return (None, math.inf) if best is None else (best, scores[best])
 
     def save(
         self,
@@ -134,11 +137,11 @@ class Store:
         metrics: dict[str, float] | None,
         weights_only: bool = False,
     ) -> None:
-        """Starts to write a checkpoint asynchronously. `wait` and the next save wait for it.
+        """Starts writing a checkpoint asynchronously. `wait` and the next save wait for it.
 
         Does nothing if the step has a checkpoint already. The arrays of `state` must not change
         until the checkpoint is written. `weights_only` marks a checkpoint without optimizer states.
-        If the checkpoint cannot be written, `say` reports it; earlier checkpoints stay.
+        If the checkpoint cannot be written, `say` reports it, and earlier checkpoints stay.
         """
         self.wait()
         if step in self.steps():
@@ -203,7 +206,7 @@ class Store:
         if step not in self.steps():  # otherwise, only the deletion of an old checkpoint failed
             self.say(
                 f"The checkpoint of step {step} could not be written to {self.path} "
-                f"({self._failure}); the run continues, and the next one is tried."
+                f"({self._failure}); the run continues and tries to write the next one."
             )
 
     def require(self, step: int) -> None:
@@ -211,26 +214,28 @@ class Store:
         self.wait()
         steps = self.steps()
         if step not in steps:
-            before = f"the last one is of step {steps[-1]}" if steps else "there is none before it"
+            before = (
+                f"the last one is from step {steps[-1]}" if steps else "there is no earlier one"
+            )
             raise RunFailed(
                 f"the checkpoint of step {step} could not be written to {self.path} "
                 f"({self._failure}), {before}. Free disk space or fix the cause, then resume with "
-                "the same command."
+                "the same command (without --restart)."
             )
 
     def _read_metadata(self, step: int) -> dict[str, Any]:
-        """Reads the metadata of a checkpoint. Raises ValueError if they are damaged, and UserError
-        if they are intact but of a newer format. All formats hash the metadata in the same way."""
+        """Reads the metadata of a checkpoint. Raises ValueError if it is damaged, and UserError
+        if it is intact but in a newer format. All formats hash the metadata in the same way."""
         folder = self.path / str(step)
         if not (folder / "_CHECKPOINT_METADATA").exists():
-            raise ValueError("it is not complete")
+            raise ValueError("it is incomplete")
         try:
             metadata = json.loads((folder / "about" / "metadata").read_text(encoding="utf-8"))
             expected = metadata.pop("hash")
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(f"it cannot be read ({type(error).__name__})") from error
         if hash_json(metadata) != expected:
-            raise ValueError("its metadata differ from what was saved")
+            raise ValueError("its metadata differs from what was saved")
         if read_format(metadata, folder) < SCORE_FORMAT:
             metrics = metadata["metrics"]
             metadata["score"] = metrics and metrics.get(FD, metrics.get("nll"))
@@ -260,17 +265,18 @@ class Store:
                 folder / "state"
             )
             arrays = {path: np.asarray(x) for path, x in traverse_util.flatten_dict(tree).items()}
-        except Exception as error:  # which exceptions damage raises is not documented
+        except Exception as error:  # Orbax does not document which exceptions damage raises
             raise ValueError(f"it cannot be read ({type(error).__name__})") from error
         if {"/".join(path) for path in arrays} != set(metadata["hashes"]):
             raise ValueError("it does not hold the arrays that were saved")
         for path, array in arrays.items():
             if digest(array) != metadata["hashes"]["/".join(path)]:
                 raise ValueError(f"the array {'.'.join(path)} differs from what was saved")
-        number = read_format(metadata, folder)
+        format_number = read_format(metadata, folder)
         return Checkpoint(
-            step, migrate(arrays, number, ARRAY_MIGRATIONS), self._read_config(metadata, step),
-            metadata.get("dataset"), metadata.get("weights_only", False), number,
+            step, migrate(arrays, format_number, ARRAY_MIGRATIONS),
+            self._read_config(metadata, step), metadata.get("dataset"),
+            metadata.get("weights_only", False), format_number,
         )  # fmt: skip
 
     def read_undamaged(self, steps: Iterable[int]) -> Iterator[Checkpoint]:
@@ -297,7 +303,7 @@ class Store:
         steps, best = self.steps(), self.best()[0]
         if not steps:
             raise UserError(
-                f"{self.run} holds no {self.path.name} checkpoint; train this stage with "
+                f"{self.folder} holds no {self.path.name} checkpoint; train this stage with "
                 f"train_{self.path.name}.py."
             )
         order = dict.fromkeys([*([] if best is None else [best]), *reversed(steps)])
@@ -307,7 +313,7 @@ class Store:
         self, template: Any, config: Config, sections: tuple[str, ...], learned: tuple[str, ...]
     ) -> Any | None:
         """Returns the newest undamaged checkpoint as a state with the structure of `template`, or
-        None if there is no checkpoint. From a checkpoint with weights only, it restores only the
+        None if there is no checkpoint. If the checkpoint holds weights only, restores only the
         `learned` networks.
 
         Damaged checkpoints are reported, and moved aside so that their steps can be saved again.
@@ -321,39 +327,40 @@ class Store:
         checkpoint = self._read_first_undamaged(reversed(steps), ", or start over with --restart")
         self._check_compatible(checkpoint, config, sections)
         for damaged in steps[steps.index(checkpoint.step) + 1 :]:
-            place = self._move_aside(damaged, "damaged")
-            self.say(f"The damaged checkpoint was moved to {place}.")
+            new_path = self._move_aside(damaged, "damaged")
+            self.say(f"The damaged checkpoint was moved to {new_path}.")
         if checkpoint.step != steps[-1]:
-            self.say(f"The previous checkpoint, of step {checkpoint.step}, is used.")
+            self.say(f"Using the checkpoint of step {checkpoint.step} instead.")
         if not checkpoint.weights_only:
             return fill(template, checkpoint.arrays)
         loaded = load_matching_weights(learned, template, checkpoint.arrays)
-        self.say(describe_loaded(loaded, self.run))
+        self.say(describe_loaded(loaded, self.folder))
         return loaded.state
 
     def _check_compatible(
         self, checkpoint: Checkpoint, config: Config, sections: tuple[str, ...]
     ) -> None:
         """Raises UserError if the checkpoint belongs to a run with other settings or data."""
-        different = diff_configs(config, checkpoint.config, sections)
-        if different:
+        differences = diff_configs(config, checkpoint.config, sections)
+        if differences:
             raise UserError(
-                f"{self.path} holds a run with other settings: {'; '.join(different)}. "
-                f"{advise_on_settings(self.run)} Otherwise choose another --workdir, or start over "
-                "with --restart."
+                f"{self.path} holds a run with other settings: {'; '.join(differences)}. "
+                f"{advise_on_settings(self.folder)} Otherwise choose another --workdir, or start "
+                "over with --restart."
             )
         count = checkpoint.config.vqgan.micro_batches
         if self.path.name == "vqgan" and count > 1 and checkpoint.format < MICRO_BATCH_FORMAT:
             raise UserError(
                 f"{self.path} holds a run with --vqgan.micro-batches {count} of an older version, "
-                "which computed one adaptive weight for all of them; this version computes one per "
+                "which computed one adaptive weight per batch; this version computes one per "
                 "micro-batch. Choose another --workdir, or start over with --restart."
             )
-        others = fingerprint_diff(self._dataset, checkpoint.dataset)
-        if others:
+        data_changes = fingerprint_diff(self._dataset, checkpoint.dataset)
+        if data_changes:
             raise UserError(
-                f"{self.path} holds a run on other data: {'; '.join(others)}. Set --data.path to "
-                "the same data, choose another --workdir, or start over with --restart."
+                f"{self.path} holds a run trained on other data: {'; '.join(data_changes)}. Set "
+                "--data.path to the same data, choose another --workdir, or start over with "
+                "--restart."
             )
 
     def _move_aside(self, step: int, reason: str) -> Path:
@@ -367,8 +374,8 @@ class Store:
     def clear(self, config: Config, sections: tuple[str, ...]) -> None:
         """Deletes this stage's checkpoints, and nothing else, for a run that starts over.
 
-        A checkpoint with weights only stays, since the run starts from it; if its settings differ,
-        it is moved aside. Damaged and incomplete checkpoints are moved aside too.
+        A checkpoint with weights only stays, since the run starts from it, unless its settings
+        differ: then it is moved aside, like damaged and incomplete checkpoints.
         """
         for step in self.steps():
             try:

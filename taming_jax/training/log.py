@@ -1,4 +1,4 @@
-"""The log of a run: messages and metrics on the screen, and rows to the metric writers."""
+"""The log of a run: messages and metrics on the screen, and rows for the metric writers."""
 
 import contextlib
 import time
@@ -33,17 +33,17 @@ class Log:
         self.rows = [row for row in rows if row["step"] <= start]
         self._writers, self._meter = writers, meter
         self._unwritable: set[str] = set()
-        self._steps, self._row_step = steps, start
+        self._steps, self._last_row_step = steps, start
         self._name = name
         self._progress: Progress | None = None
-        self._waited, self._steps_started = 0.0, time.monotonic()
+        self._seconds_waited, self._timer_start = 0.0, time.monotonic()
         self._call_writers("resume", start)
 
     def start_progress(self) -> None:
         """Starts the clock and the progress bar. Call this after compilation, so that the speed of
         the steps does not include it."""
-        self._steps_started = time.monotonic()
-        self._progress = Progress(self._name, self._steps, "steps", initial=self._row_step)
+        self._timer_start = time.monotonic()
+        self._progress = Progress(self._name, self._steps, "steps", initial=self._last_row_step)
 
     def say(self, sentence: str) -> None:
         """Prints a sentence, above the progress bar if there is one."""
@@ -80,35 +80,35 @@ class Log:
         metrics: dict[str, float],
         flops: float | None = None,
     ) -> None:
-        """Logs the metrics of a step. For the training split it also logs the speed, and, if
-        `flops`, the operations per step on one device, is given, the utilization of the device."""
+        """Logs the metrics of a step. For the training split, also logs the speed and, if the
+        operations per step on one device, `flops`, are known, the utilization of the device."""
         values = {"epoch": round(epoch, 4), **metrics}
         self.rows.append({"step": step, "split": split, **values})
         self._call_writers("scalars", step, split, values)
         names = [key for key in metrics if key not in HIDDEN and not key.endswith("_gradient")]
-        shown = "  ".join(f"{key} {metrics[key]:.4g}" for key in names)
+        text = "  ".join(f"{key} {metrics[key]:.4g}" for key in names)
         if split == "validation":
-            self.say(f"step {step}/{self._steps}  validation  {shown}")
+            self.say(f"step {step}/{self._steps}  validation  {text}")
         elif self._progress is not None:
-            self._progress.set_postfix_str(shown + self._log_speed(step, flops), refresh=False)
+            self._progress.set_postfix_str(text + self._log_speed(step, flops), refresh=False)
 
     @contextlib.contextmanager
     def measure_waiting(self) -> Iterator[None]:
         """A context that measures the time spent waiting for data."""
         start = time.monotonic()
-        self._steps_started = self._steps_started or start
+        self._timer_start = self._timer_start or start
         yield
-        self._waited += time.monotonic() - start
+        self._seconds_waited += time.monotonic() - start
 
     def _log_speed(self, step: int, flops: float | None) -> str:
-        """Logs the speed of the steps since the last row, their use of a device, and the share of
-        time spent waiting for data. The time excludes validation, figures, and checkpoints after
+        """Logs the speed of the steps since the last row, their use of the device, and the share
+        of time spent waiting for data. The time excludes validation, figures, and checkpoints after
         the last row. Returns the share of waiting as text, or "" if it is below 1 %."""
-        elapsed, steps = time.monotonic() - self._steps_started, step - self._row_step
-        waiting = self._waited / elapsed
+        elapsed, steps = time.monotonic() - self._timer_start, step - self._last_row_step
+        waiting = self._seconds_waited / elapsed
         speed = {"steps_per_second": round(steps / elapsed, 4), "waiting": round(waiting, 4)}
         self._call_writers("scalars", step, "speed", speed | self._meter(flops, steps / elapsed))
-        self._waited, self._steps_started, self._row_step = 0.0, 0.0, step
+        self._seconds_waited, self._timer_start, self._last_row_step = 0.0, 0.0, step
         return f"  waiting for data {waiting:.0%}" if waiting >= 0.01 else ""
 
     def advance(self, step: int) -> None:

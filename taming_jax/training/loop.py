@@ -42,11 +42,11 @@ from taming_jax.training.writers import open_writers, read_rows
 def check_processes(config: Config) -> None:
     """Raises UserError if another process has other settings or packages than process 0."""
 
-    def different_settings(one: Config, other: Config) -> list[str]:
+    def compare_settings(one: Config, other: Config) -> list[str]:
         sections = [field.name for field in dataclasses.fields(Config)]
         return diff_configs(one, other, sections, lambda field: field.name not in MACHINE_SETTINGS)
 
-    distributed.check_equal(config, different_settings)
+    distributed.check_equal(config, compare_settings)
     distributed.check_equal(distributed.get_versions(), distributed.describe_differences)
 
 
@@ -64,7 +64,7 @@ def train(build_stage: Callable[..., Stage], config: Config, restart: bool = Fal
         signals = Signals()
         stack.callback(signals.restore)
         prepare(config)
-        if distributed.process_count() > 1:  # no process may end before the others
+        if distributed.process_count() > 1:  # so that no process ends before the others
             signals.listen()
         distributed.silence_secondary()
         check_processes(config)
@@ -123,7 +123,7 @@ def load_initial_weights(
 def keep_other_stage(config: Config, stage: str, restart: bool) -> Config:
     """Returns the config to write into the run's folder: the section of the stage that is not being
     trained keeps the values stored there. The exception is a restart of stage 1 in a run without a
-    prior, which keeps the given config."""
+    prior, which uses the given config."""
     prior = Store(config.folder, "prior")
     if restart and stage == "vqgan" and not prior.steps():
         return config
@@ -136,19 +136,19 @@ def keep_other_stage(config: Config, stage: str, restart: bool) -> Config:
 
 
 def average_metrics(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Returns the mean of each metric over the steps in which it is finite. Steps that were not
-    skipped may have non-finite metrics, since not all metrics decide whether to skip."""
+    """Returns the mean of each metric over the steps in which it is finite. A step that
+    was not skipped may have non-finite metrics, since only some of them decide this."""
     means = {}
-    for term in dict.fromkeys(term for row in rows for term in row):
-        values = [row[term] for row in rows if np.isfinite(row.get(term, np.nan))]
+    for name in dict.fromkeys(name for row in rows for name in row):
+        values = [row[name] for row in rows if np.isfinite(row.get(name, np.nan))]
         if values:
-            means[term] = float(np.mean(values, dtype=np.float64))
+            means[name] = float(np.mean(values, dtype=np.float64))
     return means
 
 
-def metric_order(term: str) -> tuple[bool, bool]:
+def metric_order(name: str) -> tuple[bool, bool]:
     """Returns a sort key for metrics: single losses first, then their sums, then gradients."""
-    return term.endswith("_gradient"), term in ("reconstruction_loss", "nll", "loss")
+    return name.endswith("_gradient"), name in ("reconstruction_loss", "nll", "loss")
 
 
 class Loop:
@@ -160,17 +160,19 @@ class Loop:
         self.settings: StageConfig = getattr(stage.config, stage.name)
         self.training, self.validation = stage.build_feeds()
         self.steps = self.settings.total_steps(self.training.size)
-        epoch = math.ceil(self.training.size / self.settings.batch_size)
-        self.eval_every, self.fd_every = self.settings.eval_every or epoch, self.settings.fd_every
-        self.checkpoint_every = self.settings.checkpoint_every or epoch
+        steps_per_epoch = math.ceil(self.training.size / self.settings.batch_size)
+        self.eval_every = self.settings.eval_every or steps_per_epoch
+        self.fd_every = self.settings.fd_every
+        self.checkpoint_every = self.settings.checkpoint_every or steps_per_epoch
         self.log_every = self.settings.log_every or max(self.steps // 1000, 1)
         self.draw_every = self.settings.draw_every or max(self.steps // 20, 1)
         self.restart = restart
         self.pending: list[tuple[int, dict[str, Any]]] = []
-        self.votes: list[jax.Array] = []
+        self.signal_maxima: list[jax.Array] = []
         self.skipped = self.skipped_in_a_row = 0
 
     def run(self, state: TrainState) -> Path:
+        """Trains from `state` to the last step and returns the run's folder."""
         start, self.skipped = (int(self.devices.fetch(x)) for x in (state.step, state.skipped))
         folder = self.folder
         if start >= self.steps:
@@ -186,7 +188,7 @@ class Loop:
         self.store.say = self.log.say
         if distributed.is_primary():
             write_config(keep_other_stage(self.config, name, self.restart), folder / "config.json")
-        count, kind = len(self.devices), self.devices.list[0].platform
+        count, platform = len(self.devices), self.devices.list[0].platform
         processes = (
             f" of {distributed.process_count()} processes"
             if distributed.process_count() > 1
@@ -195,11 +197,11 @@ class Loop:
         self.log.say(
             f"Training stage {self.stage.name} of {self.config.config} into {folder}: "
             f"{self.training.size} images, {self.settings.batch_size} per step, "
-            f"steps {start + 1} to {self.steps}, on {count} {kind} "
+            f"steps {start + 1} to {self.steps}, on {count} {platform} "
             f"device{'s' * (count > 1)}{processes}. Compilation takes a while."
         )
-        profiled = self.settings.profile if distributed.is_primary() else None
-        self.tracer = Tracer(profiled, folder / "profile", self.log.say)
+        profile_steps = self.settings.profile if distributed.is_primary() else None
+        self.tracer = Tracer(profile_steps, folder / "profile", self.log.say)
         with contextlib.ExitStack() as stack:
             for feed in (self.training, self.validation):
                 stack.callback(feed.close)
@@ -215,7 +217,7 @@ class Loop:
         return folder
 
     def _run_steps(self, state: TrainState, start: int, first: Batch) -> None:
-        self.signals.listen()  # before this, ending the process loses nothing
+        self.signals.listen()  # until now, ending the process loses nothing
         last_drawn = start
         for step in range(start, self.steps):
             with self.log.measure_waiting():
@@ -231,15 +233,15 @@ class Loop:
             done = step + 1
             self.log.advance(done)
             last = done == self.steps
-            take_fd = bool(self.fd_every) and (last or done % self.fd_every == 0)
-            evaluate = last or take_fd or done % self.eval_every == 0
+            measure_fd = bool(self.fd_every) and (last or done % self.fd_every == 0)
+            evaluate = last or measure_fd or done % self.eval_every == 0
             save = last or done % self.checkpoint_every == 0
             if evaluate or save or done % self.log_every == 0:
                 self._log_pending()
             score_metrics = None
             if evaluate:
-                sums, validation_metrics = self._evaluate(state, done, take_fd)
-                if take_fd or not self.fd_every:
+                sums, validation_metrics = self._evaluate(state, done, measure_fd)
+                if measure_fd or not self.fd_every:
                     score_metrics = validation_metrics
                     self.store.wait()  # a best checkpoint whose save failed must not count as best
                     best = distributed.run_on_primary(lambda: self.store.best()[1])
@@ -262,7 +264,7 @@ class Loop:
                 raise Interrupted(
                     stop,
                     f"Stopped by {signal.Signals(stop).name} after step {done}, which is saved in "
-                    f"{self.store.path}. Run the same command to resume.",
+                    f"{self.store.path}. Run the same command (without --restart) to resume.",
                 )
         self._require_checkpoint(self.steps)
         skipped = f", {self.skipped} of them skipped" if self.skipped else ""
@@ -274,14 +276,14 @@ class Loop:
         """Returns the signal that ends the run after this step, or None.
 
         Several processes must stop after the same step. They exchange their signals at each step,
-        and use the result from two steps before: it is known by now, so that no process waits for a
+        and use the result from two steps before, which is known by now, so no process waits for a
         device."""
         if distributed.process_count() == 1:
             return self.signals.received
-        self.votes.append(self.devices.reduce_max(self.signals.received or 0))
-        if len(self.votes) <= 2:
+        self.signal_maxima.append(self.devices.reduce_max(self.signals.received or 0))
+        if len(self.signal_maxima) <= 2:
             return None
-        return int(self.devices.fetch(self.votes.pop(0))) or None
+        return int(self.devices.fetch(self.signal_maxima.pop(0))) or None
 
     def _save(self, state: TrainState, done: int, metrics: dict[str, float] | None) -> None:
         if distributed.is_primary():
@@ -312,21 +314,21 @@ class Loop:
                 finite.append(metrics)
                 continue
             self.skipped_in_a_row += 1
-            terms = [term for term, value in metrics.items() if not np.isfinite(value)]
-            skipped.append((step, ", ".join(sorted(terms, key=metric_order))))
+            names = [name for name, value in metrics.items() if not np.isfinite(value)]
+            skipped.append((step, ", ".join(sorted(names, key=metric_order))))
             if self.skipped_in_a_row > self.settings.skipped_in_a_row:
                 self._raise_not_finite(*skipped[-1])
         if skipped:
-            (first, first_terms), more = skipped[0], len(skipped) - 1
+            (first, first_names), more = skipped[0], len(skipped) - 1
             also = f", and {more} more up to step {skipped[-1][0]}" if more else ""
-            self.log.say(f"Step {first} was skipped{also}: non-finite values in {first_terms}.")
+            self.log.say(f"Step {first} was skipped{also}: non-finite values in {first_names}.")
         last = window[-1][0]
         means = average_metrics(finite) | {"skipped": self.skipped}
         self.log.log_metrics(
             last, self._epoch(last), "train", means, self.stage.count_flops(last - 1)
         )
 
-    def _raise_not_finite(self, step: int, terms: str) -> None:
+    def _raise_not_finite(self, step: int, names: str) -> None:
         self.store.wait()
         saved, allowed = self.store.steps(), self.settings.skipped_in_a_row
         checkpoint = "there is no checkpoint"
@@ -334,13 +336,15 @@ class Loop:
             checkpoint = f"the last good checkpoint is {self.store.path / str(saved[-1])}"
         after = f", after {allowed} steps skipped in a row" if allowed else ""
         raise RunFailed(
-            f"non-finite values at step {step}{after}: {terms}; {checkpoint}. Lower the learning "
-            f"rate, or clip the gradients with --{self.stage.name}.grad-clip-norm."
+            f"non-finite values at step {step}{after}: {names}; {checkpoint}. Start over with "
+            f"--restart and a lower learning rate, or with --{self.stage.name}.grad-clip-norm."
         )
 
     def _evaluate(
-        self, state: TrainState, done: int, take_fd: bool
+        self, state: TrainState, done: int, measure_fd: bool
     ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+        """Validates the state and logs the metrics. Returns the sums over the split and the
+        metrics."""
         size, sums = self.validation.size, None
         with Progress("validation", size, "images") as progress:
             for batch in self.validation.iterate_once():
@@ -349,7 +353,7 @@ class Loop:
                 progress.update(self.settings.batch_size)
         assert sums is not None  # a split has at least one image
         metrics = self.stage.summarize(sums)
-        if take_fd:
+        if measure_fd:
             metrics[FD] = self.stage.compute_fd(state)
         self.log.log_metrics(done, self._epoch(done), "validation", metrics)
         return sums, metrics

@@ -13,8 +13,8 @@ from taming_jax.config.schema import Config
 
 # Peak throughput without sparsity in 10^12 operations per second, from NVIDIA's data sheets, for
 # float32 and bfloat16. The float32 value is for TF32 where the device has it, since XLA uses it by
-# default. A device's name is one of these, followed by any number of NAME_SUFFIX; the longest match
-# counts.
+# default. A device's name is one of these, followed by any number of suffixes (NAME_SUFFIX); the
+# longest match counts.
 PEAK_TFLOPS: dict[str, tuple[float, float | None]] = {
     "NVIDIA B200": (1125, 2250),
     "NVIDIA GH200": (494.7, 989.4),
@@ -96,13 +96,13 @@ class Tracer:
         self._folder, self._say, self._running = folder, say, False
 
     def step(self, number: int) -> jax.profiler.StepTraceAnnotation:
-        """Returns a context for a step. Step numbers start at 1."""
+        """Returns a context for a step, counted from 1. Starts the trace before its first step."""
         if self._first <= number <= self._last and not self._running:
             self._first = number
             try:
                 jax.profiler.start_trace(self._folder, create_perfetto_trace=True)
                 self._running = True
-            except (OSError, RuntimeError) as error:  # another profiler is active
+            except (OSError, RuntimeError) as error:  # for example, another profiler is active
                 self._say(
                     f"The profiler cannot start ({error}); the run continues without a trace."
                 )

@@ -45,7 +45,7 @@ from taming_jax.training.tokens import TokenFeed, Tokenizer
 
 
 def build_optimizer(config: Config) -> Any:
-    """Returns AdamW with gradient clipping and without a learning rate. Weight decay applies to
+    """Returns AdamW with gradient clipping, but without a learning rate. Weight decay applies to
     matrices, including embedding tables, but not to norms and biases."""
     prior = config.prior
     decay = optax.add_decayed_weights(
@@ -92,8 +92,8 @@ def train_step(
         name: make_example_keys(seed, purpose, state.step, arrays["place"])
         for name, purpose in (("dropout", DROPOUT), ("labels", LABELS), ("codes", CODES))
     }
-    draw_dropped = functools.partial(jax.random.bernoulli, p=prior.label_dropout)
-    labels = jnp.where(jax.vmap(draw_dropped)(keys.pop("labels")), model.classes, labels)
+    draw_is_dropped = functools.partial(jax.random.bernoulli, p=prior.label_dropout)
+    labels = jnp.where(jax.vmap(draw_is_dropped)(keys.pop("labels")), model.classes, labels)
     net = state.nets["transformer"]
 
     def loss_and_gradient(arrays: Any) -> tuple[jax.Array, Any]:
@@ -118,8 +118,8 @@ def load_generator(folder: Path, restart: bool) -> tuple[Any, Config, dict[str, 
 
     Raises UserError if the folder holds neither.
     """
-    prior = Store(folder, "prior")
-    checkpoint = None if restart else next(prior.read_undamaged(reversed(prior.steps())), None)
+    store = Store(folder, "prior")
+    checkpoint = None if restart else next(store.read_undamaged(reversed(store.steps())), None)
     if checkpoint is None:
         checkpoint = Store(folder, "vqgan").load_best()
     return checkpoint.generator, checkpoint.config, checkpoint.dataset
@@ -137,22 +137,22 @@ class PriorStage(Stage):
         self.generator, generator_config, generator_dataset = distributed.run_on_primary(
             lambda: load_generator(config.folder, restart)
         )
-        different = diff_configs(config, generator_config, ("data", "vqgan"))
-        if different:
+        differences = diff_configs(config, generator_config, ("data", "vqgan"))
+        if differences:
             raise UserError(
                 f"the generator of the prior in {config.folder} was trained with other settings: "
-                f"{'; '.join(different)}. {advise_on_settings(config.folder)} If you trained stage "
-                "1 again, train a new prior on it with --restart."
+                f"{'; '.join(differences)}. {advise_on_settings(config.folder)} If you trained "
+                "stage 1 again, train a new prior on it with --restart."
             )
         super().__init__(config, devices)
-        others = datasets.fingerprint_diff(self.dataset, generator_dataset)
-        if others:
+        data_changes = datasets.fingerprint_diff(self.dataset, generator_dataset)
+        if data_changes:
             raise UserError(
-                f"the generator in {config.folder} was trained on other data: {'; '.join(others)}. "
-                "Set --data.path to the same data, or train stage 1 on this data in another "
-                "--workdir."
+                f"the generator in {config.folder} was trained on other data: "
+                f"{'; '.join(data_changes)}. Set --data.path to the same data, or train "
+                "stage 1 on this data in another --workdir."
             )
-        # Always compute in float32, whatever the transformer uses: the codes are the data.
+        # Always encode in float32, even if the transformer uses bfloat16: the codes are its data.
         self.vqgan = build_vqgan(dataclasses.replace(config, dtype="float32"))
         self.model = build_prior(config, len(self.splits.class_names))
         self.model.check_trainable()

@@ -1,4 +1,4 @@
-"""Handling of SIGINT and SIGTERM during training: the first one saves after the current step."""
+"""Handling of SIGINT and SIGTERM: training saves a checkpoint after the current step and stops."""
 
 import math
 import os

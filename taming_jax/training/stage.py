@@ -1,4 +1,4 @@
-"""The base class of the two training stages, which is all that the training loop knows of them."""
+"""The base class of the two training stages: the interface that the training loop uses."""
 
 import abc
 import functools
@@ -22,9 +22,8 @@ class Stage(abc.ABC):
 
     `learned` names the networks that the stage trains. `best_metric` names the validation metric
     that chooses the best checkpoint; lower is better. `dataset` is the fingerprint of the data
-    (data/datasets.py). `config` is the config of the stage, including the values that are fixed
-    when a run is created. `evaluation` computes sums over a batch of the validation split for
-    `summarize`.
+    (data/datasets.py). `config` is the run's config, including the values that are fixed when a
+    run is created. `evaluation` computes sums over a batch of the validation split for `summarize`.
     """
 
     name: ClassVar[str]
@@ -59,8 +58,8 @@ class Stage(abc.ABC):
     @abc.abstractmethod
     def select_step(self, step: int) -> Compiled:
         """Returns the compiled training step for step number `step`, counted from 0. Its metrics
-        include `skipped`, the number of steps skipped so far. All of its metrics appear in the log
-        and in the figures."""
+        include `skipped`, the number of steps skipped so far. All metrics appear in the log,
+        and all but `skipped` in the figures."""
 
     @abc.abstractmethod
     def make_images(self, params: dict[str, Any], arrays: dict[str, jax.Array]) -> jax.Array:

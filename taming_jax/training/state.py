@@ -1,4 +1,4 @@
-"""The training state: a step number and the networks by name."""
+"""The training state, and the random keys and schedules that both stages use."""
 
 import functools
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from flax import struct
 
 from taming_jax.config.schema import StageConfig
 
-# The uses of randomness in a run. Each one folds its own number into the run's seed.
+# The purposes of random keys. Each purpose's number is folded into the run's seed.
 DROPOUT, LABELS, CODES, AUGMENTATION, REAL, FAKE = range(6)
 
 
@@ -60,15 +60,18 @@ class TrainState(struct.PyTreeNode):
 
 
 def apply_if_finite(
-    state: TrainState, nets: dict[str, Net], metrics: dict[str, jax.Array], deciding: Sequence[str]
+    state: TrainState,
+    nets: dict[str, Net],
+    metrics: dict[str, jax.Array],
+    must_be_finite: Sequence[str],
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Returns the state after a step, and its metrics with the number of skipped steps so far.
 
-    `nets` are the updated networks. If any metric named in `deciding` (losses and gradient norms)
-    is not finite, the step is skipped: it leaves all networks unchanged. Other metrics may be
-    non-finite.
+    `nets` are the updated networks. If any of the metrics named in `must_be_finite` (losses and
+    gradient norms) is not finite, the step is skipped: it leaves all networks unchanged. Other
+    metrics may be non-finite.
     """
-    finite = jnp.isfinite(jnp.stack([metrics[name] for name in deciding])).all()
+    finite = jnp.isfinite(jnp.stack([metrics[name] for name in must_be_finite])).all()
     nets = jax.tree.map(lambda new, old: jnp.where(finite, new, old), nets, state.nets)
     skipped = state.skipped + jnp.where(finite, 0, 1)
     new_state = TrainState(state.step + 1, nets, skipped)

@@ -2,7 +2,7 @@
 
 `tokens/KEY/SPLIT/` holds an encoded split in files of a few thousand images each. KEY is a hash of
 the generator's arrays, the images, and the augmentation settings, so files of another generator or
-of other images are never read. Missing and damaged files are encoded again, so that an interrupted
+other images are never read. Missing and damaged files are encoded again, so that an interrupted
 encoding resumes.
 """
 
@@ -32,8 +32,8 @@ IMAGES_PER_FILE = 4096
 
 
 class Tokenizer:
-    """A generator that encodes the splits of a dataset. It stores the codes in `folder` (a run's
-    tokens/), and reads those that are stored already."""
+    """An encoder of the splits of a dataset as codes. It stores the codes in `folder` (a run's
+    tokens/), and reads codes that are already stored."""
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class Tokenizer:
         settings = [data.image_size]
         if version:
             settings += [data.random_crop, data.mirror, self._config.seed, version]
-        if self._last_digest[0] is not split.images:  # read all images once, not once per version
+        if self._last_digest[0] is not split.images:  # hash the images once, not once per version
             self._last_digest = split.images, digest(split.images)
         key = hash_json([hash_arrays(self._params), self._last_digest[1], settings])[:16]
         starts = range(0, len(split.images), IMAGES_PER_FILE)
@@ -118,7 +118,7 @@ class Tokenizer:
 
 
 class TokenFeed(ResidentFeed):
-    """A feed of a split as codes that are resident on the devices. Epoch e reads version
+    """A feed of the codes of a split, which are resident on the devices. Epoch e reads version
     e % `versions` of each example. Each version is encoded when it is first needed."""
 
     def __init__(

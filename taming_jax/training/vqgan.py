@@ -40,14 +40,14 @@ from taming_jax.training.state import (
 from taming_jax.training.vqgan_step import Keys, VQGANObjective
 
 
-def fix_discriminator_start(config: Config, examples: int, created: Config | None) -> Config:
+def resolve_discriminator_start(config: Config, examples: int, created: Config | None) -> Config:
     """Returns the config with the step at which the discriminator starts.
 
     The step is computed when a run is created and stays the same when the run is resumed: computing
     it again for an extended run could switch off a discriminator that has already started.
     `created` is the config of the existing run, or None for a new run.
 
-    Raises UserError if the config sets another step than that of the existing run.
+    Raises UserError if the config sets a step other than that of the existing run.
     """
     setting, default = config.vqgan.discriminator_start_step, config.vqgan.start_step(examples)
     start = default if created is None else created.vqgan.start_step(examples)
@@ -57,8 +57,8 @@ def fix_discriminator_start(config: Config, examples: int, created: Config | Non
             f"--vqgan.discriminator-start-step is {setting}, but the run in {config.folder} was "
             f"created with {fixed}; leave the setting out, or start over with --restart."
         )
-    if start != default:
-        say(f"The discriminator starts after step {start}, which was fixed when the run began.")
+    if start not in (None, default):
+        say(f"The discriminator starts after step {start}, as computed when the run was created.")
     return replace_section(config, "vqgan", discriminator_start_step=start)
 
 
@@ -75,15 +75,15 @@ class VQGANStage(Stage):
         super().__init__(config, devices)
         store = Store(config.folder, self.name, self.best_metric)
         created = None if restart else distributed.run_on_primary(store.read_last_config)
-        config = fix_discriminator_start(config, len(self.splits.train.images), created)
+        config = resolve_discriminator_start(config, len(self.splits.train.images), created)
         self.config = config
         start = config.vqgan.discriminator_start_step
         self.start = self.steps if start is None else start
         warn_about_attention(config)
-        self.networks = VQGANObjective.build(config, devices.axis_name)
+        self.objective = VQGANObjective.build(config, devices.axis_name)
         adam = optax.scale_by_adam(*settings.betas, settings.epsilon)
         self._optimizer = add_clipping(adam, settings.grad_clip_norm)
-        self._rates = {
+        self._schedules = {
             "generator": build_schedule(settings, self.steps, settings.learning_rate),
             "discriminator": build_schedule(
                 settings, self.steps, settings.discriminator_learning_rate
@@ -94,7 +94,7 @@ class VQGANStage(Stage):
             for adversarial in (False, True)
         }
         self.evaluation = devices.compile(self._evaluate, frozen)
-        model = self.networks.generator
+        model = self.objective.generator
         self._reconstruct = jax.jit(
             lambda params, images: reconstruct(model, params, to_float(images)).images
         )
@@ -111,15 +111,15 @@ class VQGANStage(Stage):
     def init(self, key: jax.Array) -> TrainState:
         settings, data = self.config.vqgan, self.config.data
         images = jnp.zeros((1, data.image_size, data.image_size, data.channels))
-        for_generator, for_discriminator = jax.random.split(key)
+        generator_key, discriminator_key = jax.random.split(key)
 
-        # This runs only once. Without optimizations it compiles three seconds faster, with the same
-        # results.
+        # This runs only once. Without optimizations it compiles three seconds faster, and returns
+        # the same results.
         @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
         def create() -> TrainState:
-            generator = self.networks.generator.init(for_generator, images)["params"]
+            generator = self.objective.generator.init(generator_key, images)["params"]
             # In training mode, BatchNorm would divide by zero: the batch is a single image.
-            variables = self.networks.discriminator.init(for_discriminator, images, train=False)
+            variables = self.objective.discriminator.init(discriminator_key, images, train=False)
             extra = {"batch_stats": variables["batch_stats"]}
             if settings.lecam_weight:
                 extra["lecam"] = {"real": jnp.zeros(()), "fake": jnp.zeros(())}
@@ -157,18 +157,18 @@ class VQGANStage(Stage):
             keys = Keys()
             if settings.diff_augment:
                 keys = keys._replace(real=make_keys(REAL), fake=make_keys(FAKE))
-            if self.networks.generator.quantizer.stochastic:
+            if self.objective.generator.quantizer.stochastic:
                 keys = keys._replace(codes=make_keys(CODES))
-            gradients = self.networks.compute_gradients(
+            gradients = self.objective.compute_gradients(
                 generator, discriminator, images, lpips_params, adversarial,
                 state.step - self.start, keys, self.gumbel_temperature(state.step),
             )  # fmt: skip
-            rate = self._rates["generator"](state.step)
+            rate = self._schedules["generator"](state.step)
             generator = generator.apply_gradients(self._optimizer, gradients.generator, rate)
             if settings.ema_decay is not None:
                 generator = generator.update_ema(settings.ema_decay, state.step)
             if adversarial:
-                rate = self._rates["discriminator"](state.step)
+                rate = self._schedules["discriminator"](state.step)
                 updated = discriminator.apply_gradients(
                     self._optimizer, gradients.discriminator, rate
                 )
@@ -179,16 +179,17 @@ class VQGANStage(Stage):
                     )
                 discriminator = updated.replace(extra=gradients.extra)
             nets = {"generator": generator, "discriminator": discriminator}
-            deciding = ["loss", "generator_gradient"]
+            must_be_finite = ["loss", "generator_gradient"]
             if adversarial:
-                deciding += ["discriminator", "discriminator_gradient"]
-                deciding += ["lecam"] if settings.lecam_weight else []
-            return apply_if_finite(state, nets, gradients.metrics, deciding)
+                must_be_finite += ["discriminator", "discriminator_gradient"]
+                must_be_finite += ["lecam"] if settings.lecam_weight else []
+            return apply_if_finite(state, nets, gradients.metrics, must_be_finite)
 
         return step
 
     def gumbel_temperature(self, step: jax.Array) -> jax.Array:
-        """Returns the Gumbel-softmax temperature at a step: a cosine from the first to the last."""
+        """Returns the Gumbel-softmax temperature at a step: a cosine from the first setting to the
+        last over the run."""
         first, last = self.config.vqgan.gumbel_temperature
         share = (1 + jnp.cos(jnp.pi * step / self.steps)) / 2
         return last + (first - last) * share
@@ -200,7 +201,7 @@ class VQGANStage(Stage):
         """Returns sums over a batch. Adversarial losses are 0 before the discriminator starts."""
         with jax.default_matmul_precision("highest"):
             started = (state.step > self.start).astype(jnp.float32)
-            return self.networks.evaluate(state, arrays, lpips_params, started)
+            return self.objective.evaluate(state, arrays, lpips_params, started)
 
     def summarize(self, sums: dict[str, np.ndarray]) -> dict[str, float]:
         """Returns the metrics of a split. `usage` is the share of codes that are used at all."""
@@ -221,7 +222,7 @@ class VQGANStage(Stage):
         with jax.default_matmul_precision("highest"):
             images = to_float(arrays["images"])
             return to_uint8(
-                reconstruct(self.networks.generator, params["generator"], images).images
+                reconstruct(self.objective.generator, params["generator"], images).images
             )
 
     def draw_figures(
@@ -238,12 +239,17 @@ class VQGANStage(Stage):
         random_codes = rng.choice(len(counts), (32, grid, grid), p=counts / counts.sum())
         random_codes = random_codes.astype(np.int32)
         most_used = np.argsort(-counts, kind="stable")[:256].astype(np.int32)
-        solid = np.broadcast_to(most_used[:, None, None], (len(most_used), *[min(grid, 8)] * 2))
-        decoded = [self._decode(params, solid[i : i + 32]) for i in range(0, len(solid), 32)]
-
-        figures.plot_loss_curves(
-            rows, folder / "loss_curves.png", "VQ-GAN (dotted: discriminator starts)", self.start
+        uniform_grids = np.broadcast_to(
+            most_used[:, None, None], (len(most_used), *[min(grid, 8)] * 2)
         )
+        decoded = [
+            self._decode(params, uniform_grids[i : i + 32])
+            for i in range(0, len(uniform_grids), 32)
+        ]
+
+        start = self.config.vqgan.discriminator_start_step
+        title = "VQ-GAN" + ("" if start is None else " (dotted: discriminator starts)")
+        figures.plot_loss_curves(rows, folder / "loss_curves.png", title, start)
         figures.plot_reconstructions(
             images, self._reconstruct(params, images), folder / "reconstructions.png", step
         )
@@ -251,7 +257,7 @@ class VQGANStage(Stage):
             counts, folder / "codebook_usage.png", f"the validation split after step {step}"
         )
         title = (
-            f"Independently drawn codes with the frequencies of the images (step {step}, no prior)"
+            f"Codes drawn independently by their frequency in the images (step {step}, no prior)"
         )
         figure = figures.draw_grid(self._decode(params, random_codes), (), 8, title)
         figures.save(figure, folder / "random_latents.png")

@@ -46,8 +46,9 @@ NO_KEYS = Keys()
 
 
 class Gradients(NamedTuple):
-    """The gradients and metrics of a step, averaged over the devices. `extra` is the new extra
-    state of the discriminator. `discriminator` and `extra` are None before it starts."""
+    """The gradients and metrics of a step, averaged over the devices, or of a micro-batch on one
+    device. `extra` is the new extra state of the discriminator. `discriminator` and `extra` are
+    None before the discriminator starts."""
 
     generator: Any
     discriminator: Any
@@ -56,9 +57,9 @@ class Gradients(NamedTuple):
 
 
 class DiscriminatorPass(NamedTuple):
-    """The discriminator's forward pass: the adversarial loss's cotangent of the reconstruction, the
-    gradient of the discriminator's own loss on this device, its new extra state, and the metrics.
-    """
+    """The discriminator's pass on this device. `cotangent` is the gradient of the adversarial loss
+    with respect to the reconstruction, `gradient` is that of the discriminator's own loss, and
+    `extra` is the discriminator's new extra state."""
 
     cotangent: jax.Array
     gradient: Any
@@ -70,9 +71,9 @@ class GeneratorPass(NamedTuple):
     """The generator's forward pass.
 
     `reconstruction` is float32 [b,h,w,c]; `last` is the input of the decoder's last convolution;
-    `cotangent` is the image losses' cotangent of the reconstruction; `vjp` maps a cotangent of the
-    reconstruction to the gradient of the parameters, including that of the codebook loss; `counts`
-    [k] is how often each code was used; `metrics` holds the losses.
+    `cotangent` is the gradient of `reconstruction_loss` with respect to the reconstruction; `vjp`
+    maps a cotangent of the reconstruction to the gradient of the parameters, including that of the
+    codebook loss; `counts` [k] is how often each code was used; `metrics` holds the losses.
     """
 
     reconstruction: jax.Array
@@ -142,7 +143,7 @@ class VQGANObjective:
     def discriminate(
         self, params: Any, stats: Any, images: jax.Array, keys: jax.Array | None = None
     ) -> tuple[jax.Array, dict[str, Any]]:
-        """Returns the logits in training mode and the updated running statistics."""
+        """Returns the logits [b,h,w,1] in training mode and the updated running statistics."""
         if keys is not None:
             images = diff_augment(images, keys, self.settings.diff_augment)
         logits, updates = self.discriminator.apply(
@@ -164,7 +165,7 @@ class VQGANObjective:
         """Returns all losses and gradients of one step on images float [b,h,w,c] in [-1, 1].
 
         `discriminator_steps` is the number of steps since the discriminator started, which LeCam's
-        averages need. `keys` are the random keys, and `temperature` is that of sampled codes.
+        averages need. `keys` are the random keys, and `temperature` is that of the Gumbel-softmax.
 
         With the setting `micro_batches`, each micro-batch has its own adaptive weight and BatchNorm
         statistics, and the results are averaged.
@@ -271,11 +272,11 @@ class VQGANObjective:
         extra: dict[str, Any],
         images: jax.Array,
         reconstruction: jax.Array,
-        updates: jax.Array,
+        discriminator_steps: jax.Array,
         keys: Keys,
     ) -> DiscriminatorPass:
-        """Runs the discriminator's forward pass on the reconstruction and on the images. `extra` is
-        its extra state after `updates` steps."""
+        """Runs the discriminator on the reconstruction and on the images, and computes its losses
+        and gradients. `extra` is its extra state after `discriminator_steps` steps."""
         settings, stats = self.settings, extra["batch_stats"]
         fake, pull_fake, stats = jax.vjp(
             lambda params, x: self.discriminate(params, stats, x, keys.fake),
@@ -301,7 +302,7 @@ class VQGANObjective:
 
         means = self.mean({"real": real.mean(), "fake": fake.mean()})
         if settings.lecam_weight:
-            averages = ema_update(extra["lecam"], means, settings.lecam_decay, updates)
+            averages = ema_update(extra["lecam"], means, settings.lecam_decay, discriminator_steps)
             extra["lecam"] = averages
 
         # The cotangents of the logits: one for the generator, two for the discriminator.
@@ -316,7 +317,8 @@ class VQGANObjective:
     def evaluate(
         self, state: TrainState, arrays: dict[str, jax.Array], lpips_params: Any, started: jax.Array
     ) -> dict[str, jax.Array]:
-        """Returns sums over a batch, from which `summarize` computes the metrics of a split."""
+        """Returns sums over a batch, from which `summarize` computes the metrics of a split.
+        `started` is 1 if the discriminator has started, else 0."""
         generator, discriminator = state.nets["generator"], state.nets["discriminator"]
         images, weight = to_float(gather_batch(arrays)[0]), arrays["weight"]
         output = reconstruct(self.generator, generator.eval_params, images)

@@ -29,7 +29,7 @@ def load_matching_weights(
     learned: tuple[str, ...], template: Any, arrays: Mapping[Name, np.ndarray]
 ) -> LoadedWeights:
     """Returns a fresh state in which the `learned` networks have the weights of the same names and
-    shapes from `arrays`. If those hold an EMA, both the parameters and the EMA start from it.
+    shapes from `arrays`. If `arrays` holds an EMA, both the parameters and the EMA start from it.
     Optimizer states are new."""
     result = LoadedWeights(None, [], [])
     leaves = []
@@ -55,8 +55,8 @@ def describe_loaded(loaded: LoadedWeights, source: Path) -> str:
     if none were loaded."""
     if not loaded.loaded:
         raise UserError(
-            f"no weight of {source} matches a name and shape of this run; choose another run, or "
-            "leave the setting out."
+            f"no weight in {source} matches this run's in name and shape; set init-from to another "
+            "run, or leave it out."
         )
     new = f"new: {summarize_names(loaded.random)}" if loaded.random else "nothing is new"
     return f"Starting from {source}: loaded {summarize_names(loaded.loaded)}; {new}."
@@ -75,9 +75,8 @@ def describe_mismatches(
     other: Config,
     arrays: Mapping[Name, np.ndarray],
 ) -> list[str]:
-    """Returns sentences about differences that give weights of the same shapes another meaning:
-    settings that differ from the other run's, or another generator, whose codes the other prior
-    predicted."""
+    """Returns sentences about differences from the other run that change the meaning of weights of
+    the same shapes: settings, or the generator whose codes the prior predicts."""
     sections = ("vqgan", "prior") if "transformer" in learned else ("vqgan",)
     phrases = diff_configs(config, other, sections, lambda f: bool(f.metadata.get("meaning")))
     sentences = [f"{phrase} as in the run that the weights come from." for phrase in phrases]
@@ -87,6 +86,6 @@ def describe_mismatches(
     }  # fmt: skip
     if any(not np.array_equal(x, arrays.get(path, np.empty(0))) for path, x in frozen.items()):
         sentences.append(
-            "the weights were trained on the codes of another stage 1, which mean something else."
+            "the weights were trained on the codes of another stage 1, which mean other things."
         )
     return sentences

@@ -19,8 +19,8 @@ class Writer(Protocol):
     run continues, and calls them again for the next metrics."""
 
     def resume(self, step: int) -> None:
-        """Discards everything logged after `step`: the run resumes from there and logs it again. A
-        new run calls this with step 0."""
+        """Discards the rows after `step`: the run resumes from there and logs them again. A new run
+        calls this with step 0."""
 
     def scalars(self, step: int, group: str, values: dict[str, float]) -> None:
         """Writes the metrics of a step. Their names may differ between steps. `group` is "train",
@@ -63,15 +63,15 @@ class JsonLines:
 
     def close(self) -> None:
         """Writes all buffered rows, including those that an earlier call could not write."""
-        for path, rows in self._unwritten.items():
-            if not rows:
+        for path, text in self._unwritten.items():
+            if not text:
                 continue
             self._folder.mkdir(parents=True, exist_ok=True)
             with path.open("ab") as file:
                 size = min(self._sizes[path], os.fstat(file.fileno()).st_size)
                 file.truncate(size)  # drop a partly written row
-                file.write(rows.encode())
-            self._sizes[path], self._unwritten[path] = size + len(rows.encode()), ""
+                file.write(text.encode())
+            self._sizes[path], self._unwritten[path] = size + len(text.encode()), ""
 
 
 def parse_rows(content: bytes) -> Iterator[tuple[dict[str, Any], int]]:

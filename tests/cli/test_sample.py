@@ -86,13 +86,13 @@ def test_image_n_of_a_class_depends_on_nothing_else(run):
 
 def test_one_image_costs_a_small_batch_on_a_cpu(run, monkeypatch):
     drawn = []
-    draw = run._sampler._compiled(1, None, (8, 8))
+    draw = run._sampler._compile_once(1, None, (8, 8))
 
     def counted(params, arrays):
         drawn.append(len(arrays["labels"]))
         return draw(params, arrays)
 
-    monkeypatch.setattr(run._sampler, "_compiled", lambda *_: counted)
+    monkeypatch.setattr(run._sampler, "_compile_once", lambda *_: counted)
     run.sample([0], devices=1)
     run.sample([0], 9, devices=1)
     assert drawn == [8, 8, 8]
@@ -115,9 +115,9 @@ def test_training_draws_the_images_that_sampling_draws(run, both, tmp_path, monk
 
 def test_what_was_compiled_is_used_again(run):
     run.sample([0], prefix=[1, 2], seed=8, devices=1)
-    compiled = run._sampler._compiled.cache_info().misses
+    compiled = run._sampler._compile_once.cache_info().misses
     other = run.sample([1], prefix=[3, 4], seed=9, devices=1)
-    assert run._sampler._compiled.cache_info().misses == compiled
+    assert run._sampler._compile_once.cache_info().misses == compiled
     assert other.shape == (1, 16, 16, 1)
 
 
@@ -161,7 +161,7 @@ def test_the_log_likelihood_is_that_of_the_codes(run):
     np.testing.assert_allclose(run.log_likelihood(images, labels), expected, rtol=1e-5)
     by_name = [run.class_names[label] for label in labels]
     np.testing.assert_allclose(run.log_likelihood(images, by_name), expected, rtol=1e-5)
-    with pytest.raises(UserError, match=r"likelihoods of \(8, 8\) codes, not of \(8, 4\)"):
+    with pytest.raises(UserError, match=r"\(8, 4\) codes, but .* likelihoods only of \(8, 8\)"):
         run.log_likelihood(images[:, :, :8], labels)
 
 
@@ -185,7 +185,7 @@ def test_the_log_likelihood_is_that_of_the_codes(run):
         ("--out s.jpg", "name a .npz or a .png file"),
         ("--seed -1", "the seed is -1"),
         ("--workdir nowhere", "there is no folder nowhere"),
-        ("--size 17x16", "multiples of 2, and at least the 16 and 16"),
+        ("--size 17x16", "multiples of 2, and at least 16 and 16"),
         ("--size 32x14", "the size is (14, 32)"),
         ("--keep top", "--keep and --mask apply only to completed pictures"),
         ("--complete none.png", "there is no picture none.png"),
@@ -226,7 +226,7 @@ def test_a_prefix_that_is_no_codes_is_a_sentence(run):
     for prefix in ([128], [-1], [0] * 65, [[0]]):
         with pytest.raises(
             UserError,
-            match="a prefix (holds at most 64 codes from 0 to 127|must be a one-dimensional array)",
+            match="a prefix must (hold at most 64 codes from 0 to 127|be a one-dimensional array)",
         ):
             run.sample([0], prefix=prefix)
 
@@ -295,8 +295,8 @@ def test_what_cannot_be_completed_is_a_sentence(run):
     images = np.zeros((2, 16, 16, 1), np.uint8)
     for arguments, says in (
         ({"classes": [0, 1, 2]}, "2 images and 3 classes"),
-        ({"keep": 1.5}, "keep is 1.5, which leaves nothing to keep"),
-        ({"keep": 0.01}, "keep is 0.01, which leaves nothing to keep"),
+        ({"keep": 1.5}, "keep is 1.5; it must be a share"),
+        ({"keep": 0.01}, "keep is 0.01; it must be a share"),
         ({"mask": np.ones((3, 3))}, "the mask is 3x3; it must be 8x8 codes, or 16x16"),
         ({"per_image": 0}, "there is nothing to draw: 0 completions"),
         ({"size": (16, 16)}, "multiple values"),

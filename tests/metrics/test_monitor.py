@@ -29,7 +29,7 @@ def test_of_reconstructions(stage1):
     stage = VQGANStage(config, devices)
     state = stage.init(jax.random.key(0))
     images, params = stage.splits.validation.images, state.nets["generator"].eval_params
-    made = reconstruct(stage.networks.generator, params, to_float(images)).images
+    made = reconstruct(stage.objective.generator, params, to_float(images)).images
     found = stage.compute_fd(devices.replicate(state))
     assert found == pytest.approx(
         expected(stage._monitor.features, images, np.asarray(to_uint8(made))), rel=1e-3

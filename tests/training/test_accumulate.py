@@ -77,7 +77,7 @@ def test_an_autoencoders_gradients_in_four_parts_are_those_of_the_batch():
     found = {}
     for parts in (1, 4):
         settings = dataclasses.replace(networks.settings, micro_batches=parts)
-        gradients = dataclasses.replace(networks, settings=settings).gradients
+        gradients = dataclasses.replace(networks, settings=settings).compute_gradients
         step = jax.jit(gradients, static_argnums=4, compiler_options=QUICKLY)
         found[parts] = step(generator, discriminator, images, {}, False)
     assert found[4].discriminator is None and found[4].extra is None

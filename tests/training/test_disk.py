@@ -52,7 +52,7 @@ def test_what_the_disk_does_not_take_leaves_the_older_checkpoints(disk):
         store._remove_partial()
         disk.fill(leave=room)
         store.save(3, tree(3), CONFIG, {"nll": 0.1})
-        with pytest.raises(RunFailed, match=r"step 3 could not .*the last one is of step 2"):
+        with pytest.raises(RunFailed, match=r"step 3 could not .*the last one is from step 2"):
             store.require(3)
         assert store.steps() == [1, 2] and store.best()[1] == 0.5
         disk.free()
@@ -152,7 +152,7 @@ def filling(disk, run):
 
 def test_a_disk_that_stays_full_is_the_status_and_the_run_can_go_on(disk, tmp_path):
     run = disk.folder / "run"
-    with pytest.raises(RunFailed, match=r"step 120 could not .*the last one is of step 40"):
+    with pytest.raises(RunFailed, match=r"step 120 could not .*the last one is from step 40"):
         train(run, stage={"on_step": filling(disk, run)}, **MANY)
     disk.free()
     train(run, **MANY)
@@ -169,5 +169,5 @@ def test_a_signal_whose_checkpoint_cannot_be_written_is_a_failure(disk):
         if step == 50:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(RunFailed, match=r"step 51 could not .*the last one is of step 40"):
+    with pytest.raises(RunFailed, match=r"step 51 could not .*the last one is from step 40"):
         train(run, stage={"on_step": on_step}, **MANY)

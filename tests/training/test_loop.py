@@ -421,12 +421,13 @@ def test_a_disk_that_takes_no_more_is_a_sentence(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr("orbax.checkpoint.AsyncCheckpointer.save", full)
     with pytest.raises(
-        RunFailed, match=r"step 10 could not be written .*RESOURCE_EXHAUSTED.*there is none before"
+        RunFailed,
+        match=r"step 10 could not be written .*RESOURCE_EXHAUSTED.*there is no earlier one",
     ):
         train(tmp_path, **CADENCES)
     # At 9 too: the best so far, since what was better was lost.
     said = capsys.readouterr().out.splitlines()
-    tried = [line.split()[4] for line in said if "and the next one is tried" in line]
+    tried = [line.split()[4] for line in said if "tries to write the next one" in line]
     assert tried == ["3", "4", "6", "8", "9", "10"]
 
 

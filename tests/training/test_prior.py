@@ -232,8 +232,8 @@ def test_bad_input_is_a_sentence(stage1, tmp_path):
     for arguments, says in (
         (
             [*COMMAND, tmp_path / "a run"],
-            "train it first, with python train_vqgan.py --config mnist_tiny --workdir "
-            f"'{tmp_path}/a run'\n",
+            "train it first with `python train_vqgan.py --config mnist_tiny --workdir "
+            f"'{tmp_path}/a run'`.\n",
         ),
         ([*COMMAND, stage1, "--vqgan.codebook-size", 64], "--vqgan.codebook-size is 64, not 128"),
         ([*COMMAND, stage1, "--prior.warmup-steps", 3], "requires --prior.schedule cosine"),

@@ -74,7 +74,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counts():
         ({"loss": jnp.nan, "norm": 2.0}, 1),
     ):
         found = {key: jnp.float32(value) for key, value in metrics.items()}
-        step = jax.jit(functools.partial(apply_if_finite, deciding=tuple(found)))
+        step = jax.jit(functools.partial(apply_if_finite, must_be_finite=tuple(found)))
         after, told = step(before, {"generator": net(5.0)}, found)
         assert (after.step, after.skipped, told["skipped"]) == (8, 2 + skips, 2 + skips)
         assert after.skipped.dtype == jnp.int32 and told["skipped"].dtype == jnp.float32

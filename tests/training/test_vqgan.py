@@ -10,7 +10,7 @@ from taming_jax.errors import RunFailed, UserError
 from taming_jax.parallel.devices import Devices
 from taming_jax.training import loop
 from taming_jax.training.checkpoints import Store
-from taming_jax.training.vqgan import VQGANStage, fix_discriminator_start
+from taming_jax.training.vqgan import VQGANStage, resolve_discriminator_start
 from taming_jax.training.vqgan_step import VQGANObjective
 from taming_jax.training.writers import read_rows
 from tests import small_runs
@@ -24,7 +24,7 @@ SMALL = {
 
 def planted(monkeypatch, steps):
     """Makes the images of these steps (counted from 1) infinite."""
-    gradients = VQGANObjective.gradients
+    gradients = VQGANObjective.compute_gradients
 
     def broken(self, generator, discriminator, images, lpips, adversarial, step, *rest):
         images += jnp.where(jnp.isin(step + 1, jnp.array(steps)), jnp.inf, 0)
@@ -97,7 +97,7 @@ def check_longer_runs(config_of, capsys):
     """After step 2 of 4 steps, though half of 10 are 5; another step is refused."""
     longer = VQGANStage(config_of(10), Devices(1))
     assert (longer.start, longer.config.vqgan.discriminator_start_step) == (2, 2)
-    assert "The discriminator starts after step 2, which was fixed" in capsys.readouterr().out
+    assert "The discriminator starts after step 2, as computed" in capsys.readouterr().out
     assert VQGANStage(config_of(10), Devices(1), restart=True).start == 5
     with pytest.raises(UserError, match="start-step is 7, but the run in .* was created with 2"):
         VQGANStage(config_of(12, **{"vqgan.discriminator_start_step": 7}), Devices(1))
@@ -145,7 +145,7 @@ def test_the_discriminators_start_is_decided_once(created, given, start):
         return load_config("mnist_tiny", {f"vqgan.{key}": x for key, x in settings.items()})
 
     before = None if created is None else config(created)
-    found = fix_discriminator_start(config(given), 20, before)
+    found = resolve_discriminator_start(config(given), 20, before)
     assert found.vqgan.discriminator_start_step == start
 
 

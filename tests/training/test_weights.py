@@ -71,7 +71,7 @@ def test_other_shapes_are_new_and_nothing_kept_is_refused():
     # A prior's generator is its own.
     begun = load_matching_weights(PriorStage.learned, state(), arrays())
     assert not begun.state.nets["generator"].params["layer"]["kernel"].any()
-    with pytest.raises(UserError, match="no weight of runs/it matches a name and shape"):
+    with pytest.raises(UserError, match="no weight in runs/it matches"):
         describe_loaded(begun, "runs/it")
 
 
