@@ -45,11 +45,12 @@ def check_manifest(file: Path, settings: dict[str, Any]) -> None:
         return
     except ValueError:
         written = {}
-    differing = [name for name, value in settings.items() if written.get(name) != value]
+    current = json.loads(json.dumps(settings))  # JSON turns tuples into lists
+    differing = [name for name, value in current.items() if written.get(name) != value]
     if differing:
         raise UserError(
-            f"{file.parent} holds images of another command, according to {file.name} "
-            f"({', '.join(differing)} differ); choose another --out, or delete them."
+            f"{file.parent} holds images that were drawn with other settings "
+            f"({', '.join(differing)}, see {file.name}); choose another --out, or delete them."
         )
 
 

@@ -10,6 +10,8 @@ from PIL import Image
 
 import taming_jax
 from taming_jax import figures
+from taming_jax.cli.sample import choose_classes
+from taming_jax.cli.sample_files import NpzFile, PngFolder
 from taming_jax.data import datasets
 from taming_jax.data.pixels import to_uint8
 from taming_jax.errors import UserError
@@ -70,8 +72,66 @@ def test_a_grid_has_a_few_rows_of_many_classes(sample, both, tmp_path, monkeypat
     assert len(asked) == 10 and asked[0] == 0 and asked[-1] == 199
     with Image.open(tmp_path / "s.png") as grid:
         assert grid.size[1] < 2 * grid.size[0]
-    sample("--workdir", both, "--out", tmp_path / "s.npz")
-    assert asked[10:] == list(range(200)), "where nobody looks, all of them"
+
+    def draw_samples(self, labels, numbers, **_):
+        asked.extend(labels[::8])
+        yield np.zeros((len(labels), 16, 16, 1), np.float32)
+
+    monkeypatch.setattr(Run, "draw_samples", draw_samples)
+    status, _, err = sample("--workdir", both, "--out", tmp_path / "s.npz")
+    assert status == 0 and asked[10:] == list(range(200)), err
+
+
+def test_classes_without_training_images_are_not_drawn_by_default(run, monkeypatch):
+    assert choose_classes(run, (), None).tolist() == [0, 1, 2, 3]
+    monkeypatch.setattr(run, "dataset", run.dataset | {"untrained_classes": [1, 3]})
+    assert choose_classes(run, (), None).tolist() == [0, 2]
+    assert choose_classes(run, (), 1).tolist() == [0]
+    assert choose_classes(run, ("3", "disc"), None).tolist() == [3, 0]
+
+
+@pytest.mark.parametrize(("out", "files"), [("folder", PngFolder), ("s.npz", NpzFile)])
+def test_an_interrupted_command_continues(sample, run, both, tmp_path, monkeypatch, out, files):
+    out = tmp_path / out
+    flags = ["--workdir", both, "--classes", 0, 1, "--per-class", 9, "--devices", 1, "--out", out]
+    write, batches = files.write, []
+
+    def interrupt(self, labels, numbers, images):
+        batches.append(len(images))
+        if len(batches) == 2:
+            raise KeyboardInterrupt
+        write(self, labels, numbers, images)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(files, "write", interrupt)
+        sample(*flags)
+    if files is NpzFile:  # as if it had been killed while it wrote an image
+        with (tmp_path / "s.npz.partial").open("ab") as scratch:
+            scratch.write(b"half")
+    status, _, err = sample(*flags, "--seed", 1)
+    assert status == 2 and "drawn with other settings (seed, see" in err, err
+    status, stdout, err = sample(*flags)
+    assert status == 0 and f"{batches[0]} of 18 images are drawn already." in stdout, err
+    expected = to_uint8(run.sample([0, 1], 9, devices=1))
+    if files is PngFolder:
+        names = [f"000{label}_0000{i}.png" for label in (0, 1) for i in range(9)]
+        images = np.stack([np.asarray(Image.open(out / name)) for name in names])[..., None]
+        assert sorted(path.name for path in out.iterdir()) == sorted([*names, "samples.json"])
+        status, stdout, err = sample(*flags[:6], 10, *flags[7:])
+        assert status == 0 and "18 of 20 images are drawn already." in stdout, err
+    else:
+        with np.load(out) as archive:
+            images = archive["images"]
+            assert archive["labels"].tolist() == [0] * 9 + [1] * 9
+        assert [path.name for path in tmp_path.iterdir()] == ["s.npz"]
+    np.testing.assert_array_equal(images, expected)
+
+
+def test_a_folder_of_other_pictures_is_refused(sample, both, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "0000_00000.png").write_bytes(b"a picture")
+    status, _, err = sample("--workdir", both, "--out", tmp_path / "mine")
+    assert status == 2 and "holds other pictures; choose an empty folder" in err, err
 
 
 def test_image_n_of_a_class_depends_on_nothing_else(run):
