@@ -100,7 +100,8 @@ class Workspace:
         return inherited | {
             "PYTHONPATH": str(ROOT),
             # Fast compilation is enough, because both runs are compiled in the same way.
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {commands.QUICK}",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
+            + commands.FAST_COMPILATION,
             "HOME": str(home), "XDG_CACHE_HOME": str(home / "cache"), "TMPDIR": str(home / "tmp"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }  # fmt: skip
@@ -114,7 +115,7 @@ class RunningCommand:
         self.out = space.folder / "out"
         self.out.mkdir(exist_ok=True)
         self.processes: list[subprocess.Popen] = []
-        port = commands.free_port()
+        port = commands.find_free_port()
         for number in range(int(processes or 1)):
             flags = []
             if processes:
@@ -419,7 +420,7 @@ def check_every_step_once(space: Workspace) -> None:
 def mount_small_disk(folder: Path) -> Iterator[disks.Disk | None]:
     """Mounts a disk that can be filled. Yields None if mounting is not possible."""
     try:
-        with disks.mounted(folder, 64) as disk:
+        with disks.mount(folder, 64) as disk:
             yield disk
     except disks.NoDisk as error:
         print(f"Skipping the faults of a full disk: {error}.")
@@ -450,10 +451,18 @@ def torture_run(folder: Path, faults: int, seed: int, moving: bool, counts: Tabl
         after = {name: hash_files(folder / name) for name in before}
         if before != after:
             raise TortureError("a file outside the run was changed")
-        known = {"my pictures", "neighbor", "home", "disk", "out", "uninterrupted", "step.pickle"}
-        unexpected = {p.name for p in folder.iterdir()} - known - {"run", "cache"}
-        if unexpected:
-            raise TortureError(f"files were left outside the run: {sorted(unexpected)}")
+        expected_names = {
+            "my pictures",
+            "neighbor",
+            "home",
+            "disk",
+            "out",
+            "uninterrupted",
+            "step.pickle",
+        }
+        unexpected_names = {p.name for p in folder.iterdir()} - expected_names - {"run", "cache"}
+        if unexpected_names:
+            raise TortureError(f"files were left outside the run: {sorted(unexpected_names)}")
 
 
 def main() -> int:
