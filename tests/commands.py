@@ -15,15 +15,15 @@ from unittest import mock
 ROOT = Path(__file__).parents[1]
 
 # Flags for fast compilation, because a small run spends most of its time on compilation.
-FAST_COMPILATION = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 if importlib.metadata.version("jax").startswith("0.10."):
-    FAST_COMPILATION += " --xla_cpu_use_fusion_emitters=false"  # later versions fail with this flag
+    XLA_FLAGS += " --xla_cpu_use_fusion_emitters=false"  # later versions fail with this flag
 
 
 def start(*arguments: object, devices: int = 1, cwd: Path | None = None) -> subprocess.Popen[str]:
     """Starts a command from the top level of the repository."""
     environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {FAST_COMPILATION}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {XLA_FLAGS}",
         "PYTHONPATH": str(ROOT),
     }
     script, *rest = map(str, arguments)

@@ -21,7 +21,7 @@ from tests import commands
 os.environ["XLA_FLAGS"] = " ".join(  # the last value of a flag takes precedence
     [
         "--xla_force_host_platform_device_count=4",
-        commands.FAST_COMPILATION,
+        commands.XLA_FLAGS,
         os.environ.get("XLA_FLAGS", ""),
     ]
 )

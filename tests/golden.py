@@ -35,9 +35,8 @@ def drop_counts(state_dict: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def convert_state_dict(
     build_layout: Callable, params: Any, state_dict: dict[str, np.ndarray]
 ) -> Any:
-    """Converts a recorded state dict to our parameters, by the layout from
-    `build_layout`. The state dict
-    must have exactly the arrays of the layout, with their shapes."""
+    """Converts a recorded state dict to our parameters, by the layout from `build_layout`. The
+    state dict must have exactly the arrays of the layout, with their shapes."""
     layout = build_layout(flatten_shapes(params))
     assert convert_shapes(layout, flatten_shapes(params)) == {
         k: x.shape for k, x in state_dict.items()

@@ -116,17 +116,17 @@ def test_a_missing_lpips_package_is_reported(capsys, monkeypatch, workdir):
 
 @pytest.mark.slow
 def test_a_workdir_with_another_architecture_is_refused_until_a_restart(tmp_path):
-    run_command = "train_vqgan.py --config mnist_tiny --data.name synthetic --data.image-size 16"
-    run_command += " --vqgan.channels 4 --vqgan.multipliers 1 --vqgan.batch-size 8 --vqgan.steps 2"
-    run_command = [*run_command.split(), "--workdir", tmp_path]
-    status, _, err = commands.run(*run_command)
+    command = "train_vqgan.py --config mnist_tiny --data.name synthetic --data.image-size 16"
+    command += " --vqgan.channels 4 --vqgan.multipliers 1 --vqgan.batch-size 8 --vqgan.steps 2"
+    command = [*command.split(), "--workdir", tmp_path]
+    status, _, err = commands.run(*command)
     assert status == 0, err
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    status, _, err = commands.run(*run_command, "--vqgan.codebook-size", 64, "--seed", 1)
+    status, _, err = commands.run(*command, "--vqgan.codebook-size", 64, "--seed", 1)
     assert_one_sentence(status, err, "--seed is 1, not 0; --vqgan.codebook-size is 64, not 128")
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
     # --restart starts over and keeps the user's own files.
     (tmp_path / "figures" / "notes.txt").write_text("mine")
-    status, _, err = commands.run(*run_command, "--vqgan.codebook-size", 64, "--restart")
+    status, _, err = commands.run(*command, "--vqgan.codebook-size", 64, "--restart")
     assert status == 0, err
     assert (tmp_path / "figures" / "notes.txt").read_text() == "mine"

@@ -38,7 +38,7 @@ def test_the_walkthrough_runs_without_errors(prior_workdir, tmp_path, monkeypatc
     workdir = shutil.copytree(prior_workdir, tmp_path / "run")
     monkeypatch.setenv("TAMING_JAX_RUN", str(workdir))
     monkeypatch.setenv("PYTHONPATH", str(commands.ROOT))
-    monkeypatch.setenv("XLA_FLAGS", commands.FAST_COMPILATION)
+    monkeypatch.setenv("XLA_FLAGS", commands.XLA_FLAGS)
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     executed = NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
     cells = [cell for cell in executed.cells if cell.cell_type == "code"]

@@ -50,7 +50,6 @@ def trained_run(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_run_reconstructs_images_that_it_has_not_seen(trained_run):
-
     run = trained_run
     images = datasets.load(run.config.data).test.images
     indices = run.encode(images)

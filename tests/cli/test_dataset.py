@@ -11,8 +11,8 @@ def test_the_command_describes_a_dataset(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["dataset.py", *map(str, arguments)])
     dataset.main()
     lines = capsys.readouterr().out.splitlines()
-    assert any(arguments.startswith("test: 5 images of 32x32x3, mean and ") for arguments in lines)
-    (row,) = (arguments.split() for arguments in lines if arguments.startswith("zèbre"))
+    assert any(line.startswith("test: 5 images of 32x32x3, mean and ") for line in lines)
+    (row,) = (line.split() for line in lines if line.startswith("zèbre"))
     assert int(row[1]) + int(row[2]) == 10 and row[3] == "0"
     assert "1 duplicates within test" in lines and "0 duplicates within train" in lines
     assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")

@@ -38,19 +38,8 @@ def sample(capsys):
 
 
 def test_samples_are_written_as_npz_as_a_grid_or_as_files(sample, run, prior_workdir, tmp_path):
-    arguments = [
-        "--workdir",
-        prior_workdir,
-        "--classes",
-        "square",
-        0,
-        1,
-        "--per-class",
-        3,
-        "--seed",
-        5,
-        "--out",
-    ]
+    arguments = ["--workdir", prior_workdir, "--classes", "square", 0, 1, "--per-class", 3]
+    arguments += ["--seed", 5, "--out"]
     for out in ("s.npz", "s.png", "folder"):
         status, output, err = sample(*arguments, tmp_path / out)
         assert status == 0 and f"Wrote 6 images of 2 classes to {tmp_path / out}." in output, err
@@ -215,9 +204,8 @@ def test_bad_input_is_reported_in_one_line(
 ):
     monkeypatch.chdir(tmp_path)
     status, _, err = sample("--workdir", prior_workdir, "--out", "s.npz", *arguments.split())
-    assert status == 2 and err.startswith("error: ") and err.count("\n") == 1 and message in err, (
-        err
-    )
+    assert status == 2 and message in err, err
+    assert err.startswith("error: ") and err.count("\n") == 1, err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -263,17 +251,8 @@ def test_sampling_needs_no_dataset(prior_workdir, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_larger_images_are_sampled_in_windows(sample, run, prior_workdir, tmp_path):
-    arguments = [
-        "--workdir",
-        prior_workdir,
-        "--classes",
-        0,
-        1,
-        "--per-class",
-        2,
-        "--guidance-scale",
-        1.5,
-    ]
+    arguments = ["--workdir", prior_workdir, "--classes", 0, 1, "--per-class", 2]
+    arguments += ["--guidance-scale", 1.5]
     status, _, err = sample(*arguments, "--size", "24x20", "--out", tmp_path / "s.npz")
     assert status == 0, err
     images = np.load(tmp_path / "s.npz")["images"]

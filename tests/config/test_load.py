@@ -166,10 +166,8 @@ def test_attention_resolutions_that_no_level_has_are_not_compared():
 def test_a_new_run_does_not_take_the_discriminator_start_from_a_config_json(tmp_path):
     config = load_config("mnist_tiny", {"vqgan.discriminator_start_step": 2})
     write_config(config, tmp_path / "config.json")
-    new_config = load_config(tmp_path / "config.json", {"vqgan.steps": 100, "vqgan.batch_size": 8})
-    assert (
-        new_config.vqgan.discriminator_start_step is None and new_config.vqgan.start_step(9) == 25
-    )
+    loaded = load_config(tmp_path / "config.json", {"vqgan.steps": 100, "vqgan.batch_size": 8})
+    assert loaded.vqgan.discriminator_start_step is None and loaded.vqgan.start_step(9) == 25
 
 
 def test_the_mnist_preset_has_the_settings_of_the_reference_project():

@@ -62,14 +62,12 @@ def test_diff_augment_applies_cutout_translation_and_color():
 
     moved = np.asarray(diff_augment(images, keys, ["translation"]))
     padded = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)))
-    offsets_per_image = [
+    offset_lists = [
         [(i, j) for i in range(5) for j in range(5) if (a == b[i : i + 16, j : j + 16]).all()]
         for a, b in zip(moved, padded, strict=True)
     ]
-    assert (
-        all(len(offsets) == 1 for offsets in offsets_per_image)
-        and len(set(map(tuple, offsets_per_image))) > 15
-    )
+    assert all(len(offsets) == 1 for offsets in offset_lists)
+    assert len(set(map(tuple, offset_lists))) > 15
 
     colored = np.asarray(diff_augment(images, keys, ["color"]), np.float64)
     # Every step is linear in the pixels. Therefore, the difference between the grays of two pixels
@@ -93,7 +91,7 @@ def compute_published_cutout(height, width, row, column):
 
 
 def test_cutout_hides_the_window_of_the_published_code():
-    """The window has half of the height and half of the width. Its center can be any pixel."""
+    """The window has half of the height and half of the width. Its center is random."""
     images = np.ones((256, 6, 5, 1), np.float32)
     keys = jax.random.split(jax.random.key(2), len(images))
     hidden = np.asarray(diff_augment(images, keys, ["cutout"]))[..., 0] == 0

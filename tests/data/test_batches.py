@@ -59,11 +59,11 @@ def mapped_split(tmp_path):
 def fetch_batch(batch, devices):
     """Returns the examples of a batch and their places or weights, as the devices see them."""
     arrays = dict(batch.arrays)
-    read_labels = devices.compile(lambda _, arrays: batches.gather_batch(arrays))(
+    examples = devices.compile(lambda _, arrays: batches.gather_batch(arrays))(
         devices.replicate(0), arrays
     )
     other_arrays = [arrays[name] for name in ("place", "weight") if name in arrays]
-    return [devices.gather(x) for x in (*read_labels, *other_arrays)]
+    return [devices.gather(x) for x in (*examples, *other_arrays)]
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
@@ -73,9 +73,8 @@ def test_streaming_and_resident_feeds_give_the_same_batches(mapped_split, count)
     assert [type(feed) for feed in feeds] == [batches.ResidentFeed, batches.StreamingFeed]
     steps = list(range(20))  # three epochs, and batches that cross their ends
     batch_lists = [[feed.batch(step) for step in steps] for feed in feeds]
-    batch_lists += [
-        list(feed.iterate_once()) for feed in feeds
-    ]  # while training batches are prefetched
+    # The streaming feed prefetches training batches in the meantime.
+    batch_lists += [list(feed.iterate_once()) for feed in feeds]
     for resident, streamed in zip(
         batch_lists[0] + batch_lists[2], batch_lists[1] + batch_lists[3], strict=True
     ):

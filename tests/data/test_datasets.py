@@ -118,10 +118,8 @@ def test_a_fingerprint_recognizes_a_dataset_and_describes_differences():
         return datasets.fingerprint_diff(datasets.fingerprint(splits._replace(**parts)), stored)
 
     train = splits.train
-    rounding_error = np.random.default_rng(0).integers(-1, 2, train.images.shape)
-    nearly_equal = np.clip(
-        train.images + rounding_error, 0, 255
-    )  # another decoder may round differently
+    noise = np.random.default_rng(0).integers(-1, 2, train.images.shape)
+    nearly_equal = np.clip(train.images + noise, 0, 255)  # another decoder may round differently
     assert describe_differences(train=train._replace(images=nearly_equal.astype(np.uint8))) == []
     assert describe_differences(train=train._replace(images=255 - train.images)) == [
         "the training images are different"

@@ -172,9 +172,9 @@ def test_unreadable_pictures_of_all_splits_are_summed(tmp_path):
     root = pictures.write_folder(tmp_path / "data")
     for split in pictures.SPLITS:
         next((root / split).rglob("*.jpg")).write_bytes(b"no picture")
-    assert (
-        len(datasets.load(make_config(tmp_path, max_corrupt_fraction=0.05)).test.images) == 8
-    )  # 3 of 60
+    # 3 of 60 pictures are unreadable.
+    splits = datasets.load(make_config(tmp_path, max_corrupt_fraction=0.05))
+    assert len(splits.test.images) == 8
     with pytest.raises(UserError, match="train: 1 of 42 .*; validation: 1 of 9 .*; test: 1 of 9"):
         datasets.load(make_config(tmp_path, max_corrupt_fraction=0.04))
 

@@ -1,4 +1,4 @@
-"""Tests that every kind of source gives the same pictures, and of sources that cannot be read."""
+"""Tests of all kinds of sources of pictures, and of sources that cannot be read."""
 
 import os
 import shutil

@@ -180,11 +180,10 @@ def test_the_figures_show_the_codes_and_the_nearest_images(evaluation, report, t
     save_figures(evaluation, tmp_path, report)
     names = {file.name for file in tmp_path.iterdir()}
     assert names == {"evaluation_codes.png", "evaluation_nearest.png"}
-    images, closest, distances = find_nearest(
-        evaluation, 8
-    )  # two images of each of the four classes
+    # Two images of each of the four classes.
+    images, closest, nearest_distances = find_nearest(evaluation, 8)
     train = datasets.load(evaluation.run.config.data).train.images
-    assert images.shape == closest.shape == (8, 16, 16, 1) and distances.shape == (8,)
+    assert images.shape == closest.shape == (8, 16, 16, 1) and nearest_distances.shape == (8,)
     assert len(np.unique(images, axis=0)) == 8
     assert all((train == image).all((1, 2, 3)).any() for image in closest)
 

@@ -66,9 +66,7 @@ def test_the_digit_classifier_is_accurate_and_cached(tmp_path, monkeypatch):
     extractor = features.load_digit_classifier(train, 10)
     _, probabilities = Features(extractor, Devices(1))(test)
     assert (probabilities.argmax(1) == MNIST.test.labels[:320]).mean() > 0.8
-    monkeypatch.setattr(
-        classifier, "train_classifier", None
-    )  # the classifier is read from its file
+    monkeypatch.setattr(classifier, "train_classifier", None)  # the file is read instead
     cached = features.load_digit_classifier(train, 10)
     assert cached.weights == extractor.weights
     (file,) = (tmp_path / "taming_jax").glob("classifier-*.npz")

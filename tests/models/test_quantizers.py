@@ -101,8 +101,8 @@ def test_the_gumbel_quantizer_equals_its_definition():
 
     def soft_objective(params, z):
         logits = z @ params["proj"]["kernel"][0, 0] + params["proj"]["bias"]
-        probabilities = jax.nn.softmax((logits + gumbel) / temperature)
-        return (probabilities @ params["codebook"] * upstream).sum()
+        soft_choice = jax.nn.softmax((logits + gumbel) / temperature)
+        return (soft_choice @ params["codebook"] * upstream).sum()
 
     def hard_objective(params, z):
         return (quantize(params, z, noise).vectors * upstream).sum()

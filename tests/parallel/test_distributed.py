@@ -118,14 +118,8 @@ def test_two_processes_train_like_one_and_a_signal_to_one_saves_both(tmp_path):
         small_runs.train(tmp_path / "one", on_step=small_runs.kill_at(6), **settings)
     config = small_runs.make_config(tmp_path / "two", **settings)
     (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
-    command = (
-        "train_vqgan.py",
-        "--config",
-        tmp_path / "config.json",
-        "--workdir",
-        tmp_path / "two",
-    )
-    processes = start_two(*command, devices=1)
+    flags = ("--config", tmp_path / "config.json", "--workdir", tmp_path / "two")
+    processes = start_two("train_vqgan.py", *flags, devices=1)
     wait_for_checkpoint(tmp_path / "two" / "checkpoints" / "vqgan" / "10", processes)
     processes[1].send_signal(signal.SIGTERM)
     outputs = [process.communicate(timeout=120) for process in processes]

@@ -26,8 +26,8 @@ from tests.training.test_vqgan_step import make_networks_and_state
 def test_a_micro_batch_has_the_same_examples_on_any_number_of_devices(devices):
     indices = np.arange(24).reshape(devices, -1)
     micro_batches = np.stack([split_batch(device_indices, 3) for device_indices in indices], 1)
-    for micro_batch_number, micro_batch in enumerate(micro_batches):
-        assert sorted(micro_batch.ravel()) == list(range(micro_batch_number, 24, 3))
+    for start, micro_batch in enumerate(micro_batches):
+        assert sorted(micro_batch.ravel()) == list(range(start, 24, 3))
 
 
 def test_the_results_of_micro_batches_are_averaged():
@@ -64,15 +64,11 @@ def compile_gradient(count, batch=32):
 
 
 def test_micro_batches_need_less_memory_and_no_loop_on_a_cpu():
-    whole_batch, arguments = compile_gradient(1)
-    micro_batches, _ = compile_gradient(4)
-    golden.assert_close(4 * micro_batches(*arguments), whole_batch(*arguments), "gradient", 1e-5)
-    assert " while(" not in micro_batches.as_text(), (
-        "the gradient of a convolution is slow in a loop"
-    )
-    sizes = [
-        program.memory_analysis().temp_size_in_bytes for program in (whole_batch, micro_batches)
-    ]
+    plain, arguments = compile_gradient(1)
+    accumulated, _ = compile_gradient(4)
+    golden.assert_close(4 * accumulated(*arguments), plain(*arguments), "gradient", 1e-5)
+    assert " while(" not in accumulated.as_text(), "the gradient of a convolution is slow in a loop"
+    sizes = [program.memory_analysis().temp_size_in_bytes for program in (plain, accumulated)]
     assert sizes[1] < 0.4 * sizes[0], sizes
 
 

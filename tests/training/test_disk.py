@@ -88,7 +88,7 @@ def test_a_save_that_fails_on_a_read_only_disk_keeps_the_older_checkpoints(disk)
 
 
 def read_run(folder):
-    """Returns the files of a run except for its speed and the TensorBoard events."""
+    """Returns what two equal runs have in common: rows, logged steps, arrays, and config."""
     store = Store(folder, "vqgan")
     rows = read_rows(folder / "metrics" / "vqgan.jsonl")
     speed = [row["step"] for row in read_rows(folder / "metrics" / "vqgan_speed.jsonl")]

@@ -188,7 +188,7 @@ def test_a_resumed_run_continues_the_count_of_skipped_steps(tmp_path, capsys):
     assert read_rows(tmp_path / "metrics" / "vqgan.jsonl")[-2]["skipped"] == 2
 
 
-def test_a_non_finite_metric_that_is_no_loss_is_left_out_of_the_log(tmp_path):
+def test_a_non_finite_metric_that_is_not_a_loss_is_left_out_of_the_log(tmp_path):
     class StageWithPerplexity(Parabola):
         def train_step(self, state, batch):
             state, metrics = super().train_step(state, batch)

@@ -115,9 +115,9 @@ def assert_float32(tree):
 
 
 def assert_near(gradient, expected, min_cosine, min_array_cosine):
-    """Compares two trees of gradients by their cosine similarity, which must be at least `least`
-    for the whole gradient and `each` for every array that has a significant norm. The norms of
-    these arrays are compared too."""
+    """Checks the cosine similarity of two gradients, which must be at least `min_cosine` for the
+    whole gradient and `min_array_cosine` for every array with a significant norm. Also compares
+    the norms of these arrays."""
     assert_float32(gradient)
     assert cosine(gradient, expected) >= min_cosine
     total_norm = optax.tree.norm(expected)

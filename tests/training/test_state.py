@@ -36,13 +36,11 @@ def test_the_learning_rate_warms_up_and_decays_over_the_run():
 def test_an_update_is_that_of_adam_at_the_given_rate():
     params = {"w": jnp.array([1.0, -2.0, 3.0])}
     gradients = [{"w": jnp.array(g)} for g in ([0.5, 0.1, -1.0], [0.2, -0.3, 0.4])]
-    our_optimizer, adam = (
-        add_clipping(optax.scale_by_adam(0.5, 0.9), None),
-        optax.adam(0.1, 0.5, 0.9),
-    )
-    net, expected, state = Net(params, our_optimizer.init(params)), params, adam.init(params)
+    optimizer = add_clipping(optax.scale_by_adam(0.5, 0.9), None)
+    adam = optax.adam(0.1, 0.5, 0.9)
+    net, expected, state = Net(params, optimizer.init(params)), params, adam.init(params)
     for gradient in gradients:
-        net = net.apply_gradients(our_optimizer, gradient, jnp.float32(0.1))
+        net = net.apply_gradients(optimizer, gradient, jnp.float32(0.1))
         updates, state = adam.update(gradient, state)
         expected = optax.apply_updates(expected, updates)
     np.testing.assert_allclose(net.params["w"], expected["w"], rtol=1e-6)
@@ -86,7 +84,7 @@ def test_a_non_finite_step_changes_only_the_counts():
             assert (leaf == (1 if skipped else 5)).all()
 
 
-def test_a_non_finite_metric_that_is_no_loss_does_not_skip_a_step():
+def test_a_non_finite_metric_that_is_not_a_loss_does_not_skip_a_step():
     before = TrainState(jnp.int32(7), {"generator": Net({"w": jnp.ones(3)}, ())}, jnp.int32(2))
     after = {"generator": Net({"w": jnp.zeros(3)}, ())}
     metrics = {

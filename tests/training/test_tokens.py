@@ -151,7 +151,7 @@ def test_augmented_versions_are_encoded_on_first_use(tmp_path, generator):
     feed = TokenFeed(tokenizer, "train", large, 100, versions=3)
     assert len(list_files(tmp_path)) == 3, "the feed needs only the first version to start"
     expected = [encode_split(tmp_path / "again", generator, large, config=AUGMENTED).images]
-    encode_images = jax.jit(lambda position, x: encode(model, position, x).indices)
+    encode_images = jax.jit(lambda p, x: encode(model, p, x).indices)
     for version in (1, 2):
         keys = make_example_keys(CONFIG.seed, AUGMENTATION, version, np.arange(250))
         images = np.asarray(augment(large.images, keys, AUGMENTED.data))

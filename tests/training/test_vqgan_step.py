@@ -151,8 +151,8 @@ def load_lpips_arrays():
 
 
 def test_psnr_is_computed_from_images_rounded_to_eight_bits(monkeypatch):
-    """Evaluations do the same. Differences that vanish by rounding are no error, and the PSNR of
-    equal images is 100."""
+    """Evaluations do the same. Rounding removes small differences, and the PSNR of equal images is
+    100."""
     networks, (generator, discriminator, images) = make_small_networks({}), make_small_state()
     pixels = np.rint((np.asarray(images[:4]) + 1) * 127.5).astype(np.uint8)
     offsets = np.array([0.0, 0.003, 0.02, 0.3], np.float32).reshape(4, 1, 1, 1)

@@ -187,9 +187,8 @@ def test_written_tensors_can_be_read(tmp_path):
         loaded_array = loaded["state_dict"][name]
         assert loaded_array.dtype == array.dtype and loaded_array.shape == array.shape
         np.testing.assert_array_equal(loaded_array, array)
-    with zipfile.ZipFile(
-        tmp_path / "m.ckpt"
-    ) as archive:  # torch.load(mmap=True) needs aligned arrays
+    # torch.load(mmap=True) needs aligned arrays.
+    with zipfile.ZipFile(tmp_path / "m.ckpt") as archive:
         for part in archive.infolist():
             if "/data/" in part.filename:
                 archive.fp.seek(part.header_offset + 26)
