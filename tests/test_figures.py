@@ -41,7 +41,7 @@ def test_long_class_names_are_not_cut_off():
 def test_a_title_above_few_images_is_not_cut_off():
     images = np.zeros((9, 32, 32, 3), np.float32)
     title = "Validation images after step 4000; under each error its mean (0 to 1)"
-    figure = figures.labelled_grid(images, ["original", "reconstruction", "error"], 3, title)
+    figure = figures.draw_grid(images, ["original", "reconstruction", "error"], 3, title)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     box = figure._suptitle.get_window_extent(canvas.get_renderer())
