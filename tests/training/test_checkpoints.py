@@ -50,7 +50,7 @@ def assert_equal(left, right):
         assert array.dtype == other.dtype
 
 
-def largest_file(folder):
+def find_largest_file(folder):
     return max((f for f in folder.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
 
 
@@ -77,7 +77,7 @@ def test_the_last_two_checkpoints_and_the_best_are_kept(tmp_path):
 def test_a_damaged_checkpoint_is_reported_and_the_previous_one_is_used(tmp_path, damage):
     save_checkpoints(tmp_path, {1: None, 2: None})
     newest = tmp_path / "checkpoints" / "vqgan" / "2"
-    file = largest_file(newest / "state")
+    file = find_largest_file(newest / "state")
     if damage == "flip":
         flip_byte(file)
     elif damage == "truncate":
@@ -201,7 +201,7 @@ def test_if_the_best_checkpoint_is_damaged_the_next_best_is_used_with_a_warning(
     save_checkpoints(tmp_path, {1: 0.2, 2: 0.5, 3: 0.4})
     store = Store(tmp_path, "vqgan")
     assert store.load_best().step == 1
-    flip_byte(largest_file(store.path / "1" / "state"))
+    flip_byte(find_largest_file(store.path / "1" / "state"))
     assert store.load_best().step == 3
     assert f"{store.path / '1'} is damaged" in capsys.readouterr().out
 
@@ -209,7 +209,7 @@ def test_if_the_best_checkpoint_is_damaged_the_next_best_is_used_with_a_warning(
 def test_if_every_checkpoint_is_damaged_the_run_stops_and_suggests_restart(tmp_path):
     save_checkpoints(tmp_path, {1: None, 2: None})
     for step in (1, 2):
-        flip_byte(largest_file(tmp_path / "checkpoints" / "vqgan" / str(step) / "state"))
+        flip_byte(find_largest_file(tmp_path / "checkpoints" / "vqgan" / str(step) / "state"))
     store = Store(tmp_path, "vqgan")
     with pytest.raises(UserError, match="every checkpoint .* damaged.*--restart"):
         restore(store)

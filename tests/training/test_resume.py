@@ -12,7 +12,7 @@ from taming_jax.errors import Interrupted
 from taming_jax.training.checkpoints import Store
 from tests import commands, small_runs
 from tests.small_runs import Killed, assert_same_run, kill_at, list_saved_steps, stop_at
-from tests.training.test_checkpoints import flip_byte, largest_file
+from tests.training.test_checkpoints import find_largest_file, flip_byte
 
 COMMAND = [
     "train_vqgan.py", "--config", "mnist_tiny", "--data.name", "synthetic",
@@ -26,7 +26,7 @@ STEPS = 40
 HOST_DEVICES = 4  # as in the process of the tests, because rounding in XLA depends on their number
 
 
-def last_arrays(workdir):
+def read_last_arrays(workdir):
     return Store(workdir, "vqgan").read(STEPS).arrays
 
 
@@ -36,7 +36,7 @@ def read_log(workdir):
 
 
 def assert_same_arrays(workdir, uninterrupted):
-    expected, arrays = last_arrays(uninterrupted), last_arrays(workdir)
+    expected, arrays = read_last_arrays(uninterrupted), read_last_arrays(workdir)
     assert set(arrays) == set(expected) and len(arrays) > 100
     for path, array in expected.items():
         np.testing.assert_array_equal(arrays[path], array, err_msg=".".join(path))
@@ -92,7 +92,7 @@ def test_a_checkpoint_with_a_flipped_bit_is_reported_and_the_previous_one_is_use
     workdir = shutil.copytree(killed, tmp_path / "run")
     steps = Store(workdir, "vqgan").steps()
     newest = workdir / "checkpoints" / "vqgan" / str(steps[-1])
-    flip_byte(largest_file(newest))
+    flip_byte(find_largest_file(newest))
     status, out, err = commands.run(*COMMAND, workdir, devices=HOST_DEVICES)
     assert status == 0, err
     assert f"{newest} is damaged" in out and f"of step {steps[-2]}, is used" in out
@@ -153,7 +153,7 @@ def test_a_killed_run_with_a_damaged_checkpoint_resumes_bit_for_bit(
 ):
     workdir = shutil.copytree(small_killed, tmp_path / "run")
     newest = workdir / "checkpoints" / "vqgan" / "8"
-    flip_byte(largest_file(newest))
+    flip_byte(find_largest_file(newest))
     small_runs.train(workdir, **SMALL)
     out = capsys.readouterr().out
     assert f"{newest} is damaged" in out and "of step 7, is used" in out
