@@ -15,9 +15,10 @@ INTRODUCTION = """\
 This page is generated from `taming_jax/config/schema.py` by `python -m tests.settings_page`.
 
 Write a setting as a flag, `--vqgan.batch-size 64`, or as a key of a run's `config.json`. The
-defaults below are those of the dataclasses; a preset replaces many of them, and
-`python train_vqgan.py --config NAME --help` shows the defaults of a preset. When you
-resume a run, you may change the settings marked *free*. All others determine what is trained.
+defaults below are those of the dataclasses; a preset replaces many of them, and `python
+train_vqgan.py --config NAME --help` shows the defaults of a preset. When you resume a run, you may
+change the settings marked *free*, except `--vqgan.discriminator-start-step`, which is fixed when
+the run is created. All others determine what is trained.
 """
 SECTIONS = {
     "Run": ("", (schema.Config,)),

@@ -36,7 +36,7 @@ class Sample:
     classes: tuple[str, ...] = ()
     """Class numbers or names. Default: all (at most 10 in a grid), or none for completions."""
     per_class: int = 8
-    """The number of images per class."""
+    """The number of images per class, or of completions per picture."""
     temperature: float | None = None
     """The sampling temperature; 0 takes the most likely codes."""
     top_k: int | None = None
@@ -48,17 +48,19 @@ class Sample:
     size: str | None = None
     """WIDTHxHEIGHT in pixels, at least the training size. Larger images are drawn in windows."""
     complete: tuple[str, ...] = ()
-    """Pictures to complete, --per-class times each. Set one of --classes, or one per picture."""
+    """Pictures to complete, --per-class times each. Give one class for all, or one per picture."""
     keep: float | Literal["top"] | None = None
     """The part of the pictures to keep: top for the upper half (the default), or the
     fraction of rows to keep from the top."""
     mask: Path | None = None
     """Instead of --keep: a picture that is white where pixels are kept."""
     seed: int = 0
+    """The random seed."""
     devices: int | None = None
     """The number of devices to use. Default: all."""
     batch_size: int | None = None
-    """The number of images to draw at once. It limits memory, but does not affect the images."""
+    """The number of images to draw at once. Default: one micro-batch per device, which needs the
+    least memory. It does not affect the images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +74,7 @@ class Complete(Sample):
     """
 
     complete: tyro.conf.Positional[tuple[str, ...]]
-    """Pictures to complete, --per-class times each. Set one of --classes, or one per picture."""
+    """Pictures to complete, --per-class times each. Give one class for all, or one per picture."""
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -131,11 +133,13 @@ def draw_and_write(args: Sample) -> None:
     }  # fmt: skip
     if args.complete:
         grid = complete_pictures(run, args, size, settings)
-        summary = f"{len(grid.images)} completions of {len(grid.titles)} pictures"
+        n, rows = len(grid.images), len(grid.titles)
+        summary = f"{n} completion{'s' * (n > 1)} of {rows} picture{'s' * (rows > 1)}"
     else:
         max_classes = MAX_ROWS if suffix == ".png" else None
         grid = sample_classes(run, args, max_classes, size=size, **settings)
-        summary = f"{len(grid.images)} images of {len(grid.titles)} classes"
+        n, rows = len(grid.images), len(grid.titles)
+        summary = f"{n} image{'s' * (n > 1)} of {rows} class{'es' * (rows > 1)}"
     write_samples(args.out, suffix, grid)
     print(f"Wrote {summary} to {args.out}.")
     if not args.complete and not args.classes and len(grid.titles) < len(run.class_names):
@@ -145,7 +149,7 @@ def draw_and_write(args: Sample) -> None:
 def sample_classes(
     run: "Run", args: Sample, max_classes: int | None, **settings: Any
 ) -> SampleGrid:
-    """Draws new images of --classes, without duplicates. Without --classes, draws all classes or
+    """Draws new images of --classes, each class once. Without --classes, draws all classes or
     at most `max_classes`, evenly spaced."""
     from taming_jax.data.datasets import evenly_spaced
     from taming_jax.data.pixels import to_uint8
@@ -211,7 +215,7 @@ def check_flags(args: Sample) -> str:
             "--keep and --mask apply only to completed pictures; name some with --complete."
         )
     if args.keep is not None and args.mask is not None:
-        raise UserError("--keep and --mask exclude each other; leave one out.")
+        raise UserError("--keep and --mask cannot be used together; leave one out.")
     return suffix
 
 

@@ -26,9 +26,8 @@ from taming_jax.parallel import distributed
 class Split(NamedTuple):
     """Images uint8 [n,h,w,c] and their classes int32 [n].
 
-    Training images have the size `get_stored_size` (augment.py), all others the size that the model
-    sees.
-    """
+    Training images have the size that `get_stored_size` (augment.py) returns, all others the size
+    that the model sees."""
 
     images: np.ndarray
     labels: np.ndarray
@@ -272,7 +271,7 @@ def build_splits(tables: dict[str, Table], config: DataConfig) -> Splits:
     source = config.path or config.name
     tables = {split: table for split, table in tables.items() if len(table.names)}
     if "train" not in tables:
-        raise UserError(f"{source} has no training pictures; put some in a split 'train'.")
+        raise UserError(f"{source} has no training pictures; put some into a split named 'train'.")
     labels, class_names = encode_labels(tables, config)
     encoded = {
         split: EncodedImages(table, np.arange(len(table.names)), labels[split])
@@ -303,11 +302,11 @@ def build_splits(tables: dict[str, Table], config: DataConfig) -> Splits:
         )
     for problem in problems:
         say(f"{problem}. They are left out.")
-    untrained = set(parts["test"].labels.tolist()) - set(parts["train"].labels.tolist())
-    if untrained:
+    missing_classes = set(parts["test"].labels.tolist()) - set(parts["train"].labels.tolist())
+    if missing_classes:
         say(
-            f"Warning: {len(untrained)} classes are in the test split only, so likelihoods of "
-            "their images given the class are not meaningful."
+            f"Warning: the training split lacks {len(missing_classes)} of the classes of the test "
+            "split, so likelihoods of their images given the class are not meaningful."
         )
     return Splits(**parts, class_names=class_names)
 

@@ -27,7 +27,7 @@ def test_a_batch_depends_only_on_the_seed_and_the_step():
     labels = read_labels(feed, 7)
     assert read_labels(batches.ResidentFeed(SPLIT, 4, 3, Devices(1)), 7) == labels
     assert read_labels(batches.ResidentFeed(SPLIT, 4, 4, Devices(1)), 7) != labels
-    # By definition, example p of the stream is permute_epoch(seed, p // n)[p % n].
+    # By definition, example p of the stream is permute_epoch(seed, p // n, n)[p % n].
     expected = [batches.permute_epoch(3, p // 10, 10)[p % 10] for p in range(28, 32)]
     assert labels == expected
 

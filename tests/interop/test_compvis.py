@@ -205,7 +205,7 @@ def test_official_settings_are_converted_to_our_config(command, tmp_path):
     )  # fmt: skip
     files = Files(tmp_path, model, random_weights(get_official_shapes(model), 1))
     output = files.import_into(command, tmp_path / "run")
-    assert "contains the generator and discriminator of" in output and "32 px, 64 codes." in output
+    assert "contains these networks of" in output and "discriminator; images of 32 px, 64 codes." in output
     config = taming_jax.load_run(tmp_path / "run").config
     assert config.vqgan.legacy_commitment and config.vqgan.commitment == 0.25
     assert config.vqgan.discriminator_loss == "vanilla" and config.vqgan.batch_size == 4

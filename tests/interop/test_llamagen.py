@@ -65,7 +65,7 @@ def test_an_imported_tokenizer_and_transformer_compute_the_recorded_outputs(fold
         folder, tmp_path / "run", "--gpt", folder / "gpt.pt", "--heads", 2, run=commands.run
     )  # fmt: skip
     assert status == 0, err
-    contents = "contains the generator and transformer of LlamaGen: images of 16 px, 24 codes, 3"
+    contents = "contains these networks of LlamaGen: generator, transformer; images of 16 px, 24"
     assert contents in output
     run = taming_jax.load_run(tmp_path / "run")
     images, codes, labels = reference.make_inputs()

@@ -203,7 +203,7 @@ def test_a_flipped_bit_is_detected(torch, tmp_path):
     start = content_bytes.index(STORAGES["0"].tobytes())
     content_bytes[start + 5] ^= 1
     (tmp_path / "m.pth").write_bytes(content_bytes)
-    with pytest.raises(UserError, match=r"is damaged .*archive/data/0 has a wrong checksum"):
+    with pytest.raises(UserError, match=r"is damaged .*archive/data/0 has the wrong checksum"):
         open_tensors(tmp_path / "m.pth")
 
 
