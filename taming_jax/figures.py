@@ -166,7 +166,7 @@ def plot_codebook_usage(counts: np.ndarray, path: Path, source: str) -> None:
     set_title(
         axes,
         f"Codes of {source}: {len(used)} of {len(shares)} in use "
-        f"({100 * len(used) / len(shares):.0f} %), perplexity {perplexity:.1f}",
+        f"({100 * len(used) / len(shares):.0f}%), perplexity {perplexity:.1f}",
     )
     save(figure, path)
 

@@ -124,7 +124,7 @@ class Run:
 
     def with_data(self, settings: Mapping[str, Any]) -> "Run":
         """Returns this run with other data settings (fields of `DataConfig`): `path` is the current
-        location of the data, and `name` selects a dataset, on which the run need not be trained.
+        location of the data, and `name` selects a dataset, which need not be the one in training.
 
         Raises UserError if a setting does not exist, or does not fit the run's networks.
         """
@@ -217,8 +217,8 @@ class Run:
           guidance or top-p, pass 1.
         - `size`: height and width in pixels. If they are larger than the training images, the codes
           are drawn in windows of the training size.
-        - `seed`: default 0. `devices`: their number, default: all. `batch_size`: how many images to
-          draw at once, rounded up to whole micro-batches. `progress`: shows a progress bar.
+        - `seed`: default 0. `devices`: how many to use, default: all. `batch_size`: how many images
+          to draw at once, rounded up to whole micro-batches. `progress`: shows a progress bar.
 
         Raises UserError if a class does not exist, or if a setting is invalid.
         """
@@ -227,7 +227,7 @@ class Run:
         if prefix is not None:
             codes = np.asarray(prefix)
             if codes.ndim != 1 or (codes < 0).any():
-                raise UserError("a prefix must be a one-dimensional array of codes, 0 or more.")
+                raise UserError("a prefix must be a one-dimensional array of nonnegative codes.")
             known = np.broadcast_to(codes, (len(labels), len(codes)))
         return np.concatenate(list(self.draw_samples(labels, numbers, known=known, **settings)))
 
@@ -318,7 +318,7 @@ class Run:
         return self._sampler.resolve_settings(**settings)
 
     def log_likelihood(self, images: Any, labels: Any) -> np.ndarray:
-        """Computes the log likelihood under the prior, in nats, of the codes of images [n,h,w,c]
+        """Computes the log-likelihood under the prior, in nats, of the codes of images [n,h,w,c]
         given their classes (numbers or names; one for all images, or one per image): float32 [n].
 
         Raises UserError if the images do not have the training size.
@@ -331,8 +331,9 @@ class Run:
         grid, expected = indices.shape[1:], self.prior.window
         if grid != expected:
             raise UserError(
-                f"the images have {grid} codes, but the prior computes likelihoods only of "
-                f"{expected}; pass images of the training size."
+                f"the images have a grid of {grid} codes, but the prior computes likelihoods only "
+                f"of {expected}; pass images of {expected[0] * self.factor}x"
+                f"{expected[1] * self.factor} pixels."
             )
         return self._apply_in_batches(self._likelihood, (labels, indices), 1, self.transformer)
 

@@ -67,8 +67,7 @@ class Sampler:
         ):
             raise UserError(
                 f"the size is {size}; it must be a height and a width in pixels that are multiples "
-                f"of {factor}, and at least {window[0] * factor} and {window[1] * factor}, the "
-                "training size."
+                f"of {factor}, and at least {window[0] * factor} and {window[1] * factor}."
             )
         return int(size[0]) // factor, int(size[1]) // factor
 
@@ -160,8 +159,8 @@ def make_keep_mask(keep: float, mask: Any, grid: tuple[int, int], factor: int) -
         rows = round(keep * grid[0]) if 0 < keep < 1 else 0
         if not 0 < rows < grid[0]:
             raise UserError(
-                f"keep is {keep}; it must be a share between 0 and 1 that leaves at least one of "
-                f"the {grid[0]} rows of codes to keep and one to draw."
+                f"keep is {keep}; it must be a fraction between 0 and 1 for which at least one of "
+                f"the {grid[0]} rows of codes is kept and at least one is drawn."
             )
         return np.broadcast_to(np.arange(grid[0])[:, None] < rows, grid)
     mask = np.asarray(mask, bool)

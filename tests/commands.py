@@ -15,15 +15,15 @@ from unittest import mock
 ROOT = Path(__file__).parents[1]
 
 # Flags for fast compilation, because a small run spends most of its time on compilation.
-QUICK = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 if importlib.metadata.version("jax").startswith("0.10."):
-    QUICK += " --xla_cpu_use_fusion_emitters=false"  # later versions fail with this flag
+    XLA_FLAGS += " --xla_cpu_use_fusion_emitters=false"  # later versions fail with this flag
 
 
 def start(*arguments: object, devices: int = 1, cwd: Path | None = None) -> subprocess.Popen[str]:
     """Starts a command from the top level of the repository."""
     environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {XLA_FLAGS}",
         "PYTHONPATH": str(ROOT),
     }
     script, *rest = map(str, arguments)
@@ -40,7 +40,7 @@ def run(*arguments: object, devices: int = 1, cwd: Path | None = None) -> tuple[
     return process.returncode, out, err
 
 
-def status_of(script: str, *arguments: object) -> int:
+def run_for_status(script: str, *arguments: object) -> int:
     """Runs a command in this process and returns its exit status."""
     previous_arguments, previous_handler = sys.argv, signal.getsignal(signal.SIGINT)
     sys.argv = [script, *map(str, arguments)]
@@ -65,11 +65,11 @@ def run_here(*arguments: object, draw: bool = True) -> tuple[int, str, str]:
         if not draw:
             stack.enter_context(mock.patch("taming_jax.training.vqgan.VQGANStage.draw_figures"))
             stack.enter_context(mock.patch("taming_jax.training.prior.PriorStage.draw_figures"))
-        status = status_of(*map(str, arguments))
+        status = run_for_status(*map(str, arguments))
     return status, out.getvalue(), err.getvalue()
 
 
-def free_port() -> int:
+def find_free_port() -> int:
     """Returns a port of this machine that is not in use."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

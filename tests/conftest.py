@@ -19,7 +19,11 @@ from filelock import FileLock
 from tests import commands
 
 os.environ["XLA_FLAGS"] = " ".join(  # the last value of a flag takes precedence
-    ["--xla_force_host_platform_device_count=4", commands.QUICK, os.environ.get("XLA_FLAGS", "")]
+    [
+        "--xla_force_host_platform_device_count=4",
+        commands.XLA_FLAGS,
+        os.environ.get("XLA_FLAGS", ""),
+    ]
 )
 
 # This must be set before NumPy is imported. If other tests occupy the cores, waiting threads of its
@@ -94,27 +98,27 @@ def make_once(tmp_path_factory, name, make):
 
 
 @pytest.fixture(scope="session")
-def stage1(tmp_path_factory):
+def vqgan_workdir(tmp_path_factory):
     """The folder of a small run with stage 1 only. Copy it before you write to it."""
 
     def make(workdir):
-        line = ("train_vqgan.py", *TINY, 3, "--workdir", workdir, "--devices", 1)
-        status, _, err = commands.run_here(*line, draw=False)
+        command = ("train_vqgan.py", *TINY, 3, "--workdir", workdir, "--devices", 1)
+        status, _, err = commands.run_here(*command, draw=False)
         assert status == 0, err
 
-    return make_once(tmp_path_factory, "stage1", make)
+    return make_once(tmp_path_factory, "vqgan", make)
 
 
 @pytest.fixture(scope="session")
-def both(stage1, tmp_path_factory):
+def prior_workdir(vqgan_workdir, tmp_path_factory):
     """The folder of a small run with both stages. Copy it before you write to it."""
 
     def make(workdir):
-        shutil.copytree(stage1, workdir, dirs_exist_ok=True)
+        shutil.copytree(vqgan_workdir, workdir, dirs_exist_ok=True)
         status, _, err = commands.run_here(
             "train_prior.py", "--config", "mnist_tiny", "--workdir", workdir, "--devices", 1,
             "--prior.batch-size", 8, "--prior.steps", 2, "--prior.layers", 1,
         )  # fmt: skip
         assert status == 0, err
 
-    return make_once(tmp_path_factory, "both", make)
+    return make_once(tmp_path_factory, "prior", make)

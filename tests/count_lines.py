@@ -33,7 +33,7 @@ def main() -> None:
         counts[file.relative_to(ROOT)] = count_lines(file.read_text(encoding="utf-8"))
     for file, count in sorted(counts.items(), key=lambda item: item[1]):
         print(f"{count:6} {file}")
-    print(f"{sum(counts.values()):6} in all")
+    print(f"{sum(counts.values()):6} in total")
 
 
 if __name__ == "__main__":

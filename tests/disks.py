@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 class NoDisk(Exception):
-    """Raised if no disk can be mounted, with the reason."""
+    """An error that is raised if no disk can be mounted, with the reason."""
 
 
 class Disk:
@@ -29,13 +29,13 @@ class Disk:
     def free(self) -> None:
         self._filler.unlink()
 
-    def read_only(self, yes: bool) -> None:
-        mode = "ro" if yes else "rw"
+    def set_read_only(self, read_only: bool) -> None:
+        mode = "ro" if read_only else "rw"
         subprocess.run(["mount", "-o", f"remount,{mode}", str(self.folder)], check=True)
 
 
 @contextlib.contextmanager
-def mounted(folder: Path, mebibytes: int = 8):
+def mount(folder: Path, mebibytes: int = 8):
     """Mounts a disk at a folder. Raises NoDisk if mounting is not possible."""
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={mebibytes}m", "tmpfs", str(folder)]

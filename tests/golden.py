@@ -32,10 +32,12 @@ def drop_counts(state_dict: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {k: v for k, v in state_dict.items() if not k.endswith("num_batches_tracked")}
 
 
-def convert_state_dict(table: Callable, params: Any, state_dict: dict[str, np.ndarray]) -> Any:
-    """Converts a recorded state dict to our parameters, by the layout from `table`. The state dict
-    must have exactly the arrays of the layout, with their shapes."""
-    layout = table(flatten_shapes(params))
+def convert_state_dict(
+    build_layout: Callable, params: Any, state_dict: dict[str, np.ndarray]
+) -> Any:
+    """Converts a recorded state dict to our parameters, by the layout from `build_layout`. The
+    state dict must have exactly the arrays of the layout, with their shapes."""
+    layout = build_layout(flatten_shapes(params))
     assert convert_shapes(layout, flatten_shapes(params)) == {
         k: x.shape for k, x in state_dict.items()
     }
@@ -48,23 +50,23 @@ def to_nhwc(array: np.ndarray) -> np.ndarray:
 
 
 def assert_close(
-    actual: Any, expected: Any, what: str, relative: float = 1e-4, floor: float = 1e-6
+    actual: Any, expected: Any, label: str, relative: float = 1e-4, floor: float = 1e-6
 ) -> None:
     """Checks that the largest difference, relative to the largest expected value, is at most
     `relative`. Absolute differences up to `floor` are always allowed."""
     actual, expected = np.asarray(actual), np.asarray(expected)
-    assert actual.shape == expected.shape, f"{what}: {actual.shape} is not {expected.shape}"
+    assert actual.shape == expected.shape, f"{label}: {actual.shape} is not {expected.shape}"
     difference = np.abs(actual.astype(np.float64) - expected).max()
     allowed = max(relative * np.abs(expected).max(), floor)
-    assert difference <= allowed, f"{what}: {difference:.3g} is more than {allowed:.3g}"
+    assert difference <= allowed, f"{label}: {difference:.3g} is more than {allowed:.3g}"
 
 
 def assert_trees_close(
-    actual: Any, expected: Any, what: str, relative: float = 1e-4, floor: float = 1e-6
+    actual: Any, expected: Any, label: str, relative: float = 1e-4, floor: float = 1e-6
 ) -> None:
     """Applies `assert_close` to every leaf of two trees, which must have the same structure."""
     left, structure = jax.tree_util.tree_flatten_with_path(actual)
     right, other = jax.tree_util.tree_flatten_with_path(expected)
-    assert structure == other, f"{what}: {structure} is not {other}"
+    assert structure == other, f"{label}: {structure} is not {other}"
     for (path, a), (_, b) in zip(left, right, strict=True):
-        assert_close(a, b, what + jax.tree_util.keystr(path), relative, floor)
+        assert_close(a, b, label + jax.tree_util.keystr(path), relative, floor)

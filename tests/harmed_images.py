@@ -26,13 +26,8 @@ from taming_jax.metrics import distances  # noqa: E402
 from taming_jax.metrics.features import Features, load_vgg  # noqa: E402
 from taming_jax.parallel.devices import Devices  # noqa: E402
 
-BLURS = (
-    0.5,
-    0.75,
-    1.0,
-    1.5,
-    2.0,
-)  # standard deviations of the Gaussian, in pixels of a 28x28 image
+# Standard deviations of the Gaussian, in pixels of a 28x28 image.
+BLURS = (0.5, 0.75, 1.0, 1.5, 2.0)
 
 
 def measure_distances(images: np.ndarray, features: Features) -> dict[str, dict[str, float]]:

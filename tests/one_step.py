@@ -1,11 +1,10 @@
-"""One step of a run from its newest checkpoint, on any devices of any processes, written down.
+"""Takes one step of a run from its newest checkpoint, on any devices of any processes.
 
 python tests/one_step.py WORKDIR STAGE OUT --devices N [the flags of several processes]
 
-OUT gets, by process 0, a pickle of numpy trees: `metrics`, `gradients` (as Adam's moments tell
-them), `extra` (statistics and averages afterwards), `seen` (the images, or codes, that were read)
-and `step`.
-"""
+Process 0 writes a pickle of NumPy trees to OUT: `metrics`, `gradients` (from Adam's moments),
+`extra` (statistics and averages after the step), `seen` (the images or codes that were read), and
+`step`."""
 
 import pickle
 import sys
@@ -32,9 +31,9 @@ from taming_jax.training.vqgan import VQGANStage
 STAGES = {"vqgan": VQGANStage, "prior": PriorStage}
 
 
-def moments(state):
-    """Adam's first moments of the networks that learn, which differ by the gradient, in a way that
-    is the same for all: m' = b m + (1 - b) g."""
+def get_moments(state):
+    """Returns Adam's first moments m of the trained networks. One step changes them by the gradient
+    g: m' = b m + (1 - b) g."""
     return {
         name: optax.tree_utils.tree_get(net.opt_state, "mu")
         for name, net in state.nets.items()
@@ -42,14 +41,14 @@ def moments(state):
     }
 
 
-def work(given):
-    config = load_config(str(Path(given.workdir) / "config.json"), {"workdir": given.workdir})
-    devices = Devices(given.devices)
-    stage = STAGES[given.stage](config, devices)
-    store = Store(Path(given.workdir), stage.name, stage.best_metric, stage.dataset)
+def take_step(args):
+    config = load_config(str(Path(args.workdir) / "config.json"), {"workdir": args.workdir})
+    devices = Devices(args.devices)
+    stage = STAGES[args.stage](config, devices)
+    store = Store(Path(args.workdir), stage.name, stage.best_metric, stage.dataset)
     template = stage.init(jax.random.key(config.seed))
     restored = distributed.run_on_primary(lambda: store.restore(template, config, (), ()))
-    before = jax.tree.map(np.array, moments(restored))
+    before = jax.tree.map(np.array, get_moments(restored))
     step, feed = int(restored.step), stage.build_feeds()[0]
     batch = feed.batch(step)
     state = copy_buffers(devices.replicate(restored))
@@ -59,18 +58,18 @@ def work(given):
     state, metrics = stage.train_step(state, batch)
     after, metrics = devices.fetch(state), devices.fetch(metrics)
     feed.close()
-    beta = getattr(config, given.stage).betas[0]
-    found = {
+    beta = getattr(config, args.stage).betas[0]
+    results = {
         "step": step,
         "metrics": metrics,
         "gradients": jax.tree.map(
-            lambda m, new: (new - beta * m) / (1 - beta), before, moments(after)
+            lambda m, new: (new - beta * m) / (1 - beta), before, get_moments(after)
         ),
         "extra": {name: net.extra for name, net in after.nets.items()},
         "seen": seen,
     }
     if distributed.is_primary():
-        Path(given.out).write_bytes(pickle.dumps(jax.tree.map(np.asarray, found)))
+        Path(args.out).write_bytes(pickle.dumps(jax.tree.map(np.asarray, results)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,9 +81,9 @@ class OneStep(Processes):
 
 
 def main():
-    given = parse(OneStep, __doc__)
-    distributed.join(given)
-    work(given)
+    args = parse(OneStep, __doc__)
+    distributed.join(args)
+    take_step(args)
 
 
 if __name__ == "__main__":

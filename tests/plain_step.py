@@ -21,7 +21,7 @@ from taming_jax.models.lpips import lpips
 ONES = jnp.ones(6)
 
 
-def plain_gradients(
+def compute_plain_gradients(
     networks, generator, discriminator, images, lpips_params, ones, lpips_twice=True
 ):
     """Returns the gradients of the generator and of the discriminator, and the metrics."""
@@ -32,7 +32,7 @@ def plain_gradients(
         variables = {"params": params, "batch_stats": stats}
         return networks.discriminator.apply(variables, x, mutable=["batch_stats"])[0]
 
-    def terms(params):
+    def compute_losses(params):
         output = networks.generator.apply({"params": params}, images)
         difference = jnp.abs(images - output.images)
         nll = settings.l1_weight * difference.mean()
@@ -45,17 +45,17 @@ def plain_gradients(
         return (nll, adversarial, codebook), (output.images, difference.mean() / 2, perceptual)
 
     (nll, adversarial, codebook), backward, (reconstruction, l1, perceptual) = jax.vjp(
-        terms, generator.params, has_aux=True
+        compute_losses, generator.params, has_aux=True
     )
     zero = jnp.zeros(())
 
-    def last_kernel_gradient(*seeds):
+    def compute_last_kernel_gradient(*seeds):
         return backward(seeds)[0]["decoder"]["conv_out"]["kernel"]
 
     weight = jnp.asarray(settings.discriminator_weight, jnp.float32)
     if settings.adaptive_weight:
-        nll_gradient = last_kernel_gradient(ones[0], zero, zero)
-        adversarial_gradient = last_kernel_gradient(zero, ones[1], zero)
+        nll_gradient = compute_last_kernel_gradient(ones[0], zero, zero)
+        adversarial_gradient = compute_last_kernel_gradient(zero, ones[1], zero)
         weight *= losses.adaptive_weight(
             nll_gradient, adversarial_gradient, settings.adaptive_weight_max
         )
@@ -64,8 +64,10 @@ def plain_gradients(
 
     metrics = {}
     if settings.perceptual_weight and lpips_twice:
-        again = lpips(lpips_params, ones[3] * images, ones[4] * reconstruction, networks.dtype)
-        metrics["perceptual_again"] = again.mean()
+        second_lpips = lpips(
+            lpips_params, ones[3] * images, ones[4] * reconstruction, networks.dtype
+        )
+        metrics["perceptual_again"] = second_lpips.mean()
 
     def discriminator_loss(params):
         real, fake = discriminate(params, images), discriminate(params, ones[5] * reconstruction)

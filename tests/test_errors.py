@@ -11,7 +11,7 @@ from tests import commands
 
 
 @pytest.mark.parametrize(
-    ("error", "status", "said"),
+    ("error", "status", "output"),
     [
         (None, 0, ""),
         (UserError("name it."), 2, "error: name it.\n"),
@@ -20,16 +20,16 @@ from tests import commands
         (Interrupted(signal.SIGTERM, "saved."), 143, "\nsaved.\n"),
     ],
 )
-def test_each_kind_of_end_has_its_status_and_sentence(capsys, error, status, said):
+def test_every_kind_of_error_has_its_status_and_message(capsys, error, status, output):
     def command():
         if error is not None:
             raise error
 
     assert report(command) == status
-    assert capsys.readouterr() == ("", said)
+    assert capsys.readouterr() == ("", output)
 
 
-def test_a_bug_keeps_its_traceback():
+def test_other_errors_keep_their_traceback():
     with pytest.raises(ZeroDivisionError):
         report(lambda: 1 / 0)
 
@@ -40,9 +40,9 @@ from taming_jax.errors import RunFailed, report, say
 
 def command():
     if sys.argv[1] == "at once":
-        say("begun")
+        say("started")
     else:
-        print("begun")
+        print("started")
     if sys.argv[1] == "failing":
         raise RunFailed("it broke.")
 
@@ -52,19 +52,19 @@ sys.exit(report(command))
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 @pytest.mark.parametrize(
-    ("how", "ends"),
+    ("mode", "expected"),
     [("at once", (0, "")), ("at the end", (0, "")), ("failing", (1, "failed: it broke.\n"))],
 )
-def test_an_output_on_a_full_disk_changes_no_status(how, ends):
+def test_output_to_a_full_disk_does_not_change_the_status(mode, expected):
     with open("/dev/full", "w") as output:
-        done = subprocess.run(
-            [sys.executable, "-c", PROGRAM, how], cwd=commands.ROOT, text=True,
+        result = subprocess.run(
+            [sys.executable, "-c", PROGRAM, mode], cwd=commands.ROOT, text=True,
             stdout=output, stderr=subprocess.PIPE, env=os.environ | {"PYTHONUNBUFFERED": ""},
         )  # fmt: skip
-    assert (done.returncode, done.stderr) == ends
+    assert (result.returncode, result.stderr) == expected
 
 
-def test_a_pipe_whose_reader_has_gone_is_no_failure(capsys):
+def test_a_closed_pipe_is_not_an_error(capsys):
     def command():
         raise BrokenPipeError
 

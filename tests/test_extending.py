@@ -1,4 +1,4 @@
-"""The examples of docs/extending.md, run as they stand."""
+"""Runs the examples of docs/extending.md exactly as they are printed."""
 
 import dataclasses
 import re
@@ -27,83 +27,85 @@ BLOCK = re.compile(r"```(python|diff)\n(.*?)```", re.DOTALL)
 
 
 @pytest.fixture(autouse=True)
-def own_registries():
-    """What an example registers is there for its test only."""
-    kept = [(registry, dict(registry)) for registry in (SOURCES, QUANTIZERS, PRIORS)]
+def restore_registries():
+    """Removes after each test what an example has registered."""
+    copies = [(registry, dict(registry)) for registry in (SOURCES, QUANTIZERS, PRIORS)]
     yield
-    for registry, before in kept:
+    for registry, before in copies:
         registry.clear()
         registry.update(before)
 
 
-def example(title: str, kind: str = "python") -> str:
-    """The code of a section of the page."""
+def read_example(title: str, kind: str = "python") -> str:
+    """Returns the code of a section of the page."""
     section = PAGE.split(f"\n## {title}\n")[1].split("\n## ")[0]
-    return next(code for of_kind, code in BLOCK.findall(section) if of_kind == kind)
+    return next(code for language, code in BLOCK.findall(section) if language == kind)
 
 
 def run_example(title: str) -> dict:
     names: dict = {}
-    exec(compile(example(title), f"docs/extending.md, {title}", "exec"), names)
+    exec(compile(read_example(title), f"docs/extending.md, {title}", "exec"), names)
     return names
 
 
-def with_diff(source: str, title: str) -> str:
-    """A source file after the diff of a section, which must fit it."""
-    lines = example(title, "diff").splitlines(keepends=True)
+def apply_diff(source: str, title: str) -> str:
+    """Returns a source file with the diff of a section applied. The context of the diff must
+    match."""
+    lines = read_example(title, "diff").splitlines(keepends=True)
     before = "".join(line[1:] for line in lines if line[0] in " -")
     after = "".join(line[1:] for line in lines if line[0] in " +")
     assert source.count(before) == 1, f"the diff of '{title}' does not fit"
     return source.replace(before, after)
 
 
-def changed_module(module, title: str, names: dict):
-    """A module after the diff of a section, with what its example defines."""
-    changed = types.ModuleType(module.__name__)
-    changed.__dict__.update(names)
+def patch_module(module, title: str, names: dict):
+    """Returns a module with the diff of a section applied, and with the names that its example
+    defines."""
+    patched = types.ModuleType(module.__name__)
+    patched.__dict__.update(names)
     path = ROOT / f"{module.__name__.replace('.', '/')}.py"
-    exec(compile(with_diff(path.read_text(), title), str(path), "exec"), changed.__dict__)
-    return changed
+    exec(compile(apply_diff(path.read_text(), title), str(path), "exec"), patched.__dict__)
+    return patched
 
 
-def test_the_sign_quantizer_finds_its_codes_again():
-    module = run_example("A quantizer")["SignQuantizer"]
-    settings = dataclasses.replace(small_runs.small_config(None).vqgan, code_dim=4)
-    quantizer = module(settings)
+def test_the_sign_quantizer_looks_up_its_own_codes():
+    quantizer_type = run_example("A quantizer")["SignQuantizer"]
+    settings = dataclasses.replace(small_runs.make_config(None).vqgan, code_dim=4)
+    quantizer = quantizer_type(settings)
     z = jax.random.normal(jax.random.key(0), (2, 3, 3, 4))
     quantized = quantizer.apply({}, z)
-    found = quantizer.apply({}, quantized.indices, method="lookup")
-    np.testing.assert_array_equal(found, quantized.vectors)
+    vectors = quantizer.apply({}, quantized.indices, method="lookup")
+    np.testing.assert_array_equal(vectors, quantized.vectors)
     assert quantized.indices.max() < quantizer.num_codes == 16
 
 
-def test_dataset_quantizer_loss_and_log_destination_train_together(tmp_path, monkeypatch):
+def test_the_dataset_quantizer_loss_and_log_destination_work_together(tmp_path, monkeypatch):
     run_example("A dataset")
     run_example("A quantizer")
-    loss = run_example("A loss term and a metric")
+    loss_names = run_example("A loss term and a metric")
     monkeypatch.setattr(
-        vqgan_step.losses, "total_variation", loss["total_variation"], raising=False
+        vqgan_step.losses, "total_variation", loss_names["total_variation"], raising=False
     )
-    step = changed_module(vqgan_step, "A loss term and a metric", {})
-    monkeypatch.setattr(vqgan, "VQGANObjective", step.VQGANObjective)
-    destinations = changed_module(writers, "A log destination", run_example("A log destination"))
-    monkeypatch.setattr(loop, "open_writers", destinations.open_writers)
-    config = small_runs.small_config(tmp_path / "run", data__name="stripes", vqgan__steps=3)
+    patched_step = patch_module(vqgan_step, "A loss term and a metric", {})
+    monkeypatch.setattr(vqgan, "VQGANObjective", patched_step.VQGANObjective)
+    patched_writers = patch_module(writers, "A log destination", run_example("A log destination"))
+    monkeypatch.setattr(loop, "open_writers", patched_writers.open_writers)
+    config = small_runs.make_config(tmp_path / "run", data__name="stripes", vqgan__steps=3)
     config = replace_section(config, "vqgan", quantizer="sign", code_dim=4, codebook_size=16)
     loop.train(vqgan.VQGANStage, config)
     rows = read_rows(tmp_path / "run" / "metrics" / "vqgan.jsonl")
-    trained = [row for row in rows if row["split"] == "train"]
-    assert len(trained) == 3 and all(row["total_variation"] > 0 for row in trained)
-    for row in trained:
+    train_rows = [row for row in rows if row["split"] == "train"]
+    assert len(train_rows) == 3 and all(row["total_variation"] > 0 for row in train_rows)
+    for row in train_rows:
         total = row["l1"] * 2 + 0.1 * row["total_variation"]
         assert row["reconstruction_loss"] == pytest.approx(total, rel=1e-5)
     table = (tmp_path / "run" / "csv" / "vqgan_train.csv").read_text()
     assert table.count("total_variation") == 3 and "1,total_variation," in table
 
 
-def test_the_independent_prior_trains_and_draws(stage1, tmp_path):
+def test_the_independent_prior_can_be_trained(vqgan_workdir, tmp_path):
     run_example("A prior")
-    shutil.copytree(stage1, tmp_path / "run")
+    shutil.copytree(vqgan_workdir, tmp_path / "run")
     config = read_config(tmp_path / "run" / "config.json")
     config = dataclasses.replace(config, workdir=str(tmp_path / "run"))
     settings = {"steps": 5, "batch_size": 8, "label_dropout": 0.0, "guidance_scale": None}
@@ -116,9 +118,9 @@ def test_the_independent_prior_trains_and_draws(stage1, tmp_path):
     )
 
 
-def test_a_checkpoint_of_another_project_becomes_a_run(stage1, tmp_path):
+def test_a_checkpoint_of_another_project_can_be_imported(vqgan_workdir, tmp_path):
     names = run_example("A checkpoint format")
-    run = load_run(stage1)
+    run = load_run(vqgan_workdir)
     params = jax.tree.map(np.asarray, run.params)
     arrays = layout.convert_to_torch(names["build_layout"](layout.flatten_shapes(params)), params)
     assert "G/encoder/conv_in.weight" in arrays

@@ -6,7 +6,7 @@ from PIL import Image
 from taming_jax import figures
 
 
-def test_tiles_are_in_reading_order():
+def test_tiles_are_arranged_row_by_row():
     images = np.arange(5, dtype=np.uint8)[:, None, None, None].repeat(3, 1).repeat(4, 2)
     sheet = figures.tile_images(images, columns=3, gap=1)
     assert sheet.shape == (3 + 1 + 3, 3 * 5 - 1, 1)
@@ -14,7 +14,7 @@ def test_tiles_are_in_reading_order():
     assert (sheet[3] == 255).all() and (sheet[4:, 10:] == 255).all()
 
 
-def test_loss_curves_of_any_metrics(tmp_path, monkeypatch):
+def test_loss_curves_show_every_metric(tmp_path, monkeypatch):
     rows = [{"step": s, "split": "train", "l1": 1 / s, "epoch": 0.1} for s in range(1, 300)]
     rows += [{"step": 299, "split": "validation", "l1": 0.1, "usage": 0.5, "sharpness": 2.0}]
     path, titles = tmp_path / "curves.png", []
@@ -29,7 +29,7 @@ def test_loss_curves_of_any_metrics(tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["curves.png"], "no partial file is left"
 
 
-def test_long_class_names_have_room():
+def test_long_class_names_are_not_cut_off():
     images = np.zeros((16, 64, 64, 3), np.float32)
     figure = figures.draw_grid(images, ["n01440764_tench", "n02835271_bicycle-built"], 8)
     canvas = FigureCanvasAgg(figure)
@@ -38,7 +38,7 @@ def test_long_class_names_have_room():
         assert label.get_window_extent(canvas.get_renderer()).x0 > 5
 
 
-def test_a_title_over_few_images_is_not_cut():
+def test_a_title_above_few_images_is_not_cut_off():
     images = np.zeros((9, 32, 32, 3), np.float32)
     title = "Validation images after step 4000; under each error its mean (0 to 1)"
     figure = figures.draw_grid(images, ["original", "reconstruction", "error"], 3, title)
@@ -48,7 +48,7 @@ def test_a_title_over_few_images_is_not_cut():
     assert box.x1 <= figure.bbox.x1
 
 
-def test_what_is_said_below_stands_under_its_column():
+def test_captions_are_centered_below_their_columns():
     images = np.zeros((8, 28, 28, 1), np.float32)
     figure = figures.draw_grid(images, ["one", "two"], 4, "title", ["0.1", "0.2", "0.3", "0.4"])
     canvas = FigureCanvasAgg(figure)
@@ -61,14 +61,15 @@ def test_what_is_said_below_stands_under_its_column():
         assert abs((box.x0 + box.x1) / 2 - (picture.x0 + (i + 0.5) * picture.width / 4)) < 5
 
 
-def test_a_grid_without_names_is_as_wide_as_its_images():
+def test_a_grid_without_row_names_is_as_wide_as_its_images():
     images = np.zeros((32, 28, 28, 1), np.uint8)
     figure = figures.draw_grid(images, (), 16, "title")
     assert figure.get_figwidth() < 8.2 and not figure.axes[0].get_yticklabels()
 
 
-def test_pixels_of_small_images_are_sharp():
-    """Ten digits in a row are enlarged by less than three, which matplotlib alone would smooth."""
+def test_small_images_are_enlarged_without_smoothing():
+    """Ten digits in a row are enlarged by a factor below three, for which matplotlib smooths by
+    default."""
     for size, interpolation in ((28, "nearest"), (64, "antialiased")):
         images = np.zeros((30, size, size, 1), np.uint8)
         figure = figures.draw_grid(images, ["original", "reconstruction", "error"], 10)

@@ -1,11 +1,12 @@
-"""The structure of the package: one floor per job, and no circles."""
+"""Tests of the structure of the package: every module has a floor, and there are no import
+cycles."""
 
 import ast
 from pathlib import Path
 
 from tests import commands
 
-# From the top down. A module imports from floors below its own only, or from its own folder.
+# From the top to the bottom. A module imports only from lower floors or from its own folder.
 FLOORS = (
     {"cli"}, {"evaluation"}, {"interop"}, {"run", "sampler", "tiled_inference"}, {"training"},
     {"metrics"}, {"priors"}, {"models"}, {"figures"}, {"data"}, {"parallel"}, {"weights"},
@@ -16,7 +17,7 @@ LEVELS = {name: level for level, floor in enumerate(FLOORS) for name in floor}
 
 
 def read_imports() -> dict[str, set[str]]:
-    """The modules of the package, each with those that it imports, wherever that stands in it."""
+    """Returns the modules of the package that each module imports, anywhere in its code."""
     package = commands.ROOT / "taming_jax"
     files: dict[str, Path] = {}
     for file in package.rglob("*.py"):
@@ -40,34 +41,34 @@ def read_imports() -> dict[str, set[str]]:
 IMPORTS = read_imports()
 
 
-def floor_of(module: str) -> str:
+def get_floor(module: str) -> str:
     return module.split(".")[1] if "." in module else ""
 
 
 def test_every_module_has_a_floor():
-    assert {floor_of(module) for module in IMPORTS} - {""} == LEVELS.keys()
+    assert {get_floor(module) for module in IMPORTS} - {""} == LEVELS.keys()
 
 
-def test_modules_import_from_floors_below_their_own():
+def test_modules_import_only_from_lower_floors_or_their_own():
     upwards = [
         f"{module} imports {other}"
         for module, others in IMPORTS.items()
         for other in others
-        if floor_of(module) != floor_of(other)
-        and LEVELS.get(floor_of(module), -1) > LEVELS.get(floor_of(other), -1)
+        if get_floor(module) != get_floor(other)
+        and LEVELS.get(get_floor(module), -1) > LEVELS.get(get_floor(other), -1)
     ]
     assert not upwards, upwards
 
 
-def test_no_imports_go_round_in_circles():
-    done: set[str] = set()
+def test_there_are_no_import_cycles():
+    visited: set[str] = set()
 
     def visit(module, path):
         assert module not in path, " imports ".join([*path[path.index(module) :], module])
-        if module not in done:
+        if module not in visited:
             for other in sorted(IMPORTS[module]):
                 visit(other, [*path, module])
-            done.add(module)
+            visited.add(module)
 
     for module in IMPORTS:
         visit(module, [])

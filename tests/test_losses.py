@@ -8,7 +8,7 @@ RNG = np.random.default_rng(0)
 REAL, FAKE = RNG.normal(0, 2, (2, 3, 4, 4, 1))
 
 
-def test_losses_are_a_number_an_example():
+def test_losses_return_one_number_per_example():
     x, y = RNG.uniform(-1, 1, (2, 3, 5, 5, 2))
     np.testing.assert_allclose(losses.l1(x, y), np.abs(x - y).mean((1, 2, 3)), rtol=1e-6)
     np.testing.assert_allclose(losses.generator_adversarial(FAKE), -FAKE.mean((1, 2, 3)), rtol=1e-6)
@@ -19,7 +19,7 @@ def test_losses_are_a_number_an_example():
     np.testing.assert_allclose(losses.vanilla(REAL, FAKE), vanilla, rtol=1e-5)
 
 
-def test_adaptive_weight_is_a_bounded_ratio_of_norms():
+def test_the_adaptive_weight_is_a_bounded_ratio_of_norms():
     a, b = RNG.normal(size=(2, 3, 3, 8, 1))
     ratio = np.linalg.norm(a) / (np.linalg.norm(b) + 1e-4)
     assert losses.adaptive_weight(a, b) == pytest.approx(ratio, rel=1e-6)
@@ -35,7 +35,7 @@ def test_lecam_is_zero_within_the_averages():
     )
 
 
-def test_perplexity_counts_codes_used_alike():
+def test_the_perplexity_of_equally_frequent_codes_is_their_number():
     assert losses.perplexity(jnp.full(16, 7.0)) == pytest.approx(16, rel=1e-6)
     assert losses.perplexity(jnp.zeros(16).at[3].set(5)) == pytest.approx(1)
     assert losses.perplexity(jnp.zeros(16).at[:4].set(5)) == pytest.approx(4, rel=1e-6)

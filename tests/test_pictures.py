@@ -1,4 +1,5 @@
-"""One's own pictures through both stages: streamed or resident, stopped, harmed, exchanged."""
+"""Tests with the user's own pictures in both stages: streamed or resident, interrupted, damaged,
+and exchanged."""
 
 import json
 import shutil
@@ -11,10 +12,10 @@ import pytest
 from taming_jax.training.checkpoints import Store
 from tests import commands, small_runs
 from tests.data import pictures
-from tests.data.test_images import harmed
+from tests.data.test_images import damage_pictures
 from tests.small_runs import Killed, assert_rows_close, assert_same_run, kill_at, read_rows
 
-STEPS = 12  # of 8 of 42 images: more than two epochs
+STEPS = 12  # with 8 of 42 images per step: more than two epochs
 STAGE1 = [
     "train_vqgan.py", "--config", "birds_tiny", "--data.name", "folder", "--data.image-size", "8",
     "--vqgan.channels", "4", "--vqgan.multipliers", "1", "--vqgan.batch-size", "8",
@@ -30,60 +31,62 @@ STAGE2 = [
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with pictures, and a cache beside it."""
-    place = tmp_path_factory.mktemp("pictures")
-    pictures.write_folder(place / "my pictures ü")
-    return place
+def root(tmp_path_factory):
+    """A folder that contains a folder of pictures and a cache."""
+    root = tmp_path_factory.mktemp("pictures")
+    pictures.write_folder(root / "my pictures ü")
+    return root
 
 
-def given(place, workdir):
+def data_flags(root, workdir):
     return [
-        "--data.path", place / "my pictures ü", "--data.cache", place / "cache", "--workdir",
+        "--data.path", root / "my pictures ü", "--data.cache", root / "cache", "--workdir",
         workdir,
     ]  # fmt: skip
 
 
-def trained(place, workdir, *settings, devices=1):
-    status, out, err = commands.run(*STAGE1, *given(place, workdir), *settings, devices=devices)
+def train_in_subprocess(root, workdir, *settings, devices=1):
+    status, out, err = commands.run(*STAGE1, *data_flags(root, workdir), *settings, devices=devices)
     assert status == 0, err
     return out
 
 
-def trained_here(place, workdir, *settings):
-    status, out, err = commands.run_here(*STAGE1, *given(place, workdir), "--devices", 1, *settings)
+def train(root, workdir, *settings):
+    status, out, err = commands.run_here(
+        *STAGE1, *data_flags(root, workdir), "--devices", 1, *settings
+    )
     assert status == 0, err
     return out
 
 
-def arrays(workdir):
+def read_arrays(workdir):
     return Store(workdir, "vqgan").read(STEPS).arrays
 
 
-def rows(workdir):
+def read_log(workdir):
     lines = (workdir / "metrics" / "vqgan.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 
 
 @pytest.fixture(scope="module")
-def resident(place):
-    trained_here(place, place / "resident")
-    return place / "resident"
+def resident(root):
+    train(root, root / "resident")
+    return root / "resident"
 
 
 @pytest.fixture(scope="module")
-def adversarial(place):
-    trained_here(place, place / "adversarial", *ADVERSARIAL)
-    return place / "adversarial"
+def adversarial(root):
+    train(root, root / "adversarial", *ADVERSARIAL)
+    return root / "adversarial"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 2, 4])
-def test_a_streaming_run_that_is_killed_goes_on_bit_for_bit(place, adversarial, tmp_path, devices):
+def test_a_killed_streaming_command_resumes_bit_for_bit(root, adversarial, tmp_path, devices):
     streaming = ("--data.resident-share", 0, *ADVERSARIAL)
-    trained(place, tmp_path / "whole", *streaming, devices=devices)
+    train_in_subprocess(root, tmp_path / "uninterrupted", *streaming, devices=devices)
     process = commands.start(
-        *STAGE1, *given(place, tmp_path / "killed"), *streaming, devices=devices
+        *STAGE1, *data_flags(root, tmp_path / "killed"), *streaming, devices=devices
     )
     while not (tmp_path / "killed" / "checkpoints" / "vqgan" / "4").exists():
         assert process.poll() is None, process.communicate()[1]
@@ -91,61 +94,62 @@ def test_a_streaming_run_that_is_killed_goes_on_bit_for_bit(place, adversarial, 
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
     steps = Store(tmp_path / "killed", "vqgan").steps()
-    assert steps and steps[-1] < STEPS and steps[-1] * 8 % 42, "in the middle of an epoch"
-    trained(place, tmp_path / "killed", *streaming, devices=devices)
-    expected = arrays(tmp_path / "whole")
-    for path, array in arrays(tmp_path / "killed").items():
+    assert steps and steps[-1] < STEPS and steps[-1] * 8 % 42, (
+        "the run stopped in the middle of an epoch"
+    )
+    train_in_subprocess(root, tmp_path / "killed", *streaming, devices=devices)
+    expected = read_arrays(tmp_path / "uninterrupted")
+    for path, array in read_arrays(tmp_path / "killed").items():
         np.testing.assert_array_equal(array, expected[path], err_msg=".".join(path))
-    assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
-    for row, other in zip(rows(tmp_path / "whole"), rows(adversarial), strict=True):
-        assert row["l1"] == pytest.approx(other["l1"], rel=1e-3), "the batches are those"
-    speed = (tmp_path / "whole" / "metrics" / "vqgan_speed.jsonl").read_text().splitlines()
+    assert read_log(tmp_path / "killed") == read_log(tmp_path / "uninterrupted")
+    for row, other in zip(read_log(tmp_path / "uninterrupted"), read_log(adversarial), strict=True):
+        assert row["l1"] == pytest.approx(other["l1"], rel=1e-3), "streaming reads the same batches"
+    speed = (tmp_path / "uninterrupted" / "metrics" / "vqgan_speed.jsonl").read_text().splitlines()
     assert all(0 <= json.loads(line)["waiting"] <= 1 for line in speed) and len(speed) >= STEPS
 
 
-# The feeds are what differs, so that the discriminator is left out, and sooner compiled.
+# The discriminator is off, because only the feeds differ and the programs compile faster.
 SMALL = {
     "data__name": "folder", "data__channels": 3, "data__random_crop": True, "data__mirror": True,
     "vqgan__discriminator_start": 1.0, "vqgan__steps": STEPS, "vqgan__checkpoint_every": 4,
 }  # fmt: skip
 
 
-def train_small(place, workdir, **settings):
-    folders = {"data__path": str(place / "my pictures ü"), "data__cache": str(place / "cache")}
+def train_small(root, workdir, **settings):
+    folders = {"data__path": str(root / "my pictures ü"), "data__cache": str(root / "cache")}
     small_runs.train(workdir, **SMALL | folders | settings)
 
 
 @pytest.fixture(scope="module")
-def small_resident(place):
-    """A small run that keeps its pictures in the device's memory."""
-    train_small(place, place / "small")
-    return place / "small"
+def small_resident(root):
+    """The folder of a small run that keeps its pictures in the memory of the device."""
+    train_small(root, root / "small")
+    return root / "small"
 
 
 @pytest.mark.parametrize(
     "devices", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 4]
 )
-def test_a_streaming_run_that_is_broken_goes_on_bit_for_bit(
-    place, small_resident, tmp_path, devices
-):
+def test_a_killed_streaming_run_resumes_bit_for_bit(root, small_resident, tmp_path, devices):
     streaming = {"data__resident_share": 0.0, "devices": devices}
-    train_small(place, tmp_path / "whole", **streaming)
+    train_small(root, tmp_path / "uninterrupted", **streaming)
     with pytest.raises(Killed):
-        train_small(place, tmp_path / "broken", on_step=kill_at(10), **streaming)
-    step = small_runs.saved_steps(tmp_path / "broken")[-1]
-    assert step == 8 and step * 8 % 42, "in the middle of an epoch"
-    train_small(place, tmp_path / "broken", **streaming)
-    assert_same_run(tmp_path / "broken", tmp_path / "whole", STEPS)
-    assert_rows_close(read_rows(tmp_path / "whole"), read_rows(small_resident), 1e-3)
-    speed = (tmp_path / "whole" / "metrics" / "vqgan_speed.jsonl").read_text().splitlines()
+        train_small(root, tmp_path / "killed", on_step=kill_at(10), **streaming)
+    step = small_runs.list_saved_steps(tmp_path / "killed")[-1]
+    assert step == 8 and step * 8 % 42, "the run stopped in the middle of an epoch"
+    train_small(root, tmp_path / "killed", **streaming)
+    assert_same_run(tmp_path / "killed", tmp_path / "uninterrupted", STEPS)
+    assert_rows_close(read_rows(tmp_path / "uninterrupted"), read_rows(small_resident), 1e-3)
+    speed = (tmp_path / "uninterrupted" / "metrics" / "vqgan_speed.jsonl").read_text().splitlines()
     assert all(0 <= json.loads(line)["waiting"] <= 1 for line in speed) and len(speed) >= STEPS
 
 
 @pytest.mark.slow
-def test_from_a_folder_to_samples(place, resident, tmp_path):
-    """Stage 2 needs the data; sampling by name does not. Each command in a process of its own."""
+def test_a_folder_of_pictures_can_be_trained_on_and_sampled(root, resident, tmp_path):
+    """Stage 2 needs the data, but sampling by class name does not. Each command runs in its own
+    process."""
     workdir = shutil.copytree(resident, tmp_path / "run")
-    status, _, err = commands.run(*STAGE2, *given(place, workdir))
+    status, _, err = commands.run(*STAGE2, *data_flags(root, workdir))
     assert status == 0, err
     status, _, err = commands.run(
         "scripts/sample.py", "--workdir", workdir, "--classes", "zèbre", "--per-class", 2, "--out",
@@ -157,27 +161,27 @@ def test_from_a_folder_to_samples(place, resident, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_refuses_to_go_on_with_other_pictures(place, resident, tmp_path):
-    other = shutil.copytree(place / "my pictures ü", tmp_path / "my pictures ü")
+def test_a_run_cannot_resume_with_other_pictures(root, resident, tmp_path):
+    other = shutil.copytree(root / "my pictures ü", tmp_path / "my pictures ü")
     next((other / "train").rglob("*.jpg")).unlink()
     before = {p: p.read_bytes() for p in resident.rglob("*") if p.is_file()}
     for script in (STAGE1, STAGE2):
-        status, _, err = commands.run_here(*script, *given(tmp_path, resident))
+        status, _, err = commands.run_here(*script, *data_flags(tmp_path, resident))
         assert status == 2 and err.count("\n") == 1, err
         assert "other data: there are 41 training images, not 42" in err
     assert {p: p.read_bytes() for p in resident.rglob("*") if p.is_file()} == before
 
 
 @pytest.mark.slow
-def test_harmed_pictures_are_left_out_or_too_many(place, tmp_path):
-    shutil.copytree(place / "my pictures ü", tmp_path / "my pictures ü")
-    harmed(tmp_path / "my pictures ü", 1 / 8)
-    out = trained_here(tmp_path, tmp_path / "run", "--vqgan.steps", 1)
+def test_damaged_pictures_are_left_out_unless_there_are_too_many(root, tmp_path):
+    shutil.copytree(root / "my pictures ü", tmp_path / "my pictures ü")
+    damage_pictures(tmp_path / "my pictures ü", 1 / 8)
+    out = train(tmp_path, tmp_path / "run", "--vqgan.steps", 1)
     assert "6 of 42 pictures cannot be read" in out
-    (listed,) = (tmp_path / "cache").glob("*/skipped.txt")
-    assert len(listed.read_text().splitlines()) == 6
-    shutil.copytree(place / "my pictures ü", tmp_path / "most" / "my pictures ü")
-    harmed(tmp_path / "most" / "my pictures ü", 1)
-    status, _, err = commands.run_here(*STAGE1, *given(tmp_path / "most", tmp_path / "none"))
+    (skipped_list,) = (tmp_path / "cache").glob("*/skipped.txt")
+    assert len(skipped_list.read_text().splitlines()) == 6
+    shutil.copytree(root / "my pictures ü", tmp_path / "most" / "my pictures ü")
+    damage_pictures(tmp_path / "most" / "my pictures ü", 1)
+    status, _, err = commands.run_here(*STAGE1, *data_flags(tmp_path / "most", tmp_path / "none"))
     assert status == 2 and "42 of 42 pictures cannot be read" in err
     assert not (tmp_path / "none").exists()

@@ -1,4 +1,4 @@
-"""What long work shows of itself, on a terminal and elsewhere."""
+"""Tests of the progress of long work, on a terminal and elsewhere."""
 
 import io
 import sys
@@ -13,14 +13,14 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_long_work_writes_lines_where_there_is_no_terminal(monkeypatch, capsys):
+def test_long_work_writes_lines_without_a_terminal(monkeypatch, capsys):
     monkeypatch.setattr(progress, "INTERVAL", 0.02)
-    with Progress("encoding", 12, "images") as shown:
+    with Progress("encoding", 12, "images") as bar:
         time.sleep(0.05)
-        shown.update(3)
-        shown.set_postfix_str("nll 0.5", refresh=False)
+        bar.update(3)
+        bar.set_postfix_str("nll 0.5", refresh=False)
         time.sleep(0.05)
-        shown.update(30)  # the last batch is filled up
+        bar.update(30)  # the last batch is padded
         say_above("A sentence.")
     out, err = capsys.readouterr()
     first, last = err.splitlines()[0], err.splitlines()[-1]
@@ -30,26 +30,26 @@ def test_long_work_writes_lines_where_there_is_no_terminal(monkeypatch, capsys):
 
 
 def test_short_work_writes_nothing_to_a_file(capsys):
-    with Progress("encoding", 12, "images") as shown:
-        shown.update(12)
+    with Progress("encoding", 12, "images") as bar:
+        bar.update(12)
     assert capsys.readouterr() == ("", "")
 
 
 def test_a_terminal_shows_a_bar_that_ends_at_the_total(monkeypatch):
     screen = Terminal()
     monkeypatch.setattr(sys, "stderr", screen)
-    with Progress("encoding", 12, "images") as shown:
+    with Progress("encoding", 12, "images") as bar:
         for _ in range(2):
-            shown.update(8)  # the last batch is filled up
-        assert shown.n == 12
+            bar.update(8)  # the last batch is padded
+        assert bar.n == 12
     assert "encoding: 100%" in screen.getvalue()
 
 
-def test_a_process_that_leaves_it_to_another_shows_nothing(monkeypatch, capsys):
+def test_a_silenced_process_shows_no_progress(monkeypatch, capsys):
     monkeypatch.setattr(progress, "INTERVAL", 0.01)
     monkeypatch.setattr(progress, "_silenced", False)
     progress.silence()
-    with Progress("encoding", 12, "images") as shown:
+    with Progress("encoding", 12, "images") as bar:
         time.sleep(0.1)
-        shown.update(3)
+        bar.update(3)
     assert capsys.readouterr() == ("", "")

@@ -1,4 +1,4 @@
-"""The way in from a notebook."""
+"""Tests of the functions and methods for notebooks."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ from taming_jax.data import datasets
 from taming_jax.errors import UserError
 
 
-def test_importing_the_package_and_a_config_starts_nothing():
+def test_importing_the_package_and_loading_a_config_imports_no_heavy_modules():
     code = (
         "import sys, taming_jax; taming_jax.load_config('mnist'); dir(taming_jax); "
         "print(sorted({'jax', 'flax', 'orbax', 'matplotlib', 'datasets'} & set(sys.modules)))"
@@ -20,7 +20,7 @@ def test_importing_the_package_and_a_config_starts_nothing():
     assert out.stdout.strip() == "[]"
 
 
-def test_every_public_name_can_be_had():
+def test_every_public_name_can_be_imported():
     for name in taming_jax.__all__:
         assert callable(getattr(taming_jax, name)), name
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
@@ -28,14 +28,14 @@ def test_every_public_name_can_be_had():
 
 
 @pytest.fixture(scope="module")
-def run(stage1):
-    """A run of gray images that has learned nearly nothing."""
-    return taming_jax.load_run(stage1)
+def run(vqgan_workdir):
+    """A run with gray images that was hardly trained."""
+    return taming_jax.load_run(vqgan_workdir)
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A run of colour images, trained with pmap on two devices."""
+def trained_run(tmp_path_factory):
+    """A run with color images, trained with pmap on two devices."""
     config = taming_jax.load_config(
         "mnist_tiny",
         {
@@ -49,8 +49,8 @@ def trained(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_run_reconstructs_what_it_has_not_seen(trained):
-    run = trained
+def test_a_run_reconstructs_images_that_it_has_not_seen(trained_run):
+    run = trained_run
     images = datasets.load(run.config.data).test.images
     indices = run.encode(images)
     assert indices.shape == (64, 8, 8) and indices.dtype == np.int32
@@ -61,26 +61,26 @@ def test_a_run_reconstructs_what_it_has_not_seen(trained):
     assert error < 0.6 * blank
 
 
-def test_images_are_answered_in_kind(run):
+def test_reconstructions_have_the_dtype_of_the_images(run):
     images = datasets.load(run.config.data).test.images[:5]
     floats = images / np.float32(127.5) - 1
     np.testing.assert_array_equal(run.encode(floats), run.encode(images))
-    answered = run.reconstruct(floats)
-    assert answered.dtype == np.float32 and np.abs(answered).max() <= 1
+    reconstruction = run.reconstruct(floats)
+    assert reconstruction.dtype == np.float32 and np.abs(reconstruction).max() <= 1
     decoded = run.decode(run.encode(images))
-    np.testing.assert_allclose(decoded, answered, atol=1e-6)
-    as_bytes = run.reconstruct(images).astype(float)
-    np.testing.assert_allclose(as_bytes, (answered + 1) * 127.5, atol=0.51)
+    np.testing.assert_allclose(decoded, reconstruction, atol=1e-6)
+    byte_reconstruction = run.reconstruct(images).astype(float)
+    np.testing.assert_allclose(byte_reconstruction, (reconstruction + 1) * 127.5, atol=0.51)
 
 
-def test_more_images_than_a_batch_are_the_same_as_one_by_one(run):
+def test_images_are_encoded_the_same_in_one_batch_or_several(run):
     images = datasets.load(run.config.data).train.images[:70]
     together = run.encode(images)
     assert (together[65:] == run.encode(images[65:])).mean() > 0.99
 
 
-def test_what_a_run_cannot_take_is_a_sentence(run, tmp_path):
-    for call, says in (
+def test_invalid_arguments_are_refused(run, tmp_path):
+    for call, message in (
         (lambda: run.encode(np.zeros((16, 16, 1))), "the images have shape"),
         (
             lambda: run.encode(np.zeros((1, 28, 27, 1))),
@@ -97,15 +97,16 @@ def test_what_a_run_cannot_take_is_a_sentence(run, tmp_path):
         (lambda: taming_jax.load_run(tmp_path), "holds no vqgan checkpoint"),
         (lambda: taming_jax.train(run.config, "vqgen"), "no stage 'vqgen'"),
     ):
-        with pytest.raises(UserError, match=says):
+        with pytest.raises(UserError, match=message):
             call()
 
 
 @pytest.mark.slow
-def test_the_figures_are_pictures(trained):
-    run = trained
+def test_training_writes_its_figures(trained_run):
+
     from PIL import Image
 
+    run = trained_run
     names = {"loss_curves", "reconstructions", "codebook_usage", "random_latents", "codebook"}
     files = {file.stem: file for file in (run.workdir / "figures").iterdir()}
     assert set(files) == names

@@ -1,4 +1,4 @@
-"""A run whose dataset has moved, is another, or was never known."""
+"""Tests of runs whose dataset has moved, is a different one, or was never known."""
 
 import shutil
 
@@ -24,117 +24,123 @@ SETTINGS = {
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with a run, the pictures it was trained on, which have moved to `new`, and `other`
+def root(tmp_path_factory):
+    """A folder with a run, its training pictures, which were moved from `old` to `new`, and `other`
     pictures."""
-    place = tmp_path_factory.mktemp("moved")
-    pictures.write_folder(place / "old")
-    other = {"train": pictures.split(30, 300), "test": pictures.split(8, 400)}
-    pictures.write_folder(place / "other", other)
-    overrides = {"data.path": str(place / "old"), "data.cache": str(place / "cache")}
+    root = tmp_path_factory.mktemp("moved")
+    pictures.write_folder(root / "old")
+    other = {"train": pictures.make_split(30, 300), "test": pictures.make_split(8, 400)}
+    pictures.write_folder(root / "other", other)
+    overrides = {"data.path": str(root / "old"), "data.cache": str(root / "cache")}
     config = taming_jax.load_config(
-        "birds_tiny", SETTINGS | overrides | {"workdir": str(place / "run")}
+        "birds_tiny", SETTINGS | overrides | {"workdir": str(root / "run")}
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("taming_jax.training.vqgan.VQGANStage.draw_figures", lambda *_: None)
         taming_jax.train(config, "vqgan")
-    (place / "old").rename(place / "new")
-    return place
+    (root / "old").rename(root / "new")
+    return root
 
 
 @pytest.fixture
 def evaluate(capsys):
-    """The command in this process: its exit status, stdout and stderr."""
+    """Returns a function that runs the command in this process and returns its exit status, stdout,
+    and stderr."""
 
     def call(*arguments):
-        status = commands.status_of("scripts/evaluate.py", *arguments, "--devices", 1)
+        status = commands.run_for_status("scripts/evaluate.py", *arguments, "--devices", 1)
         return status, *capsys.readouterr()
 
     return call
 
 
-def test_data_that_has_moved_is_named_and_recognised(place, capsys):
-    run = taming_jax.load_run(place / "run")
-    with pytest.raises(UserError, match=f"--data.path {place / 'old'} is not a folder"):
+def test_moved_data_is_recognized_at_its_new_path(root, capsys):
+    run = taming_jax.load_run(root / "run")
+    with pytest.raises(UserError, match=f"--data.path {root / 'old'} is not a folder"):
         run.tokens("test")
-    new = {"name": "folder", "path": place / "new"}
-    moved = taming_jax.load_run(place / "run", data=new)
+    new = {"name": "folder", "path": root / "new"}
+    moved = taming_jax.load_run(root / "run", data=new)
     images = datasets.load(moved.config.data).test.images
     expected = run.encode(images).reshape(len(images), -1)
     capsys.readouterr()
     np.testing.assert_array_equal(moved.tokens("test").images, expected)
     assert "The run was trained on this data." in capsys.readouterr().out
-    given = run.with_data({"path": place / "new"}).tokens("test")
-    np.testing.assert_array_equal(given.images, expected)
+    tokens = run.with_data({"path": root / "new"}).tokens("test")
+    np.testing.assert_array_equal(tokens.images, expected)
 
 
-def test_the_path_may_be_changed_in_config_json(place, tmp_path):
-    workdir = shutil.copytree(place / "run", tmp_path / "run")
+def test_the_path_may_be_changed_in_config_json(root, tmp_path):
+    workdir = shutil.copytree(root / "run", tmp_path / "run")
     config = taming_jax.load_config(
-        workdir / "config.json", {"data.path": str(place / "new"), "data.workers": 1}
+        workdir / "config.json", {"data.path": str(root / "new"), "data.workers": 1}
     )
     write_config(config, workdir / "config.json")
     run = taming_jax.load_run(workdir)
-    assert run.config.data.path == str(place / "new") and len(run.tokens("test").images) == 9
+    assert run.config.data.path == str(root / "new") and len(run.tokens("test").images) == 9
 
 
-def test_other_data_needs_to_be_named_and_is_told_apart(place, tmp_path, capsys):
-    workdir = shutil.copytree(place / "run", tmp_path / "run")
-    data = {"path": place / "other"}
-    says = r"trained on other data: there are .* to use this data instead, add --data.name folder"
-    with pytest.raises(UserError, match=says):
+def test_other_data_is_refused_unless_its_name_is_given(root, tmp_path, capsys):
+    workdir = shutil.copytree(root / "run", tmp_path / "run")
+    data = {"path": root / "other"}
+    message = (
+        r"trained on other data: there are .* to use this data instead, add --data.name folder"
+    )
+    with pytest.raises(UserError, match=message):
         taming_jax.load_run(workdir, data).tokens("test")
     named = data | {"name": "folder"}
     assert len(taming_jax.load_run(workdir, named).tokens("test").images) == 8
     assert "The run was trained on other data: there are" in capsys.readouterr().out
     config = taming_jax.load_config(workdir / "config.json", {"data.path": str(data["path"])})
     write_config(config, workdir / "config.json")
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=message):
         taming_jax.load_run(workdir).tokens("test")
 
 
-def test_another_dataset_is_not_looked_for_where_the_old_one_was(place):
-    run = taming_jax.load_run(place / "run", data={"name": "synthetic"})
+def test_another_dataset_does_not_use_the_path_of_the_previous_one(root):
+    run = taming_jax.load_run(root / "run", data={"name": "synthetic"})
     assert run.config.data.path is None and run.config.data.name == "synthetic"
     assert len(run.tokens("test").images) == 64
 
 
-def test_data_that_the_networks_cannot_take_is_refused(place):
-    for settings, says in (
+def test_data_that_does_not_fit_the_networks_is_refused(root):
+    for settings, message in (
         ({"image_size": 32}, "--data.image-size is 32, but this run's networks take 8"),
         ({"channels": 1}, "--data.channels is 1, but this run's networks take 3"),
         ({"pth": "x"}, "there is no setting 'data.pth'; did you mean 'data.path'"),
     ):
-        with pytest.raises(UserError, match=says):
-            taming_jax.load_run(place / "run", data=settings)
+        with pytest.raises(UserError, match=message):
+            taming_jax.load_run(root / "run", data=settings)
 
 
-def test_an_import_is_evaluated_on_data_of_ones_own(place, both, tmp_path, evaluate, monkeypatch):
-    """By one command, without training; samples need a prior of as many classes."""
-    trained = taming_jax.load_run(both)
-    config = taming_jax.load_config(both / "config.json", {"data.name": "unknown"})
+def test_an_imported_run_is_evaluated_on_the_users_own_data(
+    root, prior_workdir, tmp_path, evaluate, monkeypatch
+):
+    """One command evaluates it without training. Samples need a prior with the same number of
+    classes."""
+    trained = taming_jax.load_run(prior_workdir)
+    config = taming_jax.load_config(prior_workdir / "config.json", {"data.name": "unknown"})
     networks = {"generator": trained.params, "transformer": trained.transformer}
     networks = jax.tree.map(np.asarray, networks)
     names = tuple(map(str, range(4)))
     write_run(tmp_path / "run", Model(config, names), networks)
-    given = ["--workdir", tmp_path / "run", "--features", "vgg"]
-    status, _, err = evaluate(*given)
+    flags = ["--workdir", tmp_path / "run", "--features", "vgg"]
+    status, _, err = evaluate(*flags)
     assert status == 2 and "the dataset of this imported run is not known" in err
-    data = ["--data.name", "folder", "--data.path", place / "other", "--data.workers", 1]
-    status, _, err = evaluate(*given, *data, "--samples", 10)
+    data = ["--data.name", "folder", "--data.path", root / "other", "--data.workers", 1]
+    status, _, err = evaluate(*flags, *data, "--samples", 10)
     assert status == 2 and "the data has 3 classes and the prior" in err and "--samples 0" in err
-    status, out, err = evaluate(*given, *data, "--samples", 0)
+    status, out, err = evaluate(*flags, *data, "--samples", 0)
     assert status == 0, err
     assert "reconstruction (8 images of the test split)" in out and "no prior yet" not in out
     assert "Warning: It is not known whether the run was trained on this data." in out
-    status, _, err = evaluate(*given, *data, "--samples", 0, "--data.test-share", 0)
+    status, _, err = evaluate(*flags, *data, "--samples", 0, "--data.test-share", 0)
     assert status == 2 and "--data.test-share is 0.0" in err
     # One picture can be measured, but has no distribution.
-    few = {"train": pictures.split(12, 500)}
-    pictures.write_folder(tmp_path / "few", few)
+    few_splits = {"train": pictures.make_split(12, 500)}
+    pictures.write_folder(tmp_path / "few", few_splits)
     data[3] = tmp_path / "few" / "train"
     monkeypatch.setattr(progress, "INTERVAL", 0.05)
-    status, out, err = evaluate(*given, *data, "--samples", 0)
+    status, out, err = evaluate(*flags, *data, "--samples", 0)
     assert status == 0 and "reconstructions: 1 of 1 images" in err, err
     assert "psnr" in out and "FD-VGG16  " not in out
     assert "Warning: No Fréchet distance: it needs two images." in out

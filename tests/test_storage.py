@@ -12,7 +12,7 @@ from taming_jax.storage import atomic_write, read_arrays, run_lock, write_arrays
 from tests import commands
 
 
-def test_a_file_is_written_whole_or_left_as_it_was(tmp_path, limit_file_size):
+def test_a_failed_write_leaves_the_old_file(tmp_path, limit_file_size):
     file = tmp_path / "file"
     atomic_write(file, b"old")
     limit_file_size(50)
@@ -35,7 +35,7 @@ with run_lock(Path(sys.argv[1])):
 """
 
 
-def test_a_folder_is_one_process_s_until_that_dies(tmp_path):
+def test_a_folder_is_locked_until_its_process_ends(tmp_path):
     folder = tmp_path / "run"
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(folder)], cwd=commands.ROOT, stdout=subprocess.PIPE
@@ -57,14 +57,14 @@ def test_a_folder_is_one_process_s_until_that_dies(tmp_path):
     assert list(folder.iterdir()) == []
 
 
-def test_folders_are_independent_and_free_again_at_the_end(tmp_path):
+def test_locks_of_folders_are_independent_and_released_at_the_end(tmp_path):
     with run_lock(tmp_path / "a"), run_lock(tmp_path / "b"):
         with (
             pytest.raises(UserError, match=f"process {os.getpid()} on"),
             run_lock(tmp_path / "a"),
         ):
             pass
-        # Being refused let go of nothing.
+        # A refused attempt did not release the lock.
         with pytest.raises(UserError), run_lock(tmp_path / "a"):
             pass
         (tmp_path / "b" / "config.json").write_text("{}")
@@ -74,28 +74,30 @@ def test_folders_are_independent_and_free_again_at_the_end(tmp_path):
     assert not (tmp_path / "c").exists()
 
 
-def test_a_file_system_without_locks_costs_a_sentence(tmp_path, monkeypatch, capsys):
-    def none(*_):
+def test_a_file_system_without_locks_gives_a_warning(tmp_path, monkeypatch, capsys):
+    def raise_no_locks(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr("filelock.FileLock.acquire", none)
+    monkeypatch.setattr("filelock.FileLock.acquire", raise_no_locks)
     with run_lock(tmp_path / "run"):
         (tmp_path / "run" / "file").touch()
     assert "does not support locks (No locks available)" in capsys.readouterr().out
 
 
-def test_arrays_are_kept_where_there_is_room(tmp_path, limit_file_size):
-    file = tmp_path / "new" / "kept.npz"
+def test_arrays_are_written_if_there_is_space_and_damaged_files_are_ignored(
+    tmp_path, limit_file_size
+):
+    file = tmp_path / "new" / "arrays.npz"
     arrays = {"a": np.arange(5000), "b": np.ones((2, 3), np.float32)}
     write_arrays(file, arrays)
-    found = read_arrays(file)
+    stored = read_arrays(file)
     for name, array in arrays.items():
-        np.testing.assert_array_equal(found[name], array)
-    whole = file.read_bytes()
+        np.testing.assert_array_equal(stored[name], array)
+    content = file.read_bytes()
     limit_file_size(1000)
     write_arrays(tmp_path / "other.npz", arrays)
     assert not (tmp_path / "other.npz").exists()
     assert read_arrays(tmp_path / "other.npz") is None
-    for harmed in (whole[: len(whole) // 2], whole[:300] + b"x" + whole[301:], b""):
-        (tmp_path / "harmed.npz").write_bytes(harmed[:1000])
-        assert read_arrays(tmp_path / "harmed.npz") is None
+    for damaged in (content[: len(content) // 2], content[:300] + b"x" + content[301:], b""):
+        (tmp_path / "damaged.npz").write_bytes(damaged[:1000])
+        assert read_arrays(tmp_path / "damaged.npz") is None

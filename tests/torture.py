@@ -100,7 +100,7 @@ class Workspace:
         return inherited | {
             "PYTHONPATH": str(ROOT),
             # Fast compilation is enough, because both runs are compiled in the same way.
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {commands.QUICK}",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {commands.XLA_FLAGS}",
             "HOME": str(home), "XDG_CACHE_HOME": str(home / "cache"), "TMPDIR": str(home / "tmp"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }  # fmt: skip
@@ -114,7 +114,7 @@ class RunningCommand:
         self.out = space.folder / "out"
         self.out.mkdir(exist_ok=True)
         self.processes: list[subprocess.Popen] = []
-        port = commands.free_port()
+        port = commands.find_free_port()
         for number in range(int(processes or 1)):
             flags = []
             if processes:
@@ -174,7 +174,7 @@ def read_log(workdir: Path, stage: str) -> list[dict]:
     return rows
 
 
-def saved_steps(workdir: Path, stage: str) -> list[int]:
+def list_saved_steps(workdir: Path, stage: str) -> list[int]:
     return Store(workdir, stage).steps()
 
 
@@ -213,7 +213,7 @@ def choose_signal(space: Workspace) -> int:
 
 
 def kill_at_step(space: Workspace, stage: str, layout: str) -> None:
-    last = max(saved_steps(space.run, stage), default=0)
+    last = max(list_saved_steps(space.run, stage), default=0)
     step = last + space.rng.randint(1, CHECKPOINT_EVERY + 3)
     running = RunningCommand(space, space.command(stage, space.run), layout)
     wait_for_step(space, running, stage, step)
@@ -237,7 +237,7 @@ def kill_in_save(space: Workspace, stage: str, layout: str) -> None:
 def fill_disk(space: Workspace, stage: str, layout: str) -> None:
     """Fills the disk during some saves, frees it, waits for a checkpoint, and kills the run."""
     assert space.disk is not None
-    last = max(saved_steps(space.run, stage), default=0)
+    last = max(list_saved_steps(space.run, stage), default=0)
     running = RunningCommand(space, space.command(stage, space.run), layout)
     if not wait_for_step(space, running, stage, last + 1):
         running.wait()
@@ -247,8 +247,8 @@ def fill_disk(space: Workspace, stage: str, layout: str) -> None:
         running.wait_until(lambda: "could not be written" in running.output(), 60)
     finally:
         space.disk.free()
-    failed = max(saved_steps(space.run, stage), default=0)
-    running.wait_until(lambda: max(saved_steps(space.run, stage), default=0) > failed)
+    failed = max(list_saved_steps(space.run, stage), default=0)
+    running.wait_until(lambda: max(list_saved_steps(space.run, stage), default=0) > failed)
     if running.has_ended():
         codes = running.wait()
         if not set(codes) <= {0, 1}:  # 1: no space for the last checkpoint
@@ -278,7 +278,9 @@ def choose_file(folder: Path, rng: random.Random, pattern: str = "*") -> Path | 
 def damage_checkpoint(space: Workspace, stage: str) -> bool:
     """Damages the newest checkpoint if there is another undamaged one. Returns whether it did."""
     folder = space.run / "checkpoints" / stage
-    inodes = {step: (folder / str(step)).stat().st_ino for step in saved_steps(space.run, stage)}
+    inodes = {
+        step: (folder / str(step)).stat().st_ino for step in list_saved_steps(space.run, stage)
+    }
     intact = [step for step, inode in inodes.items() if inode not in space.damaged]
     if len(intact) < 2 or max(inodes) not in intact:
         return False
@@ -302,7 +304,7 @@ def truncate_log(space: Workspace, stage: str) -> bool:
     """Truncates the log in the middle of a row of a step that the run will repeat. Returns whether
     it did."""
     file = space.run / "metrics" / f"{stage}.jsonl"
-    newest = max(saved_steps(space.run, stage), default=0)
+    newest = max(list_saved_steps(space.run, stage), default=0)
     lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
     if lines and not lines[-1].endswith(b"\n"):
         return False  # already truncated
@@ -368,12 +370,12 @@ def torture_stage(
     """Trains a stage to its end while injecting faults, in one layout or, if None, in all."""
     current, kinds, count = layout or "1", draw_faults(space), 0
     while count < faults:
-        if max(saved_steps(space.run, stage), default=0) >= space.steps[stage]:
+        if max(list_saved_steps(space.run, stage), default=0) >= space.steps[stage]:
             raise TortureError(
                 f"{stage} ended after {count} of {faults} faults; increase the number of steps"
             )
         kind = next(kinds)
-        if layout is None and saved_steps(space.run, stage) and space.rng.random() < 0.4:
+        if layout is None and list_saved_steps(space.run, stage) and space.rng.random() < 0.4:
             kind, current = "moved", space.rng.choice([x for x in LAYOUTS if x != current])
             check_first_step(space, stage, current)
         elif kind in RUNNING:
@@ -419,7 +421,7 @@ def check_every_step_once(space: Workspace) -> None:
 def mount_small_disk(folder: Path) -> Iterator[disks.Disk | None]:
     """Mounts a disk that can be filled. Yields None if mounting is not possible."""
     try:
-        with disks.mounted(folder, 64) as disk:
+        with disks.mount(folder, 64) as disk:
             yield disk
     except disks.NoDisk as error:
         print(f"Skipping the faults of a full disk: {error}.")
@@ -450,8 +452,9 @@ def torture_run(folder: Path, faults: int, seed: int, moving: bool, counts: Tabl
         after = {name: hash_files(folder / name) for name in before}
         if before != after:
             raise TortureError("a file outside the run was changed")
-        known = {"my pictures", "neighbor", "home", "disk", "out", "uninterrupted", "step.pickle"}
-        unexpected = {p.name for p in folder.iterdir()} - known - {"run", "cache"}
+        expected = {"my pictures", "neighbor", "home", "disk", "out", "uninterrupted"}
+        expected |= {"step.pickle", "run", "cache"}
+        unexpected = {p.name for p in folder.iterdir()} - expected
         if unexpected:
             raise TortureError(f"files were left outside the run: {sorted(unexpected)}")
 

@@ -49,9 +49,7 @@ def dispatch() -> None:
         return
     close = difflib.get_close_matches(words[0], COMMANDS, 1)
     hint = f"did you mean '{close[0]}'? " if close else ""
-    raise UserError(
-        f"there is no command '{words[0]}'; {hint}run `taming-jax` to list the commands."
-    )
+    raise UserError(f"there is no command '{words[0]}'; {hint}`taming-jax` lists the commands.")
 
 
 def run(name: str) -> int:

@@ -38,7 +38,7 @@ def parse(command: type[T], description: str | None) -> T:
 # Data settings that the run's networks fix, or that affect only training.
 FIXED_OR_TRAINING_ONLY = ("image_size", "channels", "random_crop", "mirror")
 HELP = {
-    "name": "The dataset; name it to use other data than in training. Default: as in training.",
+    "name": "The dataset. Set it to use different data than in training. Default: as in training.",
     "path": "The folder of the data, if it has moved. Default: as in training.",
     "cache": "The folder for decoded images. Default: as in training.",
 }
@@ -46,7 +46,11 @@ HELP = {
 DataFlags: Any = dataclasses.make_dataclass(
     "DataFlags",
     [
-        (name, Annotated[kind | None, tyro.conf.arg(help=HELP.get(name, "As in training."))], None)
+        (
+            name,
+            Annotated[kind | None, tyro.conf.arg(help=HELP.get(name, "Default: as in training."))],
+            None,
+        )
         for name, kind in typing.get_type_hints(DataConfig).items()
         if name not in FIXED_OR_TRAINING_ONLY
     ],
@@ -65,7 +69,9 @@ def check_output(name: str, file: Path, suffixes: Sequence[str] = ()) -> None:
     if file.is_dir():
         raise UserError(f"{name} {file} is a folder; name a file in it.")
     if suffixes and file.suffix not in suffixes:
-        raise UserError(f"{name} {file} has a wrong suffix; name a {' or a '.join(suffixes)} file.")
+        raise UserError(
+            f"{name} {file} has the wrong suffix; name a {' or a '.join(suffixes)} file."
+        )
     check_writable(name, file)
 
 
@@ -90,10 +96,10 @@ def parse_training(
 ) -> Command:
     """Parses the command line of a training script, or of a command with the same settings.
 
-    `--config` is parsed first because it sets the defaults. tyro parses the rest, and exits with
-    status 2 and its own message if a flag is invalid. Stage "prior" takes the data and the settings
-    of stage 1 from the run in its workdir. Raises UserError if flags contradict them.
-    """
+    `--config` and `--workdir` are parsed first because they determine the defaults. tyro parses the
+    rest, and exits with status 2 and its own message if a flag is invalid. Stage "prior" takes the
+    data and the settings of stage 1 from the run in its workdir. Raises UserError if flags
+    contradict them."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", nargs="?")
     first.add_argument("--workdir", nargs="?", const="")
@@ -116,10 +122,11 @@ def parse_training(
         command, default=command(base), args=["--help"] if wants_help else rest,
         description=description,
     )  # fmt: skip
-    different = diff_configs(parsed.config, run, ("data", "vqgan")) if stage == "prior" else []
-    if different:
+    differences = diff_configs(parsed.config, run, ("data", "vqgan")) if stage == "prior" else []
+    if differences:
         raise UserError(
-            f"the run in {base.folder} was trained with other settings: {'; '.join(different)}. "
+            f"your settings differ from those of the run in {base.folder}: "
+            f"{'; '.join(differences)}. "
             "Leave these settings out, or train a new stage 1 with them."
         )
     config = make_paths_absolute(parsed.config)
@@ -130,9 +137,7 @@ def load_default_config(name: str | None, workdir: str | None, wants_help: bool)
     """Loads the config named by --config, whose values are the defaults of the flags. For --help,
     falls back to the preset mnist if that config does not exist."""
     if name is None and not wants_help:
-        raise UserError(
-            f"choose what to train with --config; the presets are {', '.join(list_presets())}."
-        )
+        raise UserError(f"set --config to a preset; the presets are {', '.join(list_presets())}.")
     try:
         config = load_config(name or "mnist")
     except UserError:

@@ -25,7 +25,7 @@ class ImportLlamaGen:
     image_size: int = 256
     """The height and width of the images; 384 for transformers of 24x24 codes."""
     heads: int | None = None
-    """The number of attention heads. Default: derived from the width of LlamaGen's models."""
+    """The number of attention heads. Default: that of LlamaGen's model of the same width."""
 
 
 def main() -> None:

@@ -29,8 +29,8 @@ from taming_jax.training import train
 
 class Row(NamedTuple):
     """A row: a stage 1 if it has no base, a prior if its base is a stage 1, or samples if its base
-    is a prior. `settings` differ from the base or, without a base, from the preset. A stage 1 has
-    at most one prior, which is trained in its folder."""
+    is a prior. `settings` override those of the base or, without a base, of the preset. A stage 1
+    has at most one prior, which is trained in its folder."""
 
     settings: dict[str, Any]
     base: str = ""
@@ -53,12 +53,12 @@ MNIST_TINY = {
     "adaptive": Row(ADAPTIVE),
     "adaptive, seed 1": Row(ADAPTIVE | {"seed": 1}),
     "late": Row(LATE),
-    "codes of 8": Row(ADAPTIVE | {"vqgan.code_dim": 8}),
+    "8-dimensional codes": Row(ADAPTIVE | {"vqgan.code_dim": 8}),
     "LeCam": Row(ADAPTIVE | {"vqgan.lecam_weight": 0.1}),
     "before": Row(BEFORE),
     "before, 32 codes": Row(BEFORE | {"vqgan.codebook_size": 32}),
     "before, 512 codes": Row(BEFORE | {"vqgan.codebook_size": 512}),
-    "before, not normalised": Row(BEFORE | {"vqgan.l2_normalise": False}),
+    "before, not normalized": Row(BEFORE | {"vqgan.l2_normalise": False}),
     "prior": Row({}, "mnist_tiny"),
     "prior, adaptive": Row({}, "adaptive"),
     "prior before": Row({}, "before"),

@@ -37,7 +37,7 @@ class Sample:
     classes: tuple[str, ...] = ()
     """Class numbers or names. Default: all (at most 10 in a grid), or none for completions."""
     per_class: int = 8
-    """The number of images per class."""
+    """The number of images per class, or of completions per picture."""
     temperature: float | None = None
     """The sampling temperature; 0 takes the most likely codes."""
     top_k: int | None = None
@@ -49,17 +49,19 @@ class Sample:
     size: str | None = None
     """WIDTHxHEIGHT in pixels, at least the training size. Larger images are drawn in windows."""
     complete: tuple[str, ...] = ()
-    """Pictures to complete, --per-class times each. Set one of --classes, or one per picture."""
+    """Pictures to complete, --per-class times each. Give one class for all, or one per picture."""
     keep: float | Literal["top"] | None = None
     """The part of the pictures to keep: top for the upper half (the default), or the
     fraction of rows to keep from the top."""
     mask: Path | None = None
     """Instead of --keep: a picture that is white where pixels are kept."""
     seed: int = 0
+    """The random seed."""
     devices: int | None = None
     """The number of devices to use. Default: all."""
     batch_size: int | None = None
-    """The number of images to draw at once. It limits memory, but does not affect the images."""
+    """The number of images to draw at once. Default: one micro-batch per device, which needs the
+    least memory. It does not affect the images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +75,7 @@ class Complete(Sample):
     """
 
     complete: tyro.conf.Positional[tuple[str, ...]]
-    """Pictures to complete, --per-class times each. Set one of --classes, or one per picture."""
+    """Pictures to complete, --per-class times each. Give one class for all, or one per picture."""
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -249,7 +251,7 @@ def check_flags(args: Sample) -> str:
             "--keep and --mask apply only to completed pictures; name some with --complete."
         )
     if args.keep is not None and args.mask is not None:
-        raise UserError("--keep and --mask exclude each other; leave one out.")
+        raise UserError("--keep and --mask cannot be used together; leave one out.")
     return suffix
 
 

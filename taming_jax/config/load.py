@@ -116,7 +116,8 @@ def diff_configs(
 
 
 def drop_unmatched_attention(config: Config) -> Config:
-    """Returns a config without the attention resolutions that no level has and so do nothing."""
+    """Returns a config without the attention resolutions that have no effect, as no level has
+    them."""
     kept = (x for x in config.vqgan.attention_resolutions if x in config.level_resolutions)
     return replace_section(config, "vqgan", attention_resolutions=tuple(kept))
 

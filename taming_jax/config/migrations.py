@@ -70,7 +70,7 @@ ARRAY_MIGRATIONS: dict[int, Callable[[Arrays], Arrays]] = {
 }  # fmt: skip
 
 MICRO_BATCH_FORMAT = 4  # the first with one adaptive weight per micro-batch in stage 1
-SCORE_FORMAT = 6  # the first whose checkpoints name the metric that ranks them
+SCORE_FORMAT = 6  # the first whose checkpoints store the score that ranks them
 
 
 def read_format(values: Mapping[str, Any], path: Path) -> int:

@@ -1,8 +1,8 @@
 """Every setting of both stages, as frozen dataclasses.
 
-You may change a field made with `free` when you resume a run: it sets how long or where the run
-trains, or how often it validates, saves or logs. Every other field determines what is trained.
-"""
+You may change a field made with `free` when you resume a run: it sets how long, how often or where
+the run works, or how it samples. The exception is `discriminator_start_step`, which is fixed when
+the run is created. Every other field determines what is trained."""
 
 import math
 from collections.abc import Callable
@@ -178,8 +178,8 @@ class VQGANConfig(StageConfig):
     commitment: float = setting(0.25, NOT_NEGATIVE)
     """The weight of the commitment loss (beta in the papers)."""
     legacy_commitment: bool = False
-    """Apply the commitment weight to the codebook loss instead, as the first version of the
-    official code did."""
+    """Apply the commitment weight to the codebook loss instead, as the official code does by
+    default."""
     l2_normalise: bool = setting(False, meaning=True)
     """Normalize latents and codes to length one, so that only their directions are compared."""
     quantizer: Literal["nearest", "gumbel"] = setting("nearest", meaning=True)
@@ -198,7 +198,7 @@ class VQGANConfig(StageConfig):
     """The weight of the perceptual loss, LPIPS on VGG16 features. 0 turns it off, and VGG16 is not
     loaded."""
     codebook_weight: float = setting(1.0, NOT_NEGATIVE)
-    """The weight of the whole codebook loss, which includes the commitment loss."""
+    """The weight of the sum of the codebook loss and the commitment loss."""
 
     discriminator_filters: int = setting(64, COUNT)
     """The number of filters of the discriminator's first layer."""
@@ -209,8 +209,8 @@ class VQGANConfig(StageConfig):
     them off."""
     discriminator_start_step: int | None = free(None, NOT_NEGATIVE)
     """The step at which the discriminator and the adversarial loss start. Default: computed from
-    --vqgan.discriminator-start when the run is created, and kept when you resume the run, even if
-    you make it longer."""
+    --vqgan.discriminator-start when the run is created. It cannot change afterwards, even if you
+    make the run longer."""
     discriminator_loss: Literal["hinge", "vanilla"] = "hinge"
     """The adversarial loss: hinge or vanilla (cross-entropy)."""
     discriminator_weight: float = setting(0.8, NOT_NEGATIVE)
@@ -281,8 +281,8 @@ class PriorConfig(StageConfig):
     also set the query and key of the class to zero, as in LlamaGen."""
     # Only imported models need the next three settings, mlp_width, bias, and positions "llamagen".
     block_size: int | None = setting(None, COUNT)
-    """The number of learned positions, and so the longest sequence. Default: the number of codes in
-    the grid."""
+    """The maximum length of a sequence, which is also the number of learned positions. Default: the
+    number of codes in the grid."""
     vocabulary: int | None = setting(None, COUNT, meaning=True)
     """The number of tokens, if classes and codes share one vocabulary, as in the official
     transformer. Default: classes have their own embeddings, and the head predicts only codes."""
@@ -338,9 +338,9 @@ class Config:
     devices: int | None = free(None, COUNT)
     """The number of devices to use. Default: all."""
     deterministic: bool = free(False)
-    """Make runs on a GPU reproducible, but slower: kernels are not chosen by their speed, and sums
-    by index (in the gradients of LPIPS's max pooling, DiffAugment's translation and the prior's
-    loss) are computed in a fixed order. On a CPU, runs are reproducible without this."""
+    """Make runs on a GPU reproducible, but slower: XLA does not autotune kernels, and scatter-adds
+    (in the gradients of LPIPS's max pooling, DiffAugment's translation and the prior's loss) are
+    computed in a fixed order. On a CPU, runs are reproducible without this."""
     compile_cache: bool = free(True)
     """Keep compiled programs in ~/.cache/taming_jax, so that the next run starts faster."""
     data: DataConfig = DataConfig()

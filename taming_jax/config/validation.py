@@ -58,8 +58,8 @@ def validate_config(config: "Config") -> "Config":
     layers = vqgan.discriminator_layers
     if vqgan.discriminator_start < 1 and data.image_size // 2**layers < 3:
         raise UserError(
-            f"--vqgan.discriminator-layers {layers} leaves no pixels of an image of "
-            f"{data.image_size} pixels; use fewer layers."
+            f"--vqgan.discriminator-layers {layers} is too many for images of {data.image_size} "
+            "px; use fewer layers."
         )
     if vqgan.perceptual_weight and data.image_size < 16:
         raise UserError(

@@ -1,7 +1,7 @@
 """Batches of examples on the devices.
 
 A split of n examples is read as an endless stream, in which the example at position p is
-`permute_epoch(seed, p // n)[p % n]`. A batch may span two epochs, so all batches have the same
+`permute_epoch(seed, p // n, n)[p % n]`. A batch may span two epochs, so all batches have the same
 shape, every example occurs once per epoch, and the step number alone determines the batch.
 """
 
@@ -94,7 +94,7 @@ class Feed(abc.ABC):
 
 
 class ResidentFeed(Feed):
-    """A feed that keeps the split on the devices as uint8 and sends only indices per batch."""
+    """A feed that keeps the split on the devices and sends only indices per batch."""
 
     def __init__(self, split: Split, batch_size: int, seed: int, devices: Devices):
         super().__init__(len(split.images), batch_size, seed, devices)

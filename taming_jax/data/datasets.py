@@ -28,9 +28,8 @@ NO_CLASS = (None, "", -1)  # the labels of images whose class is not known
 class Split(NamedTuple):
     """Images uint8 [n,h,w,c] and their classes int32 [n].
 
-    Training images have the size `get_stored_size` (augment.py), all others the size that the model
-    sees.
-    """
+    Training images have the size that `get_stored_size` (augment.py) returns, all others the size
+    that the model sees."""
 
     images: np.ndarray
     labels: np.ndarray
@@ -275,7 +274,7 @@ def build_splits(tables: dict[str, Table], config: DataConfig) -> Splits:
     source = config.path or config.name
     tables = {split: table for split, table in tables.items() if len(table.names)}
     if "train" not in tables:
-        raise UserError(f"{source} has no training pictures; put some in a split 'train'.")
+        raise UserError(f"{source} has no training pictures; put some into a split named 'train'.")
     labels, class_names = encode_labels(tables, config)
     encoded = {}
     for split, table in tables.items():

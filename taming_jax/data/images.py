@@ -1,4 +1,4 @@
-"""Decodes and resizes encoded images to uint8 arrays once, and caches them on the disk.
+"""Decodes and resizes encoded images to uint8 arrays once, and caches them on disk.
 
 Each decoded split is an entry of the cache: a folder whose name is a hash of the encoded images and
 of how they are resized. `images.u8` holds the raw pixels, which are memory-mapped. `about.json`
@@ -280,7 +280,7 @@ def decode_all(
     """Decodes images into `images`, uint8 [n,size,size,channels], in parallel.
 
     Returns the positions of images that cannot be decoded, with the reasons. Raises UserError if
-    an image file cannot be read from the disk.
+    an image file cannot be read from disk.
     """
     count, size, _, channels = images.shape
 

@@ -120,7 +120,7 @@ class Evaluator:
         return ImageSubset(split, rows, self.run.config.data.image_size)
 
     def read_batches(self, images: ImageSubset, label: str) -> Iterator[tuple[slice, np.ndarray]]:
-        """Yields the rows and the images of each batch. `label` is the progress bar's."""
+        """Yields the rows and the images of each batch. `label` appears in the progress bar."""
         size = math.ceil(BATCH / self.features.batch_size) * self.features.batch_size
         with Progress(label, len(images), "images", enabled=self.progress) as progress:
             for start in range(0, len(images), size):
@@ -129,7 +129,7 @@ class Evaluator:
                 progress.update(size)
 
     def compute_feature_stats(self, images: ImageSubset, name: str) -> FeatureStats:
-        """Computes the features of images. The progress bar calls these `name`."""
+        """Computes the features of images. `name` describes them in the progress bar."""
         stats = FeatureStats(len(images), self.protocol.kept)
         for _, batch in self.read_batches(images, f"features of {name}"):
             stats.add(self.features(batch)[0])

@@ -22,7 +22,7 @@ from taming_jax.models.vqgan import VQGAN, decode_indices, encode, max_batch
 
 def evaluate_reconstructions(evaluator: Evaluator) -> dict[str, Any]:
     """Returns the metrics of the reconstructions of the evaluator's images: means over the images,
-    the Fréchet distance to the originals, codebook usage and, if a prior fits the data,
+    the Fréchet distance to the reference, codebook usage and, if the prior can compute it,
     `likelihood_bits_per_code`."""
     run, devices, images = evaluator.run, evaluator.devices, evaluator.images
     config = run.config
@@ -30,7 +30,7 @@ def evaluate_reconstructions(evaluator: Evaluator) -> dict[str, Any]:
     params: dict[str, Any] = {"generator": jax.tree.map(np.asarray, run.params)}
     if config.data.image_size < VGG_MIN_SIZE:
         evaluator.warnings.append(
-            f"No LPIPS: its network needs images of at least {VGG_MIN_SIZE} pixels."
+            f"No LPIPS: its network needs images of at least {VGG_MIN_SIZE} px."
         )
     else:
         try:

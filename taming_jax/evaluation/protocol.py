@@ -27,7 +27,8 @@ class Protocol:
     legacy_resize: bool = False
     """Resize bilinearly without antialiasing, as the original FID does."""
     kept: int = 10_000
-    """The maximum number of features per set for KD, precision, recall, density and coverage."""
+    """The maximum number of images per set for KD, precision, recall, density, coverage and the
+    search for nearest training images."""
     neighbours: int = 5
     """The number of nearest neighbors for precision, recall, density and coverage."""
     seed: int = 0
@@ -51,6 +52,7 @@ class Protocol:
         for name, least in (("samples", 2), ("images", 1), ("kept", 2), ("neighbours", 1)):
             value = getattr(self, name)
             if value is not None and value < least and (name, value) != ("samples", 0):
-                raise UserError(f"{name} is {value}; it must be {least} or more.")
+                zero = "0, or " if name == "samples" else ""
+                raise UserError(f"{name} is {value}; it must be {zero}{least} or more.")
         if self.split not in ("train", "validation", "test"):
             raise UserError(f"there is no split '{self.split}'; choose train, validation or test.")

@@ -54,8 +54,8 @@ def save_figures(evaluator: Evaluator, folder: Path, report: dict[str, Any]) -> 
         images, neighbors, distances = find_nearest(evaluator, 8)
         compared = min(len(evaluator.splits.train.images), protocol.kept)
         title = (
-            f"Samples, the nearest of {compared} training images by {evaluator.extractor.name} "
-            "features, and their distance (1: the median between nearest training images)"
+            f"Samples, and the nearest of {compared} training images by {evaluator.extractor.name} "
+            "features. Below: their distance (1: the median from a training image to its nearest)"
         )
         figure = figures.draw_grid(
             np.concatenate([images, neighbors]), ("sample", "training image"), len(images),
@@ -105,7 +105,7 @@ def describe_small_sets(evaluator: Evaluator) -> list[str]:
         counts["samples"] = evaluator.protocol.samples
     return [
         f"{count} {name} are too few for the {extractor.dimensions} dimensions of "
-        f"{extractor.name}: the covariance is singular, and the Fréchet distance is biased upwards."
+        f"{extractor.name}: the covariance is singular, and the Fréchet distance is biased upward."
         for name, count in counts.items()
         if count <= extractor.dimensions
     ]

@@ -194,7 +194,7 @@ def parse_stage2(
     section = params["transformer_config"]
     if get_target_class(section) != "GPT":
         raise UserError(
-            f"{file} has a transformer {section.get('target')}; only mingpt's GPT is supported."
+            f"{file} uses the transformer {section.get('target')}; only mingpt's GPT is supported."
         )
     gpt = section["params"]
     if gpt.get("n_unmasked", 0):
@@ -236,9 +236,10 @@ def parse_stage2(
 
 
 def convert_config(config: Config, classes: int) -> Config:
-    """Returns a run's config as that of an official model, in which the class tokens follow the
-    codes, without the settings of the machine and the data. Raises UserError for settings that the
-    official models do not support."""
+    """Converts a run's config to that of an official model. Without a shared vocabulary, it gets
+    one in which the classes follow the codes. Resets the settings of the machine, and those of the
+    data except image size and channels. Raises UserError for settings that the official models do
+    not support."""
     vqgan, prior = config.vqgan, config.prior
     if reasons := find_mismatches(vqgan, prior if classes else None):
         raise UserError(f"this run cannot be exported: the official code {'; '.join(reasons)}.")
@@ -274,7 +275,7 @@ def find_mismatches(vqgan: VQGANConfig, prior: PriorConfig | None) -> list[str]:
     }  # fmt: skip
     for name, supported in TRANSFORMER.items() if prior else ():
         value = getattr(prior, name)
-        mismatches[f"needs {name} {supported}, but this run has {value}"] = value != supported
+        mismatches[f"needs {name} to be {supported}, but it is {value}"] = value != supported
     return [phrase for phrase, is_mismatch in mismatches.items() if is_mismatch]
 
 

@@ -65,16 +65,17 @@ def import_run(folder: Path, model: Model, parts: Sequence[Part], source: object
     sizes = [f"images of {config.data.image_size} px", f"{config.vqgan.codebook_size} codes"]
     if classes:
         sizes.append(f"{classes} class{'es' * (classes > 1)}")
-    print(f"{folder} contains the {' and '.join(networks)} of {source}: {', '.join(sizes)}.")
+    print(
+        f"{folder} contains these networks of {source}: {', '.join(networks)}; {', '.join(sizes)}."
+    )
 
 
 def prepare_for_training(model: Model) -> Model:
     """Returns the model with settings that suit further training.
 
-    The learning rate warms up. A discriminator from the file is on from the first step. Otherwise,
-    it is off if the images are too small for it, like the perceptual loss. Raises UserError for
-    invalid settings.
-    """
+    The learning rate warms up. A discriminator from the file is on from the first step. Without
+    one, it is off if the images are too small for it. So is the perceptual loss. Raises UserError
+    for invalid settings."""
     size, vqgan, prior = model.config.data.image_size, model.config.vqgan, model.config.prior
     vqgan = dataclasses.replace(vqgan, warmup_steps=max(vqgan.warmup_steps, WARMUP))
     if prior.schedule == "cosine":  # the one-cycle schedule has its own warm-up

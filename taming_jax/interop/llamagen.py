@@ -86,8 +86,8 @@ def get_shape(
     dimensions."""
     if name not in state_dict or len(state_dict[name].shape) != dimensions:
         raise UserError(
-            f"{file} is not a LlamaGen {kind}: it has no {name} of {dimensions} dimensions; name a "
-            "file of this kind."
+            f"{file} is not a LlamaGen {kind}: it has no {dimensions}-dimensional array {name}; "
+            f"name a LlamaGen {kind} file."
         )
     return state_dict[name].shape
 

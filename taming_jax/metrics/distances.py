@@ -81,9 +81,11 @@ def load_moments(file: Path, dimensions: int) -> Moments:
             count = int(content["count"]) if "count" in content else 2
         if mean.shape != (dimensions,) or covariance.shape != (dimensions, dimensions):
             shapes = f"{mean.shape} and {covariance.shape}"
-            raise ValueError(f"shapes {shapes}; these features have {dimensions} dimensions")
+            raise ValueError(
+                f"the shapes are {shapes}, but these features have {dimensions} dimensions"
+            )
         if count < 2 or not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-            raise ValueError(f"values are not finite, or the count is {count}, below 2")
+            raise ValueError(f"the values must be finite, and the count ({count}) at least 2")
     except FileNotFoundError:
         raise UserError(f"there is no file {file}.") from None
     except (OSError, ValueError, KeyError, EOFError, TypeError, BadZipFile, zlib.error) as error:

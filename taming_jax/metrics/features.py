@@ -204,7 +204,7 @@ def find_inception(fetch: bool) -> Path | None:
         with urllib.request.urlopen(INCEPTION_URL, timeout=60) as response:
             content = response.read()
         if not is_original(content):
-            raise OSError("the content has a wrong checksum")
+            raise OSError("the checksum does not match")
         file.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(file, content)
     except (OSError, HTTPException) as error:

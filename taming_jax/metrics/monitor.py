@@ -36,7 +36,7 @@ class ValidationFD:
     def __init__(self, split: Split, config: Config, devices: Devices):
         if len(split.images) < 2:
             raise UserError(
-                f"the validation split has {len(split.images)} images, but a distance needs two; "
+                "the validation split has only one image, but a distance needs two; "
                 "omit --vqgan.fd-every and --prior.fd-every, or increase --data.validation-share."
             )
         rows = evenly_spaced(len(split.images), MAX_IMAGES)

@@ -46,7 +46,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A decoder of latents [b,h',w',d] to images [b,f*h',f*w',out_channels], f = 2**(levels - 1).
+    """A decoder of latents [b,h',w',latent_channels] to images [b,f*h',f*w',out_channels],
+    f = 2**(levels - 1).
 
     It sows the input of the last convolution as `intermediates/last`, because the adaptive weight
     needs the gradients with respect to the kernel of that convolution.

@@ -58,10 +58,9 @@ class VectorQuantizer(nn.Module):
     """The quantizer of VQ-VAE (arXiv 1711.00937, equation 3), in float32.
 
     loss = |sg(z) - e|^2 + commitment * |z - sg(e)|^2, averaged over the d dimensions;
-    `legacy_commitment` puts the weight on the other term, as early versions of the official code
-    did. `l2_normalise` first scales the latents and the codes to unit length (arXiv 2110.04627,
-    section 3.2).
-    """
+    `legacy_commitment` puts the weight on the other term, as the official code does by default.
+    `l2_normalise` first scales the latents and the codes to unit length (arXiv 2110.04627, section
+    3.2)."""
 
     stochastic: ClassVar[bool] = False
     settings: VQGANConfig
@@ -153,7 +152,7 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
 
 
 def one_hot_lookup(codes: jax.Array, indices: jax.Array) -> jax.Array:
-    """Returns `codes[indices]`, computed exactly as a product with one-hot vectors. Its gradient is
+    """Returns exactly `codes[indices]`, computed as a product with one-hot vectors. Its gradient is
     also a product; the gradient of a gather is a scatter-add, which is hundreds of times slower on
     some GPUs."""
     one_hot = jax.nn.one_hot(indices, codes.shape[0], dtype=codes.dtype)

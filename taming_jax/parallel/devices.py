@@ -87,7 +87,7 @@ def select_devices(count: int | None) -> list[Any]:
         where = "" if distributed.process_count() == 1 else " in this process"
         raise UserError(
             f"--devices is {count}, but the number of {available[0].platform} devices{where} is "
-            f"{len(available)}; set it to a number from 1 to {len(available)}."
+            f"{len(available)}; set it to a positive number that is not larger."
         )
     return available[:count]
 
@@ -105,8 +105,8 @@ class Devices:
         )
         if len(set(counts)) > 1:
             raise UserError(
-                f"the processes have {', '.join(map(str, counts))} devices, but all must have the "
-                "same number; set --devices to the smallest."
+                f"the processes have different numbers of devices ({', '.join(map(str, counts))}); "
+                "set --devices to the smallest."
             )
         self._all = [
             device
@@ -151,9 +151,9 @@ class Devices:
                 parts = f" with {micro_batches} --{name}.micro-batches each"
                 alternative = f" or --{name}.micro-batches"
             raise UserError(
-                f"--{name}.batch-size {batch_size} cannot be divided among {n} devices"
-                f"{where}{parts}; use a multiple of {n * micro_batches}, or fewer --devices"
-                f"{alternative}."
+                f"--{name}.batch-size {batch_size} cannot be divided equally among {n} "
+                f"device{'s' * (n > 1)}{where}{parts}; use a multiple of {n * micro_batches}, or "
+                f"fewer --devices{alternative}."
             )
 
     def compile(self, function: Callable, *frozen: Any, donate: bool = False) -> "Compiled":

@@ -38,8 +38,8 @@ class Processes:
     """Train together with other processes, which Slurm, Open MPI or Kubernetes started, or which
     the following settings describe."""
     coordinator_address: str | None = None
-    """HOST:PORT of process 0, to which all processes connect. Under mpirun, you need to set only
-    this."""
+    """HOST:PORT of process 0, to which all processes connect. Under Open MPI 5, you need to set
+    only this and --distributed."""
     num_processes: int | None = None
     """The number of processes."""
     process_id: int | None = None
@@ -79,7 +79,8 @@ def join(processes: Processes) -> None:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
             f"cannot connect to the other processes ({reason}). Start each process with the same "
-            "--coordinator-address HOST:PORT, a free port of process 0, the same --num-processes, "
+            "--coordinator-address HOST:PORT (a free port on the host of process 0) and "
+            "--num-processes, "
             "and its own --process-id; under Slurm, Open MPI 4 or Kubernetes, omit all three, and "
             "under Open MPI 5, the last two."
         ) from error
@@ -159,8 +160,8 @@ def run_on_all(function: Callable[[], T]) -> T:
 
 
 def run_on_primary(function: Callable[[], T]) -> T:
-    """Runs a function in process 0 only, and returns its result, or raises its error, in every
-    process."""
+    """Runs a function in process 0 only, and returns its result in every process. Raises its
+    UserError or RunFailed in every process, and any other error only in process 0."""
     if process_count() == 1:
         return function()
     from jax.experimental.multihost_utils import broadcast_one_to_all

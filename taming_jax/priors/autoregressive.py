@@ -221,8 +221,8 @@ class GPT(nn.Module):
     def log_likelihood(self, params: Any, labels: jax.Array, codes: jax.Array) -> jax.Array:
         """Returns the log-likelihood in nats, float32 [b], of grids of codes int [b,h,w].
 
-        This is the log of the probability with which `sample` draws them by default. The grids must
-        be as large as the window.
+        Unless codes and classes share a vocabulary, this is the log of the probability with which
+        `sample` draws the grids by default. The grids must be as large as the window.
         """
         flat = codes.reshape(len(codes), -1)
         return -next_token(self.logits(params, labels, flat), flat) * flat.shape[1]

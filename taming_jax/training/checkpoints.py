@@ -196,7 +196,7 @@ class Store:
             self._report_failure(step, error)
 
     def _remove_partial(self) -> None:
-        """Deletes the incomplete checkpoints that failed or interrupted saves leave."""
+        """Deletes the incomplete checkpoints that failed or interrupted saves leave behind."""
         for partial in self.path.glob("*.orbax-checkpoint-tmp*"):
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -219,7 +219,7 @@ class Store:
             )
             raise RunFailed(
                 f"the checkpoint of step {step} could not be written to {self.path} "
-                f"({self._failure}), {before}. Free disk space or fix the cause, then resume with "
+                f"({self._failure}); {before}. Free disk space or fix the cause, then resume with "
                 "the same command (without --restart)."
             )
 
@@ -344,7 +344,8 @@ class Store:
         differences = diff_configs(config, checkpoint.config, sections)
         if differences:
             raise UserError(
-                f"{self.path} holds a run with other settings: {'; '.join(differences)}. "
+                f"your settings differ from those of the run in {self.path}: "
+                f"{'; '.join(differences)}. "
                 f"{advise_on_settings(self.folder)} Otherwise choose another --workdir, or start "
                 "over with --restart."
             )

@@ -136,8 +136,8 @@ def keep_other_stage(config: Config, stage: str, restart: bool) -> Config:
 
 
 def average_metrics(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Returns the mean of each metric over the steps in which it is finite. A step that
-    was not skipped may have non-finite metrics, since only some of them decide this."""
+    """Returns the mean of each metric over the steps in which it is finite. A step that was not
+    skipped may have non-finite metrics, since only some metrics cause a step to be skipped."""
     means = {}
     for name in dict.fromkeys(name for row in rows for name in row):
         values = [row[name] for row in rows if np.isfinite(row.get(name, np.nan))]
@@ -176,7 +176,7 @@ class Loop:
         start, self.skipped = (int(self.devices.fetch(x)) for x in (state.step, state.skipped))
         folder = self.folder
         if start >= self.steps:
-            say(f"{folder} is already trained to step {start}; see {folder}/figures.")
+            say(f"The run in {folder} is already trained to step {start}; see {folder}/figures.")
             return folder
         name, meter = self.stage.name, Meter(self.devices.list[0], self.config, say)
         rows = [
@@ -195,7 +195,7 @@ class Loop:
             else ""
         )
         self.log.say(
-            f"Training stage {self.stage.name} of {self.config.config} into {folder}: "
+            f"Training stage {self.stage.name} of {self.config.config} in {folder}: "
             f"{self.training.size} images, {self.settings.batch_size} per step, "
             f"steps {start + 1} to {self.steps}, on {count} {platform} "
             f"device{'s' * (count > 1)}{processes}. Compilation takes a while."
@@ -334,7 +334,7 @@ class Loop:
         checkpoint = "there is no checkpoint"
         if saved:
             checkpoint = f"the last good checkpoint is {self.store.path / str(saved[-1])}"
-        after = f", after {allowed} steps skipped in a row" if allowed else ""
+        after = f", after {allowed} skipped steps in a row" if allowed else ""
         raise RunFailed(
             f"non-finite values at step {step}{after}: {names}; {checkpoint}. Start over with "
             f"--restart and a lower learning rate, or with --{self.stage.name}.grad-clip-norm."

@@ -140,7 +140,7 @@ class PriorStage(Stage):
         differences = diff_configs(config, generator_config, ("data", "vqgan"))
         if differences:
             raise UserError(
-                f"the generator of the prior in {config.folder} was trained with other settings: "
+                f"your settings differ from those of the generator in {config.folder}: "
                 f"{'; '.join(differences)}. {advise_on_settings(config.folder)} If you trained "
                 "stage 1 again, train a new prior on it with --restart."
             )

@@ -55,11 +55,14 @@ def describe_loaded(loaded: LoadedWeights, source: Path) -> str:
     if none were loaded."""
     if not loaded.loaded:
         raise UserError(
-            f"no weight in {source} matches this run's in name and shape; set init-from to another "
-            "run, or leave it out."
+            f"no weight in {source} has the name and shape of one in this run; set init-from to "
+            "another run, or leave it out."
         )
-    new = f"new: {summarize_names(loaded.random)}" if loaded.random else "nothing is new"
-    return f"Starting from {source}: loaded {summarize_names(loaded.loaded)}; {new}."
+    new = summarize_names(loaded.random) if loaded.random else "none"
+    return (
+        f"Starting from {source}. Arrays loaded: {summarize_names(loaded.loaded)}; initialized at "
+        f"random: {new}."
+    )
 
 
 def summarize_names(paths: list[Name]) -> str:
@@ -79,13 +82,13 @@ def describe_mismatches(
     the same shapes: settings, or the generator whose codes the prior predicts."""
     sections = ("vqgan", "prior") if "transformer" in learned else ("vqgan",)
     phrases = diff_configs(config, other, sections, lambda f: bool(f.metadata.get("meaning")))
-    sentences = [f"{phrase} as in the run that the weights come from." for phrase in phrases]
+    sentences = [f"{phrase}, as in the run that the weights come from." for phrase in phrases]
     frozen = {
         path: leaf for path, leaf in flatten_arrays(template).items()
         if path[0] == "nets" and path[1] not in learned and path[2] == "params"
     }  # fmt: skip
     if any(not np.array_equal(x, arrays.get(path, np.empty(0))) for path, x in frozen.items()):
         sentences.append(
-            "the weights were trained on the codes of another stage 1, which mean other things."
+            "the weights were trained on another stage 1, whose codes have different meanings."
         )
     return sentences

@@ -152,7 +152,7 @@ def read_stored_bytes(mapped: mmap.mmap, part: zipfile.ZipInfo) -> memoryview:
     start = header + 30 + name_size + extra_size
     content = memoryview(mapped)[start : start + part.file_size]
     if zlib.crc32(content) != part.CRC:
-        raise ValueError(f"{part.filename} has a wrong checksum")
+        raise ValueError(f"{part.filename} has the wrong checksum")
     return content
 
 

@@ -20,19 +20,19 @@ def parse_arguments(arguments, stage="vqgan"):
     return parse_training(Training, arguments, stage)
 
 
-def test_a_written_config_can_be_named(tmp_path):
+def test_config_accepts_the_path_of_a_written_config(tmp_path):
     config = load_config("birds")
     write_config(config, tmp_path / "config.json")
-    given = parse_arguments(["--config", str(tmp_path / "config.json")])
-    assert given == Training(config, False, Processes())
+    parsed = parse_arguments(["--config", str(tmp_path / "config.json")])
+    assert parsed == Training(config, False, Processes())
 
 
 def test_the_command_line_overrides_the_preset():
     arguments = "--config mnist --seed 7 --restart --workdir w --dtype bfloat16 --vqgan.steps 3"
     arguments += " --vqgan.batch-size 8 --vqgan.multipliers 1 2 --prior.eval-every 5"
     arguments += " --vqgan.discriminator-start 0.5 --data.path p --data.image-size 32"
-    given = parse_arguments(arguments.split())
-    assert given.restart and given.processes == Processes()
+    parsed = parse_arguments(arguments.split())
+    assert parsed.restart and parsed.processes == Processes()
     base = load_config("mnist")
     expected = dataclasses.replace(
         base, seed=7, workdir="w", dtype="bfloat16",
@@ -42,21 +42,21 @@ def test_the_command_line_overrides_the_preset():
         ),
         prior=dataclasses.replace(base.prior, eval_every=5),
     )  # fmt: skip
-    assert given.config == expected
+    assert parsed.config == expected
 
 
 @pytest.mark.parametrize(
     "arguments",
     ["--config mnist --help", "--help", "--config mnst -h", "--config --help", "-h --workdir"],
 )
-def test_help_of_stage_2_needs_no_stage_1(tmp_path, capsys, monkeypatch, arguments):
+def test_the_help_of_stage_2_needs_no_stage_1(tmp_path, capsys, monkeypatch, arguments):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as exit:
         parse_arguments(arguments.split(), "prior")
     assert exit.value.code == 0 and "--prior.layers" in capsys.readouterr().out
 
 
-def test_help_of_stage_2_shows_the_settings_of_its_run(tmp_path, capsys):
+def test_the_help_of_stage_2_shows_the_settings_of_its_run(tmp_path, capsys):
     config = load_config("mnist_tiny", {"vqgan.codebook_size": 77})
     write_config(config, tmp_path / "config.json")
     with pytest.raises(SystemExit):
@@ -64,17 +64,17 @@ def test_help_of_stage_2_shows_the_settings_of_its_run(tmp_path, capsys):
     assert "77" in capsys.readouterr().out
 
 
-def test_settings_of_a_runs_dataset_are_flags(monkeypatch):
-    """Those that are not given are None, so that processes can compare all of them."""
+def test_the_settings_of_a_dataset_are_flags(monkeypatch):
+    """Flags that are not given are None, so that several processes can compare all of them."""
     flags = "--data.path x --data.workers 2 --data.resize-mode crop --data.test-share 0.5"
     monkeypatch.setattr(sys, "argv", ["encode.py", *flags.split()])
-    given = parse(DataOnly, None)
-    assert collect_data_settings(given.data) == {
+    parsed = parse(DataOnly, None)
+    assert collect_data_settings(parsed.data) == {
         "path": "x", "workers": 2, "resize_mode": "crop", "test_share": 0.5,
     }  # fmt: skip
     fixed = {"image_size", "channels", "random_crop", "mirror"}
     names = {field.name for field in dataclasses.fields(DataConfig)} - fixed
-    assert vars(given.data).keys() == names
+    assert vars(parsed.data).keys() == names
     monkeypatch.setattr(sys, "argv", ["encode.py"])
     assert collect_data_settings(parse(DataOnly, None).data) == {}
 
@@ -84,9 +84,9 @@ class DataOnly:
     data: DataFlags = dataclasses.field(default_factory=DataFlags)
 
 
-def test_processes_are_no_part_of_the_config():
-    told = "--distributed --coordinator-address node1:8476 --num-processes 2 --process-id 1"
-    given = parse_arguments(["--config", "mnist", *told.split()])
-    assert given.config == load_config("mnist")
-    assert given.processes == Processes(True, "node1:8476", 2, 1)
+def test_the_process_flags_are_not_part_of_the_config():
+    flags = "--distributed --coordinator-address node1:8476 --num-processes 2 --process-id 1"
+    parsed = parse_arguments(["--config", "mnist", *flags.split()])
+    assert parsed.config == load_config("mnist")
+    assert parsed.processes == Processes(True, "node1:8476", 2, 1)
     assert parse_arguments(["--config", "mnist", "--distributed"]).processes == Processes(True)

@@ -1,4 +1,4 @@
-"""The rows of docs/recipes.md, with small ones in their place."""
+"""Tests the command that fills the tables of docs/recipes.md, with small rows."""
 
 import sys
 
@@ -15,7 +15,7 @@ SMALL = {
 
 
 @pytest.mark.slow
-def test_a_stage_1_a_prior_and_a_way_of_sampling_are_rows(tmp_path, monkeypatch, capsys):
+def test_rows_train_stage_1_or_a_prior_or_change_only_the_sampling(tmp_path, monkeypatch, capsys):
     rows = {
         "small": Row(SMALL),
         "prior": Row({"prior.steps": 3}, "small"),
@@ -28,8 +28,10 @@ def test_a_stage_1_a_prior_and_a_way_of_sampling_are_rows(tmp_path, monkeypatch,
     names = [line.split(" | ")[0] for line in lines if "---" not in line]
     assert names == ["| row", "| small", "| row", "| prior", "| guidance"]
     assert "`--vqgan.steps 2 " in lines[2] and "| `--prior.steps 3` |" in lines[-2]
-    # What was measured is printed again, and nothing is trained.
+    # The second call prints the same measurements without training.
     monkeypatch.setattr(recipes, "train", None)
     recipes.main()
-    again = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert again == lines
+    repeated_lines = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")
+    ]
+    assert repeated_lines == lines

@@ -1,4 +1,4 @@
-"""`scripts/sample.py`, and what a run of both stages can do."""
+"""Tests of `scripts/sample.py` and of the methods of a run with prior_workdir stages."""
 
 import dataclasses
 import shutil
@@ -23,26 +23,28 @@ from tests import commands
 
 
 @pytest.fixture(scope="module")
-def run(both):
-    return taming_jax.load_run(both)
+def run(prior_workdir):
+    return taming_jax.load_run(prior_workdir)
 
 
 @pytest.fixture
 def sample(capsys):
-    """The command in this process, on one device: its exit status, stdout and stderr."""
+    """Returns a function that runs the command in this process on one device and returns its exit
+    status, stdout, and stderr."""
 
     def call(*arguments):
-        status = commands.status_of("scripts/sample.py", "--devices", 1, *arguments)
+        status = commands.run_for_status("scripts/sample.py", "--devices", 1, *arguments)
         return status, *capsys.readouterr()
 
     return call
 
 
-def test_the_same_images_as_npz_as_a_grid_and_as_files(sample, run, both, tmp_path):
-    given = ["--workdir", both, "--classes", "square", 0, 1, "--per-class", 3, "--seed", 5, "--out"]
+def test_samples_are_written_as_npz_as_a_grid_or_as_files(sample, run, prior_workdir, tmp_path):
+    arguments = ["--workdir", prior_workdir, "--classes", "square", 0, 1, "--per-class", 3]
+    arguments += ["--seed", 5, "--out"]
     for out in ("s.npz", "s.png", "folder"):
-        status, said, err = sample(*given, tmp_path / out)
-        assert status == 0 and f"Wrote 6 images of 2 classes to {tmp_path / out}." in said, err
+        status, output, err = sample(*arguments, tmp_path / out)
+        assert status == 0 and f"Wrote 6 images of 2 classes to {tmp_path / out}." in output, err
     archive = np.load(tmp_path / "s.npz")
     images, labels = archive["images"], archive["labels"]
     assert images.dtype == np.uint8 and images.shape == (6, 16, 16, 1)
@@ -57,29 +59,29 @@ def test_the_same_images_as_npz_as_a_grid_and_as_files(sample, run, both, tmp_pa
         assert min(grid.size) > 100
 
 
-def test_a_grid_has_a_few_rows_of_many_classes(sample, both, tmp_path, monkeypatch):
+def test_a_grid_shows_ten_of_many_classes(sample, prior_workdir, tmp_path, monkeypatch):
     names = tuple(f"a class with a long name, number {i}" for i in range(200))
     monkeypatch.setattr(Run, "class_names", names)
-    asked = []
+    requested = []
 
     def draw(self, classes, per_class, **_):
-        asked.extend(classes)
+        requested.extend(classes)
         return np.zeros((len(classes) * per_class, 16, 16, 1), np.float32)
 
     monkeypatch.setattr(Run, "sample", draw)
-    status, said, err = sample("--workdir", both, "--out", tmp_path / "s.png")
-    assert status == 0 and "There are 200 classes; choose others with --classes." in said, err
-    assert len(asked) == 10 and asked[0] == 0 and asked[-1] == 199
+    status, output, err = sample("--workdir", prior_workdir, "--out", tmp_path / "s.png")
+    assert status == 0 and "There are 200 classes; choose others with --classes." in output, err
+    assert len(requested) == 10 and requested[0] == 0 and requested[-1] == 199
     with Image.open(tmp_path / "s.png") as grid:
         assert grid.size[1] < 2 * grid.size[0]
 
     def draw_samples(self, labels, numbers, **_):
-        asked.extend(labels[::8])
+        requested.extend(labels[::8])
         yield np.zeros((len(labels), 16, 16, 1), np.float32)
 
     monkeypatch.setattr(Run, "draw_samples", draw_samples)
-    status, _, err = sample("--workdir", both, "--out", tmp_path / "s.npz")
-    assert status == 0 and asked[10:] == list(range(200)), err
+    status, _, err = sample("--workdir", prior_workdir, "--out", tmp_path / "s.npz")
+    assert status == 0 and requested[10:] == list(range(200)), err
 
 
 def test_classes_without_training_images_are_not_drawn_by_default(run, monkeypatch):
@@ -91,9 +93,23 @@ def test_classes_without_training_images_are_not_drawn_by_default(run, monkeypat
 
 
 @pytest.mark.parametrize(("out", "files"), [("folder", PngFolder), ("s.npz", NpzFile)])
-def test_an_interrupted_command_continues(sample, run, both, tmp_path, monkeypatch, out, files):
+def test_an_interrupted_command_continues(
+    sample, run, prior_workdir, tmp_path, monkeypatch, out, files
+):
     out = tmp_path / out
-    flags = ["--workdir", both, "--classes", 0, 1, "--per-class", 9, "--devices", 1, "--out", out]
+    flags = [
+        "--workdir",
+        prior_workdir,
+        "--classes",
+        0,
+        1,
+        "--per-class",
+        9,
+        "--devices",
+        1,
+        "--out",
+        out,
+    ]
     write, batches = files.write, []
 
     def interrupt(self, labels, numbers, images):
@@ -127,15 +143,15 @@ def test_an_interrupted_command_continues(sample, run, both, tmp_path, monkeypat
     np.testing.assert_array_equal(images, expected)
 
 
-def test_a_folder_of_other_pictures_is_refused(sample, both, tmp_path):
+def test_a_folder_of_other_pictures_is_refused(sample, prior_workdir, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "0000_00000.png").write_bytes(b"a picture")
-    status, _, err = sample("--workdir", both, "--out", tmp_path / "mine")
+    status, _, err = sample("--workdir", prior_workdir, "--out", tmp_path / "mine")
     assert status == 2 and "holds other pictures; choose an empty folder" in err, err
 
 
-def test_image_n_of_a_class_depends_on_nothing_else(run):
-    """Not on the other classes, how many of them, the batch size or the devices."""
+def test_image_n_of_a_class_depends_only_on_the_seed(run):
+    """It depends on neither the other images and classes nor the batch size or the devices."""
     expected = run.sample([2], 40, seed=1, devices=1)
     np.testing.assert_array_equal(run.sample([2], 3, seed=1, devices=1), expected[:3])
     np.testing.assert_array_equal(run.sample([0, 2], 7, seed=1, devices=1)[7:], expected[:7])
@@ -144,23 +160,25 @@ def test_image_n_of_a_class_depends_on_nothing_else(run):
     assert (run.sample([2], 3, seed=2, devices=1) != expected[:3]).any()
 
 
-def test_one_image_costs_a_small_batch_on_a_cpu(run, monkeypatch):
-    drawn = []
+def test_few_images_are_drawn_in_small_batches_on_a_cpu(run, monkeypatch):
+    batch_sizes = []
     draw = run._sampler._compile_once(1, None, (8, 8))
 
-    def counted(params, arrays):
-        drawn.append(len(arrays["labels"]))
+    def draw_and_count(params, arrays):
+        batch_sizes.append(len(arrays["labels"]))
         return draw(params, arrays)
 
-    monkeypatch.setattr(run._sampler, "_compile_once", lambda *_: counted)
+    monkeypatch.setattr(run._sampler, "_compile_once", lambda *_: draw_and_count)
     run.sample([0], devices=1)
     run.sample([0], 9, devices=1)
-    assert drawn == [8, 8, 8]
+    assert batch_sizes == [8, 8, 8]
 
 
-def test_training_draws_the_images_that_sampling_draws(run, both, tmp_path, monkeypatch):
-    """Of the same seed, classes and numbers."""
-    config = dataclasses.replace(run.config, workdir=str(both))
+def test_the_samples_in_training_figures_equal_those_of_the_run(
+    run, prior_workdir, tmp_path, monkeypatch
+):
+    """The seed, the classes, and the numbers of images are the same."""
+    config = dataclasses.replace(run.config, workdir=str(prior_workdir))
     stage = PriorStage(config, Devices(1))
     params = {"transformer": run.transformer, "generator": run.params}
     state = TrainState(jnp.int32(2), {name: Net(x, ()) for name, x in params.items()})
@@ -173,24 +191,26 @@ def test_training_draws_the_images_that_sampling_draws(run, both, tmp_path, monk
     np.testing.assert_array_equal(shown[0], to_uint8(expected))
 
 
-def test_what_was_compiled_is_used_again(run):
+def test_sampling_reuses_the_compiled_program(run):
     run.sample([0], prefix=[1, 2], seed=8, devices=1)
-    compiled = run._sampler._compile_once.cache_info().misses
-    other = run.sample([1], prefix=[3, 4], seed=9, devices=1)
-    assert run._sampler._compile_once.cache_info().misses == compiled
-    assert other.shape == (1, 16, 16, 1)
+    cache_misses = run._sampler._compile_once.cache_info().misses
+    images = run.sample([1], prefix=[3, 4], seed=9, devices=1)
+    assert run._sampler._compile_once.cache_info().misses == cache_misses
+    assert images.shape == (1, 16, 16, 1)
 
 
-def test_the_names_of_classes_outlive_the_checkpoint(both, tmp_path):
-    """As where stage 2 trains on, and its store keeps another."""
-    run = taming_jax.load_run(shutil.copytree(both, tmp_path / "run"))
+def test_a_loaded_run_keeps_its_class_names_after_its_checkpoint_is_deleted(
+    prior_workdir, tmp_path
+):
+    """Further training of stage 2 deletes old checkpoints."""
+    run = taming_jax.load_run(shutil.copytree(prior_workdir, tmp_path / "run"))
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     assert run.class_names == ("disc", "square", "large disc", "large square")
 
 
-def test_classes_by_number_are_numbers_and_by_name_names(both):
-    """Names that are other classes' numbers, as folders may have."""
-    run = taming_jax.load_run(both)
+def test_integers_are_class_numbers_and_strings_are_class_names(prior_workdir):
+    """Some names look like the numbers of other classes, as names of folders may."""
+    run = taming_jax.load_run(prior_workdir)
     run.class_names = ("1", "10", "2", "cat")
     assert run.to_labels([1, np.int64(2)]).tolist() == [1, 2]
     assert run.to_labels(["1", "10", "cat", "3"]).tolist() == [0, 1, 3, 3]
@@ -201,23 +221,23 @@ def test_classes_by_number_are_numbers_and_by_name_names(both):
             run.to_labels([unknown])
 
 
-def test_one_guidance_scale_is_two_that_are_equal(run):
-    draw = {"seed": 3, "devices": 1}
+def test_one_guidance_scale_equals_a_constant_schedule(run):
+    options = {"seed": 3, "devices": 1}
     np.testing.assert_array_equal(
-        run.sample([1], 4, guidance_scale=3.0, **draw),
-        run.sample([1], 4, guidance_scale=(3.0, 3.0), **draw),
+        run.sample([1], 4, guidance_scale=3.0, **options),
+        run.sample([1], 4, guidance_scale=(3.0, 3.0), **options),
     )
 
 
-def test_the_log_likelihood_is_that_of_the_codes(run):
+def test_the_log_likelihood_equals_that_of_the_codes(run):
     test = datasets.load(run.config.data).test
     images, labels = test.images[:11], test.labels[:11]
     codes = run.encode(images).reshape(11, -1)
     np.testing.assert_array_equal(run.tokens("test").images[:11], codes)
     tokens = run.prior.shift_right(labels, codes)
     logits = np.asarray(run.prior.apply({"params": run.transformer}, tokens), np.float64)
-    likely = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    expected = np.take_along_axis(likely, codes[..., None], -1).sum((1, 2))
+    log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    expected = np.take_along_axis(log_probs, codes[..., None], -1).sum((1, 2))
     np.testing.assert_allclose(run.log_likelihood(images, labels), expected, rtol=1e-5)
     by_name = [run.class_names[label] for label in labels]
     np.testing.assert_allclose(run.log_likelihood(images, by_name), expected, rtol=1e-5)
@@ -226,7 +246,7 @@ def test_the_log_likelihood_is_that_of_the_codes(run):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         ("--classes 0 cat", "no class 'cat'; the classes are 0 to 3: disc, square, large disc"),
         ("--classes 4", "no class '4'"),
@@ -253,36 +273,41 @@ def test_the_log_likelihood_is_that_of_the_codes(run):
         ("--complete /dev/null --keep 0.5 --mask m.png", "--keep and --mask exclude each other"),
     ],
 )
-def test_bad_input_is_a_sentence(sample, both, tmp_path, monkeypatch, arguments, says):
+def test_bad_input_is_reported_in_one_line(
+    sample, prior_workdir, tmp_path, monkeypatch, arguments, message
+):
     monkeypatch.chdir(tmp_path)
-    status, _, err = sample("--workdir", both, "--out", "s.npz", *arguments.split())
-    assert status == 2 and err.startswith("error: ") and err.count("\n") == 1 and says in err, err
+    status, _, err = sample("--workdir", prior_workdir, "--out", "s.npz", *arguments.split())
+    assert status == 2 and message in err, err
+    assert err.startswith("error: ") and err.count("\n") == 1, err
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_may_have_any_name(sample, both, tmp_path):
+def test_an_output_folder_may_have_any_name(sample, prior_workdir, tmp_path):
     (tmp_path / "v1.5").mkdir()
-    status, _, err = sample("--workdir", both, "--per-class", 1, "--out", tmp_path / "v1.5")
+    status, _, err = sample(
+        "--workdir", prior_workdir, "--per-class", 1, "--out", tmp_path / "v1.5"
+    )
     assert status == 0 and len(list((tmp_path / "v1.5").glob("*.png"))) == 4, err
 
 
-def test_a_file_in_the_way_of_the_folder_is_a_sentence(sample, both, tmp_path):
+def test_a_file_in_place_of_the_output_folder_is_reported(sample, prior_workdir, tmp_path):
     (tmp_path / "taken").write_text("mine")
-    status, _, err = sample("--workdir", both, "--out", tmp_path / "taken")
+    status, _, err = sample("--workdir", prior_workdir, "--out", tmp_path / "taken")
     assert status == 2 and "is a file" in err and err.count("\n") == 1, err
 
 
-def test_a_run_without_a_prior_has_nothing_to_sample(sample, stage1, tmp_path):
-    status, _, err = sample("--workdir", stage1, "--out", tmp_path / "s.npz")
+def test_a_run_without_a_prior_cannot_be_sampled(sample, vqgan_workdir, tmp_path):
+    status, _, err = sample("--workdir", vqgan_workdir, "--out", tmp_path / "s.npz")
     assert status == 2 and "has no prior yet" in err and err.count("\n") == 1, err
 
 
-def test_greedy_images_of_a_class_are_all_the_same(run):
+def test_greedy_samples_of_a_class_are_equal(run):
     images = run.sample([3], 3, temperature=0.0, devices=1)
     assert (images == images[:1]).all()
 
 
-def test_a_prefix_that_is_no_codes_is_a_sentence(run):
+def test_an_invalid_prefix_is_refused(run):
     for prefix in ([128], [-1], [0] * 65, [[0]]):
         with pytest.raises(
             UserError,
@@ -291,69 +316,72 @@ def test_a_prefix_that_is_no_codes_is_a_sentence(run):
             run.sample([0], prefix=prefix)
 
 
-def test_samples_need_no_data(both, tmp_path, monkeypatch):
-    """A run that was copied elsewhere knows its classes."""
+def test_sampling_needs_no_dataset(prior_workdir, tmp_path, monkeypatch):
+    """A run that was copied elsewhere still knows its classes."""
     monkeypatch.setattr(datasets, "load", None)
-    elsewhere = taming_jax.load_run(shutil.copytree(both, tmp_path / "run"))
-    assert elsewhere.sample(["large disc"], devices=1).shape == (1, 16, 16, 1)
+    copied_run = taming_jax.load_run(shutil.copytree(prior_workdir, tmp_path / "run"))
+    assert copied_run.sample(["large disc"], devices=1).shape == (1, 16, 16, 1)
 
 
 @pytest.mark.slow
-def test_larger_images_are_drawn_in_windows(sample, run, both, tmp_path):
-    given = ["--workdir", both, "--classes", 0, 1, "--per-class", 2, "--guidance-scale", 1.5]
-    status, _, err = sample(*given, "--size", "24x20", "--out", tmp_path / "s.npz")
+def test_larger_images_are_sampled_in_windows(sample, run, prior_workdir, tmp_path):
+    arguments = ["--workdir", prior_workdir, "--classes", 0, 1, "--per-class", 2]
+    arguments += ["--guidance-scale", 1.5]
+    status, _, err = sample(*arguments, "--size", "24x20", "--out", tmp_path / "s.npz")
     assert status == 0, err
     images = np.load(tmp_path / "s.npz")["images"]
     assert images.shape == (4, 20, 24, 1)
     settings = {"guidance_scale": 1.5, "size": (20, 24)}
     np.testing.assert_array_equal(images[:2], to_uint8(run.sample([0], 2, devices=1, **settings)))
-    # Of the training images' size, they are those that the cache draws.
-    whole = run.sample([0], 2, size=(16, 16), devices=1)
-    np.testing.assert_array_equal(whole, run.sample([0], 2, devices=1))
+    # At the size of the training images, windows and the cache draw the same images.
+    images_of_training_size = run.sample([0], 2, size=(16, 16), devices=1)
+    np.testing.assert_array_equal(images_of_training_size, run.sample([0], 2, devices=1))
 
 
 @pytest.mark.slow
-def test_the_rest_of_pictures_is_drawn(sample, run, both, tmp_path):
+def test_completions_keep_part_of_each_picture_and_draw_the_rest(
+    sample, run, prior_workdir, tmp_path
+):
     pictures = datasets.load(run.config.data).test.images[:3]
     for i, image in enumerate(pictures):
         Image.fromarray(image[..., 0]).save(tmp_path / f"{i}.png")
-    given = ["--workdir", both, "--per-class", 2, "--out", tmp_path / "s.npz"]
+    arguments = ["--workdir", prior_workdir, "--per-class", 2, "--out", tmp_path / "s.npz"]
     files = [tmp_path / f"{i}.png" for i in range(3)]
-    status, said, err = sample(*given, "--complete", *files, "--classes", 1, "--keep", 0.25)
-    assert status == 0 and "Wrote 6 completions of 3 pictures to" in said, err
+    status, output, err = sample(*arguments, "--complete", *files, "--classes", 1, "--keep", 0.25)
+    assert status == 0 and "Wrote 6 completions of 3 pictures to" in output, err
     archive = np.load(tmp_path / "s.npz")
     assert archive["labels"].tolist() == [1] * 6
-    found = run.complete(pictures, 1, 2, keep=0.25, devices=1)
-    np.testing.assert_array_equal(archive["images"], to_uint8(found))
+    completions = run.complete(pictures, 1, 2, keep=0.25, devices=1)
+    np.testing.assert_array_equal(archive["images"], to_uint8(completions))
 
     codes, rows = run.encode(pictures), np.arange(8)[:, None] < 2
-    drawn = run.complete(pictures, [1, 0, 1], temperature=0, guidance_scale=1, keep=0.25)
+    greedy = run.complete(pictures, [1, 0, 1], temperature=0, guidance_scale=1, keep=0.25)
     known = np.where(rows, codes, -1).reshape(3, -1)
-    parts = run.draw_samples(np.array([1, 0, 1]), np.zeros(3, np.int32), known=known, temperature=0,
-                      guidance_scale=1)  # fmt: skip
-    np.testing.assert_array_equal(drawn, np.concatenate(list(parts)))
-    # All but the last code kept: the pictures' reconstructions, but for what that code touches.
+    batches = run.draw_samples(np.array([1, 0, 1]), np.zeros(3, np.int32), known=known,
+                               temperature=0, guidance_scale=1)  # fmt: skip
+    np.testing.assert_array_equal(greedy, np.concatenate(list(batches)))
+    # If all codes but the last are kept, the top left corners equal the reconstructions.
     mask = np.ones((8, 8), bool)
     mask[-1, -1] = False
-    nearly = run.complete(pictures, 0, mask=mask)
-    np.testing.assert_allclose(nearly[:, :2, :2], run.decode(codes)[:, :2, :2], atol=0.2)
-    # A mask of pixels keeps codes of which most are kept; of no class is a class as well.
+    almost_kept = run.complete(pictures, 0, mask=mask)
+    np.testing.assert_allclose(almost_kept[:, :2, :2], run.decode(codes)[:, :2, :2], atol=0.2)
+    # A mask of pixels keeps a code if it keeps most of its pixels. The class may be None.
     pixels = np.repeat(np.repeat(mask, 2, 0), 2, 1)
     pixels[0, 0] = False
-    np.testing.assert_array_equal(run.complete(pictures, 0, mask=pixels), nearly)
+    np.testing.assert_array_equal(run.complete(pictures, 0, mask=pixels), almost_kept)
     assert run.complete(pictures, None, mask=mask).shape == (3, 16, 16, 1)
-    status, _, err = sample(*given[:-1], tmp_path / "c", "--complete", *files)
+    status, _, err = sample(*arguments[:-1], tmp_path / "c", "--complete", *files)
     assert status == 0 and (tmp_path / "c" / "0002_2_00001.png").exists(), err
-    # A grid begins with the pictures themselves.
-    status, _, err = sample(*given[:-1], tmp_path / "c.png", "--complete", *files)
+    # The first column of a grid contains the pictures themselves.
+    status, _, err = sample(*arguments[:-1], tmp_path / "c.png", "--complete", *files)
     assert status == 0, err
     with Image.open(tmp_path / "c.png") as grid:
         assert grid.size[0] > grid.size[1] / 2  # three columns, three rows
 
 
-def test_what_cannot_be_completed_is_a_sentence(run):
+def test_invalid_completions_are_refused(run):
     images = np.zeros((2, 16, 16, 1), np.uint8)
-    for arguments, says in (
+    for arguments, message in (
         ({"classes": [0, 1, 2]}, "2 images and 3 classes"),
         ({"keep": 1.5}, "keep is 1.5; it must be a share"),
         ({"keep": 0.01}, "keep is 0.01; it must be a share"),
@@ -361,5 +389,5 @@ def test_what_cannot_be_completed_is_a_sentence(run):
         ({"per_image": 0}, "there is nothing to draw: 0 completions"),
         ({"size": (16, 16)}, "multiple values"),
     ):
-        with pytest.raises((UserError, TypeError), match=says):
+        with pytest.raises((UserError, TypeError), match=message):
             run.complete(images, **arguments)

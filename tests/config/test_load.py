@@ -11,7 +11,7 @@ from taming_jax.config.validation import warn_about_attention
 from taming_jax.errors import UserError
 
 
-def test_a_written_config_reads_back_as_the_same_object(tmp_path):
+def test_a_written_config_can_be_read_again(tmp_path):
     for name in list_presets():
         config = load_config(name)
         assert config.config == name
@@ -19,7 +19,7 @@ def test_a_written_config_reads_back_as_the_same_object(tmp_path):
         assert load_config(str(tmp_path / "config.json")) == config
 
 
-def test_a_config_json_carries_its_format_and_one_without_is_of_the_first(tmp_path):
+def test_a_config_json_has_a_format_number_and_one_without_it_is_read_as_the_first(tmp_path):
     file = tmp_path / "config.json"
     write_config(load_config("mnist"), file)
     values = json.loads(file.read_text())
@@ -28,7 +28,7 @@ def test_a_config_json_carries_its_format_and_one_without_is_of_the_first(tmp_pa
     assert load_config(str(file)) == load_config("mnist")
 
 
-def test_every_float_setting_survives_a_whole_number(tmp_path):
+def test_an_integer_is_accepted_for_a_float_setting(tmp_path):
     values = to_dict(load_config("mnist"))
     values["vqgan"]["discriminator_weight"] = 1
     (tmp_path / "config.json").write_text(json.dumps(values))
@@ -36,7 +36,7 @@ def test_every_float_setting_survives_a_whole_number(tmp_path):
     assert weight == 1.0 and type(weight) is float
 
 
-def test_overrides_by_name():
+def test_settings_are_overridden_by_name():
     assert load_config("mnist", {"vqgan.steps": 3, "seed": 4}).vqgan.steps == 3
     for name in ("vqgan.step", "vqgn.steps", "seed.steps"):
         with pytest.raises(UserError, match=name):
@@ -51,7 +51,7 @@ def test_steps_replace_epochs():
     assert dataclasses.replace(settings, steps=3).total_steps(57_000) == 3
 
 
-def test_differences_name_what_is_trained_and_skip_what_may_change():
+def test_differences_list_the_settings_that_affect_training_and_omit_the_others():
     base = load_config("mnist")
     assert diff_configs(base, base, ("seed", "vqgan")) == []
     other = load_config(
@@ -70,7 +70,7 @@ def test_differences_name_what_is_trained_and_skip_what_may_change():
 
 
 @pytest.mark.parametrize(
-    ("overrides", "names"),
+    ("overrides", "message"),
     [
         ({"vqgan.batch_size": 0}, "--vqgan.batch-size is 0"),
         ({"prior.steps": 0}, "--prior.steps is 0"),
@@ -114,13 +114,13 @@ def test_differences_name_what_is_trained_and_skip_what_may_change():
         ({"vqgan": {"steps": 1}}, "'vqgan' is a group"),
     ],
 )
-def test_settings_that_cannot_work_are_refused_by_name(overrides, names):
-    with pytest.raises(UserError, match=names):
+def test_invalid_settings_are_refused_by_name(overrides, message):
+    with pytest.raises(UserError, match=message):
         load_config("mnist", overrides)
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "message"),
     [
         ("{", "is not JSON"),
         ("[]", "must be an object"),
@@ -132,45 +132,45 @@ def test_settings_that_cannot_work_are_refused_by_name(overrides, names):
         ('{"format": "two"}', "has the format 'two', which is not a valid"),
     ],
 )
-def test_a_damaged_config_json_is_a_sentence(tmp_path, content, says):
+def test_a_damaged_config_json_is_reported(tmp_path, content, message):
     (tmp_path / "config.json").write_text(content)
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=message):
         load_config(str(tmp_path / "config.json"))
 
 
-def test_an_unknown_preset_names_the_nearest():
+def test_an_unknown_preset_gets_the_nearest_name_suggested():
     with pytest.raises(UserError, match="did you mean 'mnist_tiny'"):
         load_config("mnist_tny")
     with pytest.raises(UserError, match="cannot be read"):
         load_config("runs/none/config.json")
 
 
-def test_attention_that_no_level_has_is_named(capsys):
+def test_attention_resolutions_that_no_level_has_give_a_warning(capsys):
     warn_about_attention(load_config("mnist", {"vqgan.attention_resolutions": (16, 14)}))
-    sentence = capsys.readouterr().out
-    assert sentence.startswith("Warning: --vqgan.attention-resolutions 16 has no effect")
-    assert "28, 14, 7 pixels high" in sentence
+    warning = capsys.readouterr().out
+    assert warning.startswith("Warning: --vqgan.attention-resolutions 16 has no effect")
+    assert "28, 14, 7 pixels high" in warning
     for name in list_presets():
         warn_about_attention(load_config(name))
     assert not capsys.readouterr().out
 
 
-def test_attention_that_no_level_has_makes_no_difference():
-    """So that runs of older presets, and of presets at another size, go on as they were."""
+def test_attention_resolutions_that_no_level_has_are_not_compared():
+    """Therefore, runs of older presets and of presets at another size can resume."""
     old = load_config("mnist", {"vqgan.attention_resolutions": (16,)})
     assert diff_configs(load_config("mnist"), old, ("vqgan",)) == []
     other = load_config("mnist", {"vqgan.attention_resolutions": (16, 7)})
     assert diff_configs(other, old, ("vqgan",)) == ["--vqgan.attention-resolutions is 7, not empty"]
 
 
-def test_a_config_json_does_not_bring_its_runs_start_into_a_new_run(tmp_path):
+def test_a_new_run_does_not_take_the_discriminator_start_from_a_config_json(tmp_path):
     config = load_config("mnist_tiny", {"vqgan.discriminator_start_step": 2})
     write_config(config, tmp_path / "config.json")
-    found = load_config(tmp_path / "config.json", {"vqgan.steps": 100, "vqgan.batch_size": 8})
-    assert found.vqgan.discriminator_start_step is None and found.vqgan.start_step(9) == 25
+    loaded = load_config(tmp_path / "config.json", {"vqgan.steps": 100, "vqgan.batch_size": 8})
+    assert loaded.vqgan.discriminator_start_step is None and loaded.vqgan.start_step(9) == 25
 
 
-def test_the_mnist_preset_is_the_reference():
+def test_the_mnist_preset_has_the_settings_of_the_reference_project():
     config = load_config("mnist")
     vqgan = config.vqgan
     assert (config.data.image_size, config.data.channels, vqgan.channels) == (28, 1, 32)

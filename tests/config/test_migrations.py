@@ -6,7 +6,7 @@ from taming_jax.config.migrations import migrate, read_format
 from taming_jax.errors import UserError
 
 
-def test_content_goes_through_every_format_in_between(monkeypatch):
+def test_content_is_migrated_through_every_format_in_between(monkeypatch):
     monkeypatch.setattr(migrations, "FORMAT", 4)
     steps = {n: lambda content, n=n: [*content, n] for n in (1, 2, 3)}
     assert migrate([], 1, steps) == [1, 2, 3]
@@ -14,30 +14,30 @@ def test_content_goes_through_every_format_in_between(monkeypatch):
     assert migrate([], 4, steps) == []
 
 
-def test_each_format_has_its_way_to_the_next():
+def test_every_older_format_has_a_migration():
     older = set(range(1, migrations.FORMAT))
     assert set(migrations.SETTINGS_MIGRATIONS) == set(migrations.ARRAY_MIGRATIONS) == older
 
 
-def test_formats_that_cannot_be_read_are_refused(tmp_path):
+def test_newer_and_invalid_formats_are_refused(tmp_path):
     assert read_format({}, tmp_path) == 1 and read_format({"format": 2}, tmp_path) == 2
-    newer = rf"{tmp_path} was written by a newer taming_jax \(format 9; this one reads up to"
-    with pytest.raises(UserError, match=newer):
+    message = rf"{tmp_path} was written by a newer taming_jax \(format 9; this one reads up to"
+    with pytest.raises(UserError, match=message):
         read_format({"format": 9}, tmp_path)
     for number in (0, "2", True, None):
         with pytest.raises(UserError, match="not a valid format number"):
             read_format({"format": number}, tmp_path)
 
 
-def test_the_first_format_knew_of_no_skipped_steps():
+def test_the_first_format_has_no_count_of_skipped_steps():
     arrays = migrate({("step",): np.int32(7)}, 1, migrations.ARRAY_MIGRATIONS)
     assert arrays["step",] == 7
     assert arrays["skipped",] == 0 and arrays["skipped",].dtype == np.int32
-    kept = migrate({("skipped",): np.int32(5)}, 1, migrations.ARRAY_MIGRATIONS)
-    assert kept["skipped",] == 5
+    migrated = migrate({("skipped",): np.int32(5)}, 1, migrations.ARRAY_MIGRATIONS)
+    assert migrated["skipped",] == 5
 
 
-def test_remapped_codes_were_a_setting_before_format_5():
+def test_remapped_codes_are_a_setting_before_format_5():
     config = {"seed": 1, "vqgan": {"channels": 8, "used_codes": []}}
     assert migrate(config, 4, migrations.SETTINGS_MIGRATIONS) == {
         "seed": 1,
@@ -48,7 +48,7 @@ def test_remapped_codes_were_a_setting_before_format_5():
         migrate(config, 4, migrations.SETTINGS_MIGRATIONS)
 
 
-def test_settings_had_other_names_before_format_6():
+def test_settings_have_other_names_before_format_6():
     old = {
         "seed": 1, "data": {"squeeze": True, "bad_share": 0.2}, "vqgan": {"clip": None},
         "prior": {"clip": 1.0, "keep_codes": 0.9},

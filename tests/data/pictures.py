@@ -1,4 +1,4 @@
-"""The same pictures in every form that they can come in."""
+"""Writes the same pictures in every supported format."""
 
 import io
 import json
@@ -9,8 +9,9 @@ from PIL import Image
 NAMES = ("a dog", "zèbre", "çat")  # in the order of their code points
 
 
-def picture(seed, width=70, height=50, mode="RGB"):
-    """Something smooth with a little noise, so that a JPEG of it is like a photograph's."""
+def make_picture(seed, width=70, height=50, mode="RGB"):
+    """Returns a smooth picture with a little noise, so that its JPEG resembles that of a
+    photograph."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width]
     waves = [np.sin(x / rng.uniform(3, 20) + y / rng.uniform(3, 20)) for _ in range(3)]
@@ -18,20 +19,20 @@ def picture(seed, width=70, height=50, mode="RGB"):
     return Image.fromarray(values.clip(0, 255).astype(np.uint8)).convert(mode)
 
 
-def encoded(image, kind="JPEG", **options):
+def encode(image, kind="JPEG", **options):
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
-def split(count, first=0):
-    """Pictures' bytes with their classes, a class after the other."""
+def make_split(count, first=0):
+    """Returns the encoded pictures and their labels, which are in ascending order."""
     sizes = [(70 + 3 * (i % 7), 50 + 5 * (i % 5)) for i in range(count)]
-    contents = [encoded(picture(first + i, *size), quality=90) for i, size in enumerate(sizes)]
+    contents = [encode(make_picture(first + i, *size), quality=90) for i, size in enumerate(sizes)]
     return contents, [i * len(NAMES) // count for i in range(count)]
 
 
-SPLITS = {"train": split(42), "validation": split(9, 100), "test": split(9, 200)}
+SPLITS = {"train": make_split(42), "validation": make_split(9, 100), "test": make_split(9, 200)}
 
 
 def write_folder(root, splits=SPLITS):
@@ -50,18 +51,18 @@ def write_parquet(root, splits=SPLITS, label="label", metadata=True, rows=16):
     root.mkdir(parents=True, exist_ok=True)
     for name, (contents, labels) in splits.items():
         images = [{"bytes": content, "path": None} for content in contents]
-        kind = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
-        table = pyarrow.table({"image": pyarrow.array(images, kind), label: labels})
+        image_type = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
+        table = pyarrow.table({"image": pyarrow.array(images, image_type), label: labels})
         if metadata:
             features = {"image": {"_type": "Image"}, label: {"names": NAMES, "_type": "ClassLabel"}}
-            said = {"huggingface": json.dumps({"info": {"features": features}})}
-            table = table.replace_schema_metadata(said)
+            schema_metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+            table = table.replace_schema_metadata(schema_metadata)
         parquet.write_table(table, root / f"{name}-00000-of-00001.parquet", row_group_size=rows)
     return root
 
 
 def write_tfds(root, splits=SPLITS):
-    """A directory as TensorFlow Datasets prepares it; answers its place."""
+    """Writes a dataset in the format of TensorFlow Datasets and returns its folder."""
     import tensorflow_datasets as tfds
 
     class Toy(tfds.core.GeneratorBasedBuilder):

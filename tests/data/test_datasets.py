@@ -12,7 +12,7 @@ from taming_jax.errors import UserError
 FILES = resources.files("taming_jax.data") / "mnist"
 
 
-def test_mnist_is_the_real_one():
+def test_mnist_has_the_known_sizes_and_statistics():
     train, validation, test, names = datasets.load(DataConfig())
     assert names == tuple("0123456789")
     assert (train.images.shape, validation.images.shape) == ((57000, 28, 28, 1), (3000, 28, 28, 1))
@@ -26,20 +26,20 @@ def test_mnist_is_the_real_one():
     ]  # fmt: skip
 
 
-def test_the_validation_split_is_cut_by_seed_and_shares_nothing_with_training():
+def test_the_validation_split_depends_on_the_seed_and_is_disjoint_from_training():
     split = datasets.Split(np.arange(100).reshape(100, 1, 1, 1), np.arange(100))
 
-    def cut(**settings):
+    def hold_out(**settings):
         return datasets.hold_out_validation(split, DataConfig(**settings))
 
-    train, validation = cut(validation_share=0.2)
+    train, validation = hold_out(validation_share=0.2)
     assert sorted([*train.labels, *validation.labels]) == list(range(100))
     assert len(validation.labels) == 20 and (validation.images.ravel() == validation.labels).all()
-    assert cut(validation_share=0.2)[1].labels.tolist() == validation.labels.tolist()
-    other = cut(validation_share=0.2, split_seed=1)[1]
-    assert other.labels.tolist() != validation.labels.tolist()
+    assert hold_out(validation_share=0.2)[1].labels.tolist() == validation.labels.tolist()
+    other_validation = hold_out(validation_share=0.2, split_seed=1)[1]
+    assert other_validation.labels.tolist() != validation.labels.tolist()
     for share in (0.0, 1.0):
-        assert min(len(part.labels) for part in cut(validation_share=share)) == 1
+        assert min(len(part.labels) for part in hold_out(validation_share=share)) == 1
 
 
 def copy_files(folder, **replaced):
@@ -50,17 +50,19 @@ def copy_files(folder, **replaced):
             (folder / f"{name}-ubyte.gz").write_bytes(content)
 
 
-def idx(shape, values=None, kind=8):
+def encode_idx(shape, values=None, kind=8):
     header = bytes([0, 0, kind, len(shape)]) + np.array(shape, ">u4").tobytes()
     return header + (bytes(int(np.prod(shape))) if values is None else values)
 
 
-def test_ones_own_copy_with_or_without_gz(tmp_path):
+def test_a_users_own_copy_is_read_compressed_or_not(tmp_path):
     rng = np.random.default_rng(0)
     for prefix, n in (("train", 40), ("t10k", 7)):
         pixels = rng.integers(0, 256, (n, 28, 28), np.uint8)
-        (tmp_path / f"{prefix}-images-idx3-ubyte").write_bytes(idx(pixels.shape, pixels.tobytes()))
-        labels = gzip.compress(idx((n,), bytes(range(n % 10)) + bytes(n - n % 10)))
+        (tmp_path / f"{prefix}-images-idx3-ubyte").write_bytes(
+            encode_idx(pixels.shape, pixels.tobytes())
+        )
+        labels = gzip.compress(encode_idx((n,), bytes(range(n % 10)) + bytes(n - n % 10)))
         (tmp_path / f"{prefix}-labels-idx1-ubyte.gz").write_bytes(labels)
     splits = datasets.load(DataConfig(path=str(tmp_path)))
     assert [len(part.images) for part in splits[:3]] == [38, 2, 7]
@@ -68,7 +70,7 @@ def test_ones_own_copy_with_or_without_gz(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("replaced", "says"),
+    ("replaced", "message"),
     [
         ({"train_labels_idx1": None}, "has no train-labels-idx1-ubyte.gz"),
         ({"t10k_images_idx3": b""}, "damaged|not an IDX"),
@@ -76,57 +78,57 @@ def test_ones_own_copy_with_or_without_gz(tmp_path):
             {"t10k_images_idx3": (FILES / "t10k-images-idx3-ubyte.gz").read_bytes()[:5000]},
             "damaged",
         ),
-        ({"t10k_images_idx3": gzip.compress(idx((9, 28, 28))[:-5])}, "is truncated"),
+        ({"t10k_images_idx3": gzip.compress(encode_idx((9, 28, 28))[:-5])}, "is truncated"),
         ({"t10k_labels_idx1": gzip.compress(b"hello, world")}, "not an IDX file"),
         (
-            {"t10k_labels_idx1": gzip.compress(idx((9,)))},
+            {"t10k_labels_idx1": gzip.compress(encode_idx((9,)))},
             "10000 images of 28x28 and 9 labels",
         ),
     ],
 )
-def test_damaged_files_are_named(tmp_path, replaced, says):
+def test_damaged_files_are_reported(tmp_path, replaced, message):
     copy_files(tmp_path, **replaced)
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=message):
         datasets.load(DataConfig(path=str(tmp_path)))
 
 
-def test_what_a_source_cannot_give_is_refused(tmp_path):
-    for settings, says in (
+def test_impossible_data_settings_are_refused(tmp_path):
+    for settings, message in (
         ({"path": str(tmp_path / "none")}, "is not a folder"),
         ({"path": str(tmp_path)}, "has no train-images"),
         ({"image_size": 32}, "28x28"),
         ({"name": "cifar"}, f"the datasets are {', '.join(sorted(datasets.SOURCES))}, OWNER"),
     ):
-        with pytest.raises(UserError, match=says):
+        with pytest.raises(UserError, match=message):
             datasets.load(DataConfig(**settings))
 
 
-def test_synthetic_images_of_any_size():
+def test_synthetic_images_have_any_size():
     splits = datasets.load(DataConfig(name="synthetic", image_size=20, channels=3))
     assert splits.train.images.shape[1:] == splits.test.images.shape[1:] == (20, 20, 3)
     assert set(splits.train.labels) == {0, 1, 2, 3} and splits.train.images.max() == 255
 
 
-def test_a_dataset_is_known_again_and_another_is_not():
+def test_a_fingerprint_recognizes_a_dataset_and_describes_differences():
     splits = datasets.load(DataConfig(name="synthetic", image_size=16))
-    known = json.loads(json.dumps(datasets.fingerprint(splits)))
-    assert datasets.fingerprint_diff(datasets.fingerprint(splits), known) == []
+    stored = json.loads(json.dumps(datasets.fingerprint(splits)))
+    assert datasets.fingerprint_diff(datasets.fingerprint(splits), stored) == []
 
-    def differs(**parts):
-        return datasets.fingerprint_diff(datasets.fingerprint(splits._replace(**parts)), known)
+    def describe_differences(**parts):
+        return datasets.fingerprint_diff(datasets.fingerprint(splits._replace(**parts)), stored)
 
     train = splits.train
-    off = np.random.default_rng(0).integers(-1, 2, train.images.shape)
-    nearly = np.clip(train.images + off, 0, 255)  # as another decoder rounds
-    assert differs(train=train._replace(images=nearly.astype(np.uint8))) == []
-    assert differs(train=train._replace(images=255 - train.images)) == [
+    noise = np.random.default_rng(0).integers(-1, 2, train.images.shape)
+    nearly_equal = np.clip(train.images + noise, 0, 255)  # another decoder may round differently
+    assert describe_differences(train=train._replace(images=nearly_equal.astype(np.uint8))) == []
+    assert describe_differences(train=train._replace(images=255 - train.images)) == [
         "the training images are different"
     ]
     fewer = datasets.Split(train.images[1:], train.labels[1:])
-    assert differs(train=fewer) == [
+    assert describe_differences(train=fewer) == [
         f"there are {len(fewer.images)} training images, not {len(train.images)}"
     ]
-    assert differs(class_names=("a", "b")) == ["there are 2 classes, not 4"]
-    assert differs(class_names=("disc", "square", "ring", "x")) == [
+    assert describe_differences(class_names=("a", "b")) == ["there are 2 classes, not 4"]
+    assert describe_differences(class_names=("disc", "square", "ring", "x")) == [
         "a class is called 'ring', not 'large disc'"
     ]

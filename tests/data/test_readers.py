@@ -1,4 +1,4 @@
-"""The same pictures from every kind of source, and what cannot be read."""
+"""Tests of all kinds of sources of pictures, and of sources that cannot be read."""
 
 import os
 import shutil
@@ -12,23 +12,23 @@ from taming_jax.errors import UserError
 from tests.data import pictures
 
 
-def config_of(tmp_path, name, path, **settings):
+def make_config(tmp_path, name, path, **settings):
     return DataConfig(
         name=name, path=None if path is None else str(path), image_size=16, channels=3,
         cache=str(tmp_path / "cache"), **settings,
     )  # fmt: skip
 
 
-def test_four_kinds_of_source_give_the_same_splits(tmp_path):
+def test_every_kind_of_source_gives_the_same_splits(tmp_path):
     folder = pictures.write_folder(tmp_path / "my pictures ü")
     parquet = pictures.write_parquet(tmp_path / "parquet")
     tfds = pictures.write_tfds(tmp_path / "tfds")
     configs = {
-        "folder": config_of(tmp_path, "folder", folder),
-        "parquet": config_of(tmp_path, "someone/pictures", parquet),
-        "hub": config_of(tmp_path, str(parquet), None),
-        "tfds": config_of(tmp_path, "tfds:toy", tmp_path / "tfds"),
-        "tfds directory": config_of(tmp_path, "tfds:toy", tfds),
+        "folder": make_config(tmp_path, "folder", folder),
+        "parquet": make_config(tmp_path, "someone/pictures", parquet),
+        "hub": make_config(tmp_path, str(parquet), None),
+        "tfds": make_config(tmp_path, "tfds:toy", tmp_path / "tfds"),
+        "tfds directory": make_config(tmp_path, "tfds:toy", tfds),
     }
     expected = datasets.load(configs["folder"])
     assert expected.class_names == pictures.NAMES
@@ -42,25 +42,25 @@ def test_four_kinds_of_source_give_the_same_splits(tmp_path):
             np.testing.assert_array_equal(part.labels, other.labels, err_msg=kind)
 
 
-def test_another_column_of_images_is_another_cache(tmp_path):
+def test_each_image_column_has_its_own_cache(tmp_path):
     import pyarrow
     import pyarrow.parquet as pq
 
     (tmp_path / "two").mkdir()
-    contents, _ = pictures.split(12)
+    contents, _ = pictures.make_split(12)
     table = pyarrow.table({"image": contents, "mask": contents[::-1]})
     pq.write_table(table, tmp_path / "two" / "train.parquet")
     first, second = (
-        datasets.load(config_of(tmp_path, "a/b", tmp_path / "two", image_column=column))
+        datasets.load(make_config(tmp_path, "a/b", tmp_path / "two", image_column=column))
         for column in ("image", "mask")
     )
     assert (first.train.images != second.train.images).any()
 
 
-def test_a_parquet_file_that_is_replaced_is_read_again(tmp_path):
-    """Also where its name, size and time are the same, as rsync leaves them."""
+def test_a_replaced_parquet_file_is_read_again(tmp_path):
+    """This holds even if its name, size, and modification time are the same, as after rsync."""
     root = pictures.write_parquet(tmp_path / "parquet")
-    first = datasets.load(config_of(tmp_path, "a/b", root)).train.images[0].copy()
+    first = datasets.load(make_config(tmp_path, "a/b", root)).train.images[0].copy()
     file = next(root.glob("train*"))
     times = file.stat()
     content, labels = pictures.SPLITS["train"]
@@ -68,85 +68,85 @@ def test_a_parquet_file_that_is_replaced_is_read_again(tmp_path):
     pictures.write_parquet(tmp_path / "other", other)
     file.write_bytes(next((tmp_path / "other").glob("train*")).read_bytes())
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
-    second = datasets.load(config_of(tmp_path, "a/b", root)).train.images[0]
+    second = datasets.load(make_config(tmp_path, "a/b", root)).train.images[0]
     assert (first != second).any()
 
 
-def test_hidden_folders_are_no_classes(tmp_path):
-    contents, _ = pictures.split(10)
+def test_hidden_folders_are_not_classes(tmp_path):
+    contents, _ = pictures.make_split(10)
     (tmp_path / "flat" / ".thumbs").mkdir(parents=True)
     for i, content in enumerate(contents):
         (tmp_path / "flat" / f"{i}.jpg").write_bytes(content)
         (tmp_path / "flat" / ".thumbs" / f"{i}.jpg").write_bytes(content)
-    splits = datasets.load(config_of(tmp_path, "folder", tmp_path / "flat"))
+    splits = datasets.load(make_config(tmp_path, "folder", tmp_path / "flat"))
     assert splits.class_names == ("all",) and sum(len(p.images) for p in splits[:3]) == 10
 
 
-def test_folders_of_other_shapes(tmp_path):
-    contents, _ = pictures.split(20)
+def test_folders_without_classes_or_without_splits_are_read(tmp_path):
+    contents, _ = pictures.make_split(20)
     flat = tmp_path / "flat"
     flat.mkdir()
     for i, content in enumerate(contents):
         (flat / f"{i}.JPEG").write_bytes(content)
     (flat / "notes.txt").write_text("not a picture")
-    splits = datasets.load(config_of(tmp_path, "folder", flat))
+    splits = datasets.load(make_config(tmp_path, "folder", flat))
     assert splits.class_names == ("all",) and sum(len(p.images) for p in splits[:3]) == 20
-    again = datasets.load(config_of(tmp_path, "folder", flat))
+    again = datasets.load(make_config(tmp_path, "folder", flat))
     np.testing.assert_array_equal(splits.test.images, again.test.images)
-    other = datasets.load(config_of(tmp_path, "folder", flat, split_seed=1))
+    other = datasets.load(make_config(tmp_path, "folder", flat, split_seed=1))
     assert (splits.test.images != other.test.images).any()
 
-    train_only = pictures.write_folder(tmp_path / "a", {"train": pictures.split(30)})
+    train_only = pictures.write_folder(tmp_path / "a", {"train": pictures.make_split(30)})
     classes = shutil.copytree(train_only / "train", tmp_path / "b")
     first, second = (
-        datasets.load(config_of(tmp_path, "folder", root)) for root in (train_only, classes)
+        datasets.load(make_config(tmp_path, "folder", root)) for root in (train_only, classes)
     )
     assert first.class_names == second.class_names == pictures.NAMES
     np.testing.assert_array_equal(first.train.images, second.train.images)
 
 
-def test_what_belongs_to_no_class_or_split_is_said(tmp_path, capsys):
+def test_pictures_outside_the_class_and_split_folders_are_reported(tmp_path, capsys):
     root = pictures.write_folder(tmp_path / "a")
-    datasets.load(config_of(tmp_path, "folder", root))
+    datasets.load(make_config(tmp_path, "folder", root))
     assert "left out" not in capsys.readouterr().out
     shutil.copytree(root / "train", root / "more")
-    datasets.load(config_of(tmp_path, "folder", root))
-    said = capsys.readouterr().out
-    assert f"Left out of {root}: 1 outside the folders that are read (more)." in said
+    datasets.load(make_config(tmp_path, "folder", root))
+    output = capsys.readouterr().out
+    assert f"Left out of {root}: 1 outside the folders that are read (more)." in output
     shutil.copy(next((root / "more").rglob("*.jpg")), root / "more" / "loose.jpg")
-    datasets.load(config_of(tmp_path, "folder", root / "more"))
-    said = capsys.readouterr().out
-    assert f"Left out of {root / 'more'}: 1 outside the class folders (loose.jpg)." in said
+    datasets.load(make_config(tmp_path, "folder", root / "more"))
+    output = capsys.readouterr().out
+    assert f"Left out of {root / 'more'}: 1 outside the class folders (loose.jpg)." in output
 
 
-def test_classes_of_the_test_split_alone_are_a_warning(tmp_path, capsys):
-    parts = {"train": pictures.split(9), "test": pictures.split(9)}
+def test_classes_that_only_the_test_split_has_give_a_warning(tmp_path, capsys):
+    parts = {"train": pictures.make_split(9), "test": pictures.make_split(9)}
     root = pictures.write_folder(tmp_path / "x", parts)
     shutil.rmtree(root / "train" / pictures.NAMES[0])
-    splits = datasets.load(config_of(tmp_path, "folder", tmp_path / "x"))
+    splits = datasets.load(make_config(tmp_path, "folder", tmp_path / "x"))
     assert splits.class_names == (*pictures.NAMES[1:], pictures.NAMES[0])
     assert "Warning: no training pictures of 1 of 3 classes: a dog." in capsys.readouterr().out
 
 
-def test_parquet_without_the_hubs_metadata(tmp_path):
-    contents, labels = pictures.split(12)
+def test_parquet_files_without_the_hubs_metadata_are_read(tmp_path):
+    contents, labels = pictures.make_split(12)
     parts = {"train": (contents, labels)}
     root = pictures.write_parquet(tmp_path / "numbers", parts, metadata=False)
-    assert datasets.load(config_of(tmp_path, "a/b", root)).class_names == ("0", "1", "2")
+    assert datasets.load(make_config(tmp_path, "a/b", root)).class_names == ("0", "1", "2")
     named = (contents, [pictures.NAMES[label] for label in labels])
     root = pictures.write_parquet(tmp_path / "n", {"train": named}, "kind", metadata=False)
-    splits = datasets.load(config_of(tmp_path, "a/b", root, label_column="kind"))
+    splits = datasets.load(make_config(tmp_path, "a/b", root, label_column="kind"))
     assert splits.class_names == pictures.NAMES
-    assert datasets.load(config_of(tmp_path, "a/b", root)).class_names == pictures.NAMES
+    assert datasets.load(make_config(tmp_path, "a/b", root)).class_names == pictures.NAMES
 
 
-def bad_labels(values):
-    contents, _ = pictures.split(len(values))
+def make_labels_split(values):
+    contents, _ = pictures.make_split(len(values))
     return {"train": (contents, values)}
 
 
 @pytest.mark.parametrize(
-    ("values", "says"),
+    ("values", "message"),
     [
         ([0, 1, None], "have no class"),
         ([0, 1, -1], "go from -1 to 1; number them from 0"),
@@ -154,62 +154,62 @@ def bad_labels(values):
         ([0.5, 1.0, 2.0], "of type float"),
     ],
 )
-def test_classes_that_are_none(tmp_path, values, says):
-    root = pictures.write_parquet(tmp_path / "data", bad_labels(values))
-    with pytest.raises(UserError, match=says):
-        datasets.load(config_of(tmp_path, "a/b", root))
+def test_invalid_labels_are_refused(tmp_path, values, message):
+    root = pictures.write_parquet(tmp_path / "data", make_labels_split(values))
+    with pytest.raises(UserError, match=message):
+        datasets.load(make_config(tmp_path, "a/b", root))
 
 
-def test_what_a_source_cannot_read_is_a_sentence(tmp_path):
+def test_unreadable_sources_are_refused(tmp_path):
     empty, one, parquet = (tmp_path / name for name in ("empty", "one", "parquet"))
     empty.mkdir()
     one.mkdir()
-    (one / "a.jpg").write_bytes(pictures.split(1)[0][0])
+    (one / "a.jpg").write_bytes(pictures.make_split(1)[0][0])
     pictures.write_parquet(parquet)
     broken = shutil.copytree(parquet, tmp_path / "broken")
     file = broken / "train-00000-of-00001.parquet"
     file.write_bytes(file.read_bytes()[:1000])
-    for config, says in (
-        (config_of(tmp_path, "folder", None), "--data.name folder needs --data.path"),
-        (config_of(tmp_path, "folder", tmp_path / "no"), "is not a folder"),
-        (config_of(tmp_path, "folder", empty), "holds no pictures"),
-        (config_of(tmp_path, "folder", one), "holds too few pictures"),
-        (config_of(tmp_path, "a/b", empty), "holds no pictures .* and no parquet files"),
-        (config_of(tmp_path, "a/b", broken), "cannot be read .* download them again"),
+    for config, message in (
+        (make_config(tmp_path, "folder", None), "--data.name folder needs --data.path"),
+        (make_config(tmp_path, "folder", tmp_path / "no"), "is not a folder"),
+        (make_config(tmp_path, "folder", empty), "holds no pictures"),
+        (make_config(tmp_path, "folder", one), "holds too few pictures"),
+        (make_config(tmp_path, "a/b", empty), "holds no pictures .* and no parquet files"),
+        (make_config(tmp_path, "a/b", broken), "cannot be read .* download them again"),
         (
-            config_of(tmp_path, "a/b", parquet, image_column="img"),
+            make_config(tmp_path, "a/b", parquet, image_column="img"),
             "no column 'img' .* one of these: image.",
         ),
         (
-            config_of(tmp_path, "a/b", parquet, label_column="kind"),
+            make_config(tmp_path, "a/b", parquet, label_column="kind"),
             "no column 'kind'; set --data.label-column to one of these: image, label",
         ),
         (
-            config_of(tmp_path, "a/b", parquet, image_column="label"),
+            make_config(tmp_path, "a/b", parquet, image_column="label"),
             "no column 'label' that holds images; .* one of these: image.",
         ),
-        (config_of(tmp_path, "tfds:cifar10", tmp_path), "tfds build cifar10"),
-        (config_of(tmp_path, "tfds:nothing", tmp_path), "tfds build nothing"),
-        (config_of(tmp_path, "cifar", None), "--data.name cifar is unknown"),
+        (make_config(tmp_path, "tfds:cifar10", tmp_path), "tfds build cifar10"),
+        (make_config(tmp_path, "tfds:nothing", tmp_path), "tfds build nothing"),
+        (make_config(tmp_path, "cifar", None), "--data.name cifar is unknown"),
     ):
-        with pytest.raises(UserError, match=says):
+        with pytest.raises(UserError, match=message):
             datasets.load(config)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_files_one_may_not_read_are_a_sentence(tmp_path):
+@pytest.mark.skipif(os.geteuid() == 0, reason="root can read all files")
+def test_files_without_read_permission_are_reported(tmp_path):
     root = pictures.write_folder(tmp_path / "data")
     next(root.rglob("*.jpg")).chmod(0)
     with pytest.raises(UserError, match="check its permissions"):
-        datasets.load(config_of(tmp_path, "folder", root))
+        datasets.load(make_config(tmp_path, "folder", root))
 
 
-def test_the_hub_without_a_network_is_a_sentence(tmp_path, monkeypatch):
+def test_the_hub_without_a_network_is_reported(tmp_path, monkeypatch):
     import datasets as hub
 
-    def refused(name, config):
+    def raise_connection_error(name, config):
         raise ConnectionError("Couldn't reach the Hub")
 
-    monkeypatch.setattr(hub, "load_dataset", refused)
+    monkeypatch.setattr(hub, "load_dataset", raise_connection_error)
     with pytest.raises(UserError, match="download its parquet files elsewhere .* --data.path"):
-        datasets.load(config_of(tmp_path, "someone/pictures", None))
+        datasets.load(make_config(tmp_path, "someone/pictures", None))

@@ -1,10 +1,10 @@
-"""LlamaGen's tokenizer and class-conditional transformer as a small PyTorch reference, written from
-the paper's description (arXiv 2406.06525) and the names of its state dicts, and what it computed
-from the weights of `random_weights`. Where PyTorch is installed,
+"""A small PyTorch reference of LlamaGen's tokenizer and class-conditional transformer.
+
+It follows the description in the paper (arXiv 2406.06525) and the names in its state dicts. The
+file llamagen.npz contains its outputs for the weights of `random_weights`, with which the tests
+compare. If PyTorch is installed, you can recompute the file:
 
     python -m tests.interop.llamagen_torch
-
-computes it again into llamagen.npz, which the tests compare with.
 """
 
 from pathlib import Path
@@ -17,9 +17,9 @@ WIDTH, HEADS, LAYERS, HIDDEN, CLASSES, GRID = 32, 2, 2, 40, 3, 4
 
 
 def random_weights(shapes, seed):
-    """The same for the same names and shapes, whoever asks."""
+    """Returns random weights, which depend only on the names, the shapes, and the seed."""
     rng = np.random.default_rng(seed)
-    found = {}
+    weights = {}
     for name in sorted(shapes):
         shape = shapes[name]
         values = rng.standard_normal(shape, np.float32)
@@ -27,19 +27,19 @@ def random_weights(shapes, seed):
             values /= np.float32(np.sqrt(np.prod(shape[1:]) / 2))
         else:
             values = values / 10 + ("norm" in name and name.endswith("weight"))
-        found[name] = values.astype(np.float32)
-    return found
+        weights[name] = values.astype(np.float32)
+    return weights
 
 
-def inputs():
+def make_inputs():
     rng = np.random.default_rng(5)
     images = np.tanh(rng.standard_normal((3, 3, SIDE, SIDE), np.float32))
     codes = rng.integers(0, CODES, (2, GRID * GRID))
-    return images, codes, np.array([2, CLASSES])  # the second of no class
+    return images, codes, np.array([2, CLASSES])  # the second label means no class
 
 
-def modules():
-    """The two networks, in evaluation."""
+def build_modules():
+    """Returns the tokenizer and the transformer."""
     import torch
     from torch import nn
     from torch.nn import functional
@@ -68,7 +68,7 @@ def modules():
 
         def forward(self, x):
             h = self.norm(x)
-            q, k, v = (each(h).flatten(2).transpose(1, 2) for each in (self.q, self.k, self.v))
+            q, k, v = (conv(h).flatten(2).transpose(1, 2) for conv in (self.q, self.k, self.v))
             attended = functional.scaled_dot_product_attention(q, k, v)
             return x + self.proj_out(attended.transpose(1, 2).reshape(x.shape))
 
@@ -92,7 +92,7 @@ def modules():
             setattr(block, sampling, Resample(after, sampling == "upsample"))
         return block
 
-    def through(block, h):
+    def apply_level(block, h):
         for i, residual in enumerate(block.res):
             h = residual(h)
             if len(block.attn):
@@ -103,7 +103,7 @@ def modules():
         return h
 
     class Half(nn.Module):
-        """The encoder, or the decoder."""
+        """The encoder or the decoder."""
 
         def __init__(self, decoder):
             super().__init__()
@@ -139,7 +139,7 @@ def modules():
             middle = nn.Sequential(*self.mid)
             h = middle(h) if self.decoder else h
             for block in self.conv_blocks:
-                h = through(block, h)
+                h = apply_level(block, h)
             h = h if self.decoder else middle(h)
             return self.conv_out(functional.silu(self.norm_out(h)))
 
@@ -167,18 +167,23 @@ def modules():
         def forward(self, x):
             return x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * self.weight
 
-    def turned(x):
-        """Queries or keys [b,t,heads,d], pairs of neighbours as complex numbers: the first half by
-        the row, the second by the column of a code; what is the class's becomes zero."""
+    def rotate(x):
+        """Applies rotary embeddings to queries or keys [b,t,heads,d].
+
+        Neighboring channels form complex numbers. The first half of them is rotated by the row of a
+        code, the second half by its column. LlamaGen sets the rotation at the class token to zero,
+        so its queries and keys become zero."""
         d = x.shape[-1]
         frequency = 10_000.0 ** (-torch.arange(d // 4) / (d // 4))
         row, column = (
             g.flatten() for g in torch.meshgrid(*[torch.arange(GRID)] * 2, indexing="ij")
         )
         angles = torch.cat([row[:, None] * frequency, column[:, None] * frequency], -1)
-        turns = torch.cat([torch.zeros(1, d // 2), torch.polar(torch.ones_like(angles), angles)])
+        rotations = torch.cat(
+            [torch.zeros(1, d // 2), torch.polar(torch.ones_like(angles), angles)]
+        )
         pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], d // 2, 2))
-        return torch.view_as_real(pairs * turns[: x.shape[1], None]).flatten(-2)
+        return torch.view_as_real(pairs * rotations[: x.shape[1], None]).flatten(-2)
 
     class Block(nn.Module):
         def __init__(self):
@@ -193,8 +198,8 @@ def modules():
 
         def forward(self, x):
             qkv = self.attention.wqkv(self.attention_norm(x)).chunk(3, -1)
-            q, k, v = (each.unflatten(-1, (HEADS, -1)) for each in qkv)
-            q, k, v = (each.transpose(1, 2) for each in (turned(q), turned(k), v))
+            q, k, v = (x.unflatten(-1, (HEADS, -1)) for x in qkv)
+            q, k, v = (x.transpose(1, 2) for x in (rotate(q), rotate(k), v))
             attended = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
             x = x + self.attention.wo(attended.transpose(1, 2).flatten(-2))
             h, net = self.ffn_norm(x), self.feed_forward
@@ -222,8 +227,8 @@ def modules():
 def main():
     import torch
 
-    images, codes, labels = inputs()
-    nets = modules()
+    images, codes, labels = make_inputs()
+    nets = build_modules()
     for seed, net in enumerate(nets):
         shapes = {name: tuple(x.shape) for name, x in net.state_dict().items()}
         weights = random_weights(shapes, seed)

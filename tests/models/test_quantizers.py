@@ -16,11 +16,11 @@ def make_quantizer(codebook_size, code_dim, **settings):
     return VectorQuantizer(VQGANConfig(codebook_size=codebook_size, code_dim=code_dim, **settings))
 
 
-@pytest.mark.parametrize("placing", ["legacy", "standard"])
-def test_reproduces_the_official_quantizer_and_its_gradients(placing):
+@pytest.mark.parametrize("variant", ["legacy", "standard"])
+def test_the_quantizer_reproduces_the_official_one_and_its_gradients(variant):
     recorded = golden.load("compvis_quantizer")
     z, upstream = golden.to_nhwc(recorded["z"]), golden.to_nhwc(recorded["upstream"])
-    beta, legacy = float(recorded["beta"]), placing == "legacy"
+    beta, legacy = float(recorded["beta"]), variant == "legacy"
     quantizer = make_quantizer(32, 6, commitment=beta, legacy_commitment=legacy)
 
     def objective(z, codebook):
@@ -31,11 +31,11 @@ def test_reproduces_the_official_quantizer_and_its_gradients(placing):
     np.testing.assert_array_equal(out.indices, recorded["indices"])
     golden.assert_close(out.vectors, golden.to_nhwc(recorded["quantized"]), "quantized")
     golden.assert_close(out.loss.mean(), recorded["loss"], "loss")
-    golden.assert_close(gradients[0], golden.to_nhwc(recorded[f"{placing}/grad_z"]), "grad z")
-    golden.assert_close(gradients[1], recorded[f"{placing}/grad_codebook"], "grad codebook")
+    golden.assert_close(gradients[0], golden.to_nhwc(recorded[f"{variant}/grad_z"]), "grad z")
+    golden.assert_close(gradients[1], recorded[f"{variant}/grad_codebook"], "grad codebook")
 
 
-def test_chooses_the_nearest_code_by_brute_force_in_float64():
+def test_the_quantizer_chooses_the_nearest_code():
     rng = np.random.default_rng(0)
     z, codebook = rng.normal(size=(3, 4, 5, 6)), rng.normal(size=(40, 6))
     variables = {"params": {"codebook": jnp.asarray(codebook, jnp.float32)}}
@@ -49,7 +49,7 @@ def test_chooses_the_nearest_code_by_brute_force_in_float64():
     np.testing.assert_allclose(jnp.linalg.norm(directions.vectors, axis=-1), 1, rtol=1e-5)
 
 
-def test_l2_normalised_codes_do_not_depend_on_lengths():
+def test_l2_normalized_codes_do_not_depend_on_norms():
     rng = np.random.default_rng(1)
     z = jnp.asarray(rng.normal(size=(2, 3, 3, 4)), jnp.float32)
     codebook = jnp.asarray(rng.normal(size=(16, 4)), jnp.float32)
@@ -66,7 +66,7 @@ def test_l2_normalised_codes_do_not_depend_on_lengths():
     assert np.isfinite(gradient(jnp.zeros((1, 1, 1, 4)))).all()
 
 
-def test_the_gumbel_quantizer_by_its_definition():
+def test_the_gumbel_quantizer_equals_its_definition():
     rng = np.random.default_rng(3)
     z, codebook = rng.normal(size=(2, 3, 4, 6)), rng.normal(size=(9, 5))
     kernel, bias = rng.normal(size=(1, 1, 6, 9)), rng.normal(size=9)
@@ -90,25 +90,25 @@ def test_the_gumbel_quantizer_by_its_definition():
 
     keys, temperature = jax.random.split(jax.random.key(1)), 0.7
     noise = Noise(keys, jnp.float32(temperature))
-    drawn = quantize(params, jnp.float32(z), noise)
+    sampled = quantize(params, jnp.float32(z), noise)
     gumbel = np.stack([jax.random.gumbel(key, logits.shape[1:]) for key in keys])
     scaled = (logits + gumbel) / temperature
-    np.testing.assert_array_equal(drawn.indices, scaled.argmax(-1))
-    np.testing.assert_allclose(drawn.vectors, codes[scaled.argmax(-1)], rtol=1e-5)
-    assert (drawn.indices != plain.indices).any()
+    np.testing.assert_array_equal(sampled.indices, scaled.argmax(-1))
+    np.testing.assert_allclose(sampled.vectors, codes[scaled.argmax(-1)], rtol=1e-5)
+    assert (sampled.indices != plain.indices).any()
     # The backward pass uses the soft choice, although the forward pass does not.
-    upstream = rng.normal(size=drawn.vectors.shape)
+    upstream = rng.normal(size=sampled.vectors.shape)
 
-    def soft(params, z):
+    def soft_objective(params, z):
         logits = z @ params["proj"]["kernel"][0, 0] + params["proj"]["bias"]
-        chosen = jax.nn.softmax((logits + gumbel) / temperature)
-        return (chosen @ params["codebook"] * upstream).sum()
+        soft_choice = jax.nn.softmax((logits + gumbel) / temperature)
+        return (soft_choice @ params["codebook"] * upstream).sum()
 
-    def hard(params, z):
+    def hard_objective(params, z):
         return (quantize(params, z, noise).vectors * upstream).sum()
 
-    gradients = jax.grad(hard, (0, 1))(params, jnp.float32(z))
-    expected = jax.grad(soft, (0, 1))(params, jnp.float32(z))
+    gradients = jax.grad(hard_objective, (0, 1))(params, jnp.float32(z))
+    expected = jax.grad(soft_objective, (0, 1))(params, jnp.float32(z))
     golden.assert_close(gradients[1], expected[1], "latents", 1e-4)
     golden.assert_trees_close(gradients[0]["proj"], expected[0]["proj"], "projection", 1e-4)
     one_hot = np.eye(len(codes))[scaled.argmax(-1)].reshape(-1, len(codes))
@@ -116,7 +116,7 @@ def test_the_gumbel_quantizer_by_its_definition():
     golden.assert_close(gradients[0]["codebook"], codebook_gradient, "codebook", 1e-4)
 
 
-def test_another_number_of_codes_than_the_settings_is_refused(monkeypatch):
+def test_a_quantizer_with_another_number_of_codes_than_the_settings_is_refused(monkeypatch):
     class Binary(VectorQuantizer):
         @property
         def num_codes(self):

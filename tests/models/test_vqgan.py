@@ -25,6 +25,7 @@ def decode(model, params, indices):
 
 @pytest.fixture(scope="module")
 def official():
+    """Returns the recorded outputs of the official model, and its parameters."""
     recorded = golden.load("compvis_vqgan")
     model = build_vqgan(load_config("mnist", OFFICIAL))
     ours = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
@@ -33,7 +34,7 @@ def official():
     )
 
 
-def test_reproduces_the_official_model(official):
+def test_the_model_reproduces_the_official_one(official):
     recorded, params = official
     model = build_vqgan(load_config("mnist", OFFICIAL))
     x = golden.to_nhwc(recorded["x"])
@@ -59,7 +60,7 @@ def test_reproduces_the_official_model(official):
     golden.assert_close(decoded, reconstruction, "decoded indices", 1e-5)
 
 
-def test_bfloat16_keeps_parameters_and_answers_in_float32():
+def test_parameters_and_outputs_of_a_bfloat16_model_are_float32():
     config = load_config("mnist_tiny", {"dtype": "bfloat16"})
     model = build_vqgan(config)
     images = jax.random.uniform(jax.random.key(1), (2, 28, 28, 1), minval=-1)
@@ -67,8 +68,8 @@ def test_bfloat16_keeps_parameters_and_answers_in_float32():
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     low = jax.jit(model.apply)({"params": params}, images)
     assert low.images.dtype == low.quantized.loss.dtype == jnp.float32
-    # Both decode the same codes, so that rounding cannot change a code. bfloat16 has 8 bits, so the
-    # images differ from those of float32, but not by much.
+    # Both models decode the same codes, because rounding could change a code. bfloat16 has 8 bits,
+    # so the images differ slightly from those of float32.
     decoded, exact = (
         decode(m, params, low.quantized.indices)
         for m in (model, build_vqgan(load_config("mnist_tiny")))

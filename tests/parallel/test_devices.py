@@ -1,4 +1,4 @@
-"""One step function on one device and on many."""
+"""Tests that the same step function runs on one device and on several."""
 
 import json
 
@@ -28,7 +28,7 @@ OVERRIDES = {
 }  # fmt: skip
 
 
-def test_fetch_answers_arrays_that_later_steps_do_not_touch():
+def test_later_steps_do_not_change_fetched_arrays():
     for count in (1, 4):
         devices = Devices(count)
         step = devices.compile(lambda state, arrays: state + arrays.sum(), donate=True)
@@ -38,8 +38,8 @@ def test_fetch_answers_arrays_that_later_steps_do_not_touch():
         assert (before == 0).all() and (devices.fetch(state) == 4 / count).all()
 
 
-def test_what_is_replicated_lies_as_pmap_answers():
-    # Else the second step, which sees the first one's answer, would be compiled anew.
+def test_replicated_arrays_have_the_sharding_of_pmaps_results():
+    # Otherwise, the second step would be compiled again for the result of the first step.
     devices = Devices(2)
     step = devices.compile(lambda state, arrays: state + jax.lax.pmean(arrays.sum(), "devices"))
     state = devices.replicate(np.float32(0))
@@ -47,7 +47,7 @@ def test_what_is_replicated_lies_as_pmap_answers():
     assert after.sharding == state.sharding and devices.fetch(after) == 2
 
 
-def test_batches_and_devices_that_do_not_fit_are_refused():
+def test_batches_that_cannot_be_divided_and_missing_devices_are_refused():
     Devices(4).check_batch("vqgan", 8)
     with pytest.raises(UserError, match="--vqgan.batch-size 6 cannot be divided among 4 devices"):
         Devices(4).check_batch("vqgan", 6)
@@ -59,8 +59,8 @@ def test_batches_and_devices_that_do_not_fit_are_refused():
 
 
 @pytest.fixture(scope="module")
-def trained():
-    """A state after 100 steps with the adversarial part on, and the batch that comes next."""
+def state_and_batch():
+    """The state after 100 steps with the adversarial loss, and the next batch."""
     config = load_config("mnist_tiny", OVERRIDES)
     devices = Devices(1)
     stage = VQGANStage(config, devices)
@@ -73,15 +73,15 @@ def trained():
 
 
 @pytest.mark.slow
-def test_one_two_and_four_devices_take_the_same_step(trained):
-    state, images = trained
-    # With LeCam, so that every kind of state is compared.
+def test_several_devices_take_the_same_step_as_one(state_and_batch):
+    state, images = state_and_batch
+    # LeCam is on, so that the test compares every kind of state.
     config = load_config("mnist_tiny", OVERRIDES | {"vqgan.lecam_weight": 0.1})
     discriminator = state.nets["discriminator"]
     averages = {"real": np.float32(0.1), "fake": np.float32(-0.1)}
     discriminator = discriminator.replace(extra=discriminator.extra | {"lecam": averages})
     nets = {"generator": state.nets["generator"], "discriminator": discriminator}
-    found = {}
+    results = {}
     for count in (1, 2, 4):
         devices = Devices(count)
         networks = VQGANObjective.build(config, devices.axis_name)
@@ -91,32 +91,32 @@ def test_one_two_and_four_devices_take_the_same_step(trained):
             )
         )
         out = step(devices.replicate(nets), devices.shard(images))
-        found[count] = devices.fetch(out)
-    assert found[1].metrics["adaptive_weight"] > 0
+        results[count] = devices.fetch(out)
+    assert results[1].metrics["adaptive_weight"] > 0
     for count in (2, 4):
-        golden.assert_trees_close(found[count], found[1], f"{count} devices ", 1e-5, 1e-6)
+        golden.assert_trees_close(results[count], results[1], f"{count} devices ", 1e-5, 1e-6)
 
 
 def test_augmentation_does_not_depend_on_the_devices():
     data = DataConfig(name="synthetic", image_size=16, random_crop=True, mirror=True)
     split = datasets.load(data).train
-    seen = {}
+    augmented = {}
     for count in (1, 4):
         devices = Devices(count)
 
-        def see(step, arrays):
+        def augment_batch(step, arrays):
             keys = make_example_keys(7, AUGMENTATION, step, arrays["place"])
             return augment(gather_batch(arrays)[0], keys, data)
 
         feed = ResidentFeed(split, 32, 7, devices)
-        out = devices.compile(see)(devices.replicate(np.int32(3)), feed.batch(3).arrays)
-        seen[count] = devices.gather(out)
-    assert seen[1].shape == (32, 16, 16, 1)
-    np.testing.assert_array_equal(seen[4], seen[1])
+        out = devices.compile(augment_batch)(devices.replicate(np.int32(3)), feed.batch(3).arrays)
+        augmented[count] = devices.gather(out)
+    assert augmented[1].shape == (32, 16, 16, 1)
+    np.testing.assert_array_equal(augmented[4], augmented[1])
 
 
 @pytest.mark.slow
-def test_the_command_line_gives_the_same_rows_on_any_number_of_devices(tmp_path):
+def test_the_command_logs_the_same_rows_on_any_number_of_devices(tmp_path):
     rows = {}
     for count in (1, 2, 4):
         workdir = tmp_path / str(count)
@@ -141,31 +141,32 @@ SMALL = small_runs.EVERYTHING | {"vqgan__steps": 4}
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory):
+def small_workdir(tmp_path_factory):
     """The folder of a small run on one device."""
     folder = tmp_path_factory.mktemp("small")
     small_runs.train(folder, **SMALL)
     return folder
 
 
-several = pytest.mark.parametrize("several", [pytest.param(2, marks=pytest.mark.slow), 4])
+on_several_devices = pytest.mark.parametrize("count", [pytest.param(2, marks=pytest.mark.slow), 4])
 
 
-@several
-def test_a_small_run_on_several_devices_logs_the_same_rows(small, tmp_path, several):
-    small_runs.train(tmp_path, devices=several, **SMALL)
-    expected = small_runs.read_rows(small)
+@on_several_devices
+def test_a_small_run_logs_the_same_rows_on_several_devices(small_workdir, tmp_path, count):
+    small_runs.train(tmp_path, devices=count, **SMALL)
+    expected = small_runs.read_rows(small_workdir)
     assert len(expected) == 5 and expected[0]["adaptive_weight"] > 0
     small_runs.assert_rows_close(small_runs.read_rows(tmp_path), expected, 2e-3)
 
 
-@several
-def test_a_small_run_takes_the_same_step_on_several_devices(small, several):
-    """From one checkpoint. Adam's first moments differ from those before by the gradients."""
+@on_several_devices
+def test_a_small_run_takes_the_same_step_on_several_devices(small_workdir, count):
+    """The steps start from the same checkpoint, so that a difference of Adam's first moments is a
+    difference of the gradients."""
     results = {}
-    for count in (1, several):
-        stage = small_runs.vqgan_stage(small_runs.small_config(None, devices=count, **SMALL))
-        store = Store(small, "vqgan")
+    for current in (1, count):
+        stage = small_runs.build_vqgan_stage(small_runs.make_config(None, devices=current, **SMALL))
+        store = Store(small_workdir, "vqgan")
         template = stage.init(jax.random.key(0))
         state = store.restore(template, stage.config, (), ())
         feed, _ = stage.build_feeds()
@@ -176,9 +177,6 @@ def test_a_small_run_takes_the_same_step_on_several_devices(small, several):
             name: optax.tree_utils.tree_get(net.opt_state, "mu") for name, net in state.nets.items()
         }
         extra = {name: net.extra for name, net in state.nets.items()}
-        results[count] = stage.devices.fetch((metrics, moments, extra, state.step))
+        results[current] = stage.devices.fetch((metrics, moments, extra, state.step))
     assert results[1][0]["adaptive_weight"] > 0 and results[1][3] == 5
-    golden.assert_trees_close(results[several], results[1], f"{several} devices ", 1e-5, 1e-6)
-
-
-GIB = 2**30
+    golden.assert_trees_close(results[count], results[1], f"{count} devices ", 1e-5, 1e-6)

@@ -11,7 +11,7 @@ from taming_jax.priors import autoregressive, windows
 from taming_jax.priors.autoregressive import GPT
 from taming_jax.priors.decoding import guide_logits, keep_top_k, keep_top_p, make_token_sampler
 from tests import golden
-from tests.priors.test_autoregressive import MODERN, small
+from tests.priors.test_autoregressive import MODERN, make_small_model
 
 compiled = jax.jit(GPT.sample, static_argnums=0, static_argnames=("top_k", "grid", "pieces"))
 
@@ -42,8 +42,8 @@ KEYS = jax.random.split(jax.random.key(7), 4)
     [({}, None, 1), ({}, 2.0, 5), ({}, 2.0, 12), (MODERN, 2.0, 5)],
     ids=["one piece", "guided", "one piece per position", "modern"],
 )
-def test_greedy_codes_are_the_most_likely_of_the_whole_sequence(settings, scale, pieces):
-    model, params, _ = small(**settings)
+def test_greedy_codes_are_the_most_likely_codes_of_a_full_forward_pass(settings, scale, pieces):
+    model, params, _ = make_small_model(**settings)
     codes = sample(
         model, params, LABELS, KEYS, temperature=0.0, guidance_scale=scale, pieces=pieces
     )
@@ -55,7 +55,7 @@ def test_greedy_codes_are_the_most_likely_of_the_whole_sequence(settings, scale,
 @pytest.mark.parametrize("settings", [{}, MODERN], ids=["gpt2", "modern"])
 def test_logits_with_the_cache_equal_those_of_the_whole_sequence(settings, scale):
     """Compares the logits at every position, after a prefix that the model did not choose."""
-    model, params, _ = small(**settings)
+    model, params, _ = make_small_model(**settings)
     codes = jax.random.randint(jax.random.key(4), (4, 12), 0, 11)
     expected = compute_uncached_logits(model, params, LABELS, codes, scale)
     tokens, cache = model.shift_right(LABELS, codes), model.init_cache(4, 12)
@@ -68,8 +68,8 @@ def test_logits_with_the_cache_equal_those_of_the_whole_sequence(settings, scale
         golden.assert_close(logits, expected[:, position], f"position {position}", 1e-4, 1e-6)
 
 
-def test_a_prefix_is_kept_and_goes_on_as_if_it_had_been_drawn():
-    model, params, _ = small()
+def test_a_prefix_is_kept_and_continued_as_if_it_had_been_sampled():
+    model, params, _ = make_small_model()
     draw = functools.partial(sample, model, params, LABELS, KEYS)
     original = sample(model, params, LABELS, KEYS)
     np.testing.assert_array_equal(draw(known=original[:, :5]), original)
@@ -79,9 +79,9 @@ def test_a_prefix_is_kept_and_goes_on_as_if_it_had_been_drawn():
 
 
 @pytest.mark.parametrize("settings", [{}, MODERN], ids=["gpt2", "modern"])
-def test_greedy_codes_after_a_prefix_under_a_changing_guidance(settings):
+def test_greedy_codes_after_a_prefix_follow_a_guidance_schedule(settings):
     """Compares a prefix, a guidance schedule, and a growing cache with the whole sequence."""
-    model, params, _ = small(**settings)
+    model, params, _ = make_small_model(**settings)
     scales = jnp.linspace(0.0, 4.0, 12)
     prefix = jax.random.randint(jax.random.key(9), (4, 3), 0, 11)
     draw = functools.partial(
@@ -95,15 +95,15 @@ def test_greedy_codes_after_a_prefix_under_a_changing_guidance(settings):
 
 
 def test_an_image_does_not_depend_on_the_others():
-    model, params, _ = small()
+    model, params, _ = make_small_model()
     together = sample(model, params, LABELS, KEYS, top_p=0.9, top_k=8, guidance_scale=1.5)
     alone = sample(model, params, LABELS[2:3], KEYS[2:3], top_p=0.9, top_k=8, guidance_scale=1.5)
     np.testing.assert_array_equal(alone, together[2:3])
     assert (together[2] != together[3]).any(), "two images of the same class with different keys"
 
 
-def test_draws_have_the_models_probabilities():
-    model, params, _ = small(layers=1)
+def test_samples_have_the_probabilities_of_the_model():
+    model, params, _ = make_small_model(layers=1)
     n = 4000
     labels = jnp.ones(n, jnp.int32)
     codes = sample(model, params, labels, jax.random.split(jax.random.key(3), n), temperature=0.7)
@@ -114,8 +114,8 @@ def test_draws_have_the_models_probabilities():
     assert np.abs(frequencies - expected).max() < 4 * np.sqrt(0.25 / n)
 
 
-def test_guidance_of_one_is_conditional_and_of_zero_is_not():
-    model, params, _ = small()
+def test_a_guidance_scale_of_1_is_conditional_and_of_0_is_unconditional():
+    model, params, _ = make_small_model()
     plain = sample(model, params, LABELS, KEYS)
     np.testing.assert_array_equal(sample(model, params, LABELS, KEYS, guidance_scale=1.0), plain)
     unconditional = sample(model, params, jnp.full(4, model.classes), KEYS)
@@ -129,12 +129,12 @@ def test_guidance_of_one_is_conditional_and_of_zero_is_not():
 
 
 @pytest.mark.slow
-def test_guidance_raises_a_classifiers_agreement():
+def test_guidance_increases_the_agreement_with_a_classifier():
     """Trains a prior with label dropout on codes of three overlapping classes, and classifies its
     samples with the Bayes classifier."""
     rng = np.random.default_rng(0)
     log_probs = jax.nn.log_softmax(jnp.asarray(rng.normal(0, 0.6, (3, 12, 11)), jnp.float32))
-    model = small(width=32)[0]
+    model = make_small_model(width=32)[0]
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 12), jnp.int32))["params"]
     adam = optax.adam(3e-3)
 
@@ -166,7 +166,7 @@ def test_guidance_raises_a_classifiers_agreement():
     assert agreement[1.0] > 0.6 and agreement[2.0] > agreement[1.0] + 0.05, agreement
 
 
-def test_top_k_and_top_p_keep_what_they_say():
+def test_top_k_and_top_p_keep_the_most_likely_codes():
     logits = jnp.log(jnp.array([[0.5, 0.1, 0.3, 0.06, 0.04]]))
 
     def kept_codes(filtered):
@@ -180,9 +180,9 @@ def test_top_k_and_top_p_keep_what_they_say():
     assert kept_codes(keep_top_p(logits, 0.0)) == [0]
 
 
-def test_known_codes_anywhere_are_kept():
+def test_known_codes_at_any_position_are_kept():
     """Known codes affect the codes after them, but not those before them."""
-    model, params, _ = small()
+    model, params, _ = make_small_model()
     original = sample(model, params, LABELS, KEYS)
     known = jnp.where(jnp.arange(12) % 3 == 1, (original + 1) % 11, -1)
     codes = sample(model, params, LABELS, KEYS, temperature=0.0, known=known)
@@ -212,7 +212,7 @@ def compute_reference_logits(model, params, codes, row, column, scale):
     ids=["gpt2", "modern", "small block"],
 )  # fmt: skip
 def test_logits_in_a_window_are_those_of_a_plain_forward_pass(settings, scale):
-    model, params, _ = small(**settings)
+    model, params, _ = make_small_model(**settings)
     assert model.window == ((3, 3) if "block_size" in settings else (3, 4))
     codes = jax.random.randint(jax.random.key(2), (4, 7, 9), 0, 11)
     logits = jax.jit(
@@ -227,7 +227,7 @@ def test_logits_in_a_window_are_those_of_a_plain_forward_pass(settings, scale):
 
 
 def test_greedy_codes_of_a_large_grid_are_the_most_likely_in_their_windows():
-    model, params, _ = small()
+    model, params, _ = make_small_model()
     known = jnp.full((4, 63), -1).at[:, 20:30].set(5)
     codes = sample(model, params, LABELS, KEYS, grid=(7, 9), temperature=0.0, known=known)
     np.testing.assert_array_equal(codes[:, 20:30], 5)
@@ -238,8 +238,8 @@ def test_greedy_codes_of_a_large_grid_are_the_most_likely_in_their_windows():
             np.testing.assert_array_equal(codes[:, position], logits.argmax(-1))
 
 
-def test_a_window_as_large_as_the_grid_draws_what_the_cache_does():
-    model, params, _ = small()
+def test_a_window_as_large_as_the_grid_samples_the_same_codes_as_the_cache():
+    model, params, _ = make_small_model()
     choose = make_token_sampler(KEYS, 1.0, None, 0.9)
     inputs = jnp.arange(12), jnp.full(12, 1.5), jnp.full((12, 4), -1)
     draw = jax.jit(windows.scan_windows, static_argnums=(0, 3, 5))

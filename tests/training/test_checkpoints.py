@@ -20,24 +20,26 @@ CONFIG = load_config("mnist_tiny")
 SECTIONS = ("seed", "dtype", "data", "vqgan")
 
 
-def state(step, seed=0):
+def make_state(step, seed=0):
     params = {"kernel": jax.random.normal(jax.random.key(seed + step), (40, 30)), "b": jnp.ones(3)}
     net = Net(params, optax.adam(1e-3).init(params), {"stats": jnp.arange(4.0)}, None)
     return jax.tree.map(np.asarray, TrainState(jnp.int32(step), {"generator": net}))
 
 
-def saved(folder, values):
-    """A store with a checkpoint a step, each with its monitored value or None."""
+def save_checkpoints(folder, values):
+    """Returns a store with one checkpoint per step of `values`, which maps steps to monitored
+    values or None."""
     store = Store(folder, "vqgan")
     for step, value in values.items():
-        store.save(step, state(step), CONFIG, None if value is None else {"nll": value})
+        store.save(step, make_state(step), CONFIG, None if value is None else {"nll": value})
     store.wait()
     return store
 
 
-def restored(store, say=lambda sentence: None, config=CONFIG):
+def restore(store, say=lambda sentence: None, config=CONFIG):
+    """Restores the newest usable checkpoint of a store."""
     store.say = say
-    return store.restore(state(0), config, SECTIONS, ())
+    return store.restore(make_state(0), config, SECTIONS, ())
 
 
 def assert_equal(left, right):
@@ -48,7 +50,7 @@ def assert_equal(left, right):
         assert array.dtype == other.dtype
 
 
-def largest_file(folder):
+def find_largest_file(folder):
     return max((f for f in folder.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
 
 
@@ -58,55 +60,55 @@ def flip_byte(file):
     file.write_bytes(content)
 
 
-def test_a_state_comes_back_bit_for_bit(tmp_path):
-    saved(tmp_path, {5: None})
-    assert_equal(restored(Store(tmp_path, "vqgan")), state(5))
-    assert restored(Store(tmp_path, "other")) is None
+def test_a_state_is_restored_bit_for_bit(tmp_path):
+    save_checkpoints(tmp_path, {5: None})
+    assert_equal(restore(Store(tmp_path, "vqgan")), make_state(5))
+    assert restore(Store(tmp_path, "other")) is None
 
 
-def test_the_last_two_and_the_best_are_kept(tmp_path):
-    store = saved(tmp_path, {1: 0.5, 2: 0.1, 3: None, 4: 0.3, 5: None, 6: 0.2})
+def test_the_last_two_checkpoints_and_the_best_are_kept(tmp_path):
+    store = save_checkpoints(tmp_path, {1: 0.5, 2: 0.1, 3: None, 4: 0.3, 5: None, 6: 0.2})
     assert store.steps() == [2, 5, 6]
-    again = Store(tmp_path, "vqgan")
-    assert again.best() == (2, 0.1)
+    reopened = Store(tmp_path, "vqgan")
+    assert reopened.best() == (2, 0.1)
 
 
-@pytest.mark.parametrize("harm", ["flip", "truncate", "remove", "hashes", "end"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path, harm):
-    saved(tmp_path, {1: None, 2: None})
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "hashes", "end"])
+def test_a_damaged_checkpoint_is_reported_and_the_previous_one_is_used(tmp_path, damage):
+    save_checkpoints(tmp_path, {1: None, 2: None})
     newest = tmp_path / "checkpoints" / "vqgan" / "2"
-    file = largest_file(newest / "state")
-    if harm == "flip":
+    file = find_largest_file(newest / "state")
+    if damage == "flip":
         flip_byte(file)
-    elif harm == "truncate":
+    elif damage == "truncate":
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    elif harm == "remove":
+    elif damage == "remove":
         file.unlink()
-    elif harm == "end":  # by whose absence Orbax does not know it
+    elif damage == "end":  # without this file, Orbax ignores the checkpoint
         (newest / "_CHECKPOINT_METADATA").unlink()
     else:
         shutil.rmtree(newest / "about")
-    sentences = []
+    messages = []
     store = Store(tmp_path, "vqgan")
-    assert_equal(restored(store, sentences.append), state(1))
-    assert str(newest) in sentences[0] and "damaged" in sentences[0]
-    assert any("step 1" in sentence for sentence in sentences)
-    # Its step can be saved again, and nothing was thrown away.
+    assert_equal(restore(store, messages.append), make_state(1))
+    assert str(newest) in messages[0] and "damaged" in messages[0]
+    assert any("step 1" in message for message in messages)
+    # The step can be saved again, and the damaged checkpoint is kept.
     assert (tmp_path / "checkpoints" / "vqgan-damaged" / "2").exists()
-    store.save(2, state(2), CONFIG, None)
+    store.save(2, make_state(2), CONFIG, None)
     store.wait()
-    assert_equal(restored(store), state(2))
+    assert_equal(restore(store), make_state(2))
 
 
-def test_a_new_run_saves_where_a_half_deleted_checkpoint_lies(tmp_path):
-    """As after a kill within --restart."""
-    saved(tmp_path, {5: None, 9: None})
+def test_a_new_run_can_save_despite_a_partly_deleted_checkpoint(tmp_path):
+    """A run that is killed during --restart leaves a checkpoint in this state."""
+    save_checkpoints(tmp_path, {5: None, 9: None})
     (tmp_path / "checkpoints" / "vqgan" / "9" / "_CHECKPOINT_METADATA").unlink()
     store = Store(tmp_path, "vqgan")
     store.clear(CONFIG, SECTIONS)
-    store.save(1, state(1), CONFIG, None)
+    store.save(1, make_state(1), CONFIG, None)
     store.wait()
-    assert_equal(restored(store), state(1))
+    assert_equal(restore(store), make_state(1))
 
 
 @pytest.mark.parametrize(
@@ -118,65 +120,67 @@ def test_a_new_run_saves_where_a_half_deleted_checkpoint_lies(tmp_path):
         ("about/metadata", b"0.25", b"0.15"),
     ],
 )
-def test_damage_to_what_a_checkpoint_says_of_itself_is_damage(tmp_path, file, before, after):
-    saved(tmp_path, {1: 0.5, 2: 0.25})
+def test_a_checkpoint_with_damaged_metadata_is_not_used(tmp_path, file, before, after):
+    save_checkpoints(tmp_path, {1: 0.5, 2: 0.25})
     newest = tmp_path / "checkpoints" / "vqgan" / "2"
     content = (newest / file).read_bytes()
     assert before in content
     (newest / file).write_bytes(content.replace(before, after))
-    sentences = []
+    messages = []
     store = Store(tmp_path, "vqgan")
     assert store.best() == (1, 0.5)
-    assert_equal(restored(store, sentences.append), state(1))
-    assert str(newest) in sentences[0]
-    store.save(2, state(2), CONFIG, {"nll": 0.3})
+    assert_equal(restore(store, messages.append), make_state(1))
+    assert str(newest) in messages[0]
+    store.save(2, make_state(2), CONFIG, {"nll": 0.3})
     store.wait()
     assert store.best() == (2, 0.3)
 
 
-def rewritten(folder, change):
-    """Changes what a checkpoint says of itself, hash and all."""
+def rewrite_metadata(folder, change):
+    """Changes the metadata of a checkpoint and updates their hash."""
     file = folder / "about" / "metadata"
-    about = json.loads(file.read_text())
-    del about["hash"]
-    change(about)
-    file.write_text(json.dumps(about | {"hash": hash_json(about)}))
+    metadata = json.loads(file.read_text())
+    del metadata["hash"]
+    change(metadata)
+    file.write_text(json.dumps(metadata | {"hash": hash_json(metadata)}))
 
 
-def test_a_checkpoint_of_the_first_format_is_read(tmp_path):
-    """It carried no number, and its state did not count skipped steps."""
+def test_a_checkpoint_in_the_first_format_can_be_read(tmp_path):
+    """The first format has no format number, and its states do not count skipped steps."""
     kernel = np.arange(6, dtype=np.float32)
     store = Store(tmp_path, "vqgan")
     store.save(3, {"step": np.int32(3), "kernel": kernel}, CONFIG, {"nll": 0.5})
     store.wait()
-    rewritten(store.path / "3", lambda about: about.pop("format"))
+    rewrite_metadata(store.path / "3", lambda metadata: metadata.pop("format"))
     assert store.best() == (3, 0.5)
     template = {"step": np.int32(0), "skipped": np.int32(9), "kernel": np.zeros(6, np.float32)}
-    found = store.restore(template, CONFIG, SECTIONS, ())
-    assert_equal(found, {"step": np.int32(3), "skipped": np.int32(0), "kernel": kernel})
+    restored_state = store.restore(template, CONFIG, SECTIONS, ())
+    assert_equal(restored_state, {"step": np.int32(3), "skipped": np.int32(0), "kernel": kernel})
     assert store.read(3).config == CONFIG
 
 
-def test_a_checkpoint_of_a_newer_format_is_refused_and_left_where_it_is(tmp_path):
-    store = saved(tmp_path, {1: 0.5, 2: 0.25})
-    rewritten(store.path / "2", lambda about: about.update(format=FORMAT + 1))
-    says = rf"vqgan/2 was written by a newer taming_jax \(format {FORMAT + 1}; .*update taming_jax"
-    for use in (lambda: restored(store), store.best, store.load_best):
-        with pytest.raises(UserError, match=says):
+def test_a_checkpoint_in_a_newer_format_is_refused_and_kept(tmp_path):
+    store = save_checkpoints(tmp_path, {1: 0.5, 2: 0.25})
+    rewrite_metadata(store.path / "2", lambda metadata: metadata.update(format=FORMAT + 1))
+    message = (
+        rf"vqgan/2 was written by a newer taming_jax \(format {FORMAT + 1}; .*update taming_jax"
+    )
+    for use in (lambda: restore(store), store.best, store.load_best):
+        with pytest.raises(UserError, match=message):
             use()
     assert store.steps() == [1, 2]
 
 
-def test_the_last_config_is_that_of_the_newest_undamaged_checkpoint_of_training(tmp_path):
+def test_the_last_config_comes_from_the_newest_undamaged_training_checkpoint(tmp_path):
     assert Store(tmp_path, "vqgan").read_last_config() is None
-    store = saved(tmp_path, {1: None})
+    store = save_checkpoints(tmp_path, {1: None})
     longer = dataclasses.replace(CONFIG, vqgan=dataclasses.replace(CONFIG.vqgan, steps=99))
-    store.save(2, state(2), longer, None)
+    store.save(2, make_state(2), longer, None)
     store.wait()
     assert store.read_last_config() == longer
     (store.path / "2" / "about" / "metadata").write_text("{")
     assert store.read_last_config() == CONFIG
-    rewritten(store.path / "1", lambda about: about["config"].update(new=1))
+    rewrite_metadata(store.path / "1", lambda metadata: metadata["config"].update(new=1))
     with pytest.raises(UserError, match="written by another version of this program: .* 'new'"):
         store.read_last_config()
     imported = Store(tmp_path / "imported", "vqgan")
@@ -185,63 +189,63 @@ def test_the_last_config_is_that_of_the_newest_undamaged_checkpoint_of_training(
     assert imported.read_last_config() is None
 
 
-def test_older_damage_does_not_stop_a_run(tmp_path):
-    saved(tmp_path, {1: 0.25, 2: 0.5})
+def test_a_damaged_older_checkpoint_does_not_stop_a_run(tmp_path):
+    save_checkpoints(tmp_path, {1: 0.25, 2: 0.5})
     (tmp_path / "checkpoints" / "vqgan" / "1" / "about" / "metadata").write_text("{")
     store = Store(tmp_path, "vqgan")
-    assert_equal(restored(store), state(2))
-    store.save(3, state(3), CONFIG, {"nll": 0.4})
+    assert_equal(restore(store), make_state(2))
+    store.save(3, make_state(3), CONFIG, {"nll": 0.4})
     store.wait()
     assert store.steps() == [2, 3]
 
 
-def test_the_choice_falls_back_with_a_sentence(tmp_path, capsys):
-    saved(tmp_path, {1: 0.2, 2: 0.5, 3: 0.4})
+def test_if_the_best_checkpoint_is_damaged_the_next_best_is_used_with_a_warning(tmp_path, capsys):
+    save_checkpoints(tmp_path, {1: 0.2, 2: 0.5, 3: 0.4})
     store = Store(tmp_path, "vqgan")
     assert store.load_best().step == 1
-    flip_byte(largest_file(store.path / "1" / "state"))
+    flip_byte(find_largest_file(store.path / "1" / "state"))
     assert store.load_best().step == 3
     assert f"{store.path / '1'} is damaged" in capsys.readouterr().out
 
 
-def test_when_every_checkpoint_is_damaged_the_user_is_asked(tmp_path):
-    saved(tmp_path, {1: None, 2: None})
+def test_if_every_checkpoint_is_damaged_the_run_stops_and_suggests_restart(tmp_path):
+    save_checkpoints(tmp_path, {1: None, 2: None})
     for step in (1, 2):
-        flip_byte(largest_file(tmp_path / "checkpoints" / "vqgan" / str(step) / "state"))
+        flip_byte(find_largest_file(tmp_path / "checkpoints" / "vqgan" / str(step) / "state"))
     store = Store(tmp_path, "vqgan")
     with pytest.raises(UserError, match="every checkpoint .* damaged.*--restart"):
-        restored(store)
+        restore(store)
     assert store.steps() == [1, 2]
 
 
-def test_another_architecture_is_refused_by_name(tmp_path):
-    store = saved(tmp_path, {1: None})
+def test_a_different_architecture_is_refused_and_the_setting_is_named(tmp_path):
+    store = save_checkpoints(tmp_path, {1: None})
     other = dataclasses.replace(CONFIG, vqgan=dataclasses.replace(CONFIG.vqgan, code_dim=8))
     with pytest.raises(UserError, match="--vqgan.code-dim is 8, not 4") as error:
-        restored(store, config=other)
-    # As where a preset has changed since.
+        restore(store, config=other)
+    # The preset may have changed since the run was created.
     assert f"with --config {tmp_path / 'config.json'} --workdir {tmp_path}." in str(error.value)
     longer = dataclasses.replace(CONFIG, vqgan=dataclasses.replace(CONFIG.vqgan, steps=99))
-    assert_equal(restored(store, config=longer), state(1))
+    assert_equal(restore(store, config=longer), make_state(1))
 
 
-def test_clear_deletes_checkpoints_and_nothing_else(tmp_path):
-    store = saved(tmp_path, {1: None, 2: None})
+def test_clear_deletes_checkpoints_and_moves_other_files_aside(tmp_path):
+    store = save_checkpoints(tmp_path, {1: None, 2: None})
     notes = tmp_path / "checkpoints" / "vqgan" / "2024" / "notes.txt"
     notes.parent.mkdir()
     notes.write_text("mine")
     store.clear(CONFIG, SECTIONS)
     assert store.steps() == [] and not notes.exists()
-    aside = tmp_path / "checkpoints" / "vqgan-damaged" / "2024" / "notes.txt"
-    assert aside.read_text() == "mine"
+    moved_notes = tmp_path / "checkpoints" / "vqgan-damaged" / "2024" / "notes.txt"
+    assert moved_notes.read_text() == "mine"
 
 
-def test_clear_keeps_imported_weights_or_moves_them_aside(tmp_path):
-    """Anew is from them, which no setting can delete."""
+def test_clear_keeps_imported_weights_if_they_fit_and_otherwise_moves_them_aside(tmp_path):
+    """A restarted run starts from the imported weights, and no setting can delete them."""
     imported = Store(tmp_path, "vqgan")
     imported.save(0, {"step": np.zeros((), np.int32)}, CONFIG, None, weights_only=True)
     imported.require(0)
-    store = saved(tmp_path, {1: None})
+    store = save_checkpoints(tmp_path, {1: None})
     assert store.steps() == [0, 1]
     store.clear(CONFIG, SECTIONS)
     assert store.steps() == [0]
@@ -251,9 +255,9 @@ def test_clear_keeps_imported_weights_or_moves_them_aside(tmp_path):
     assert (tmp_path / "checkpoints" / "vqgan-weights-only" / "0").is_dir()
 
 
-def test_a_reader_leaves_a_save_under_way_alone(tmp_path):
-    saved(tmp_path, {1: 0.1})
-    under_way = tmp_path / "checkpoints" / "vqgan" / "2.orbax-checkpoint-tmp"
-    under_way.mkdir()
+def test_reading_does_not_remove_an_unfinished_save(tmp_path):
+    save_checkpoints(tmp_path, {1: 0.1})
+    unfinished = tmp_path / "checkpoints" / "vqgan" / "2.orbax-checkpoint-tmp"
+    unfinished.mkdir()
     assert Store(tmp_path, "vqgan").best() == (1, 0.1)
-    assert under_way.exists()
+    assert unfinished.exists()

@@ -19,7 +19,7 @@ def make_log(rows=(), writers=()):
     return Log("vqgan", 20, 400, rows, writers, meter)
 
 
-def test_the_bar_counts_no_compilation(monkeypatch):
+def test_the_progress_bar_does_not_count_compilation(monkeypatch):
     screen = Terminal()
     monkeypatch.setattr(sys, "stderr", screen)
     log = make_log()
@@ -36,13 +36,13 @@ def test_the_bar_counts_no_compilation(monkeypatch):
     assert "21/400" in screen.getvalue()
 
 
-def test_rows_after_the_step_that_is_resumed_are_left_out():
+def test_rows_after_the_resumed_step_are_left_out():
     log = make_log([{"step": 10, "nll": 1.0}, {"step": 30, "nll": 0.5}])
     assert log.rows == [{"step": 10, "nll": 1.0}]
 
 
-def test_a_new_metric_is_shown_and_goes_to_every_destination():
-    class Lines:
+def test_a_new_metric_is_shown_and_written_to_every_destination():
+    class ListWriter:
         def __init__(self):
             self.lines = []
 
@@ -55,7 +55,7 @@ def test_a_new_metric_is_shown_and_goes_to_every_destination():
         def close(self):
             self.lines.append("closed")
 
-    writers = [Lines(), Lines()]
+    writers = [ListWriter(), ListWriter()]
     log = make_log(writers=writers)
     log.start_progress()
     log.log_metrics(30, 1.0, "train", {"sharpness": 0.25, "loss": 2.0})

@@ -1,4 +1,5 @@
-"""The loop with a stage that is a parabola: when it validates, saves, logs, draws and stops."""
+"""Tests of the training loop with a stage that fits a parabola: when the loop validates, saves,
+logs, draws figures, and stops."""
 
 import gzip
 import json
@@ -24,7 +25,7 @@ SPLIT = Split(np.zeros((20, 1, 1, 1), np.uint8), np.zeros(20, np.int32))
 
 
 class Parabola:
-    """A stage whose state counts its steps; validation is best at step `best`."""
+    """A stage whose state counts its steps. Its validation metric is best at step `best`."""
 
     name, best_metric, learned, dataset = "vqgan", "nll", (), None
 
@@ -79,7 +80,7 @@ class Parabola:
 
 
 def train(folder, restart=False, stage=None, **settings):
-    """Trains a Parabola and answers it."""
+    """Trains a Parabola and returns the stage."""
     built = []
 
     def build(config, devices, restart=False):
@@ -95,37 +96,38 @@ def train(folder, restart=False, stage=None, **settings):
 CADENCES = {"eval_every": 3, "checkpoint_every": 4, "log_every": 2, "draw_every": 5}
 
 
-def test_cadences(tmp_path):
+def test_the_loop_validates_saves_logs_and_draws_at_its_cadences(tmp_path):
     stage = train(tmp_path, **CADENCES)
     assert stage.evaluated == [3, 6, 9, 10]
     assert stage.drawn == [6, 10]
-    # 6 is the best, 9 is no improvement and no multiple of 4, 10 the last
+    # Step 6 is the best and step 10 the last. Step 9 neither improves nor is a multiple of 4.
     assert Store(tmp_path, "vqgan").steps() == [6, 8, 10]
     rows = read_rows(tmp_path / "metrics" / "vqgan.jsonl")
     train_rows = [row for row in rows if row["split"] == "train"]
     assert [row["step"] for row in train_rows] == [2, 3, 4, 6, 8, 9, 10]
-    # Each row is the mean over the steps since the one before.
+    # Each row is the mean over the steps since the previous row.
     assert [row["l1"] for row in train_rows] == [1.5, 3, 4, 5.5, 7.5, 9, 10]
     assert train_rows[0]["epoch"] == pytest.approx(2 * 4 / 20)
 
 
-def test_where_the_distance_is_taken_the_best_has_the_least_of_it(tmp_path):
-    """At steps 4, 8 and 10; at 3, 6 and 9 there is no distance, and so no candidate."""
+def test_the_best_checkpoint_has_the_smallest_distance_if_fd_every_is_set(tmp_path):
+    """The loop computes the distance at steps 4, 8, and 10. Steps 3, 6, and 9 have no distance, so
+    they cannot be the best."""
     stage = train(tmp_path, stage={"nearest": 5}, fd_every=4, **CADENCES)
     assert stage.evaluated == [3, 4, 6, 8, 9, 10]
     rows = read_rows(tmp_path / "metrics" / "vqgan.jsonl")
-    found = {row["step"]: row.get("fd_vgg16") for row in rows if row["split"] == "validation"}
-    assert found == {3: None, 4: 1, 6: None, 8: 3, 9: None, 10: 5}
+    distances = {row["step"]: row.get("fd_vgg16") for row in rows if row["split"] == "validation"}
+    assert distances == {3: None, 4: 1, 6: None, 8: 3, 9: None, 10: 5}
     store = Store(tmp_path, "vqgan")
     assert store.steps() == [4, 8, 10] and store.best() == (4, 1)
 
 
-def test_epochs_are_the_cadence_unless_told(tmp_path):
+def test_the_loop_validates_once_per_epoch_by_default(tmp_path):
     stage = train(tmp_path, eval_every=None, checkpoint_every=None, steps=None, epochs=2)
     assert stage.evaluated == [5, 10]
 
 
-def test_the_best_is_remembered_over_a_resume_and_forgotten_by_a_restart(tmp_path, capsys):
+def test_a_resume_remembers_the_best_step_and_a_restart_forgets_it(tmp_path, capsys):
     settings = CADENCES | {"checkpoint_every": 5}
     train(tmp_path, stage={"best": 3}, **settings)
     train(tmp_path, stage={"best": 3}, **settings | {"steps": 16})
@@ -133,20 +135,20 @@ def test_the_best_is_remembered_over_a_resume_and_forgotten_by_a_restart(tmp_pat
     assert steps == [3, 15, 16]
     train(tmp_path, stage={"best": 3}, **settings | {"steps": 16})
     assert "already trained to step 16" in capsys.readouterr().out
-    again = train(tmp_path, restart=True, stage={"best": 9}, **settings)
-    assert again.evaluated == [3, 6, 9, 10]
+    restarted = train(tmp_path, restart=True, stage={"best": 9}, **settings)
+    assert restarted.evaluated == [3, 6, 9, 10]
     store = Store(tmp_path, "vqgan")
     assert store.steps() == [9, 10] and store.best() == (9, 0)
     assert max(row["step"] for row in read_rows(tmp_path / "metrics" / "vqgan.jsonl")) == 10
 
 
-def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path, capsys):
-    # Of the windows 1-2, 3, 4, 5-6, 7-8, 9, 10 the second and the third have no step left.
+def test_non_finite_steps_are_skipped_and_counted(tmp_path, capsys):
+    # The windows are 1-2, 3, 4, 5-6, 7-8, 9, and 10. Windows 3, 4, and 7-8 are skipped entirely.
     settings = CADENCES | {"skipped_in_a_row": 2}
     train(tmp_path, stage={"broken": (3, 4, 7, 8)}, **settings)
     lines = capsys.readouterr().out.splitlines()
-    said = [line for line in lines if "skipped" in line]
-    assert said == [
+    messages = [line for line in lines if "skipped" in line]
+    assert messages == [
         "Step 3 was skipped: non-finite values in l1, loss, generator_gradient.",
         "Step 4 was skipped: non-finite values in l1, loss, generator_gradient.",
         "Step 7 was skipped, and 1 more up to step 8: non-finite values in l1, loss, "
@@ -159,23 +161,23 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path, capsys):
     assert rows[1].keys() == {"step", "epoch", "split", "skipped"}
 
 
-def test_a_window_is_the_mean_of_the_steps_that_were_not_skipped(tmp_path):
+def test_a_logged_row_is_the_mean_over_the_steps_that_were_not_skipped(tmp_path):
     train(tmp_path, stage={"broken": (1, 5)}, log_every=5, eval_every=10, checkpoint_every=10)
     rows = [r for r in read_rows(tmp_path / "metrics" / "vqgan.jsonl") if r["split"] == "train"]
-    assert [row["l1"] for row in rows] == [3, 8]  # of 2, 3, 4 and of 6 to 10
+    assert [row["l1"] for row in rows] == [3, 8]  # the means of steps 2 to 4 and of steps 6 to 10
     assert [row["skipped"] for row in rows] == [2, 2]
 
 
-def test_too_many_skipped_in_a_row_stop_the_run(tmp_path):
+def test_too_many_skipped_steps_in_a_row_stop_the_run(tmp_path):
     settings = {"skipped_in_a_row": 2, "log_every": 5, "eval_every": 5, "checkpoint_every": 5}
     train(tmp_path / "never", stage={"broken": (1, 2, 4, 5, 7, 8)}, **settings)
-    # Neither a window's end nor a finite step before it makes a difference.
-    says = r"at step 7, after 2 steps skipped in a row: l1, loss, generator_gradient; "
-    with pytest.raises(RunFailed, match=says + "the last good checkpoint is .*/vqgan/5"):
+    # The end of a window does not reset the count, but a finite step does.
+    message = r"at step 7, after 2 steps skipped in a row: l1, loss, generator_gradient; "
+    with pytest.raises(RunFailed, match=message + "the last good checkpoint is .*/vqgan/5"):
         train(tmp_path, stage={"broken": (3, 5, 6, 7)}, **settings)
 
 
-def test_the_count_of_skipped_steps_goes_on_where_a_run_is_resumed(tmp_path, capsys):
+def test_a_resumed_run_continues_the_count_of_skipped_steps(tmp_path, capsys):
     def build(config, devices, restart=False):
         return Parabola(config, devices, broken=(2, 8))
 
@@ -186,8 +188,8 @@ def test_the_count_of_skipped_steps_goes_on_where_a_run_is_resumed(tmp_path, cap
     assert read_rows(tmp_path / "metrics" / "vqgan.jsonl")[-2]["skipped"] == 2
 
 
-def test_a_metric_that_only_describes_a_step_is_left_out_of_the_log(tmp_path):
-    class Describing(Parabola):
+def test_a_non_finite_metric_that_is_not_a_loss_is_left_out_of_the_log(tmp_path):
+    class StageWithPerplexity(Parabola):
         def train_step(self, state, batch):
             state, metrics = super().train_step(state, batch)
             step = int(state.step)
@@ -196,14 +198,14 @@ def test_a_metric_that_only_describes_a_step_is_left_out_of_the_log(tmp_path):
     overrides = {f"vqgan.{name}": value for name, value in CADENCES.items()}
     overrides |= {"vqgan.skipped_in_a_row": 0, "vqgan.steps": 10, "vqgan.batch_size": 4}
     overrides |= {"workdir": str(tmp_path), "devices": 1}
-    loop.train(Describing, load_config("mnist_tiny", overrides))
+    loop.train(StageWithPerplexity, load_config("mnist_tiny", overrides))
     rows = [r for r in read_rows(tmp_path / "metrics" / "vqgan.jsonl") if r["split"] == "train"]
     # The windows are 1-2, 3, 4, 5-6, 7-8, 9 and 10.
     assert [row.get("perplexity") for row in rows] == [1.5, None, 4, 6, 7.5, 9, 10]
     assert [row["l1"] for row in rows] == [1.5, 3, 4, 5.5, 7.5, 9, 10] and rows[-1]["skipped"] == 0
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path):
+def test_a_non_finite_loss_stops_the_run_before_it_is_saved(tmp_path):
     settings = CADENCES | {"skipped_in_a_row": 0}
     with pytest.raises(
         RunFailed, match=r"non-finite values at step 8: l1, loss, generator_gradient"
@@ -214,7 +216,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path):
     assert max(Store(tmp_path, "vqgan").steps()) == 6
 
 
-def test_a_signal_at_a_validation_leaves_the_run_the_same(tmp_path):
+def test_a_signal_before_a_validation_does_not_change_the_run(tmp_path):
     def on_step(step):
         if step == 5:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -222,28 +224,30 @@ def test_a_signal_at_a_validation_leaves_the_run_the_same(tmp_path):
     with pytest.raises(Interrupted, match="after step 6"):
         train(tmp_path / "stopped", stage={"on_step": on_step}, **CADENCES)
     assert train(tmp_path / "stopped", **CADENCES).drawn == [10]
-    assert train(tmp_path / "whole", **CADENCES).drawn == [6, 10], "after a signal it is too late"
-    stores = [Store(tmp_path / name, "vqgan") for name in ("stopped", "whole")]
+    assert train(tmp_path / "uninterrupted", **CADENCES).drawn == [6, 10], (
+        "the stopped run skipped the figures of step 6"
+    )
+    stores = [Store(tmp_path / name, "vqgan") for name in ("stopped", "uninterrupted")]
     assert stores[0].steps() == stores[1].steps() and stores[0].best() == stores[1].best() == (6, 0)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_the_step_under_way(tmp_path, signum):
+def test_a_signal_saves_the_current_step(tmp_path, signum):
     def on_step(step):
         if step == 6:
             os.kill(os.getpid(), signum)
 
-    before = signal.getsignal(signum)
+    previous_handler = signal.getsignal(signum)
     with pytest.raises(Interrupted) as e:
         train(tmp_path, stage={"on_step": on_step}, **CADENCES)
     assert e.value.signum == signum and "after step 7" in str(e.value)
     assert max(Store(tmp_path, "vqgan").steps()) == 7
-    assert signal.getsignal(signum) is before
+    assert signal.getsignal(signum) is previous_handler
     stage = train(tmp_path, **CADENCES)
     assert stage.evaluated == [9, 10]
 
 
-def test_a_signal_before_the_first_step_leaves_what_was_there(tmp_path):
+def test_a_signal_before_the_first_step_changes_no_file(tmp_path):
     train(tmp_path, **CADENCES)
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
 
@@ -252,20 +256,22 @@ def test_a_signal_before_the_first_step_leaves_what_was_there(tmp_path):
         return Parabola(config, devices)
 
     overrides = {"workdir": str(tmp_path), "devices": 1, "vqgan.batch_size": 4, "vqgan.steps": 20}
-    with pytest.raises(KeyboardInterrupt):  # by Python's own handler
+    with pytest.raises(KeyboardInterrupt):  # raised by Python's own handler
         loop.train(build, load_config("mnist_tiny", overrides))
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
-def test_a_signal_in_the_last_step_saves_before_it_draws(tmp_path, monkeypatch):
+def test_after_a_signal_in_the_last_step_the_run_is_saved_before_figures_are_drawn(
+    tmp_path, monkeypatch
+):
     store = Store(tmp_path, "vqgan")
-    drawn = []
+    saved_when_drawing = []
 
     def draw(*_):
         deadline = time.monotonic() + 30
         while 10 not in store.steps() and time.monotonic() < deadline:
             time.sleep(0.02)
-        drawn.append(store.steps())
+        saved_when_drawing.append(store.steps())
 
     monkeypatch.setattr(Parabola, "draw_figures", draw)
     train(
@@ -273,24 +279,24 @@ def test_a_signal_in_the_last_step_saves_before_it_draws(tmp_path, monkeypatch):
         stage={"on_step": lambda step: step == 9 and os.kill(os.getpid(), signal.SIGTERM)},
         **CADENCES | {"draw_every": 10},
     )
-    assert len(drawn) == 1 and drawn[0][-1] == 10
+    assert len(saved_when_drawing) == 1 and saved_when_drawing[0][-1] == 10
 
 
-def test_one_run_at_a_time_in_a_folder_and_several_in_several(tmp_path):
+def test_a_folder_allows_one_run_at_a_time_but_other_folders_are_independent(tmp_path):
     def on_step(step):
         if step == 3:
             with pytest.raises(UserError, match=f"process {os.getpid()} .* is training in"):
                 train(tmp_path / "one", **CADENCES)
             train(tmp_path / "another", **CADENCES)
 
-    for _ in range(2):  # the second time, one that is trained already
+    for _ in range(2):  # the second time, the run is already trained
         train(tmp_path / "one", stage={"on_step": on_step}, **CADENCES)
     for name in ("one", "another"):
         assert Store(tmp_path / name, "vqgan").steps() == [6, 8, 10]
         assert not (tmp_path / name / ".lock").exists()
 
 
-def test_memory_that_does_not_suffice_is_a_sentence(tmp_path):
+def test_running_out_of_memory_is_reported_in_one_sentence(tmp_path):
     def on_step(step):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
 
@@ -300,7 +306,7 @@ def test_memory_that_does_not_suffice_is_a_sentence(tmp_path):
         train(tmp_path, stage={"on_step": on_step})
 
 
-def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys):
+def test_the_output_is_plain_lines_without_a_terminal(tmp_path, capsys):
     train(tmp_path, **CADENCES)
     lines = capsys.readouterr().out.splitlines()
     assert f"into {tmp_path}: 20 images, 4 per step, steps 1 to 10, on 1 cpu device." in lines[0]
@@ -309,14 +315,14 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys):
     assert not any("\r" in line for line in lines)
 
 
-def test_what_the_steps_take_is_logged_apart(tmp_path):
+def test_the_speed_of_steps_is_logged_in_a_separate_file(tmp_path):
     train(tmp_path, **CADENCES)
     rows = read_rows(tmp_path / "metrics" / "vqgan_speed.jsonl")
     assert [row["step"] for row in rows] == [2, 3, 4, 6, 8, 9, 10]
     for row in rows:
         assert row["flops_per_second"] == pytest.approx(3 * row["steps_per_second"], rel=1e-3)
         assert 0 <= row["waiting"] <= 1 and row["memory_peak_bytes"] > 2**20
-        assert "utilisation" not in row  # of a CPU no one knows it
+        assert "utilisation" not in row  # the peak FLOP/s of a CPU are unknown
 
 
 def test_steps_can_be_traced(tmp_path, capsys):
@@ -328,21 +334,21 @@ def test_steps_can_be_traced(tmp_path, capsys):
     assert f"The trace of steps 3 to 4 is in {tmp_path / 'profile'}" in capsys.readouterr().out
 
 
-def test_a_torn_last_line_of_the_log_is_left_out(tmp_path):
+def test_an_incomplete_last_line_of_the_log_is_ignored(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps({"step": 1}) + '\n{"step": 2, "l')
     assert read_rows(file) == [{"step": 1}]
 
 
-def test_tensorboard_gets_the_rows(tmp_path):
+def test_tensorboard_receives_the_logged_rows(tmp_path):
     train(tmp_path, **CADENCES)
     (events,) = (tmp_path / "tensorboard" / "vqgan").iterdir()
     content = events.read_bytes()
     assert b"train/l1" in content and b"validation/nll" in content
 
 
-def test_the_config_keeps_the_section_of_the_other_stage(tmp_path):
-    """As where stage 1 is trained on after a prior with settings of its own."""
+def test_the_config_keeps_the_settings_of_the_other_stage(tmp_path):
+    """Resumes stage 1 in a folder whose prior has its own settings."""
     file = tmp_path / "config.json"
     train(tmp_path, steps=2)
     assert read_config(file).prior == load_config("mnist_tiny").prior
@@ -354,20 +360,20 @@ def test_the_config_keeps_the_section_of_the_other_stage(tmp_path):
     assert read_config(file).prior == load_config("mnist_tiny").prior
 
 
-def test_a_run_with_other_settings_is_refused_and_begun_anew_beside_the_users_files(tmp_path):
+def test_other_settings_are_refused_and_a_restart_with_them_keeps_the_users_files(tmp_path):
     train(tmp_path, steps=2)
     (tmp_path / "figures" / "notes.txt").write_text("mine")
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    other = {"steps": 2, "codebook_size": 64}
+    other_settings = {"steps": 2, "codebook_size": 64}
     with pytest.raises(UserError, match="--vqgan.codebook-size is 64, not 128"):
-        train(tmp_path, **other)
+        train(tmp_path, **other_settings)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
-    train(tmp_path, restart=True, **other)
+    train(tmp_path, restart=True, **other_settings)
     assert (tmp_path / "figures" / "notes.txt").read_text() == "mine"
     assert read_config(tmp_path / "config.json").vqgan.codebook_size == 64
 
 
-def test_a_run_refuses_to_go_on_with_other_data(tmp_path):
+def test_a_run_cannot_resume_with_other_data(tmp_path):
     def identity(images):
         return {"images": {"training": images}, "means": {}, "class_names": ["a"]}
 
@@ -384,27 +390,27 @@ def test_a_run_refuses_to_go_on_with_other_data(tmp_path):
     train_on(42, 4)
 
 
-def test_which_section_of_the_config_is_written(tmp_path):
-    """Of the stage that is trained the given one, of the other the one in the folder; a run that
-    begins anew with stage 1 takes the given ones, unless there is a prior already."""
-    held = load_config("mnist_tiny", {"vqgan.steps": 3, "prior.steps": 4})
-    write_config(held, tmp_path / "config.json")
+def test_the_written_config_combines_the_given_stage_with_the_other_stage_in_the_folder(tmp_path):
+    """The trained stage gets the given settings, and the other stage keeps those in the folder. If
+    stage 1 restarts and there is no prior, both stages get the given settings."""
+    stored_config = load_config("mnist_tiny", {"vqgan.steps": 3, "prior.steps": 4})
+    write_config(stored_config, tmp_path / "config.json")
     overrides = {"vqgan.steps": 5, "prior.steps": 6, "workdir": str(tmp_path)}
-    given = load_config("mnist_tiny", overrides)
+    given_config = load_config("mnist_tiny", overrides)
 
     def steps(stage, restart):
-        config = loop.keep_other_stage(given, stage, restart)
+        config = loop.keep_other_stage(given_config, stage, restart)
         return config.vqgan.steps, config.prior.steps
 
     assert steps("vqgan", False) == (5, 4) and steps("vqgan", True) == (5, 6)
     assert steps("prior", False) == steps("prior", True) == (3, 6)
     store = Store(tmp_path, "prior")
-    store.save(1, {"step": np.int32(1)}, held, None)
+    store.save(1, {"step": np.int32(1)}, stored_config, None)
     store.require(1)
     assert steps("vqgan", True) == (5, 4)
 
 
-def test_a_run_whose_preset_has_changed_goes_on_by_its_own_config(tmp_path):
+def test_a_run_whose_preset_has_changed_resumes_with_its_own_config(tmp_path):
     train(tmp_path, steps=2, learning_rate=1e-3)
     with pytest.raises(
         UserError, match=f"--config {tmp_path / 'config.json'} --workdir {tmp_path}"
@@ -415,44 +421,48 @@ def test_a_run_whose_preset_has_changed_goes_on_by_its_own_config(tmp_path):
     assert Store(tmp_path, "vqgan").steps()[-1] == 4
 
 
-def test_a_disk_that_takes_no_more_is_a_sentence(tmp_path, monkeypatch, capsys):
-    def full(*_, **__):
+def test_a_full_disk_is_reported_in_one_sentence(tmp_path, monkeypatch, capsys):
+    def raise_no_space(*_, **__):
         raise ValueError("RESOURCE_EXHAUSTED: no space left")
 
-    monkeypatch.setattr("orbax.checkpoint.AsyncCheckpointer.save", full)
+    monkeypatch.setattr("orbax.checkpoint.AsyncCheckpointer.save", raise_no_space)
     with pytest.raises(
         RunFailed,
         match=r"step 10 could not be written .*RESOURCE_EXHAUSTED.*there is no earlier one",
     ):
         train(tmp_path, **CADENCES)
-    # At 9 too: the best so far, since what was better was lost.
-    said = capsys.readouterr().out.splitlines()
-    tried = [line.split()[4] for line in said if "tries to write the next one" in line]
-    assert tried == ["3", "4", "6", "8", "9", "10"]
+    # Step 9 counts as the best so far, because the better checkpoint could not be saved.
+    output_lines = capsys.readouterr().out.splitlines()
+    failed_steps = [
+        line.split()[4] for line in output_lines if "tries to write the next one" in line
+    ]
+    assert failed_steps == ["3", "4", "6", "8", "9", "10"]
 
 
-def test_figures_that_cannot_be_drawn_do_not_cost_the_run(tmp_path, capsys, monkeypatch):
-    def full(*_):
+def test_a_run_continues_if_its_figures_cannot_be_written(tmp_path, capsys, monkeypatch):
+    def raise_no_space(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Parabola, "draw_figures", full)
+    monkeypatch.setattr(Parabola, "draw_figures", raise_no_space)
     train(tmp_path, **CADENCES)
     assert capsys.readouterr().out.count("figures cannot be written ([Errno 28]") == 1
     assert max(Store(tmp_path, "vqgan").steps()) == 10
 
 
-def test_a_run_that_ends_at_its_last_drawing_draws_again(tmp_path, monkeypatch):
-    def killed(*_):
+def test_a_run_that_was_killed_while_drawing_its_last_figures_draws_them_when_resumed(
+    tmp_path, monkeypatch
+):
+    def raise_error(*_):
         raise RuntimeError("killed")
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError):
-        patch.setattr(Parabola, "draw_figures", killed)
+        patch.setattr(Parabola, "draw_figures", raise_error)
         train(tmp_path, **CADENCES | {"draw_every": 10})
     assert train(tmp_path, **CADENCES | {"draw_every": 10}).drawn == [10]
 
 
 @pytest.mark.parametrize("line", ["\xff", "7", '{"l1": 1}'])
-def test_a_spoilt_line_of_the_log_does_not_block_a_resume(tmp_path, line):
+def test_a_damaged_line_of_the_log_does_not_prevent_a_resume(tmp_path, line):
     train(tmp_path, **CADENCES)
     file = tmp_path / "metrics" / "vqgan.jsonl"
     file.write_bytes(file.read_bytes() + line.encode("latin-1") + b"\n")

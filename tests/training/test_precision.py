@@ -1,4 +1,5 @@
-"""bfloat16: what stays float32, and how near the gradients are to float32's."""
+"""Tests of bfloat16: which operations stay float32, and how close the gradients are to those in
+float32."""
 
 import functools
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from taming_jax.training.prior import init_transformer, train_step
 from taming_jax.training.state import Net
 from taming_jax.training.vqgan_step import Keys, VQGANObjective
 
-# Sums, and what softmax, norms, distances and losses are made of. Activations (logistic, erf) and
+# The operations of sums, softmax, norms, distances, and losses. Activations (logistic, erf) and
 # products are computed in bfloat16.
 SENSITIVE = {
     "reduce_sum", "reduce_max", "reduce_min", "argmin", "argmax", "cumsum", "exp", "exp2", "log",
@@ -31,42 +32,42 @@ SENSITIVE = {
 BF16 = jnp.dtype("bfloat16")
 
 
-def operations(value) -> Iterator:
-    """All operations of a jaxpr and of those within it."""
+def iterate_operations(value) -> Iterator:
+    """Yields all operations of a jaxpr and of the jaxprs in it."""
     if hasattr(value, "eqns"):
         for operation in value.eqns:
             yield operation
-            yield from operations(list(operation.params.values()))
+            yield from iterate_operations(list(operation.params.values()))
     elif hasattr(value, "jaxpr"):
-        yield from operations(value.jaxpr)
+        yield from iterate_operations(value.jaxpr)
     elif isinstance(value, list | tuple):
         for part in value:
-            yield from operations(part)
+            yield from iterate_operations(part)
 
 
-def dtypes(operation, which="invars"):
+def get_dtypes(operation, which="invars"):
     return {var.aval.dtype for var in getattr(operation, which)}
 
 
-def vqgan():
+def trace_vqgan():
     config = load_config("mnist_tiny", {"dtype": "bfloat16", "vqgan.attention_resolutions": (14,)})
     model, images = build_vqgan(config), jnp.zeros((2, 28, 28, 1))
     params = jax.eval_shape(model.init, jax.random.key(0), images)
     return jax.make_jaxpr(model.apply)(params, images)
 
 
-def discriminator():
+def trace_discriminator():
     model, images = Discriminator(8, 2, dtype=BF16), jnp.zeros((2, 28, 28, 1))
     params = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
     return jax.make_jaxpr(lambda p, x: model.apply(p, x, mutable=["batch_stats"]))(params, images)
 
 
-def perceptual():
+def trace_perceptual():
     images = jnp.zeros((2, 32, 32, 1))
     return jax.make_jaxpr(lambda *a: lpips(*a, dtype=BF16))(load_lpips(), images, images)
 
 
-def transformer(**options):
+def trace_transformer(**options):
     model = GPT(16, 3, (3, 3), PriorConfig(layers=2, heads=2, width=16, **options), BF16)
     tokens = jnp.zeros((2, 9), jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), tokens)
@@ -74,30 +75,34 @@ def transformer(**options):
     return jax.make_jaxpr(lambda p, t: model.apply(p, t, True, rngs=key))(params, tokens)
 
 
-def modern():
-    return transformer(norm="rms", mlp="swiglu", positions="rotary", qk_norm=True)
+def trace_modern():
+    return trace_transformer(norm="rms", mlp="swiglu", positions="rotary", qk_norm=True)
 
 
-@pytest.mark.parametrize("build", [vqgan, discriminator, perceptual, transformer, modern])
-def test_what_is_sensitive_is_computed_in_float32(build):
+@pytest.mark.parametrize(
+    "build", [trace_vqgan, trace_discriminator, trace_perceptual, trace_transformer, trace_modern]
+)
+def test_sensitive_operations_are_computed_in_float32(build):
     jaxpr = build()
-    found = list(operations(jaxpr))
-    products = [op for op in found if op.primitive.name in ("conv_general_dilated", "dot_general")]
-    assert any(BF16 in dtypes(op) for op in products), "the networks compute in bfloat16"
-    for op in found:
-        assert op.primitive.name not in SENSITIVE or BF16 not in dtypes(op), op
+    all_operations = list(iterate_operations(jaxpr))
+    products = [
+        op for op in all_operations if op.primitive.name in ("conv_general_dilated", "dot_general")
+    ]
+    assert any(BF16 in get_dtypes(op) for op in products), "the networks compute in bfloat16"
+    for op in all_operations:
+        assert op.primitive.name not in SENSITIVE or BF16 not in get_dtypes(op), op
     outputs = {out.dtype for out in jaxpr.out_avals}
     assert outputs <= {jnp.dtype("float32"), jnp.dtype("int32")}
 
 
-@pytest.mark.parametrize(("build", "places"), [(vqgan, 14 * 14), (transformer, 9)])
-def test_attentions_scores_are_not_rounded_to_bfloat16(build, places):
+@pytest.mark.parametrize(("build", "places"), [(trace_vqgan, 14 * 14), (trace_transformer, 9)])
+def test_attention_scores_are_not_rounded_to_bfloat16(build, places):
     scores = [
         op
-        for op in operations(build())
+        for op in iterate_operations(build())
         if op.primitive.name == "dot_general" and op.outvars[0].aval.shape[-2:] == (places, places)
     ]
-    assert scores and all(dtypes(op, "outvars") == {jnp.dtype("float32")} for op in scores)
+    assert scores and all(get_dtypes(op, "outvars") == {jnp.dtype("float32")} for op in scores)
 
 
 def cosine(left, right):
@@ -109,21 +114,23 @@ def assert_float32(tree):
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(tree)} <= {"float32", "int32"}
 
 
-def assert_near(gradient, expected, least, each):
-    """Two trees of gradients by their directions: of all together, and of each array that matters,
-    of which the lengths are compared too."""
+def assert_near(gradient, expected, min_cosine, min_array_cosine):
+    """Checks the cosine similarity of two gradients, which must be at least `min_cosine` for the
+    whole gradient and `min_array_cosine` for every array with a significant norm. Also compares
+    the norms of these arrays."""
     assert_float32(gradient)
-    assert cosine(gradient, expected) >= least
-    whole = optax.tree.norm(expected)
+    assert cosine(gradient, expected) >= min_cosine
+    total_norm = optax.tree.norm(expected)
     pairs = zip(jax.tree.leaves_with_path(gradient), jax.tree.leaves(expected), strict=True)
     for (path, array), other in pairs:
-        length = np.linalg.norm(other)
-        if length >= 1e-2 * whole:
-            assert cosine(array, other) >= each, path
-            assert np.linalg.norm(array) == pytest.approx(length, rel=0.05), path
+        norm = np.linalg.norm(other)
+        if norm >= 1e-2 * total_norm:
+            assert cosine(array, other) >= min_array_cosine, path
+            assert np.linalg.norm(array) == pytest.approx(norm, rel=0.05), path
 
 
-# One code, since another one would make another image; small, to be compiled sooner.
+# The codebook has one code, because rounding could choose another code and change the image. The
+# networks are small, so that they compile faster.
 SMALL = {
     "vqgan.codebook_size": 1, "vqgan.channels": 64, "vqgan.multipliers": (1,),
     "vqgan.decoder_blocks": 1, "vqgan.lecam_weight": 1.0, "data.image_size": 12,
@@ -132,8 +139,8 @@ SMALL = {
 QUICKLY = {"xla_backend_optimization_level": 0}
 
 
-def called(devices, function, state, arrays):
-    """What a step answers on the devices."""
+def run_step(devices, function, state, arrays):
+    """Runs a step on the devices and returns its result."""
     if len(devices) == 1:
         return devices.fetch(jax.jit(function, compiler_options=QUICKLY)(state, arrays))
     return devices.fetch(devices.compile(function)(devices.replicate(state), arrays))
@@ -142,8 +149,8 @@ def called(devices, function, state, arrays):
 on_devices = pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow)])
 
 
-def stage_1(dtype, axis_name=None):
-    """Stage 1's networks in this type, a state, and images."""
+def make_stage_1(dtype, axis_name=None):
+    """Returns the networks of stage 1 with a dtype, their state, and images."""
     networks = VQGANObjective.build(load_config("mnist_tiny", SMALL | {"dtype": dtype}), axis_name)
     keys = jax.random.split(jax.random.key(0), 3)
 
@@ -161,45 +168,45 @@ def stage_1(dtype, axis_name=None):
 
 @pytest.mark.slow
 @on_devices
-def test_stage_1_in_bfloat16_learns_almost_the_same(count):
+def test_the_gradients_of_stage_1_in_bfloat16_are_close_to_float32(count):
     exact = None
     for dtype, devices in (("float32", Devices(1)), ("bfloat16", Devices(count))):
-        networks, nets, images = stage_1(dtype, devices.axis_name)
+        networks, nets, images = make_stage_1(dtype, devices.axis_name)
 
         def step(nets, x, networks=networks):
             return networks.compute_gradients(*nets, x, {}, True, 100)
 
-        found = called(devices, step, nets, devices.shard(images))
-        exact = exact or found
-        assert_float32(found)
-        assert_near(found.generator, exact.generator, 0.995, 0.99)
+        result = run_step(devices, step, nets, devices.shard(images))
+        exact = exact or result
+        assert_float32(result)
+        assert_near(result.generator, exact.generator, 0.995, 0.99)
         for name in ("l1", "reconstruction_loss", "codebook", "generator_gradient", "loss"):
-            assert found.metrics[name] == pytest.approx(exact.metrics[name], rel=0.03), name
+            assert result.metrics[name] == pytest.approx(exact.metrics[name], rel=0.03), name
 
 
 @pytest.mark.slow
 @on_devices
-def test_the_discriminator_in_bfloat16_learns_almost_the_same(count):
-    """Of images that differ, as those of one code do not."""
+def test_the_gradients_of_the_discriminator_in_bfloat16_are_close_to_float32(count):
+    """The images differ from each other, unlike reconstructions from one code."""
     exact = None
     for dtype, devices in (("float32", Devices(1)), ("bfloat16", Devices(count))):
-        networks, (_, net), images = stage_1(dtype, devices.axis_name)
+        networks, (_, net), images = make_stage_1(dtype, devices.axis_name)
 
         def step(net, x, networks=networks):
             fake = -x[:, ::-1] / 2
-            found = networks.forward_discriminator(
+            result = networks.forward_discriminator(
                 net.params, net.extra, x, fake, jnp.int32(100), Keys()
             )
-            return networks.mean((found.gradient, found.metrics)), found.extra
+            return networks.mean((result.gradient, result.metrics)), result.extra
 
-        (gradient, metrics), extra = called(devices, step, net, devices.shard(images))
+        (gradient, metrics), extra = run_step(devices, step, net, devices.shard(images))
         exact = exact or (gradient, metrics, extra)
         assert_float32((gradient, metrics, extra))
         assert_near(gradient, exact[0], 0.999, 0.99)
 
 
-def stage_2(dtype, count=1):
-    """A step of stage 2 in this type: the devices, the function, a state and a batch."""
+def make_stage_2(dtype, count=1):
+    """Returns the devices, the function of a step of stage 2 with a dtype, a state, and a batch."""
     devices = Devices(count)
     overrides = {"prior.batch_size": 16, "prior.layers": 1, "dtype": dtype}
     config = load_config("mnist_tiny", overrides)
@@ -212,11 +219,11 @@ def stage_2(dtype, count=1):
 
 
 @on_devices
-def test_stage_2_in_bfloat16_learns_almost_the_same(count):
+def test_the_gradients_of_stage_2_in_bfloat16_are_close_to_float32(count):
     exact = None
     for case in (("float32", 1), ("bfloat16", count)):
-        state, metrics = called(*stage_2(*case))
-        # Adam's first moment, which began at zero, is the gradient.
+        state, metrics = run_step(*make_stage_2(*case))
+        # Adam's first moment, which started at zero, is proportional to the gradient.
         gradient = optax.tree.get(state.nets["transformer"].opt_state, "mu")
         exact = exact or (gradient, metrics)
         assert_float32((state, metrics))
@@ -225,11 +232,11 @@ def test_stage_2_in_bfloat16_learns_almost_the_same(count):
 
 
 def test_no_gradient_is_summed_in_bfloat16():
-    networks, nets, images = stage_1("bfloat16")
-    of_vqgan = jax.make_jaxpr(lambda nets, x: networks.compute_gradients(*nets, x, {}, True))(
+    networks, nets, images = make_stage_1("bfloat16")
+    vqgan_jaxpr = jax.make_jaxpr(lambda nets, x: networks.compute_gradients(*nets, x, {}, True))(
         nets, images
     )
-    _, step, state, arrays = stage_2("bfloat16")
-    for jaxpr in (of_vqgan, jax.make_jaxpr(step)(state, arrays)):
-        sums = [op for op in operations(jaxpr) if op.primitive.name == "reduce_sum"]
-        assert sums and not any(BF16 in dtypes(op) for op in sums), sums
+    _, step, state, arrays = make_stage_2("bfloat16")
+    for jaxpr in (vqgan_jaxpr, jax.make_jaxpr(step)(state, arrays)):
+        sums = [op for op in iterate_operations(jaxpr) if op.primitive.name == "reduce_sum"]
+        assert sums and not any(BF16 in get_dtypes(op) for op in sums), sums

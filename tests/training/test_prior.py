@@ -1,4 +1,4 @@
-"""Stage 2: what a step computes, on any number of devices, and what a run keeps."""
+"""Tests of stage 2: what a step computes on any number of devices, and what a run keeps."""
 
 import json
 import shutil
@@ -24,12 +24,12 @@ from taming_jax.training.prior import (
 from taming_jax.training.state import CODES, LABELS, make_example_keys
 from tests import commands, golden, small_runs
 from tests.conftest import TINY
-from tests.training.test_resume import stopped_after
+from tests.training.test_resume import stop_after
 
 SMALL = {"batch_size": 8, "layers": 1, "heads": 2, "width": 32}
 
 
-def stage_of(workdir, count=1, **prior):
+def make_stage(workdir, count=1, **prior):
     run = load_config(str(workdir / "config.json"))
     overrides = {f"prior.{key}": value for key, value in {**SMALL, **prior}.items()}
     overrides |= {"workdir": str(workdir), "config": run.config}
@@ -37,42 +37,42 @@ def stage_of(workdir, count=1, **prior):
 
 
 @pytest.mark.parametrize("counts", [(1, 4), pytest.param((1, 2), marks=pytest.mark.slow)])
-def test_one_two_and_four_devices_take_the_same_step(stage1, counts):
+def test_several_devices_take_the_same_step_as_one(vqgan_workdir, counts):
     settings = {"dropout": 0.3, "label_dropout": 0.5, "token_keep_prob": 0.8}
-    found = {}
+    results = {}
     for count in counts:
-        stage = stage_of(stage1, count, **settings)
+        stage = make_stage(vqgan_workdir, count, **settings)
         feed, _ = stage.build_feeds()
         state = stage.devices.replicate(stage.init(jax.random.key(0)))
-        # The second step, since Adam's first turns the noise of small gradients into full ones.
+        # Two steps, because Adam's first step amplifies the noise of small gradients.
         losses = []
         for step in range(2):
             state, metrics = stage.train_step(state, feed.batch(step))
             losses.append(stage.devices.fetch(metrics))
-        found[count] = losses, stage.devices.fetch(state.nets["transformer"].opt_state)
+        results[count] = losses, stage.devices.fetch(state.nets["transformer"].opt_state)
     for count in counts[1:]:
-        golden.assert_trees_close(found[count][0], found[1][0], f"{count} devices ", 1e-5, 1e-6)
+        golden.assert_trees_close(results[count][0], results[1][0], f"{count} devices ", 1e-5, 1e-6)
         # Adam's first moment is the averaged gradient.
-        golden.assert_trees_close(found[count][1], found[1][1], f"{count} devices ", 1e-4, 1e-6)
+        golden.assert_trees_close(results[count][1], results[1][1], f"{count} devices ", 1e-4, 1e-6)
 
 
-def test_a_batch_in_four_parts_is_the_same_step(stage1, monkeypatch):
-    monkeypatch.setattr(accumulate, "should_unroll", lambda: False)  # compiled sooner
+def test_four_micro_batches_take_the_same_step_as_one_batch(vqgan_workdir, monkeypatch):
+    monkeypatch.setattr(accumulate, "should_unroll", lambda: False)  # compiles faster
     settings = {"dropout": 0.3, "label_dropout": 0.5, "token_keep_prob": 0.8}
-    found = {}
+    results = {}
     for count, parts in ((1, 1), (2, 4)):
-        stage = stage_of(stage1, count, **settings, micro_batches=parts)
+        stage = make_stage(vqgan_workdir, count, **settings, micro_batches=parts)
         feed, _ = stage.build_feeds()
         state = stage.devices.replicate(stage.init(jax.random.key(0)))
         state, metrics = stage.train_step(state, feed.batch(0))
-        # Adam's first moment is the averaged gradient, times what it does not keep of the last.
-        found[count, parts] = stage.devices.fetch((metrics, state.nets["transformer"].opt_state))
-    golden.assert_trees_close(found[2, 4], found[1, 1], "", 1e-5, 1e-6)
+        # Adam's first moment is the averaged gradient times a constant.
+        results[count, parts] = stage.devices.fetch((metrics, state.nets["transformer"].opt_state))
+    golden.assert_trees_close(results[2, 4], results[1, 1], "", 1e-5, 1e-6)
 
 
-def test_a_step_learns_from_dropped_labels_and_corrupted_codes(stage1):
-    """The loss of a step, computed again from its parts."""
-    stage = stage_of(stage1, dropout=0.0, label_dropout=0.5, token_keep_prob=0.7)
+def test_a_step_drops_labels_and_corrupts_codes(vqgan_workdir):
+    """Compares the loss of a step with the loss computed from its parts."""
+    stage = make_stage(vqgan_workdir, dropout=0.0, label_dropout=0.5, token_keep_prob=0.7)
     feed, _ = stage.build_feeds()
     batch = feed.batch(0)
     state = stage.init(jax.random.key(0))
@@ -89,16 +89,18 @@ def test_a_step_learns_from_dropped_labels_and_corrupted_codes(stage1):
     assert 0 < sum(dropped) < 8
     tokens = stage.model.shift_right(np.where(dropped, stage.model.classes, labels), codes)
     keys = make_example_keys(stage.config.seed, CODES, jnp.int32(0), place)
-    rest = [corrupt_codes(0.7, 128, key, row) for key, row in zip(keys, tokens[:, 1:], strict=True)]
-    tokens = jnp.concatenate([tokens[:, :1], jnp.stack(rest)], 1)
+    corrupted = [
+        corrupt_codes(0.7, 128, key, row) for key, row in zip(keys, tokens[:, 1:], strict=True)
+    ]
+    tokens = jnp.concatenate([tokens[:, :1], jnp.stack(corrupted)], 1)
     logits = np.asarray(stage.model.apply({"params": params}, tokens), np.float64)
-    likely = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    nll = -np.take_along_axis(likely, codes[..., None], -1).mean()
+    log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    nll = -np.take_along_axis(log_probs, codes[..., None], -1).mean()
     assert metrics["nll"] == pytest.approx(nll, rel=1e-5)
 
 
-def test_a_step_that_is_not_finite_is_skipped(stage1):
-    stage = stage_of(stage1)
+def test_a_non_finite_step_is_skipped(vqgan_workdir):
+    stage = make_stage(vqgan_workdir)
     feed, _ = stage.build_feeds()
     state = stage.init(jax.random.key(0))
     params = state.nets["transformer"].params
@@ -110,13 +112,13 @@ def test_a_step_that_is_not_finite_is_skipped(stage1):
     jax.tree.map(np.testing.assert_array_equal, after.nets, before.nets)
 
 
-def test_corruption_keeps_the_share_it_says():
+def test_corruption_keeps_the_given_share_of_codes():
     codes = jnp.full(20_000, 7)
     kept = (corrupt_codes(0.7, 64, jax.random.key(0), codes) == 7).mean()
     assert kept == pytest.approx(0.7 + 0.3 / 64, abs=0.02)
 
 
-def test_decay_is_for_matrices_only():
+def test_weight_decay_applies_only_to_matrices():
     config = load_config("mnist_tiny", {"prior.weight_decay": 0.5})
     params = {"matrix": jnp.ones((2, 2)), "vector": jnp.ones(2)}
     zeros = jax.tree.map(jnp.zeros_like, params)
@@ -124,22 +126,23 @@ def test_decay_is_for_matrices_only():
     assert (updates["matrix"] == 0.5).all() and (updates["vector"] == 0).all()
 
 
-def test_one_cycle_begins_peaks_and_ends_as_pytorchs():
+def test_the_one_cycle_schedule_has_pytorchs_first_highest_and_last_rates():
     config = load_config("mnist", {"prior.learning_rate": 3e-4})
     rates = np.array([build_prior_schedule(config, 1000)(step) for step in range(1001)])
     np.testing.assert_allclose(rates[[0, 300, 1000]], [3e-4 / 25, 3e-4, 3e-4 / 25e4], rtol=1e-3)
     assert (np.diff(rates[:301]) > 0).all() and (np.diff(rates[300:]) < 0).all()
 
 
-def test_cosine_warms_up_and_decays_to_nothing():
+def test_the_cosine_schedule_warms_up_and_decays_to_zero():
     config = load_config("mnist", {"prior.schedule": "cosine", "prior.warmup_steps": 100})
     rates = np.array([build_prior_schedule(config, 1000)(step) for step in range(1000)])
     assert rates.argmax() == 99 and rates[99] == pytest.approx(config.prior.learning_rate)
     assert rates[0] == pytest.approx(rates[99] / 100, rel=1e-4) and rates[-1] < 1e-9
 
 
-def test_a_step_does_no_encoding_and_little_else():
-    """At the mnist sizes: 6 flops a parameter and code, and attention's products."""
+def test_a_step_needs_hardly_more_flops_than_the_transformer():
+    """At the sizes of `mnist`, the transformer needs 6 FLOPs per parameter and code, and those of
+    the attention products."""
     config = load_config("mnist")
     model = GPT.build(config, 10)
     b, t, width, layers = 256, model.length, 256, 6
@@ -153,7 +156,7 @@ def test_a_step_does_no_encoding_and_little_else():
     step = jax.jit(train_step, static_argnums=(0, 1, 2, 3))
     flops = step.lower(config, model, 100, None, state, arrays).compile().cost_analysis()["flops"]
     parameters = sum(p.size for p in jax.tree.leaves(state.nets["transformer"].params))
-    # Two products forward, four back, of t x t x width each, in every layer.
+    # Each layer has two attention products of t x t x width forward, and four backward.
     expected = 6 * parameters * b * t + 6 * 2 * b * t * t * width * layers
     assert flops == pytest.approx(expected, rel=0.1)
 
@@ -165,81 +168,103 @@ COMMAND = [
 
 
 @pytest.mark.slow
-def test_a_killed_prior_goes_on_bit_for_bit_and_keeps_its_own_generator(stage1, tmp_path):
-    whole, broken = (shutil.copytree(stage1, tmp_path / name) for name in ("whole", "broken"))
+def test_a_killed_prior_command_resumes_bit_for_bit_with_its_own_generator(vqgan_workdir, tmp_path):
+    uninterrupted, killed = (
+        shutil.copytree(vqgan_workdir, tmp_path / name) for name in ("uninterrupted", "killed")
+    )
     settings = [
         "--prior.steps", 300, "--prior.checkpoint-every", 50, "--prior.dropout", 0.2,
         "--seed", 2**32 - 1,
     ]  # fmt: skip
-    status, out, err = commands.run(*COMMAND, whole, *settings)
+    status, out, err = commands.run(*COMMAND, uninterrupted, *settings)
     assert status == 0, err
-    assert {f.name for f in (whole / "figures").iterdir()} >= {"prior_loss.png", "samples.png"}
-    stores = [Store(workdir, "prior") for workdir in (whole, broken)]
-    first = broken / "checkpoints" / "prior" / "50"
-    status, _ = stopped_after([*COMMAND, broken, *settings], first, signal.SIGKILL)
+    assert {f.name for f in (uninterrupted / "figures").iterdir()} >= {
+        "prior_loss.png",
+        "samples.png",
+    }
+    stores = [Store(workdir, "prior") for workdir in (uninterrupted, killed)]
+    first = killed / "checkpoints" / "prior" / "50"
+    status, _ = stop_after([*COMMAND, killed, *settings], first, signal.SIGKILL)
     assert status == -signal.SIGKILL and stores[1].steps() and 300 not in stores[1].steps()
-    # Stage 1 is trained on in between.
-    status, out, err = commands.run("train_vqgan.py", *TINY, 5, "--workdir", broken)
+    # Stage 1 is trained further in between.
+    status, out, err = commands.run("train_vqgan.py", *TINY, 5, "--workdir", killed)
     assert status == 0, err
-    status, out, err = commands.run(*COMMAND, broken, *settings)
+    status, out, err = commands.run(*COMMAND, killed, *settings)
     assert status == 0, err
     expected, arrays = (store.read(300).arrays for store in stores)
     assert set(arrays) == set(expected) and any("generator" in path for path in arrays)
     for path, array in expected.items():
         np.testing.assert_array_equal(arrays[path], array, err_msg=".".join(path))
-    last = Store(broken, "vqgan").read(5).arrays
-    moved = [
-        p for p in last if "ema" in p and (last[p] != expected[(*p[:2], "params", *p[3:])]).any()
+    vqgan_arrays = Store(killed, "vqgan").read(5).arrays
+    changed_paths = [
+        p
+        for p in vqgan_arrays
+        if "ema" in p and (vqgan_arrays[p] != expected[(*p[:2], "params", *p[3:])]).any()
     ]
-    assert moved, "stage 1 has moved on"
-    rows = (whole / "metrics" / "prior.jsonl").read_text().splitlines()
+    assert changed_paths, "stage 1 has changed"
+    rows = (uninterrupted / "metrics" / "prior.jsonl").read_text().splitlines()
     validation = json.loads(rows[-1])
     bits = validation["nll"] * 64 / (16 * 16) / np.log(2)
     assert validation["code_bits_per_subpixel"] == pytest.approx(bits)
 
 
-def test_a_broken_prior_goes_on_bit_for_bit_and_keeps_its_own_generator(tmp_path):
-    stage1 = {"vqgan__steps": 5, "vqgan__checkpoint_every": 3}
+def test_a_killed_prior_resumes_bit_for_bit_with_its_own_generator(tmp_path):
+    vqgan_settings = {"vqgan__steps": 5, "vqgan__checkpoint_every": 3}
     with pytest.raises(small_runs.Killed):
-        small_runs.train(tmp_path / "whole", on_step=small_runs.kill_at(4), **stage1)
-    assert small_runs.saved_steps(tmp_path / "whole") == [3]
-    shutil.copytree(tmp_path / "whole", tmp_path / "broken")
-    settings = stage1 | {"prior__steps": 14, "prior__checkpoint_every": 4}
+        small_runs.train(
+            tmp_path / "uninterrupted", on_step=small_runs.kill_at(4), **vqgan_settings
+        )
+    assert small_runs.list_saved_steps(tmp_path / "uninterrupted") == [3]
+    shutil.copytree(tmp_path / "uninterrupted", tmp_path / "killed")
+    settings = vqgan_settings | {"prior__steps": 14, "prior__checkpoint_every": 4}
     settings |= {"prior__eval_every": 7, "prior__dropout": 0.2, "seed": 2**32 - 1}
-    small_runs.train(tmp_path / "whole", "prior", **settings)
+    small_runs.train(tmp_path / "uninterrupted", "prior", **settings)
     with pytest.raises(small_runs.Killed):
-        small_runs.train(tmp_path / "broken", "prior", on_step=small_runs.kill_at(10), **settings)
-    assert small_runs.saved_steps(tmp_path / "broken", "prior") == [7, 8]
-    small_runs.train(tmp_path / "broken", **stage1)  # goes on in between
-    small_runs.train(tmp_path / "broken", "prior", **settings)
-    small_runs.assert_same_run(tmp_path / "broken", tmp_path / "whole", 14, "prior")
-    kept = small_runs.arrays_at(tmp_path / "whole", 14, "prior")
-    assert any("generator" in path for path in kept)
-    last = small_runs.arrays_at(tmp_path / "broken", 5)
-    moved = [p for p in last if "ema" in p and (last[p] != kept[(*p[:2], "params", *p[3:])]).any()]
-    assert moved, "stage 1 has moved on"
-    validation = small_runs.read_rows(tmp_path / "whole", "prior")[-1]
-    bits = validation["nll"] / np.log(2)  # of a code a pixel
+        small_runs.train(tmp_path / "killed", "prior", on_step=small_runs.kill_at(10), **settings)
+    assert small_runs.list_saved_steps(tmp_path / "killed", "prior") == [7, 8]
+    small_runs.train(tmp_path / "killed", **vqgan_settings)  # trains stage 1 further
+    small_runs.train(tmp_path / "killed", "prior", **settings)
+    small_runs.assert_same_run(tmp_path / "killed", tmp_path / "uninterrupted", 14, "prior")
+    prior_arrays = small_runs.read_arrays(tmp_path / "uninterrupted", 14, "prior")
+    assert any("generator" in path for path in prior_arrays)
+    vqgan_arrays = small_runs.read_arrays(tmp_path / "killed", 5)
+    changed_paths = [
+        p
+        for p in vqgan_arrays
+        if "ema" in p and (vqgan_arrays[p] != prior_arrays[(*p[:2], "params", *p[3:])]).any()
+    ]
+    assert changed_paths, "stage 1 has changed"
+    validation = small_runs.read_rows(tmp_path / "uninterrupted", "prior")[-1]
+    bits = validation["nll"] / np.log(2)  # one code per pixel
     assert validation["code_bits_per_subpixel"] == pytest.approx(bits)
 
 
-def test_a_run_leaves_its_figures(both):
-    figures = {file.name for file in (both / "figures").iterdir()}
+def test_a_run_leaves_its_figures(prior_workdir):
+    figures = {file.name for file in (prior_workdir / "figures").iterdir()}
     assert figures >= {"prior_loss.png", "samples.png"}
 
 
-def test_bad_input_is_a_sentence(stage1, tmp_path):
-    for arguments, says in (
+def test_bad_input_is_reported_in_one_line(vqgan_workdir, tmp_path):
+    for arguments, message in (
         (
             [*COMMAND, tmp_path / "a run"],
             "train it first with `python train_vqgan.py --config mnist_tiny --workdir "
             f"'{tmp_path}/a run'`.\n",
         ),
-        ([*COMMAND, stage1, "--vqgan.codebook-size", 64], "--vqgan.codebook-size is 64, not 128"),
-        ([*COMMAND, stage1, "--prior.warmup-steps", 3], "requires --prior.schedule cosine"),
-        ([*COMMAND, stage1, "--prior.heads", 3], "--prior.width 32 does not fit --prior.heads 3"),
-        ([*COMMAND, stage1, "--prior.batch-size", 0], "--prior.batch-size is 0"),
+        (
+            [*COMMAND, vqgan_workdir, "--vqgan.codebook-size", 64],
+            "--vqgan.codebook-size is 64, not 128",
+        ),
+        (
+            [*COMMAND, vqgan_workdir, "--prior.warmup-steps", 3],
+            "requires --prior.schedule cosine",
+        ),
+        (
+            [*COMMAND, vqgan_workdir, "--prior.heads", 3],
+            "--prior.width 32 does not fit --prior.heads 3",
+        ),
+        ([*COMMAND, vqgan_workdir, "--prior.batch-size", 0], "--prior.batch-size is 0"),
     ):
         status, _, err = commands.run_here(*arguments)
-        assert status == 2 and says in err and err.count("\n") == 1, err
+        assert status == 2 and message in err and err.count("\n") == 1, err
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""Signals, and what they do outside of training."""
+"""Tests of signals, also outside of training."""
 
 import signal
 import subprocess
@@ -14,7 +14,7 @@ import sys, time
 from taming_jax.errors import report
 
 def work():
-    print("begun", flush=True)
+    print("started", flush=True)
     time.sleep(60)
 
 sys.exit(report(work))
@@ -22,26 +22,26 @@ sys.exit(report(work))
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_a_command_that_does_not_train_at_once_and_quietly(signum):
+def test_a_signal_ends_a_command_that_does_not_train_immediately_and_without_output(signum):
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM], cwd=ROOT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
-    assert process.stdout.readline() == "begun\n"
+    assert process.stdout.readline() == "started\n"
     process.send_signal(signum)
     _, err = process.communicate(timeout=20)
     assert process.returncode == -signum and not err
 
 
-def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch, capsys):
+def test_a_signal_that_is_repeated_within_a_second_counts_once(monkeypatch, capsys):
     clock = [100.0]
     monkeypatch.setattr("taming_jax.training.signals.time.monotonic", lambda: clock[0])
     arrived = []
-    before = signal.signal(signal.SIGTERM, lambda *_: arrived.append(clock[0]))
+    previous_handler = signal.signal(signal.SIGTERM, lambda *_: arrived.append(clock[0]))
     signals = Signals()
     try:
         signal.raise_signal(signal.SIGTERM)
-        assert arrived == [100.0] and signals.received is None, "it does not listen yet"
+        assert arrived == [100.0] and signals.received is None, "signals are not handled yet"
         signals.listen()
         for clock[0] in (100.0, 100.2, 100.9):
             signal.raise_signal(signal.SIGTERM)
@@ -51,5 +51,5 @@ def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch, capsys):
         assert arrived == [100.0, 101.5]
     finally:
         signals.restore()
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous_handler)
     assert capsys.readouterr().err.count("Stopping after this step") == 1

@@ -33,14 +33,15 @@ def test_the_learning_rate_warms_up_and_decays_over_the_run():
     assert {float(build_schedule(SETTINGS, 100, 3.0)(step)) for step in (0, 50, 99)} == {3.0}
 
 
-def test_an_update_is_adams_at_the_rate_given():
+def test_an_update_is_that_of_adam_at_the_given_rate():
     params = {"w": jnp.array([1.0, -2.0, 3.0])}
     gradients = [{"w": jnp.array(g)} for g in ([0.5, 0.1, -1.0], [0.2, -0.3, 0.4])]
-    ours, theirs = add_clipping(optax.scale_by_adam(0.5, 0.9), None), optax.adam(0.1, 0.5, 0.9)
-    net, expected, state = Net(params, ours.init(params)), params, theirs.init(params)
+    optimizer = add_clipping(optax.scale_by_adam(0.5, 0.9), None)
+    adam = optax.adam(0.1, 0.5, 0.9)
+    net, expected, state = Net(params, optimizer.init(params)), params, adam.init(params)
     for gradient in gradients:
-        net = net.apply_gradients(ours, gradient, jnp.float32(0.1))
-        updates, state = theirs.update(gradient, state)
+        net = net.apply_gradients(optimizer, gradient, jnp.float32(0.1))
+        updates, state = adam.update(gradient, state)
         expected = optax.apply_updates(expected, updates)
     np.testing.assert_allclose(net.params["w"], expected["w"], rtol=1e-6)
 
@@ -54,7 +55,7 @@ def test_clipping_bounds_the_global_norm():
     np.testing.assert_allclose(net.params["b"], [-0.8], rtol=1e-6)
 
 
-def test_a_moving_average_starts_fast_and_ends_slow():
+def test_a_moving_average_starts_with_a_small_decay():
     assert ema_update(0.0, 1.0, 0.99, jnp.int32(0)) == pytest.approx(0.9)
     assert ema_update(0.0, 1.0, 0.99, jnp.int32(10**6)) == pytest.approx(0.01, rel=1e-3)
     net = Net({"w": jnp.ones(2)}, (), ema={"w": jnp.zeros(2)}).update_ema(0.5, jnp.int32(10**6))
@@ -62,28 +63,28 @@ def test_a_moving_average_starts_fast_and_ends_slow():
     assert (net.replace(ema=None).eval_params["w"] == 1).all()
 
 
-def test_a_step_that_is_not_finite_changes_nothing_but_the_counts():
-    def net(value):
+def test_a_non_finite_step_changes_only_the_counts():
+    def make_net(value):
         values = jnp.full(3, value)
         return Net({"w": values}, (jnp.int32(value),), {"stats": values}, {"w": values})
 
-    before = TrainState(jnp.int32(7), {"generator": net(1.0)}, jnp.int32(2))
-    for metrics, skips in (
+    before = TrainState(jnp.int32(7), {"generator": make_net(1.0)}, jnp.int32(2))
+    for metrics, skipped in (
         ({"loss": 1.0, "norm": 2.0}, 0),
         ({"loss": 1.0, "norm": jnp.inf}, 1),
         ({"loss": jnp.nan, "norm": 2.0}, 1),
     ):
-        found = {key: jnp.float32(value) for key, value in metrics.items()}
-        step = jax.jit(functools.partial(apply_if_finite, must_be_finite=tuple(found)))
-        after, told = step(before, {"generator": net(5.0)}, found)
-        assert (after.step, after.skipped, told["skipped"]) == (8, 2 + skips, 2 + skips)
-        assert after.skipped.dtype == jnp.int32 and told["skipped"].dtype == jnp.float32
-        assert told.keys() == {"loss", "norm", "skipped"}
+        arrays = {key: jnp.float32(value) for key, value in metrics.items()}
+        step = jax.jit(functools.partial(apply_if_finite, must_be_finite=tuple(arrays)))
+        after, new_metrics = step(before, {"generator": make_net(5.0)}, arrays)
+        assert (after.step, after.skipped, new_metrics["skipped"]) == (8, 2 + skipped, 2 + skipped)
+        assert after.skipped.dtype == jnp.int32 and new_metrics["skipped"].dtype == jnp.float32
+        assert new_metrics.keys() == {"loss", "norm", "skipped"}
         for leaf in jax.tree.leaves(after.nets):
-            assert (leaf == (1 if skips else 5)).all()
+            assert (leaf == (1 if skipped else 5)).all()
 
 
-def test_a_metric_that_only_describes_a_step_does_not_skip_it():
+def test_a_non_finite_metric_that_is_not_a_loss_does_not_skip_a_step():
     before = TrainState(jnp.int32(7), {"generator": Net({"w": jnp.ones(3)}, ())}, jnp.int32(2))
     after = {"generator": Net({"w": jnp.zeros(3)}, ())}
     metrics = {
@@ -91,13 +92,13 @@ def test_a_metric_that_only_describes_a_step_does_not_skip_it():
         "gradient": jnp.float32(2),
         "perplexity": jnp.float32(jnp.nan),
     }
-    state, found = apply_if_finite(before, after, metrics, ("loss", "gradient"))
-    assert (state.skipped, found["skipped"]) == (2, 2)
-    assert (state.nets["generator"].params["w"] == 0).all() and jnp.isnan(found["perplexity"])
+    state, new_metrics = apply_if_finite(before, after, metrics, ("loss", "gradient"))
+    assert (state.skipped, new_metrics["skipped"]) == (2, 2)
+    assert (state.nets["generator"].params["w"] == 0).all() and jnp.isnan(new_metrics["perplexity"])
 
 
-def test_a_copy_shares_no_buffer():
+def test_copied_trees_share_no_buffer():
     tree = {"w": jax.device_put(np.ones(8, np.float32))}
-    twice = copy_buffers({"a": tree["w"], "b": tree["w"]})
-    pointers = {x.unsafe_buffer_pointer() for x in (tree["w"], *jax.tree.leaves(twice))}
+    copies = copy_buffers({"a": tree["w"], "b": tree["w"]})
+    pointers = {x.unsafe_buffer_pointer() for x in (tree["w"], *jax.tree.leaves(copies))}
     assert len(pointers) == 3

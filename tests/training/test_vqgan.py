@@ -1,4 +1,4 @@
-"""Stage 1 as the loop sees it."""
+"""Tests of stage 1 as the loop uses it."""
 
 import jax
 import jax.numpy as jnp
@@ -22,19 +22,23 @@ SMALL = {
 }  # fmt: skip
 
 
-def planted(monkeypatch, steps):
-    """Makes the images of these steps (counted from 1) infinite."""
-    gradients = VQGANObjective.compute_gradients
+def make_steps_infinite(monkeypatch, steps):
+    """Makes the images of these steps infinite. The steps are counted from 1."""
+    compute_gradients = VQGANObjective.compute_gradients
 
-    def broken(self, generator, discriminator, images, lpips, adversarial, step, *rest):
+    def compute_with_infinite_images(
+        self, generator, discriminator, images, lpips, adversarial, step, *rest
+    ):
         images += jnp.where(jnp.isin(step + 1, jnp.array(steps)), jnp.inf, 0)
-        return gradients(self, generator, discriminator, images, lpips, adversarial, step, *rest)
+        return compute_gradients(
+            self, generator, discriminator, images, lpips, adversarial, step, *rest
+        )
 
-    monkeypatch.setattr(VQGANObjective, "compute_gradients", broken)
+    monkeypatch.setattr(VQGANObjective, "compute_gradients", compute_with_infinite_images)
 
 
-class Watched(VQGANStage):
-    """Keeps the state before and after step 50."""
+class RecordingStage(VQGANStage):
+    """Stage 1 that keeps the state before and after step 50."""
 
     def train_step(self, state, batch):
         if batch.step == 49:
@@ -46,10 +50,10 @@ class Watched(VQGANStage):
 
 
 @pytest.mark.slow
-def test_an_infinity_is_skipped_counted_and_survived_and_too_many_in_a_row_are_not(
+def test_non_finite_steps_are_skipped_until_there_are_too_many_in_a_row(
     tmp_path, monkeypatch, capsys
 ):
-    planted(monkeypatch, [50, 53, 54, 55])
+    make_steps_infinite(monkeypatch, [50, 53, 54, 55])
     settings = {
         "vqgan.lecam_weight": 0.1, "vqgan.steps": 60, "vqgan.log_every": 1,
         "vqgan.skipped_in_a_row": 2, "devices": 1, "workdir": str(tmp_path),
@@ -57,7 +61,7 @@ def test_an_infinity_is_skipped_counted_and_survived_and_too_many_in_a_row_are_n
     built = []
 
     def build(config, devices, restart=False):
-        built.append(Watched(config, devices))
+        built.append(RecordingStage(config, devices))
         return built[0]
 
     with pytest.raises(
@@ -75,15 +79,16 @@ def test_an_infinity_is_skipped_counted_and_survived_and_too_many_in_a_row_are_n
     assert rows[49].keys() < rows[50].keys(), "the skipped step has no losses"
 
 
-def adversarial_steps(workdir):
-    """The steps at which a discriminator was trained, by the log."""
+def read_adversarial_steps(workdir):
+    """Returns the steps at which the discriminator was trained according to the log."""
     rows = read_rows(workdir / "metrics" / "vqgan.jsonl")
     return [r["step"] for r in rows if r["split"] == "train" and "discriminator" in r]
 
 
 @pytest.fixture
-def config_of(tmp_path):
-    """Settings of a run of so many steps, of which the discriminator takes part in half."""
+def make_config(tmp_path):
+    """Returns a function that makes the config of a run with a number of steps. The discriminator
+    takes part in the second half of them."""
 
     def config(steps, **overrides):
         settings = {"vqgan.discriminator_start": 0.5, "vqgan.steps": steps, "vqgan.log_every": 1}
@@ -93,40 +98,41 @@ def config_of(tmp_path):
     return config
 
 
-def check_longer_runs(config_of, capsys):
-    """After step 2 of 4 steps, though half of 10 are 5; another step is refused."""
-    longer = VQGANStage(config_of(10), Devices(1))
+def check_longer_runs(make_config, capsys):
+    """Checks that the discriminator of a longer run starts after step 2, as in the run of 4 steps,
+    and that another start is refused."""
+    longer = VQGANStage(make_config(10), Devices(1))
     assert (longer.start, longer.config.vqgan.discriminator_start_step) == (2, 2)
     assert "The discriminator starts after step 2, as computed" in capsys.readouterr().out
-    assert VQGANStage(config_of(10), Devices(1), restart=True).start == 5
+    assert VQGANStage(make_config(10), Devices(1), restart=True).start == 5
     with pytest.raises(UserError, match="start-step is 7, but the run in .* was created with 2"):
-        VQGANStage(config_of(12, **{"vqgan.discriminator_start_step": 7}), Devices(1))
+        VQGANStage(make_config(12, **{"vqgan.discriminator_start_step": 7}), Devices(1))
 
 
-def test_a_resumed_stage_takes_the_discriminators_start_from_its_checkpoints(
-    config_of, tmp_path, capsys
+def test_a_resumed_stage_takes_the_discriminator_start_from_its_checkpoints(
+    make_config, tmp_path, capsys
 ):
-    """Also from those of older versions, which have the share only."""
+    """The checkpoints of older versions have only the fraction of the steps."""
     store = Store(tmp_path, "vqgan")
-    store.save(4, {"step": np.int32(4)}, config_of(4), None)
+    store.save(4, {"step": np.int32(4)}, make_config(4), None)
     store.require(4)
-    check_longer_runs(config_of, capsys)
+    check_longer_runs(make_config, capsys)
 
 
 @pytest.mark.slow
-def test_a_longer_run_keeps_the_discriminators_start(config_of, tmp_path, capsys, monkeypatch):
+def test_a_longer_run_keeps_the_discriminator_start(make_config, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(VQGANStage, "draw_figures", lambda *_: None)
-    loop.train(VQGANStage, config_of(4))
-    assert adversarial_steps(tmp_path) == [3, 4]
+    loop.train(VQGANStage, make_config(4))
+    assert read_adversarial_steps(tmp_path) == [3, 4]
     assert read_config(tmp_path / "config.json").vqgan.discriminator_start_step == 2
-    check_longer_runs(config_of, capsys)
+    check_longer_runs(make_config, capsys)
 
 
 NEVER, QUARTER = {"discriminator_start": 1.0}, {"discriminator_start": 0.25}
 
 
 @pytest.mark.parametrize(
-    ("created", "given", "start"),
+    ("old_settings", "new_settings", "start"),
     [
         (None, QUARTER, 25),
         (None, NEVER, None),
@@ -137,24 +143,25 @@ NEVER, QUARTER = {"discriminator_start": 1.0}, {"discriminator_start": 0.25}
         ({"steps": 20} | NEVER, NEVER, None),
     ],
 )
-def test_the_discriminators_start_is_decided_once(created, given, start):
-    """Also for runs of older versions, whose config has the share only; "never" stays never."""
+def test_the_discriminator_start_is_fixed_when_a_run_is_created(old_settings, new_settings, start):
+    """The configs of older versions have only the fraction of the steps. If the discriminator never
+    started, it does not start later."""
 
     def config(settings):
         settings = {"batch_size": 10, "steps": 100} | settings
         return load_config("mnist_tiny", {f"vqgan.{key}": x for key, x in settings.items()})
 
-    before = None if created is None else config(created)
-    found = resolve_discriminator_start(config(given), 20, before)
-    assert found.vqgan.discriminator_start_step == start
+    before = None if old_settings is None else config(old_settings)
+    fixed_config = resolve_discriminator_start(config(new_settings), 20, before)
+    assert fixed_config.vqgan.discriminator_start_step == start
 
 
-def test_a_discriminator_that_is_held_back_learns_in_every_second_step_only():
+def test_with_discriminator_every_2_the_discriminator_learns_in_every_second_step():
     settings = {
         "data__mirror": True, "vqgan__steps": 4, "vqgan__discriminator_every": 2,
         "vqgan__adaptive_weight": True, "vqgan__diff_augment": ("color", "translation", "cutout"),
     }  # fmt: skip
-    stage = VQGANStage(small_runs.small_config(None, **settings), Devices(1))
+    stage = VQGANStage(small_runs.make_config(None, **settings), Devices(1))
     training, _ = stage.build_feeds()
     states = [stage.devices.replicate(stage.init(jax.random.key(0)))]
     for step in range(4):
@@ -164,13 +171,13 @@ def test_a_discriminator_that_is_held_back_learns_in_every_second_step_only():
         states.append(state)
         assert all(np.isfinite(value) for value in metrics.values())
 
-    def changed(before, after, part):
+    def has_changed(before, after, part):
         pairs = zip(*(jax.tree.leaves(getattr(s, part)) for s in (before, after)), strict=True)
         return any((np.asarray(a) != np.asarray(b)).any() for a, b in pairs)
 
     for step, learns in enumerate((True, False, True, False)):
         before, after = (s.nets["discriminator"] for s in states[step : step + 2])
-        assert changed(before, after, "params") == learns
-        assert changed(before, after, "opt_state") == learns
-        assert changed(before, after, "extra"), "it sees every batch"
-        assert changed(*(s.nets["generator"] for s in states[step : step + 2]), "params")
+        assert has_changed(before, after, "params") == learns
+        assert has_changed(before, after, "opt_state") == learns
+        assert has_changed(before, after, "extra"), "the statistics include every batch"
+        assert has_changed(*(s.nets["generator"] for s in states[step : step + 2]), "params")

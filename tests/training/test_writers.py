@@ -1,4 +1,4 @@
-"""Where the rows of a log go, also on disks that are full for a while."""
+"""Tests of the log writers, also on disks that are temporarily full."""
 
 import struct
 
@@ -9,11 +9,11 @@ from tensorboardX.record_writer import masked_crc32c
 from taming_jax.training.writers import JsonLines, TensorBoard, read_rows
 
 
-def rows(*steps):
+def make_rows(*steps):
     return [{"step": step, "split": "train", "nll": 0.5} for step in steps]
 
 
-def write(writer, *steps):
+def write_rows(writer, *steps):
     for step in steps:
         writer.scalars(step, "train", {"nll": 0.5})
 
@@ -21,32 +21,32 @@ def write(writer, *steps):
 def test_rows_that_could_not_be_written_are_written_later(tmp_path, limit_file_size):
     path = tmp_path / "folder" / "vqgan.jsonl"
     writer = JsonLines(path.parent, "vqgan")
-    write(writer, 1, 2)
+    write_rows(writer, 1, 2)
     limit_file_size(path.stat().st_size + 5)
     for step in (3, 4):
         with pytest.raises(OSError, match="too large"):
-            write(writer, step)
-    assert read_rows(path) == rows(1, 2)
+            write_rows(writer, step)
+    assert read_rows(path) == make_rows(1, 2)
     limit_file_size(1000)
-    write(writer, 5)
-    assert read_rows(path) == rows(1, 2, 3, 4, 5)
+    write_rows(writer, 5)
+    assert read_rows(path) == make_rows(1, 2, 3, 4, 5)
 
 
-def test_a_resumed_run_cuts_later_rows_and_a_torn_line(tmp_path):
+def test_resuming_removes_later_rows_and_an_incomplete_line(tmp_path):
     path = tmp_path / "vqgan.jsonl"
-    write(JsonLines(tmp_path, "vqgan"), 1, 2, 3)
+    write_rows(JsonLines(tmp_path, "vqgan"), 1, 2, 3)
     with path.open("ab") as stream:
         stream.write(b'{"step": 4, "nl')
     JsonLines(tmp_path, "vqgan").resume(3)
-    assert read_rows(path) == rows(1, 2, 3) and path.read_bytes().endswith(b"}\n")
-    again = JsonLines(tmp_path, "vqgan")
-    again.resume(2)
-    assert read_rows(path) == rows(1, 2)
-    write(again, 9)
-    assert read_rows(path) == rows(1, 2, 9)
+    assert read_rows(path) == make_rows(1, 2, 3) and path.read_bytes().endswith(b"}\n")
+    writer = JsonLines(tmp_path, "vqgan")
+    writer.resume(2)
+    assert read_rows(path) == make_rows(1, 2)
+    write_rows(writer, 9)
+    assert read_rows(path) == make_rows(1, 2, 9)
 
 
-def test_how_fast_a_run_is_goes_to_a_file_of_its_own(tmp_path):
+def test_the_speed_is_written_to_a_separate_file(tmp_path):
     writer = JsonLines(tmp_path, "prior")
     writer.scalars(2, "validation", {"nll": 0.5})
     writer.scalars(2, "speed", {"steps_per_second": 3.0})
@@ -54,7 +54,7 @@ def test_how_fast_a_run_is_goes_to_a_file_of_its_own(tmp_path):
     assert read_rows(tmp_path / "prior_speed.jsonl") == [{"step": 2, "steps_per_second": 3.0}]
 
 
-def test_tensorboard_goes_on_in_another_file_after_a_failure(tmp_path, limit_file_size):
+def test_tensorboard_continues_in_another_file_after_a_failure(tmp_path, limit_file_size):
     writer = TensorBoard(tmp_path / "events")
     writer.resume(10)
     writer.scalars(11, "train", {"nll": 0.5})
@@ -65,15 +65,15 @@ def test_tensorboard_goes_on_in_another_file_after_a_failure(tmp_path, limit_fil
     limit_file_size(10_000)
     writer.scalars(13, "train", {"nll": 0.3})
     writer.close()
-    assert scalars(tmp_path / "events") == {
+    assert read_scalars(tmp_path / "events") == {
         ("train/nll", 11): 0.5,
         ("train/nll", 13): pytest.approx(0.3),
     }
 
 
-def scalars(folder):
-    """What TensorBoard reads: (tag, step) -> value, of events that are whole."""
-    found = {}
+def read_scalars(folder):
+    """Returns the values that TensorBoard reads from complete events, by tag and step."""
+    values = {}
     for file in folder.iterdir():
         content = file.read_bytes()
         while len(content) > 12:
@@ -84,14 +84,14 @@ def scalars(folder):
             assert struct.unpack("<I", head)[0] == masked_crc32c(content[:8])
             assert struct.unpack("<I", tail)[0] == masked_crc32c(body)
             event = event_pb2.Event.FromString(body)
-            found |= {(v.tag, event.step): v.simple_value for v in event.summary.value}
+            values |= {(v.tag, event.step): v.simple_value for v in event.summary.value}
             content = content[16 + length :]
-    return found
+    return values
 
 
-def test_a_file_that_was_deleted_meanwhile_begins_anew(tmp_path):
+def test_a_log_that_was_deleted_during_a_run_is_created_again(tmp_path):
     writer = JsonLines(tmp_path, "vqgan")
-    write(writer, 1, 2)
+    write_rows(writer, 1, 2)
     (tmp_path / "vqgan.jsonl").unlink()
-    write(writer, 3, 4)
-    assert read_rows(tmp_path / "vqgan.jsonl") == rows(3, 4)
+    write_rows(writer, 3, 4)
+    assert read_rows(tmp_path / "vqgan.jsonl") == make_rows(3, 4)

@@ -1,4 +1,4 @@
-"""Files as PyTorch writes them, made here without it, in both of its formats."""
+"""Tests with files in both of PyTorch's formats, which are written without PyTorch."""
 
 import argparse
 import collections
@@ -21,11 +21,11 @@ KINDS = {"f4": "FloatStorage", "f8": "DoubleStorage", "i8": "LongStorage", "u2":
 
 @pytest.fixture
 def torch(monkeypatch):
-    """Modules of PyTorch's names, so that pickles may name what is in them."""
+    """Modules with PyTorch's names, so that pickles can refer to their members."""
     torch, utils = types.ModuleType("torch"), types.ModuleType("torch._utils")
 
     def _rebuild_tensor_v2(*arguments):
-        raise AssertionError("this stands in a file, and is not called")
+        raise AssertionError("pickles refer to this function, but nothing may call it")
 
     _rebuild_tensor_v2.__module__ = "torch._utils"
     _rebuild_tensor_v2.__qualname__ = "_rebuild_tensor_v2"
@@ -38,7 +38,7 @@ def torch(monkeypatch):
 
 
 class Tensor:
-    """A view of a storage, pickled as PyTorch does it."""
+    """A view of a storage that is pickled in the same way as by PyTorch."""
 
     def __init__(self, torch, key, storage, offset, shape, strides):
         self.torch, self.key, self.storage = torch, key, storage
@@ -48,11 +48,11 @@ class Tensor:
         offset, shape, strides = self.view
         rebuild = sys.modules["torch._utils"]._rebuild_tensor_v2
         backward_hooks = collections.OrderedDict()
-        return rebuild, (Named(self), offset, shape, strides, False, backward_hooks)
+        return rebuild, (StorageId(self), offset, shape, strides, False, backward_hooks)
 
 
-class Named:
-    """A storage by its persistent name."""
+class StorageId:
+    """The persistent ID of a storage."""
 
     def __init__(self, tensor):
         kind = getattr(tensor.torch, KINDS[tensor.storage.dtype.str[1:]])
@@ -60,32 +60,32 @@ class Named:
 
 
 class Pickler(pickle.Pickler):
-    older = False
+    old_format = False
 
     def persistent_id(self, value):
-        if isinstance(value, Named):
-            return (*value.name, None) if self.older else value.name
+        if isinstance(value, StorageId):
+            return (*value.name, None) if self.old_format else value.name
         return None
 
 
-def pickled(content, older=False):
+def make_pickle(content, old_format=False):
     stream = io.BytesIO()
     pickler = Pickler(stream, 2)
-    pickler.older = older
+    pickler.old_format = old_format
     pickler.dump(content)
     return stream.getvalue()
 
 
 def write_zip(file, content, storages):
     with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr("archive/data.pkl", pickled(content))
+        archive.writestr("archive/data.pkl", make_pickle(content))
         for key, storage in storages.items():
             archive.writestr(f"archive/data/{key}", storage.tobytes())
 
 
-def write_older(file, content, storages):
-    parts = [pickled(MAGIC), pickled(1001), pickled({"little_endian": True})]
-    parts += [pickled(content, older=True), pickled(list(storages))]
+def write_old_format(file, content, storages):
+    parts = [make_pickle(MAGIC), make_pickle(1001), make_pickle({"little_endian": True})]
+    parts += [make_pickle(content, old_format=True), make_pickle(list(storages))]
     for storage in storages.values():
         parts.append(struct.pack("<q", len(storage)) + storage.tobytes())
     file.write_bytes(b"".join(parts))
@@ -99,7 +99,7 @@ STORAGES = {
 }
 
 
-def content(torch):
+def make_content(torch):
     def tensor(key, *view):
         return Tensor(torch, key, STORAGES[key], *view)
 
@@ -113,9 +113,9 @@ def content(torch):
     return {"state_dict": state, "epoch": 3, "names": ["a", ("b", None)]}
 
 
-@pytest.mark.parametrize("write", [write_zip, write_older])
-def test_tensors_and_containers(torch, tmp_path, write):
-    write(tmp_path / "model.pth", content(torch), STORAGES)
+@pytest.mark.parametrize("write", [write_zip, write_old_format])
+def test_tensors_and_containers_are_read(torch, tmp_path, write):
+    write(tmp_path / "model.pth", make_content(torch), STORAGES)
     loaded = open_tensors(tmp_path / "model.pth")
     assert loaded["epoch"] == 3 and loaded["names"] == ["a", ("b", None)]
     state, flat = loaded["state_dict"], np.arange(24, dtype=np.float32)
@@ -138,26 +138,26 @@ class Malicious:
         return os.mkdir, (str(self.folder / "run"),)
 
 
-@pytest.mark.parametrize("write", [write_zip, write_older])
-def test_nothing_of_a_file_is_run(torch, tmp_path, write):
+@pytest.mark.parametrize("write", [write_zip, write_old_format])
+def test_no_code_in_a_file_is_executed(torch, tmp_path, write):
     args = argparse.Namespace(lr=1e-4, ema=False)
-    others = {"run": Malicious(tmp_path), "args": args, "seen": {3}, "rng": np.float64(2.0)}
-    write(tmp_path / "model.pth", others | {"epoch": 3}, {})
-    content = open_tensors(tmp_path / "model.pth")
-    assert content.pop("epoch") == 3 and {type(x) for x in content.values()} == {Inert}
+    other_entries = {"run": Malicious(tmp_path), "args": args, "seen": {3}, "rng": np.float64(2.0)}
+    write(tmp_path / "model.pth", other_entries | {"epoch": 3}, {})
+    loaded = open_tensors(tmp_path / "model.pth")
+    assert loaded.pop("epoch") == 3 and {type(x) for x in loaded.values()} == {Inert}
     assert not (tmp_path / "run").exists()
 
 
-def test_files_that_are_not_whole(torch, tmp_path):
-    for write in (write_zip, write_older):
+def test_incomplete_or_invalid_files_are_refused(torch, tmp_path):
+    for write in (write_zip, write_old_format):
         file = tmp_path / f"{write.__name__}.pth"
-        write(file, content(torch), STORAGES)
-        whole = file.read_bytes()
-        for share in (0, 0.3, 0.6, 0.98):
-            file.write_bytes(whole[: int(share * len(whole))])
+        write(file, make_content(torch), STORAGES)
+        content_bytes = file.read_bytes()
+        for fraction in (0, 0.3, 0.6, 0.98):
+            file.write_bytes(content_bytes[: int(fraction * len(content_bytes))])
             with pytest.raises(UserError, match="is damaged or not a PyTorch file"):
                 open_tensors(file)
-    for view, says in (
+    for view, message in (
         ((20, (2, 3), (3, 1)), "extends beyond its storage"),
         ((8, (2, 3), (-3, 1)), "has an invalid shape"),
         ((0, 3, (1,)), "is damaged or not a PyTorch file"),
@@ -165,15 +165,15 @@ def test_files_that_are_not_whole(torch, tmp_path):
         ((0, (5, 5), (0, 0)), "is larger than its storage"),
         ((0, (10**30,), (0,)), "is larger than its storage"),
     ):
-        beyond = {"x": Tensor(torch, "0", STORAGES["0"], *view)}
-        write_zip(tmp_path / "beyond.pth", beyond, STORAGES)
-        with pytest.raises(UserError, match=says):
+        entries = {"x": Tensor(torch, "0", STORAGES["0"], *view)}
+        write_zip(tmp_path / "beyond.pth", entries, STORAGES)
+        with pytest.raises(UserError, match=message):
             open_tensors(tmp_path / "beyond.pth")
     with pytest.raises(UserError, match="there is no file"):
         open_tensors(tmp_path / "none.pth")
 
 
-def test_what_is_written_is_read(tmp_path):
+def test_written_tensors_can_be_read(tmp_path):
     rng = np.random.default_rng(0)
     state = {
         "a.weight": rng.random((3, 4), np.float32), "count": np.array(7, np.int64),
@@ -184,10 +184,11 @@ def test_what_is_written_is_read(tmp_path):
     loaded = open_tensors(tmp_path / "m.ckpt")
     assert loaded["epoch"] == 3 and list(loaded["state_dict"]) == list(state)
     for name, array in state.items():
-        back = loaded["state_dict"][name]
-        assert back.dtype == array.dtype and back.shape == array.shape
-        np.testing.assert_array_equal(back, array)
-    with zipfile.ZipFile(tmp_path / "m.ckpt") as archive:  # as torch.load(mmap=True) wants them
+        loaded_array = loaded["state_dict"][name]
+        assert loaded_array.dtype == array.dtype and loaded_array.shape == array.shape
+        np.testing.assert_array_equal(loaded_array, array)
+    # torch.load(mmap=True) needs aligned arrays.
+    with zipfile.ZipFile(tmp_path / "m.ckpt") as archive:
         for part in archive.infolist():
             if "/data/" in part.filename:
                 archive.fp.seek(part.header_offset + 26)
@@ -196,25 +197,25 @@ def test_what_is_written_is_read(tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_a_changed_byte_is_noticed(torch, tmp_path):
-    write_zip(tmp_path / "m.pth", content(torch), STORAGES)
-    whole = bytearray((tmp_path / "m.pth").read_bytes())
-    at = whole.index(STORAGES["0"].tobytes())
-    whole[at + 5] ^= 1
-    (tmp_path / "m.pth").write_bytes(whole)
-    with pytest.raises(UserError, match=r"is damaged .*archive/data/0 has a wrong checksum"):
+def test_a_flipped_bit_is_detected(torch, tmp_path):
+    write_zip(tmp_path / "m.pth", make_content(torch), STORAGES)
+    content_bytes = bytearray((tmp_path / "m.pth").read_bytes())
+    start = content_bytes.index(STORAGES["0"].tobytes())
+    content_bytes[start + 5] ^= 1
+    (tmp_path / "m.pth").write_bytes(content_bytes)
+    with pytest.raises(UserError, match=r"is damaged .*archive/data/0 has the wrong checksum"):
         open_tensors(tmp_path / "m.pth")
 
 
-def test_names_of_lightning_may_stand_in_a_file(tmp_path):
+def test_a_file_may_refer_to_classes_of_lightning(tmp_path):
     name = b"cpytorch_lightning.callbacks.model_checkpoint\nModelCheckpoint\n"
-    for pickled in (b"\x80\x02}(" + name + b"K\x01u.", b"\x80\x02" + name + b")R."):
+    for pickle_bytes in (b"\x80\x02}(" + name + b"K\x01u.", b"\x80\x02" + name + b")R."):
         with zipfile.ZipFile(tmp_path / "m.ckpt", "w") as archive:
-            archive.writestr("archive/data.pkl", pickled)
+            archive.writestr("archive/data.pkl", pickle_bytes)
         open_tensors(tmp_path / "m.ckpt")
 
 
-def test_a_compressed_file_is_a_sentence(tmp_path):
+def test_a_compressed_file_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "packed", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", b"\x80\x02N.")
     with pytest.raises(UserError, match="it is compressed"):
