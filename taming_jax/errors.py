@@ -5,6 +5,7 @@
 """
 
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -37,6 +38,9 @@ def say(sentence: str, file: TextIO | None = None) -> None:
 
 def report(command: Callable[[], object]) -> int:
     """Runs a command and returns its exit status. Prints one sentence on stderr if it fails."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # so that an ASCII terminal shows every message
+            stream.reconfigure(errors="backslashreplace")
     # SIGINT ends commands at once, without a traceback. Training handles it (training/signals.py).
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     status = 0

@@ -25,6 +25,7 @@ from taming_jax.parallel.devices import Devices, map_batches
 from taming_jax.parallel.runtime import enable_compile_cache
 from taming_jax.priors.registry import Prior, build_prior
 from taming_jax.sampler import Sampler, SamplingSettings, make_keep_mask
+from taming_jax.storage import expand_user
 from taming_jax.training.checkpoints import Store
 from taming_jax.training.tokens import Tokenizer
 from taming_jax.weights.arrays import hash_arrays
@@ -42,7 +43,7 @@ def load_run(workdir: str | Path, data: Mapping[str, Any] | None = None) -> "Run
 
     Raises UserError if the folder holds no run, or if none of its checkpoints can be read.
     """
-    folder = Path(workdir)
+    folder = expand_user(workdir)
     run = Run(folder, *_load_checkpoint(folder))
     return run.with_data(data) if data else run
 

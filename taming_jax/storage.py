@@ -22,9 +22,22 @@ from taming_jax.errors import UserError, say
 LOCK = ".lock"
 
 
+def expand_user(path: str | Path) -> Path:
+    """Replaces a leading ~ by the user's home folder, if there is one."""
+    return Path(os.path.expanduser(path))
+
+
 def user_cache() -> Path:
-    """Returns the user's cache folder, whose files may be deleted at any time."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "taming_jax"
+    """Returns the user's cache folder, whose files may be deleted at any time. A user without a
+    home has it among the temporary files. Raises UserError if it belongs to another user."""
+    base = expand_user(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    if base.is_absolute():
+        return base / "taming_jax"
+    folder = Path(tempfile.gettempdir()) / f"taming_jax-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise UserError(f"the cache folder {folder} belongs to another user; set XDG_CACHE_HOME.")
+    return folder
 
 
 def check_writable(name: str, path: Path) -> None:

@@ -69,3 +69,17 @@ def test_a_closed_pipe_is_not_an_error(capsys):
         raise BrokenPipeError
 
     assert report(command) == 0 and capsys.readouterr() == ("", "")
+
+
+def test_messages_can_be_read_on_an_ascii_terminal():
+    code = (
+        "import sys; from taming_jax.errors import UserError, report, say\n"
+        "def command():\n    say('caf\\xe9'); raise UserError('na\\xefve')\n"
+        "sys.exit(report(command))"
+    )
+    environment = os.environ | {"PYTHONIOENCODING": "ascii:strict", "PYTHONUTF8": "0"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, check=False, env=environment, timeout=60
+    )
+    assert result.returncode == 2
+    assert result.stdout == b"caf\\xe9\n" and result.stderr == b"error: na\\xefve\n"

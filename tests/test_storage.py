@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from taming_jax.errors import UserError
-from taming_jax.storage import atomic_write, read_arrays, run_lock, write_arrays
+from taming_jax.storage import atomic_write, read_arrays, run_lock, user_cache, write_arrays
 from tests import commands
 
 
@@ -101,3 +101,24 @@ def test_arrays_are_written_if_there_is_space_and_damaged_files_are_ignored(
     for damaged in (content[: len(content) // 2], content[:300] + b"x" + content[301:], b""):
         (tmp_path / "damaged.npz").write_bytes(damaged[:1000])
         assert read_arrays(tmp_path / "damaged.npz") is None
+
+
+def test_a_user_without_a_home_has_a_cache(tmp_path, monkeypatch):
+    import pwd
+
+    def raise_key_error(uid):
+        raise KeyError(uid)
+
+    monkeypatch.setattr(pwd, "getpwuid", raise_key_error)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    folder = user_cache()
+    assert folder.parent == tmp_path and folder.stat().st_mode & 0o777 == 0o700
+    assert user_cache() == folder
+    monkeypatch.setattr("os.getuid", lambda: 12345)
+    folder.rename(tmp_path / "taming_jax-12345")
+    with pytest.raises(UserError, match="belongs to another user; set XDG_CACHE_HOME"):
+        user_cache()
+    monkeypatch.setenv("XDG_CACHE_HOME", "/elsewhere")
+    assert str(user_cache()) == "/elsewhere/taming_jax"

@@ -15,6 +15,7 @@ import tyro
 
 from taming_jax.config.load import (
     diff_configs,
+    expand_paths,
     list_presets,
     load_config,
     read_config,
@@ -24,7 +25,7 @@ from taming_jax.config.schema import Config, DataConfig
 from taming_jax.config.validation import validate_config
 from taming_jax.errors import UserError
 from taming_jax.parallel.distributed import Processes
-from taming_jax.storage import check_writable
+from taming_jax.storage import check_writable, expand_user
 
 T = TypeVar("T")
 
@@ -32,7 +33,9 @@ T = TypeVar("T")
 def parse(command: type[T], description: str | None) -> T:
     """Parses the command line into the dataclass `command`, whose docstrings are the help texts.
     tyro exits with status 2 and its own message if a flag is invalid."""
-    return tyro.cli(command, description=description, args=sys.argv[1:])
+    args: Any = tyro.cli(command, description=description, args=sys.argv[1:])
+    paths = {name: expand_user(x) for name, x in vars(args).items() if isinstance(x, Path)}
+    return dataclasses.replace(args, **paths)
 
 
 # Data settings that the run's networks fix, or that affect only training.
@@ -146,11 +149,12 @@ def load_default_config(name: str | None, workdir: str | None, wants_help: bool)
         config = load_config("mnist")
     if workdir == "" and not wants_help:
         raise UserError("--workdir needs a value: the folder of the run.")
-    return dataclasses.replace(config, workdir=workdir or config.workdir)
+    return expand_paths(dataclasses.replace(config, workdir=workdir or config.workdir))
 
 
 def make_paths_absolute(config: Config) -> Config:
     """Makes a config's paths absolute, so that the run can be used from any working directory."""
+    config = expand_paths(config)
     for section, name in (("data", "path"), ("vqgan", "init_from"), ("prior", "init_from")):
         if (path := getattr(getattr(config, section), name)) is not None:
             config = replace_section(config, section, **{name: str(Path(path).absolute())})

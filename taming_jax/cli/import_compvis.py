@@ -10,6 +10,7 @@ training with train_vqgan.py and train_prior.py.
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from taming_jax.cli.arguments import parse
 from taming_jax.errors import UserError
@@ -28,6 +29,9 @@ class ImportCompVis:
     """The new run's folder."""
     classes: int | None = None
     """The number of classes. Default: n_classes in the YAML, or else at most 1000."""
+    weights: Literal["ema", "model"] | None = None
+    """ema: the exponential moving average of the weights; model: the weights. Default: the moving
+    average if the file has one."""
 
 
 def main() -> None:
@@ -41,7 +45,7 @@ def main() -> None:
         raise UserError(f"--classes is {args.classes}; it must be 1 or more.")
     check_new_folder(args.workdir)
     content = read_yaml(args.config)
-    state_dict, metadata = open_state_dict(args.checkpoint)
+    state_dict, metadata = open_state_dict(args.checkpoint, args.weights)
     step = metadata.get("global_step", 0)
     step = step if isinstance(step, int) and step > 0 else 0
     model = parse_yaml(content, args.config, args.classes, step)

@@ -9,6 +9,7 @@ training with train_vqgan.py and train_prior.py.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from taming_jax.cli.arguments import parse
 from taming_jax.errors import UserError
@@ -26,6 +27,9 @@ class ImportLlamaGen:
     """The height and width of the images; 384 for transformers of 24x24 codes."""
     heads: int | None = None
     """The number of attention heads. Default: that of LlamaGen's model of the same width."""
+    weights: Literal["ema", "model"] | None = None
+    """ema: the exponential moving average of the weights; model: the weights. Default: the moving
+    average if the file has one."""
 
 
 def main() -> None:
@@ -39,8 +43,8 @@ def main() -> None:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be 1 or more.")
     check_new_folder(args.workdir)
     tokenizer, gpt = args.tokenizer, args.gpt
-    files = {"tokenizer": (tokenizer, open_state_dict(tokenizer)[0])}
+    files = {"tokenizer": (tokenizer, open_state_dict(tokenizer, args.weights)[0])}
     if gpt is not None:
-        files["gpt"] = gpt, open_state_dict(gpt)[0]
+        files["gpt"] = gpt, open_state_dict(gpt, args.weights)[0]
     model, parts = llamagen.parse_model(files, args.image_size, args.heads)
     import_run(args.workdir, model, parts, "LlamaGen")

@@ -18,7 +18,7 @@ from taming_jax.config.schema import UNKNOWN, Config
 from taming_jax.config.serialization import from_dict, to_dict
 from taming_jax.config.validation import format_flag, validate_config
 from taming_jax.errors import UserError
-from taming_jax.storage import atomic_write
+from taming_jax.storage import atomic_write, expand_user
 
 
 def list_presets() -> list[str]:
@@ -68,7 +68,18 @@ def override(config: Config, overrides: Mapping[str, Any]) -> Config:
         if isinstance(section.get(last), dict):
             raise UserError(f"'{name}' is a group of settings; name one of them: '{name}.…'.")
         section[last] = value
-    return validate_config(from_dict(Config, values))
+    return validate_config(expand_paths(from_dict(Config, values)))
+
+
+def expand_paths(config: Config) -> Config:
+    """Returns a config whose paths do not start with ~, which only shells expand."""
+    names = {"data": ("path", "cache"), "vqgan": ("init_from",), "prior": ("init_from",)}
+    for section, fields in names.items():
+        paths = {name: getattr(getattr(config, section), name) for name in fields}
+        expanded = {name: path and str(expand_user(path)) for name, path in paths.items()}
+        config = replace_section(config, section, **expanded)
+    workdir = config.workdir and str(expand_user(config.workdir))
+    return dataclasses.replace(config, workdir=workdir)
 
 
 def replace_section(config: Config, section: str, **values: Any) -> Config:

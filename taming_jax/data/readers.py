@@ -215,7 +215,12 @@ def read_parquet(root: Path, files: Sequence[Path], config: DataConfig) -> dict[
         # `datasets` identifies cached files by name, size and time only, so the folder is named by
         # a hash of their contents.
         folder = str(get_cache_folder(config) / "parquet" / hash_json(contents)[:16])
-        loaded = datasets.load_dataset("parquet", data_files=names, cache_dir=folder)
+        loaded = {  # one by one, since a test split without labels has other types
+            split: datasets.load_dataset(
+                "parquet", data_files={split: files}, split=split, cache_dir=folder
+            )
+            for split, files in names.items()
+        }
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
             f"the parquet files in {root} cannot be read "
@@ -250,7 +255,7 @@ def build_hub_tables(
     tables = {}
     for split, name in splits.items():
         rows = loaded[name]
-        classes = None if columns.label is None else list(rows[columns.label])
+        classes = list(rows[columns.label]) if columns.label in rows.column_names else None
         encoded = rows.select_columns([image]).cast_column(image, datasets.Image(decode=False))
         tables[split] = build_column_table(name, encoded, columns, classes, contents[name])
     return tables

@@ -27,7 +27,7 @@ from taming_jax.models import inception
 from taming_jax.models.inception import InceptionV3
 from taming_jax.models.lpips import load_lpips, vgg_features
 from taming_jax.parallel.devices import Devices
-from taming_jax.storage import atomic_write, user_cache
+from taming_jax.storage import atomic_write, expand_user, user_cache
 from taming_jax.weights.arrays import hash_arrays
 from taming_jax.weights.layout import (
     build_inception_layout,
@@ -192,7 +192,7 @@ def load_pretrained(name: str, weights: str | Path | None, legacy_resize: bool) 
 def find_inception(fetch: bool) -> Path | None:
     """Returns the path of InceptionV3's file in the user's cache or in PyTorch's. If it is missing,
     returns None, or with `fetch` downloads it, and raises UserError if that fails."""
-    torch = Path(os.environ.get("TORCH_HOME") or "~/.cache/torch").expanduser()
+    torch = expand_user(os.environ.get("TORCH_HOME") or "~/.cache/torch")
     file = user_cache() / INCEPTION_FILE
     for path in (file, torch / "hub" / "checkpoints" / INCEPTION_FILE):
         if path.is_file():

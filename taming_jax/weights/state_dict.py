@@ -2,9 +2,10 @@
 
 import importlib.util
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -13,29 +14,62 @@ from taming_jax.storage import atomic_file
 from taming_jax.weights.torch_file import open_tensors
 
 StateDict = dict[str, np.ndarray]
+Weights = Literal["ema", "model"]
+EMA_PREFIX = "model_ema."
 
 
-def open_state_dict(file: Path) -> tuple[StateDict, dict[str, Any]]:
+def open_state_dict(file: Path, weights: Weights | None = None) -> tuple[StateDict, dict[str, Any]]:
     """Returns the arrays of a file by name, and its metadata: other numbers and strings.
 
     In a PyTorch file, the arrays are under the key `ema`, `state_dict`, `model` or `module`, or at
-    the top level. Raises UserError if the file is missing or damaged, or if a PyTorch file
-    has no arrays.
+    the top level. `weights` chooses between an exponential moving average (EMA) and the weights
+    themselves. Default: the EMA if the file has one. Names lose the prefixes of `torch.compile` and
+    data-parallel wrappers. Raises UserError if the file is missing or damaged, if a PyTorch file
+    has no arrays, or if there is no EMA and `weights` asks for it.
     """
     if file.suffix == ".safetensors":
-        return open_safetensors(file)
-    content = open_tensors(file)
-    if not isinstance(content, Mapping):
+        arrays, metadata = open_safetensors(file)
+        ema: StateDict = {}
+    else:
+        content = open_tensors(file)
+        content = content if isinstance(content, Mapping) else {}
+        metadata = {str(k): x for k, x in content.items() if isinstance(x, int | float | str)}
+        ema = get_arrays(content.get("ema"))
+        # The keys that Lightning, LlamaGen and DeepSpeed use.
+        candidates = (*map(content.get, ("state_dict", "model", "module")), content)
+        arrays = next(filter(None, map(get_arrays, candidates)), {})
+    if not arrays and not ema:
         raise UserError(f"{file} has no state dict; name a checkpoint with weights.")
-    # The keys that Lightning, LlamaGen and DeepSpeed use.
-    keys = [k for k in ("ema", "state_dict", "model", "module") if isinstance(content.get(k), dict)]
-    state_dict = content[keys[0]] if keys else content
-    arrays = {str(name): x for name, x in state_dict.items() if isinstance(x, np.ndarray)}
-    if not arrays:
-        raise UserError(f"{file} has no state dict; name a checkpoint with weights.")
-    if keys[:1] == ["ema"]:
-        say(f"Using the exponential moving average (ema) of the weights in {file}.")
-    return arrays, {str(k): x for k, x in content.items() if isinstance(x, int | float | str)}
+    arrays, ema = strip_prefixes(arrays), strip_prefixes(ema) or extract_ema(arrays)
+    arrays = {name: x for name, x in arrays.items() if not name.startswith(EMA_PREFIX)}
+    if weights == "ema" and not ema:
+        raise UserError(f"{file} has no moving average of the weights; leave --weights out.")
+    if not ema or not arrays:
+        return arrays or ema, metadata
+    used = "model" if weights == "model" else "ema"
+    other = "ema" if used == "model" else "model"
+    label = {"model": "weights", "ema": "exponential moving average (EMA) of the weights"}[used]
+    say(f"Using the {label} in {file}. Use --weights {other} for the other.")
+    return arrays if used == "model" else arrays | ema, metadata
+
+
+def get_arrays(value: Any) -> StateDict:
+    """Returns the arrays of a mapping by name, or an empty dict for other values."""
+    items = value.items() if isinstance(value, Mapping) else ()
+    return {str(name): x for name, x in items if isinstance(x, np.ndarray)}
+
+
+def strip_prefixes(arrays: StateDict) -> StateDict:
+    """Returns arrays without the prefixes that `torch.compile` and data-parallel wrappers add."""
+    prefixes = re.compile(r"^(module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")
+    return {prefixes.sub("", name): x for name, x in arrays.items()}
+
+
+def extract_ema(arrays: StateDict) -> StateDict:
+    """Returns the moving average that latent-diffusion's `LitEma` keeps beside the weights, under
+    their names without dots."""
+    averages = {name: arrays.get(EMA_PREFIX + name.replace(".", "")) for name in arrays}
+    return {name: x for name, x in averages.items() if x is not None}
 
 
 def open_safetensors(file: Path) -> tuple[StateDict, dict[str, Any]]:

@@ -51,9 +51,12 @@ def read_storage(raw: Any, kind: str, count: int) -> np.ndarray:
 
 
 def view_storage(
-    storage: np.ndarray, offset: int, shape: tuple, strides: tuple, *_: Any
-) -> np.ndarray:
-    """Returns a tensor as a read-only view of a storage. Raises ValueError if it is invalid."""
+    storage: "np.ndarray | Inert", offset: int, shape: tuple, strides: tuple, *_: Any
+) -> "np.ndarray | Inert":
+    """Returns a tensor as a read-only view of a storage, or the storage itself if it is inert.
+    Raises ValueError if the tensor is invalid."""
+    if isinstance(storage, Inert):
+        return storage
     numbers = (offset, *shape, *strides)
     if len(shape) != len(strides) or not all(type(n) is int and n >= 0 for n in numbers):
         raise ValueError("a tensor has an invalid shape")
@@ -79,8 +82,13 @@ class Inert:
     def __setitem__(self, key: Any, value: Any) -> None:
         pass
 
+    def __call__(self, *_: Any, **__: Any) -> "Inert":
+        return self
+
     def append(self, value: Any) -> None:
         pass
+
+    extend = add = update = append
 
 
 SUPPORTED: dict[tuple[str, str], Any] = {
@@ -88,6 +96,10 @@ SUPPORTED: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_tensor_v2"): view_storage,
     ("torch._utils", "_rebuild_tensor"): view_storage,
     ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
+    ("torch._utils", "_rebuild_parameter_with_state"): lambda tensor, *_: tensor,
+    ("torch._tensor", "_rebuild_from_type_v2"): lambda rebuild, _, arguments, *__: rebuild(
+        *arguments
+    ),
 } | {("torch", name): name for name in DTYPES}
 
 
@@ -102,8 +114,10 @@ class TensorUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         return SUPPORTED.get((module, name), Inert)
 
-    def persistent_load(self, pid: Any) -> np.ndarray:
+    def persistent_load(self, pid: Any) -> np.ndarray | Inert:
         _, kind, key, _, count, *view = pid
+        if isinstance(kind, type) and issubclass(kind, Inert):  # such as float8, which numpy lacks
+            return Inert()
         if any(view):
             raise ValueError("its storages are views, as written by PyTorch before 0.4")
         return self.load_storage(kind, key, count)
@@ -123,8 +137,9 @@ def open_tensors(file: Path) -> Any:
     except FileNotFoundError:
         raise UserError(f"there is no file {file}.") from None
     except DAMAGE_ERRORS as error:
+        reason = " ".join(str(error).split())
         raise UserError(
-            f"{file} is damaged or not a PyTorch file ({error}); download or copy it again."
+            f"{file} is damaged or not a PyTorch file ({reason}); download or copy it again."
         ) from error
 
 

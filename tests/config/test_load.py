@@ -184,3 +184,12 @@ def test_the_mnist_preset_has_the_settings_of_the_reference_project():
     assert vqgan.perceptual_weight == 1.0
     assert load_config("mnist_tiny").vqgan.perceptual_weight == 0.0
     assert isinstance(config, Config)
+
+
+def test_a_tilde_in_a_path_is_the_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    names = ("workdir", "data.path", "data.cache", "vqgan.init_from", "prior.init_from")
+    config = load_config("mnist", dict.fromkeys(names, "~/x"))
+    assert config.workdir == config.data.path == config.data.cache == "/home/someone/x"
+    assert config.vqgan.init_from == config.prior.init_from == "/home/someone/x"
+    assert load_config("mnist").workdir is None

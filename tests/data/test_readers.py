@@ -213,3 +213,123 @@ def test_the_hub_without_a_network_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "load_dataset", raise_connection_error)
     with pytest.raises(UserError, match="download its parquet files elsewhere .* --data.path"):
         datasets.load(make_config(tmp_path, "someone/pictures", None))
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["{}.parquet", "{}-00000-of-00001.parquet", "data/{}-00000.parquet", "{}/0000.parquet",
+     "default/{}/0000.parquet", "plain_text/{}-00000-of-00001.parquet", "data/{}/a.b.parquet"],
+)  # fmt: skip
+def test_layouts_of_parquet_files(tmp_path, file):
+    source = pictures.write_parquet(tmp_path / "source")
+    for split in pictures.SPLITS:
+        target = tmp_path / "data set" / file.format(split)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source / f"{split}-00000-of-00001.parquet", target)
+    for name in ("a/b", "folder"):
+        splits = datasets.load(make_config(tmp_path, name, tmp_path / "data set"))
+        assert [len(part.images) for part in splits[:3]] == [42, 9, 9]
+        assert splits.class_names == pictures.NAMES
+
+
+def test_parquet_files_of_no_split_are_training_images(tmp_path):
+    (tmp_path / "x").mkdir()
+    source = pictures.write_parquet(tmp_path / "source")
+    shutil.copy(source / "train-00000-of-00001.parquet", tmp_path / "x" / "data-00000.parquet")
+    splits = datasets.load(make_config(tmp_path, "a/b", tmp_path / "x"))
+    assert sum(len(part.images) for part in splits[:3]) == 42
+
+
+def test_one_of_several_configurations(tmp_path):
+    for name, parts in (("small", {"train": pictures.make_split(9)}), ("full", pictures.SPLITS)):
+        pictures.write_parquet(tmp_path / "x" / name, parts)
+    with pytest.raises(UserError, match="set --data.config .*: 'full', 'small'"):
+        datasets.load(make_config(tmp_path, "a/b", tmp_path / "x"))
+    splits = datasets.load(make_config(tmp_path, "a/b", tmp_path / "x", config="full"))
+    assert len(splits.train.images) == 42
+
+
+def test_a_saved_dataset_is_read(tmp_path):
+    import datasets as hub
+
+    parts = {}
+    for split, (contents, labels) in pictures.SPLITS.items():
+        images = [{"bytes": content, "path": None} for content in contents]
+        kind = hub.ClassLabel(names=list(pictures.NAMES))
+        features = hub.Features({"picture": hub.Image(), "kind": kind})
+        parts[split] = hub.Dataset.from_dict({"picture": images, "kind": labels}, features)
+    hub.DatasetDict(parts).save_to_disk(str(tmp_path / "all"))
+    parts["train"].save_to_disk(str(tmp_path / "one"))
+    for name in ("folder", "a/b"):
+        splits = datasets.load(make_config(tmp_path, name, tmp_path / "all"))
+        assert [len(part.images) for part in splits[:3]] == [42, 9, 9]
+        assert splits.class_names == pictures.NAMES
+    splits = datasets.load(make_config(tmp_path, "folder", tmp_path / "one"))
+    assert sum(len(part.images) for part in splits[:3]) == 42
+    next((tmp_path / "one").glob("*.arrow")).write_bytes(b"damaged")
+    with pytest.raises(UserError, match="saved dataset in .* cannot be read"):
+        datasets.load(make_config(tmp_path, "folder", tmp_path / "one"))
+
+
+@pytest.mark.parametrize("labels", [[-1] * 9, [None] * 9])
+def test_a_test_split_without_labels_is_left_out(tmp_path, capsys, labels):
+    parts = pictures.SPLITS | {"test": (pictures.SPLITS["test"][0], labels)}
+    root = pictures.write_parquet(tmp_path / "x", parts)
+    splits = datasets.load(make_config(tmp_path, "a/b", root))
+    assert [len(part.images) for part in splits[:3]] == [38, 9, 4]
+    assert "test: 9 pictures without a class are left out." in capsys.readouterr().out
+
+
+def test_some_validation_images_without_labels_are_left_out(tmp_path):
+    contents, labels = pictures.SPLITS["validation"]
+    parts = pictures.SPLITS | {"validation": (contents, [*labels[:5], *[None] * 4])}
+    root = pictures.write_parquet(tmp_path / "x", parts)
+    splits = datasets.load(make_config(tmp_path, "a/b", root))
+    assert splits.validation.labels.tolist() == labels[:5]
+
+
+def test_a_flat_test_folder_is_left_out(tmp_path, capsys):
+    root = pictures.write_folder(tmp_path / "x", {"train": pictures.SPLITS["train"]})
+    (root / "test").mkdir()
+    for i, content in enumerate(pictures.make_split(5)[0]):
+        (root / "test" / f"{i}.jpg").write_bytes(content)
+    splits = datasets.load(make_config(tmp_path, "folder", root))
+    assert [len(part.images) for part in splits[:3]] == [36, 2, 4]
+    assert "test: 5 pictures without a class are left out." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("columns", "label", "unused"),
+    [
+        ({"species": ["a", "b", "a", "b"], "sex": ["m", "m", "f", "f"]}, "species", "sex"),
+        ({"id": ["1", "2", "3", "4"], "kind": ["a", "b", "a", "b"]}, "kind", "id"),
+        ({"Class": [0, 1, 0, 1], "size": [3, 4, 5, 6]}, "Class", "size"),
+        ({"one": ["a", "b", "a", "b"], "two": ["c", "d", "c", "d"]}, None, "one, two"),
+        ({"text": ["a", "b", "c", "d"]}, None, "text"),
+    ],
+)
+def test_the_column_of_classes_and_unused_columns_are_named(
+    tmp_path, capsys, columns, label, unused
+):
+    import pyarrow
+    import pyarrow.parquet as pq
+
+    (tmp_path / "x").mkdir()
+    table = pyarrow.table({"image": pictures.make_split(4)[0]} | columns)
+    pq.write_table(table, tmp_path / "x" / "train.parquet")
+    splits = datasets.load(make_config(tmp_path, "a/b", tmp_path / "x"))
+    output = capsys.readouterr().out
+    assert len(splits.class_names) == (2 if label else 1)
+    assert (f"classes from '{label}'" if label else "no classes.") in output
+    assert f"Unused columns: {unused}." in output
+    assert ("--data.label-column" in output) == (label is None)
+
+
+def test_numbers_without_images_are_classes_without_training_images(tmp_path, capsys):
+    contents, _ = pictures.make_split(12)
+    root = pictures.write_parquet(
+        tmp_path / "x", {"train": (contents, [1, 2, 5] * 4)}, metadata=False
+    )
+    splits = datasets.load(make_config(tmp_path, "a/b", root))
+    assert "no training pictures of 3 of 6 classes: 0, 3, 4." in capsys.readouterr().out
+    assert datasets.fingerprint(splits)["untrained_classes"] == [0, 3, 4]

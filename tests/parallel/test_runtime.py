@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from taming_jax.config.load import load_config
+from taming_jax.errors import UserError
 from taming_jax.parallel import runtime
 from taming_jax.parallel.runtime import prepare
 from taming_jax.training.checkpoints import Store
@@ -164,3 +165,12 @@ def test_determinism_works_without_jaxs_private_module(monkeypatch):
     importlib.reload(runtime)  # as if it were imported for the first time
     runtime.prepare(load_config("mnist_tiny", {"deterministic": True}))
     assert os.environ["XLA_FLAGS"] == "--one --xla_gpu_deterministic_ops=true"
+
+
+def test_64_bit_types_are_refused():
+    jax.config.update("jax_enable_x64", True)
+    try:
+        with pytest.raises(UserError, match="computes in 32 bits; unset JAX_ENABLE_X64"):
+            prepare(load_config("mnist"))
+    finally:
+        jax.config.update("jax_enable_x64", False)

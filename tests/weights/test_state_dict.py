@@ -6,6 +6,7 @@ from safetensors.flax import save_file
 
 from taming_jax.errors import UserError
 from taming_jax.weights.state_dict import open_state_dict
+from tests.weights.torch_writer import write_tensors
 
 
 def test_float32_and_bfloat16_safetensors_are_read(tmp_path):
@@ -41,3 +42,48 @@ def test_a_missing_or_incomplete_safetensors_file_is_reported(tmp_path):
     file.write_bytes(file.read_bytes()[:-8])
     with pytest.raises(UserError, match="cannot be read as a safetensors file"):
         open_state_dict(file)
+
+
+def write(file, content):
+    write_tensors(file, content)
+    return file
+
+
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod."]
+)
+def test_prefixes_of_wrappers_are_removed(tmp_path, prefix):
+    file = write(tmp_path / "m.pt", {"model": {f"{prefix}encoder.weight": np.ones(2, np.float32)}})
+    assert list(open_state_dict(file)[0]) == ["encoder.weight"]
+    nested = write(tmp_path / "n.pt", {"model": {"decoder._orig_mod.weight": np.ones(2)}})
+    assert list(open_state_dict(nested)[0]) == ["decoder.weight"]
+
+
+WEIGHTS = {"a.weight": np.float32([1, 2]), "a.count": np.array([3])}
+AVERAGES = {"model_ema.aweight": np.float32([5, 6]), "model_ema.decay": np.float32([0.9])}
+
+
+@pytest.mark.parametrize(
+    ("content", "averaged"),
+    [
+        ({"state_dict": WEIGHTS | AVERAGES}, True),
+        ({"model": WEIGHTS, "ema": {"a.weight": np.float32([5, 6])}}, True),
+        ({"model": WEIGHTS}, False),
+    ],
+)
+def test_moving_averages_are_used_unless_the_weights_are_asked_for(
+    tmp_path, capsys, content, averaged
+):
+    file = write(tmp_path / "m.ckpt", content)
+    arrays, _ = open_state_dict(file)
+    assert sorted(arrays) == sorted(WEIGHTS)
+    assert arrays["a.weight"].tolist() == ([5, 6] if averaged else [1, 2])
+    assert ("Using the exponential moving average" in capsys.readouterr().out) == averaged
+    arrays, _ = open_state_dict(file, "model")
+    assert sorted(arrays) == sorted(WEIGHTS) and arrays["a.weight"].tolist() == [1, 2]
+    assert ("Using the weights" in capsys.readouterr().out) == averaged
+    if averaged:
+        assert open_state_dict(file, "ema")[0]["a.weight"].tolist() == [5, 6]
+    else:
+        with pytest.raises(UserError, match="has no moving average"):
+            open_state_dict(file, "ema")

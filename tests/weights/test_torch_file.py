@@ -3,6 +3,7 @@
 import argparse
 import collections
 import io
+import os
 import pickle
 import struct
 import sys
@@ -30,10 +31,20 @@ def torch(monkeypatch):
     _rebuild_tensor_v2.__module__ = "torch._utils"
     _rebuild_tensor_v2.__qualname__ = "_rebuild_tensor_v2"
     utils._rebuild_tensor_v2 = _rebuild_tensor_v2
+    tensors = types.ModuleType("torch._tensor")
+    for module, name in (
+        (utils, "_rebuild_parameter_with_state"),
+        (tensors, "_rebuild_from_type_v2"),
+    ):
+        function = types.FunctionType(_rebuild_tensor_v2.__code__, {}, name)
+        function.__module__, function.__qualname__ = module.__name__, name
+        setattr(module, name, function)
+    torch.Tensor = type("Tensor", (), {"__module__": "torch"})
     for name in KINDS.values():
         setattr(torch, name, type(name, (), {"__module__": "torch"}))
     monkeypatch.setitem(sys.modules, "torch", torch)
     monkeypatch.setitem(sys.modules, "torch._utils", utils)
+    monkeypatch.setitem(sys.modules, "torch._tensor", tensors)
     return torch
 
 
@@ -220,3 +231,63 @@ def test_a_compressed_file_is_refused(tmp_path):
         archive.writestr("archive/data.pkl", b"\x80\x02N.")
     with pytest.raises(UserError, match="it is compressed"):
         open_tensors(tmp_path / "packed")
+
+
+class Unusual:
+    """An object whose pickle calls `function(*arguments)`."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+class Settings(dict):
+    """A container of a library that is not installed here."""
+
+
+class Values(list):
+    """Another one."""
+
+
+def test_objects_that_are_not_needed_do_not_matter(torch, tmp_path):
+    """What training scripts keep beside tensors, and wrappers of tensors."""
+    executed = tmp_path / "executed"
+    tensor = Tensor(torch, "0", STORAGES["0"], 0, (2,), (1,))
+    rebuilt = [
+        Unusual(sys.modules["torch._utils"]._rebuild_parameter_with_state, tensor, True, {}, {}),
+        Unusual(
+            sys.modules["torch._tensor"]._rebuild_from_type_v2,
+            sys.modules["torch._utils"]._rebuild_tensor_v2, torch.Tensor,
+            (StorageId(tensor), 0, (2,), (1,), False, collections.OrderedDict()), {},
+        ),
+    ]  # fmt: skip
+    extras = {
+        "args": argparse.Namespace(lr=0.1, path="x"), "scalar": np.float64(3), "set": {1, 2},
+        "array": np.arange(3), "dtype": np.dtype("f4"), "counts": collections.Counter("aab"),
+        "settings": Settings(a=1), "values": Values([1]), "function": print,
+        "command": Unusual(os.system, f"touch {executed}"),
+        "nested": Unusual(getattr, "text", "upper"),
+        "default": collections.defaultdict(list, a=[1]), "frozen": frozenset({1}),
+    }  # fmt: skip
+    write_zip(tmp_path / "m.pt", {"model": {"w": tensor}, "rebuilt": rebuilt} | extras, STORAGES)
+    content = open_tensors(tmp_path / "m.pt")
+    np.testing.assert_array_equal(content["model"]["w"], [0, 1])
+    for array in content["rebuilt"]:
+        np.testing.assert_array_equal(array, [0, 1])
+    assert not executed.exists() and isinstance(content["args"], Inert)
+
+
+def test_tensors_of_types_that_numpy_lacks_are_inert(torch, tmp_path, monkeypatch):
+    monkeypatch.setitem(KINDS, "u1", "Float8_e4m3fnStorage")
+    monkeypatch.setattr(
+        torch, "Float8_e4m3fnStorage", type("Float8_e4m3fnStorage", (), {"__module__": "torch"}),
+        raising=False,
+    )  # fmt: skip
+    small = Tensor(torch, "9", np.arange(4, dtype=np.uint8), 0, (4,), (1,))
+    content = {"model": {"w": Tensor(torch, "0", STORAGES["0"], 0, (2,), (1,))}, "optimizer": small}
+    write_zip(tmp_path / "m.pt", content, STORAGES)
+    loaded = open_tensors(tmp_path / "m.pt")
+    np.testing.assert_array_equal(loaded["model"]["w"], [0, 1])
+    assert isinstance(loaded["optimizer"], Inert)
