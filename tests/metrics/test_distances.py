@@ -130,13 +130,13 @@ def test_unusable_statistics_are_refused(tmp_path):
     np.savez(tmp_path / "nan.npz", mu=mu, sigma=sigma)
     np.savez(tmp_path / "one.npz", mu=np.zeros(512), sigma=sigma, count=1)
     for name, message in {
-        "real.npz": r"shapes \(20,\) and \(20, 20\); these features have 512",
+        "real.npz": r"shapes are \(20,\) and \(20, 20\), but these features have 512",
         "text.npz": "has no usable statistics",
         "other.npz": "an .npz file with mu and sigma",
         "none.npz": "there is no file",
         "cut.npz": "has no usable statistics",
         "array.npy": "has no usable statistics",
-        "nan.npz": "not finite",
+        "nan.npz": "must be finite",
         "one.npz": "the count is 1",
     }.items():
         with pytest.raises(UserError, match=message):
