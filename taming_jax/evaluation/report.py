@@ -91,7 +91,7 @@ def describe_protocol(evaluator: Evaluator) -> dict[str, Any]:
         "kept": protocol.kept,
         "neighbours": protocol.neighbours,
         "samples": protocol.samples if has_samples else 0,
-        "classes": "as often as the split has them",
+        "classes": "as frequent as in the split",
         "seed": protocol.seed,
         **(run.resolve_sampling(**protocol.sampling)._asdict() if has_samples else {}),
     }

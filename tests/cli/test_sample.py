@@ -270,7 +270,10 @@ def test_the_log_likelihood_equals_that_of_the_codes(run):
         ("--keep top", "--keep and --mask apply only to completed pictures"),
         ("--complete none.png", "there is no picture none.png"),
         ("--complete /dev/null", "/dev/null cannot be read as a picture"),
-        ("--complete /dev/null --keep 0.5 --mask m.png", "--keep and --mask exclude each other"),
+        (
+            "--complete /dev/null --keep 0.5 --mask m.png",
+            "--keep and --mask cannot be used together",
+        ),
     ],
 )
 def test_bad_input_is_reported_in_one_line(
@@ -383,8 +386,8 @@ def test_invalid_completions_are_refused(run):
     images = np.zeros((2, 16, 16, 1), np.uint8)
     for arguments, message in (
         ({"classes": [0, 1, 2]}, "2 images and 3 classes"),
-        ({"keep": 1.5}, "keep is 1.5; it must be a share"),
-        ({"keep": 0.01}, "keep is 0.01; it must be a share"),
+        ({"keep": 1.5}, "keep is 1.5; it must be a fraction"),
+        ({"keep": 0.01}, "keep is 0.01; it must be a fraction"),
         ({"mask": np.ones((3, 3))}, "the mask is 3x3; it must be 8x8 codes, or 16x16"),
         ({"per_image": 0}, "there is nothing to draw: 0 completions"),
         ({"size": (16, 16)}, "multiple values"),

@@ -90,7 +90,10 @@ def test_differences_list_the_settings_that_affect_training_and_omit_the_others(
         ({"devices": 0}, "--devices is 0"),
         ({"seed": -1}, "--seed is -1"),
         ({"data.split_seed": 2**32}, "--data.split-seed is"),
-        ({"vqgan.discriminator_layers": 4}, "--vqgan.discriminator-layers 4 leaves no pixels"),
+        (
+            {"vqgan.discriminator_layers": 4},
+            "--vqgan.discriminator-layers 4 is too many for images",
+        ),
         ({"vqgan.decoder_blocks": -1}, "--vqgan.decoder-blocks"),
         ({"vqgan.learning_rate": -1.0}, "--vqgan.learning-rate"),
         ({"vqgan.grad_clip_norm": 0.0}, "--vqgan.grad-clip-norm"),

@@ -103,7 +103,7 @@ def test_the_protocol_describes_the_measurement(run, report):
     assert protocol["vqgan_step"] is None and protocol["prior_step"] == run.step
     assert (protocol["split"], protocol["images"], protocol["samples"]) == ("train", 70, 60)
     assert protocol["guidance_scale"] == run.config.prior.guidance_scale
-    assert any("biased upwards" in warning for warning in report["warnings"])
+    assert any("biased upward" in warning for warning in report["warnings"])
     assert protocol["images_hash"] and protocol["reference"] is None
     json.dumps(report)
 
@@ -129,7 +129,7 @@ def test_impossible_protocols_are_refused(run, cache, tmp_path):
         ),
         ({"images": 0}, "images is 0; it must be 1 or more"),
         ({"images": 1}, "1 image of the split 'train' is selected, but metrics of samples need"),
-        ({"samples": 1}, "samples is 1; it must be 2 or more"),
+        ({"samples": 1}, "samples is 1; it must be 0, or 2 or more"),
         ({"kept": 1}, "kept is 1; it must be 2 or more"),
         ({"top_k": 0}, "top-k is 0"),
         ({"seed": -1}, "the seed is -1"),
@@ -160,7 +160,7 @@ def test_the_command_writes_a_report_and_compares_two_reports(
     status, output, err = evaluate(*arguments, "--out", out, "--save-reference", reference)
     assert status == 0, err
     assert (
-        "the run has no prior yet" in output and "FD-VGG16" in output and "biased upwards" in output
+        "the run has no prior yet" in output and "FD-VGG16" in output and "biased upward" in output
     )
     assert (tmp_path / "evaluation_codes.png").exists()
     results = json.loads(out.read_text())
@@ -200,7 +200,10 @@ def test_mistakes_are_reported_in_one_line(evaluate, prior_workdir, tmp_path):
     for arguments, message in (
         ([], "name a run with --workdir"),
         (["--workdir", tmp_path / "none"], "there is no folder"),
-        (["--workdir", prior_workdir, "--samples", "1"], "samples is 1; it must be 2 or more"),
+        (
+            ["--workdir", prior_workdir, "--samples", "1"],
+            "samples is 1; it must be 0, or 2 or more",
+        ),
         (["--workdir", prior_workdir, "--guidance-scale", "-2"], "guidance"),
         (["--workdir", prior_workdir, "--out", tmp_path], "is a folder; name a file in it"),
         (

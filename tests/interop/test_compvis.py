@@ -258,7 +258,7 @@ def test_the_token_before_the_codes_is_the_class_or_the_start_token(command, tmp
         (replace(NET, cond_stage_config=NET["params"]["first_stage_config"]),
          r"conditions its transformer on VQModel"),
         (replace(NET, permuter_config={"target": "taming.x.ZCurve"}), r"permutes its codes with"),
-        (replace(NET, transformer_config__target="x.CodeGPT"), r"has a transformer x.CodeGPT"),
+        (replace(NET, transformer_config__target="x.CodeGPT"), r"uses the transformer x.CodeGPT"),
         (replace(NET, transformer_config__params__n_unmasked=3), r"sets n_unmasked to 3"),
         ({"params": {}}, r"describes None, which is not supported; use a VQModel, GumbelVQ or"),
         (VQ | {"params": {"n_embed": 3}}, r"description: it does not set 'ddconfig'"),

@@ -94,7 +94,7 @@ def test_files_that_do_not_fit_are_refused(folder, tmp_path):
         (("--gpt", folder / "none.pt"), "there is no file"),
         (
             ("--gpt", folder / "part.pt"),
-            "it has no layers.0.feed_forward.w1.weight of 2 dimensions",
+            "it has no 2-dimensional array layers.0.feed_forward.w1.weight",
         ),
     ):
         status, _, err = run_import(folder, tmp_path / "run", *flags)

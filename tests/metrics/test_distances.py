@@ -130,14 +130,14 @@ def test_unusable_statistics_are_refused(tmp_path):
     np.savez(tmp_path / "nan.npz", mu=mu, sigma=sigma)
     np.savez(tmp_path / "one.npz", mu=np.zeros(512), sigma=sigma, count=1)
     for name, message in {
-        "real.npz": r"shapes \(20,\) and \(20, 20\); these features have 512",
+        "real.npz": r"shapes are \(20,\) and \(20, 20\), but these features have 512",
         "text.npz": "has no usable statistics",
         "other.npz": "an .npz file with mu and sigma",
         "none.npz": "there is no file",
         "cut.npz": "has no usable statistics",
         "array.npy": "has no usable statistics",
-        "nan.npz": "not finite",
-        "one.npz": "the count is 1",
+        "nan.npz": "must be finite",
+        "one.npz": r"the count \(1\) at least 2",
     }.items():
         with pytest.raises(UserError, match=message):
             distances.load_moments(tmp_path / name, 512)

@@ -86,7 +86,7 @@ def test_a_large_split_is_subsampled_and_computed_in_batches(monkeypatch):
 
 
 def test_one_image_has_no_distance():
-    with pytest.raises(UserError, match="the validation split has 1 images"):
+    with pytest.raises(UserError, match="the validation split has only one image"):
         monitor.ValidationFD(
             Split(np.zeros((1, 8, 8, 1), np.uint8), np.zeros(1)), SETTINGS, Devices(1)
         )

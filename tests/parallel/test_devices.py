@@ -49,7 +49,9 @@ def test_replicated_arrays_have_the_sharding_of_pmaps_results():
 
 def test_batches_that_cannot_be_divided_and_missing_devices_are_refused():
     Devices(4).check_batch("vqgan", 8)
-    with pytest.raises(UserError, match="--vqgan.batch-size 6 cannot be divided among 4 devices"):
+    with pytest.raises(
+        UserError, match="--vqgan.batch-size 6 cannot be divided equally among 4 devices"
+    ):
         Devices(4).check_batch("vqgan", 6)
     Devices(4).check_batch("prior", 24, 3)
     with pytest.raises(UserError, match="4 devices with 4 --prior.micro-batches each; .* of 16"):

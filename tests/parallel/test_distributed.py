@@ -357,7 +357,7 @@ def test_different_settings_packages_data_and_devices_are_refused(
     assert in_two_threads(lambda process: loop.check_processes(configs[0])) == [None, None]
     assert_both_refuse(
         in_two_threads(lambda process: Devices(1 + process)),
-        "the processes have 1, 2 devices, but all must have the same number",
+        "different numbers of devices (1, 2); set --devices",
     )
 
     splits = [datasets.load(load_config("mnist_tiny").data)] * 2

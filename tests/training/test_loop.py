@@ -172,7 +172,7 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run(tmp_path):
     settings = {"skipped_in_a_row": 2, "log_every": 5, "eval_every": 5, "checkpoint_every": 5}
     train(tmp_path / "never", stage={"broken": (1, 2, 4, 5, 7, 8)}, **settings)
     # The end of a window does not reset the count, but a finite step does.
-    message = r"at step 7, after 2 steps skipped in a row: l1, loss, generator_gradient; "
+    message = r"at step 7, after 2 skipped steps in a row: l1, loss, generator_gradient; "
     with pytest.raises(RunFailed, match=message + "the last good checkpoint is .*/vqgan/5"):
         train(tmp_path, stage={"broken": (3, 5, 6, 7)}, **settings)
 
@@ -309,7 +309,7 @@ def test_running_out_of_memory_is_reported_in_one_sentence(tmp_path):
 def test_the_output_is_plain_lines_without_a_terminal(tmp_path, capsys):
     train(tmp_path, **CADENCES)
     lines = capsys.readouterr().out.splitlines()
-    assert f"into {tmp_path}: 20 images, 4 per step, steps 1 to 10, on 1 cpu device." in lines[0]
+    assert f"in {tmp_path}: 20 images, 4 per step, steps 1 to 10, on 1 cpu device." in lines[0]
     assert "step 3/10  validation  nll 9" in lines
     assert lines[-1] == f"Done: 10 steps. The figures are in {tmp_path}/figures."
     assert not any("\r" in line for line in lines)

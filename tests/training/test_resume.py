@@ -95,7 +95,10 @@ def test_a_checkpoint_with_a_flipped_bit_is_reported_and_the_previous_one_is_use
     flip_byte(find_largest_file(newest))
     status, out, err = commands.run(*COMMAND, workdir, devices=HOST_DEVICES)
     assert status == 0, err
-    assert f"{newest} is damaged" in out and f"of step {steps[-2]}, is used" in out
+    assert (
+        f"{newest} is damaged" in out
+        and f"Using the checkpoint of step {steps[-2]} instead." in out
+    )
     assert_same_arrays(workdir, uninterrupted)
 
 
@@ -156,7 +159,7 @@ def test_a_killed_run_with_a_damaged_checkpoint_resumes_bit_for_bit(
     flip_byte(find_largest_file(newest))
     small_runs.train(workdir, **SMALL)
     out = capsys.readouterr().out
-    assert f"{newest} is damaged" in out and "of step 7, is used" in out
+    assert f"{newest} is damaged" in out and "Using the checkpoint of step 7 instead." in out
     assert_same_run(workdir, small_uninterrupted, 12)
 
 

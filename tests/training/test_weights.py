@@ -59,8 +59,8 @@ def test_weights_with_the_same_names_and_shapes_are_loaded():
     assert loaded.random == [("nets", "discriminator", "params", "layer", "kernel")]
     message = describe_loaded(loaded, "runs/it")
     assert message == (
-        "Starting from runs/it: loaded discriminator.layer 1, generator.layer 2; "
-        "new: discriminator.layer 1."
+        "Starting from runs/it. Arrays loaded: discriminator.layer 1, generator.layer 2; "
+        "initialized at random: discriminator.layer 1."
     )
 
 
@@ -71,7 +71,7 @@ def test_weights_with_other_shapes_stay_new_and_a_source_without_any_match_is_re
     # A prior does not load the generator, because it has its own.
     loaded = load_matching_weights(PriorStage.learned, make_state(), make_arrays())
     assert not loaded.state.nets["generator"].params["layer"]["kernel"].any()
-    with pytest.raises(UserError, match="no weight in runs/it matches"):
+    with pytest.raises(UserError, match="no weight in runs/it has the name and shape"):
         describe_loaded(loaded, "runs/it")
 
 
@@ -92,7 +92,7 @@ def test_a_run_can_start_from_the_weights_of_another(
     command += ["--devices", 1, f"--{stage}.init-from", prior_workdir, "--workdir", workdir]
     status, out, err = commands.run_here(script, *command, draw=False)
     assert status == 0, err
-    assert f"Starting from {prior_workdir}: loaded" in out
+    assert f"Starting from {prior_workdir}. Arrays loaded" in out
     assert ("new: discriminator.conv_0" in out) == (stage == "vqgan")
     assert "the codes of another stage 1" not in out
     name = "generator" if stage == "vqgan" else "transformer"
@@ -170,7 +170,7 @@ def test_settings_that_change_the_meaning_of_weights_are_reported(prior_workdir)
     })  # fmt: skip
     arguments = (config, template, other_config, checkpoint.arrays)
     assert describe_mismatches(("transformer",), *arguments) == [
-        "--prior.heads is 4, not 2 as in the run that the weights come from."
+        "--prior.heads is 4, not 2, as in the run that the weights come from."
     ]
     template.nets["generator"].params["quant_conv"]["bias"][0] += 1
     assert "another stage 1" in describe_mismatches(("transformer",), *arguments)[1]
