@@ -62,12 +62,6 @@ def find_images(root: Path, layout: Layout, label_column: str | None) -> dict[st
     finder = ImageFinder(list(folders.values()))
     finder.left_out["outside the folders that are read"] += outside
     splits = {split: finder.find(folder) for split, folder in folders.items()}
-    for split, folder in folders.items():
-        if not splits[split]:
-            suffixes = " ".join(sorted(finder.suffixes))
-            raise UserError(
-                f"{folder} holds no pictures ({suffixes}) and no parquet files; put some there."
-            )
     images = {
         split: assign_classes(files, folders[split], label_column, finder.left_out)
         for split, files in splits.items()
@@ -79,6 +73,12 @@ def find_images(root: Path, layout: Layout, label_column: str | None) -> dict[st
     ]
     if parts:
         say(f"Left out of {to_text(root)}: {'; '.join(parts)}.")
+    for split, folder in folders.items():
+        if not splits[split]:
+            suffixes = " ".join(sorted(finder.suffixes))
+            raise UserError(
+                f"{folder} holds no pictures ({suffixes}) and no parquet files; put some there."
+            )
     return images
 
 
@@ -89,7 +89,7 @@ def choose_split_folders(root: Path, layout: Layout, outside: list[Path]) -> dic
     if layout == "classes":
         return {"train": root}
     finder = ImageFinder([root])
-    children = [path for path in sorted(root.iterdir()) if not path.name.startswith(".")]
+    children = sorted(root.iterdir())
     folders = list(filter(has_images, list_folders(root)))
     splits: dict[str, Path] = {}
     for path in folders:
@@ -216,7 +216,8 @@ class ImageFinder:
 
     def is_image(self, path: Path) -> bool:
         """Returns whether a path is a file with the suffix of an image that Pillow can open."""
-        return path.suffix.lower() in self.suffixes and path.is_file()
+        hidden = path.name.startswith(".")
+        return not hidden and path.suffix.lower() in self.suffixes and path.is_file()
 
     def walk(self, folder: Path, by_link: bool = False) -> Iterator[Path]:
         """Yields the image files in a folder and its folders. `by_link` is true below a link."""

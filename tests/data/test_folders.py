@@ -169,6 +169,13 @@ def test_a_damaged_table_is_a_sentence(tmp_path):
         read(root)
 
 
+def test_a_folder_without_pictures_is_refused_and_its_files_are_counted(tmp_path, capsys):
+    root = write(tmp_path, "cats/1.heic", "cats/2.heic", "notes.txt")
+    with pytest.raises(UserError, match="holds no pictures .* and no parquet files; put some"):
+        read(root)
+    assert "2 .heic, which Pillow cannot open (cats/1.heic, …)" in capsys.readouterr().out
+
+
 def test_names_that_are_not_utf8(tmp_path):
     name = os.fsdecode(b"caf\xe9")
     root = write(tmp_path, f"{name}/1.png", "cats/2.png")
