@@ -6,6 +6,7 @@ Every file is accounted for: it is an image of a split, or a message counts it a
 import csv
 import json
 import os
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -22,11 +23,12 @@ SUFFIXES = {
     ".jpeg", ".jpg", ".jxl", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".qoi", ".tga", ".tif",
     ".tiff", ".webp",
 }  # fmt: skip
-SPLIT_NAMES = {
-    "train": {"train", "training"},
-    "validation": {"val", "valid", "validation"},
-    "test": {"test", "testing"},
-}
+SPLITS = {
+    split: re.compile(f"(partial-)?({names})([ _-]?(set|images|data))?", re.IGNORECASE)
+    for split, names in {
+        "train": "train|training", "validation": "val|valid|validation", "test": "test|testing",
+    }.items()
+}  # fmt: skip
 METADATA = ("metadata.csv", "metadata.jsonl")  # as the Hugging Face hub calls tables of files
 
 Layout = Literal["auto", "splits", "classes"]
@@ -41,8 +43,9 @@ class Images(NamedTuple):
 
 
 def get_split(name: str) -> str | None:
-    """Returns the split that a folder or file is named after, in any capitalization, if any."""
-    return next((split for split, names in SPLIT_NAMES.items() if name.lower() in names), None)
+    """Returns the split that a folder or file is named after, in any capitalization, if any:
+    "Test", "training_set", or "partial-train" (the hub's name of a part of a large split)."""
+    return next((split for split, names in SPLITS.items() if names.fullmatch(name)), None)
 
 
 def to_text(path: Path | str) -> str:

@@ -21,7 +21,7 @@ EMA_PREFIX = "model_ema."
 def open_state_dict(file: Path, weights: Weights | None = None) -> tuple[StateDict, dict[str, Any]]:
     """Returns the arrays of a file by name, and its metadata: other numbers and strings.
 
-    In a PyTorch file, the arrays are under the key `ema`, `state_dict`, `model` or `module`, or at
+    In a PyTorch file, the arrays are under the key `ema`, `state_dict`, `model`, `module` or `model_state_dict`, or at
     the top level. `weights` chooses between an exponential moving average (EMA) and the weights
     themselves. Default: the EMA if the file has one. Names lose the prefixes of `torch.compile` and
     data-parallel wrappers. Raises UserError if the file is missing or damaged, if a PyTorch file
@@ -36,7 +36,10 @@ def open_state_dict(file: Path, weights: Weights | None = None) -> tuple[StateDi
         metadata = {str(k): x for k, x in content.items() if isinstance(x, int | float | str)}
         ema = get_arrays(content.get("ema"))
         # The keys that Lightning, LlamaGen and DeepSpeed use.
-        candidates = (*map(content.get, ("state_dict", "model", "module")), content)
+        candidates = (
+            *map(content.get, ("state_dict", "model", "module", "model_state_dict")),
+            content,
+        )
         arrays = next(filter(None, map(get_arrays, candidates)), {})
     if not arrays and not ema:
         raise UserError(f"{file} has no state dict; name a checkpoint with weights.")

@@ -71,7 +71,12 @@ def test_splits_made_of_links_are_read(tmp_path):
 
 @pytest.mark.parametrize(
     ("train", "validation", "test"),
-    [("train", "val", "test"), ("Train", "Valid", "Test"), ("TRAINING", "validation", "testing")],
+    [
+        ("train", "val", "test"),
+        ("Train", "Valid", "Test"),
+        ("TRAINING", "validation", "testing"),
+        ("training_set", "val-images", "Test Data"),
+    ],
 )
 def test_folders_named_after_splits(tmp_path, capsys, train, validation, test):
     root = write(tmp_path, *(f"{train}/{path}" for path in PETS))

@@ -218,7 +218,7 @@ def test_the_hub_without_a_network_is_reported(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "file",
     ["{}.parquet", "{}-00000-of-00001.parquet", "data/{}-00000.parquet", "{}/0000.parquet",
-     "default/{}/0000.parquet", "plain_text/{}-00000-of-00001.parquet", "data/{}/a.b.parquet"],
+     "default/{}/0000.parquet", "default/partial-{}/0.parquet", "plain_text/{}-00000-of-00001.parquet", "data/{}/a.b.parquet"],
 )  # fmt: skip
 def test_layouts_of_parquet_files(tmp_path, file):
     source = pictures.write_parquet(tmp_path / "source")
