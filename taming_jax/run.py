@@ -125,7 +125,8 @@ class Run:
 
     def with_data(self, settings: Mapping[str, Any]) -> "Run":
         """Returns this run with other data settings (fields of `DataConfig`): `path` is the current
-        location of the data, and `name` selects a dataset, which need not be the one in training.
+        location of the data, and `name` selects a dataset, which need not be the one that the run
+        was trained on.
 
         Raises UserError if a setting does not exist, or does not fit the run's networks.
         """
@@ -217,7 +218,7 @@ class Run:
           from the first code to the last. None means the value of the run's config; to turn off
           guidance or top-p, pass 1.
         - `size`: height and width in pixels. If they are larger than the training images, the codes
-          are drawn in windows of the training size.
+          are drawn in windows (see `Prior.window`).
         - `seed`: default 0. `devices`: how many to use, default: all. `batch_size`: how many images
           to draw at once, rounded up to whole micro-batches. `progress`: shows a progress bar.
 
@@ -322,7 +323,7 @@ class Run:
         """Computes the log-likelihood under the prior, in nats, of the codes of images [n,h,w,c]
         given their classes (numbers or names; one for all images, or one per image): float32 [n].
 
-        Raises UserError if the images do not have the training size.
+        Raises UserError if the images' grids of codes are not as large as the prior's window.
         """
         labels = self._resolve_labels(labels, len(images))
         return self.code_log_likelihood(self.encode(images), labels)
@@ -333,7 +334,7 @@ class Run:
         if grid != expected:
             raise UserError(
                 f"the images have a grid of {grid} codes, but the prior computes likelihoods only "
-                f"of {expected}; pass images of {expected[0] * self.factor}x"
+                f"for grids of {expected}; pass images of {expected[0] * self.factor}x"
                 f"{expected[1] * self.factor} pixels."
             )
         return self._apply_in_batches(self._likelihood, (labels, indices), 1, self.transformer)

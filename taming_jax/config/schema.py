@@ -1,8 +1,9 @@
 """Every setting of both stages, as frozen dataclasses.
 
-You may change a field made with `free` when you resume a run: it sets how long, how often or where
-the run works, or how it samples. The exception is `discriminator_start_step`, which is fixed when
-the run is created. Every other field determines what is trained."""
+You may change a field made with `free` when you resume a run: it sets how long the run trains, how
+often it reports or saves, where and how it runs, or how it samples. The exception is
+`discriminator_start_step`, which is fixed when the run is created. Every other field determines
+what is trained."""
 
 import math
 from collections.abc import Callable

@@ -73,9 +73,10 @@ def import_run(folder: Path, model: Model, parts: Sequence[Part], source: object
 def prepare_for_training(model: Model) -> Model:
     """Returns the model with settings that suit further training.
 
-    The learning rate warms up. A discriminator from the file is on from the first step. Without
-    one, it is off if the images are too small for it. So is the perceptual loss. Raises UserError
-    for invalid settings."""
+    The learning rate warms up. A discriminator from the file is on from the first step. If the file
+    has none and the images are too small for one, training does not use a discriminator. The
+    perceptual loss is off if the images are too small for it. Raises UserError for invalid
+    settings."""
     size, vqgan, prior = model.config.data.image_size, model.config.vqgan, model.config.prior
     vqgan = dataclasses.replace(vqgan, warmup_steps=max(vqgan.warmup_steps, WARMUP))
     if prior.schedule == "cosine":  # the one-cycle schedule has its own warm-up

@@ -168,10 +168,9 @@ def compute_prdc(real: np.ndarray, fake: np.ndarray, neighbors: int = 5) -> dict
     """Computes precision and recall (arXiv 1904.06991), and density and coverage (arXiv 2002.09797)
     of fake features [m,d] relative to real ones [n,d].
 
-    All four count the images of one set within balls around the images of the other, whose radius
-    is the distance to the k-th nearest neighbor, where k is `neighbors`. Both sets must have more
-    than k images. Only a strip of the distance matrix is in memory at once.
-    """
+    All four depend on which images of one set lie within balls around the images of the other,
+    whose radius is the distance to the k-th nearest neighbor, where k is `neighbors`. Both sets
+    must have more than k images. Only a strip of the distance matrix is in memory at once."""
     real_radii = compute_squared_radii(real, neighbors)
     fake_radii = compute_squared_radii(fake, neighbors)
     in_real, recalled, covered = np.zeros(len(fake), np.int64), 0, 0

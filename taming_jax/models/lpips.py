@@ -14,7 +14,8 @@ from jax import lax
 from taming_jax.errors import UserError
 from taming_jax.models.layers import Dtype
 
-# The channels of VGG16's convolutions. Max pooling halves height and width between two groups.
+# The channels of VGG16's convolutions. Max pooling halves height and width between consecutive
+# groups.
 GROUPS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 # ImageNet's mean and standard deviation for images in [-1, 1], rounded as in the official LPIPS.
 SHIFT = (-0.030, -0.088, -0.188)

@@ -181,9 +181,8 @@ def check_equal(
 ) -> None:
     """Raises UserError in every process if the value of one differs from that of process 0.
 
-    `compare` returns the differences of two values as phrases; `advice` is a sentence that follows
-    them.
-    """
+    `compare` returns the differences between two values as phrases; `advice` is a sentence that
+    follows them."""
     values = all_gather_objects(value)
     for process, other in enumerate(values):
         if phrases := compare(other, values[0]):
@@ -193,7 +192,7 @@ def check_equal(
 
 
 def describe_differences(left: dict[str, Any], right: dict[str, Any]) -> list[str]:
-    """Returns the differences of two dictionaries with the same keys, as phrases."""
+    """Returns the differences between two dictionaries with the same keys, as phrases."""
     return [f"{k} is {left[k]}, not {right[k]}" for k in right if left[k] != right[k]]
 
 

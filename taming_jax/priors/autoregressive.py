@@ -2,9 +2,8 @@
 
 A sequence starts with the class of the image or with the null token, so that the model also
 predicts the first code: the logits at position i predict code i, given the class and the previous
-codes. The embedding table holds the codes, then the classes, then the null token. The head predicts
-only codes, unless codes and classes share a vocabulary.
-"""
+codes. Unless codes and classes share a vocabulary, the embedding table holds the codes, then the
+classes, then the null token, and the head predicts only codes."""
 
 import functools
 import itertools

@@ -57,7 +57,7 @@ def build_optimizer(config: Config) -> Any:
 def build_prior_schedule(config: Config, steps: int) -> optax.Schedule:
     """Returns the learning rate schedule of a run of `steps` steps: warm-up and cosine decay, or
     the one-cycle schedule (arXiv 1708.07120). The latter has the defaults of PyTorch's OneCycleLR:
-    it rises from 1/25 of the peak over the first 30 % of the run, then decays to nearly zero.
+    it rises from 1/25 of the peak over the first 30% of the run, then decays to nearly zero.
     Unlike PyTorch's, it keeps Adam's betas constant."""
     prior = config.prior
     if prior.schedule == "one-cycle":

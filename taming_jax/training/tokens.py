@@ -32,7 +32,7 @@ IMAGES_PER_FILE = 4096
 
 
 class Tokenizer:
-    """An encoder of the splits of a dataset as codes. It stores the codes in `folder` (a run's
+    """Encodes the splits of a dataset as codes. Stores the codes in `folder` (a run's
     tokens/), and reads codes that are already stored."""
 
     def __init__(

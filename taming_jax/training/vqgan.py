@@ -118,7 +118,7 @@ class VQGANStage(Stage):
         @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
         def create() -> TrainState:
             generator = self.objective.generator.init(generator_key, images)["params"]
-            # In training mode, BatchNorm would divide by zero: the batch is a single image.
+            # Evaluation mode creates the same variables without computing batch statistics.
             variables = self.objective.discriminator.init(discriminator_key, images, train=False)
             extra = {"batch_stats": variables["batch_stats"]}
             if settings.lecam_weight:
@@ -188,8 +188,8 @@ class VQGANStage(Stage):
         return step
 
     def gumbel_temperature(self, step: jax.Array) -> jax.Array:
-        """Returns the Gumbel-softmax temperature at a step: a cosine from the first setting to the
-        last over the run."""
+        """Returns the Gumbel-softmax temperature at a step: a cosine from the first value of the
+        setting to the second over the run."""
         first, last = self.config.vqgan.gumbel_temperature
         share = (1 + jnp.cos(jnp.pi * step / self.steps)) / 2
         return last + (first - last) * share

@@ -82,7 +82,7 @@ def describe_mismatches(
     the same shapes: settings, or the generator whose codes the prior predicts."""
     sections = ("vqgan", "prior") if "transformer" in learned else ("vqgan",)
     phrases = diff_configs(config, other, sections, lambda f: bool(f.metadata.get("meaning")))
-    sentences = [f"{phrase}, as in the run that the weights come from." for phrase in phrases]
+    sentences = [f"{phrase} as in the run that the weights come from." for phrase in phrases]
     frozen = {
         path: leaf for path, leaf in flatten_arrays(template).items()
         if path[0] == "nets" and path[1] not in learned and path[2] == "params"

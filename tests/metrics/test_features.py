@@ -13,7 +13,7 @@ from taming_jax.metrics import classifier, features
 from taming_jax.metrics.features import Features, load_vgg, resize_clean
 from taming_jax.models.lpips import load_lpips, vgg_features
 from taming_jax.parallel.devices import Devices
-from tests.harmed_images import measure_distances
+from tests.degraded_images import measure_distances
 from tests.weights.torch_writer import write_tensors
 
 MNIST = datasets.load(load_config("mnist_tiny").data)

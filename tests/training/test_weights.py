@@ -170,7 +170,7 @@ def test_settings_that_change_the_meaning_of_weights_are_reported(prior_workdir)
     })  # fmt: skip
     arguments = (config, template, other_config, checkpoint.arrays)
     assert describe_mismatches(("transformer",), *arguments) == [
-        "--prior.heads is 4, not 2, as in the run that the weights come from."
+        "--prior.heads is 4, not 2 as in the run that the weights come from."
     ]
     template.nets["generator"].params["quant_conv"]["bias"][0] += 1
     assert "another stage 1" in describe_mismatches(("transformer",), *arguments)[1]

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Compares the distances of real images, blurred images, and noise to real images.
 
-    python tests/harmed_images.py --out docs/distances.png --photographs FOLDER
+    python tests/degraded_images.py --out docs/distances.png --photographs FOLDER
 
 A useful distance is small between two halves of the same dataset, and grows with blur and noise.
 FOLDER contains parquet files or pictures. MNIST comes with the package.
