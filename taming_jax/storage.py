@@ -103,6 +103,12 @@ def run_lock(folder: Path) -> Iterator[None]:
     Raises UserError if another process holds the lock, or if the folder cannot be written.
     """
     file = folder.absolute() / LOCK
+    try:
+        str(file).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"the workdir {folder} is not UTF-8, which Orbax needs; choose another --workdir."
+        ) from error
     lock = filelock.FileLock(file, blocking=False)
     created = [parent for parent in file.parents if not parent.exists()]
     with report_unwritable(folder):

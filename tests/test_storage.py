@@ -122,3 +122,12 @@ def test_a_user_without_a_home_has_a_cache(tmp_path, monkeypatch):
         user_cache()
     monkeypatch.setenv("XDG_CACHE_HOME", "/elsewhere")
     assert str(user_cache()) == "/elsewhere/taming_jax"
+
+
+def test_a_workdir_that_is_not_utf8_is_refused(tmp_path):
+    with (
+        pytest.raises(UserError, match="is not UTF-8, which Orbax needs; choose another --workdir"),
+        run_lock(tmp_path / os.fsdecode(b"caf\xe9")),
+    ):
+        pass
+    assert not list(tmp_path.iterdir())

@@ -21,12 +21,11 @@ EMA_PREFIX = "model_ema."
 def open_state_dict(file: Path, weights: Weights | None = None) -> tuple[StateDict, dict[str, Any]]:
     """Returns the arrays of a file by name, and its metadata: other numbers and strings.
 
-    In a PyTorch file, the arrays are under the key `ema`, `state_dict`, `model`, `module` or `model_state_dict`, or at
-    the top level. `weights` chooses between an exponential moving average (EMA) and the weights
-    themselves. Default: the EMA if the file has one. Names lose the prefixes of `torch.compile` and
-    data-parallel wrappers. Raises UserError if the file is missing or damaged, if a PyTorch file
-    has no arrays, or if there is no EMA and `weights` asks for it.
-    """
+    In a PyTorch file, the arrays are under the key `ema`, `state_dict`, `model`, `module` or
+    `model_state_dict`, or at the top level. `weights` chooses between an exponential moving average
+    (EMA) and the weights themselves. Default: the EMA if the file has one. Names lose the prefixes
+    of `torch.compile` and data-parallel wrappers. Raises UserError if the file is missing or
+    damaged, if a PyTorch file has no arrays, or if there is no EMA and `weights` asks for it."""
     if file.suffix == ".safetensors":
         arrays, metadata = open_safetensors(file)
         ema: StateDict = {}
