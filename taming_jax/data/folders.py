@@ -63,14 +63,14 @@ def find_images(root: Path, layout: Layout, label_column: str | None) -> dict[st
     outside: list[Path] = []
     folders = choose_split_folders(root, layout, outside)
     finder = ImageFinder(list(folders.values()))
-    finder.left_out["outside the folders that are read"] += outside
+    finder.left_out["files and folders outside those that are read"] += outside
     splits = {split: finder.find(folder) for split, folder in folders.items()}
     images = {
         split: assign_classes(files, folders[split], label_column, finder.left_out)
         for split, files in splits.items()
     }
     parts = [
-        f"{len(paths)} {reason} ({to_text(paths[0].relative_to(root))}{', …' * (len(paths) > 1)})"
+        f"{reason} ({len(paths)}, such as {to_text(paths[0].relative_to(root))})"
         for reason, paths in finder.left_out.items()
         if paths
     ]
@@ -156,12 +156,14 @@ def assign_classes(
     table = next((folder / name for name in METADATA if (folder / name).is_file()), None)
     in_folders = [file for file in files if file.parent != folder]
     if table and (label_column or not in_folders):
-        left_out[table.suffix].remove(table)
+        left_out[f"files of type {table.suffix}"].remove(table)
         classes = read_metadata(table, label_column)
         return Images(files, [classes.get(str(file.relative_to(folder))) for file in files])
     if not in_folders:
         return Images(files, None)
-    left_out["outside the class folders"] += [file for file in files if file.parent == folder]
+    left_out["pictures outside the class folders"] += [
+        file for file in files if file.parent == folder
+    ]
     return Images(in_folders, [to_text(file.relative_to(folder).parts[0]) for file in in_folders])
 
 
@@ -211,7 +213,7 @@ class ImageFinder:
         for file in sorted(self.walk(folder)):
             status = file.stat()
             if (status.st_dev, status.st_ino) in seen:
-                self.left_out["that link to pictures counted before"].append(file)
+                self.left_out["links to pictures counted before"].append(file)
             else:
                 seen.add((status.st_dev, status.st_ino))
                 files.append(file)
@@ -227,21 +229,23 @@ class ImageFinder:
         for path in sorted(folder.iterdir()):
             suffix = path.suffix.lower()
             if path.name.startswith("."):
-                self.left_out["hidden"].append(path)
+                self.left_out["hidden files and folders"].append(path)
             elif path.is_dir():
                 is_link = path.is_symlink()
                 if is_link and (by_link or self._is_read(path.resolve())):
-                    self.left_out["that link to folders"].append(path)
+                    self.left_out["links to folders"].append(path)
                 else:
                     yield from self.walk(path, by_link or is_link)
             elif self.is_image(path):
                 yield path
             elif not path.is_file():
-                self.left_out["broken links or special files"].append(path)
+                self.left_out["broken links and special files"].append(path)
             elif suffix in SUFFIXES:
-                self.left_out[f"{suffix}, which Pillow cannot open"].append(path)
+                self.left_out[f"files of type {suffix}, which Pillow cannot open"].append(path)
             else:
-                self.left_out[suffix or "without a suffix"].append(path)
+                self.left_out[
+                    f"files of type {suffix}" if suffix else "files without a suffix"
+                ].append(path)
 
     def _is_read(self, folder: Path) -> bool:
         return any(

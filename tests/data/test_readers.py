@@ -112,11 +112,17 @@ def test_pictures_outside_the_class_and_split_folders_are_reported(tmp_path, cap
     shutil.copytree(root / "train", root / "more")
     datasets.load(make_config(tmp_path, "folder", root))
     output = capsys.readouterr().out
-    assert f"Left out of {root}: 1 outside the folders that are read (more)." in output
+    assert (
+        f"Left out of {root}: files and folders outside those that are read (1, such as more)."
+        in output
+    )
     shutil.copy(next((root / "more").rglob("*.jpg")), root / "more" / "loose.jpg")
     datasets.load(make_config(tmp_path, "folder", root / "more"))
     output = capsys.readouterr().out
-    assert f"Left out of {root / 'more'}: 1 outside the class folders (loose.jpg)." in output
+    assert (
+        f"Left out of {root / 'more'}: pictures outside the class folders (1, such as loose.jpg)."
+        in output
+    )
 
 
 def test_classes_that_only_the_test_split_has_give_a_warning(tmp_path, capsys):
@@ -217,9 +223,17 @@ def test_the_hub_without_a_network_is_reported(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "file",
-    ["{}.parquet", "{}-00000-of-00001.parquet", "data/{}-00000.parquet", "{}/0000.parquet",
-     "default/{}/0000.parquet", "default/partial-{}/0.parquet", "plain_text/{}-00000-of-00001.parquet", "data/{}/a.b.parquet"],
-)  # fmt: skip
+    [
+        "{}.parquet",
+        "{}-00000-of-00001.parquet",
+        "data/{}-00000.parquet",
+        "data/{}/a.b.parquet",
+        "{}/0000.parquet",
+        "default/{}/0000.parquet",
+        "default/partial-{}/0.parquet",
+        "plain_text/{}-00000-of-00001.parquet",
+    ],
+)
 def test_layouts_of_parquet_files(tmp_path, file):
     source = pictures.write_parquet(tmp_path / "source")
     for split in pictures.SPLITS:
