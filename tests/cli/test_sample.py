@@ -167,7 +167,7 @@ def test_the_log_likelihood_equals_that_of_the_codes(run):
     np.testing.assert_allclose(run.log_likelihood(images, labels), expected, rtol=1e-5)
     by_name = [run.class_names[label] for label in labels]
     np.testing.assert_allclose(run.log_likelihood(images, by_name), expected, rtol=1e-5)
-    with pytest.raises(UserError, match=r"\(8, 4\) codes, but .* likelihoods only for grids of \(8, 8\)"):
+    with pytest.raises(UserError, match=r"\(8, 4\) codes, but .* only for grids of \(8, 8\)"):
         run.log_likelihood(images[:, :, :8], labels)
 
 
