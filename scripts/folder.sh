@@ -4,8 +4,12 @@
 # GPU.
 set -euo pipefail
 
-if [ $# -lt 1 ] || [ ! -d "$1" ]; then
+if [ $# -lt 1 ]; then
     echo "usage: bash scripts/folder.sh FOLDER [settings]; FOLDER holds your pictures." >&2
+    exit 2
+fi
+if [ ! -d "$1" ]; then
+    echo "$1 is not a folder; name the folder with your pictures." >&2
     exit 2
 fi
 pictures="$(cd "$1" && pwd)"

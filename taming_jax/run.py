@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import functools
 import os
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -173,7 +174,11 @@ class Run:
     def prior(self) -> Prior:
         """The prior's module. Raises UserError if the run has no prior."""
         if self.transformer is None:
-            raise UserError(f"{self.workdir} has no prior yet; train one with train_prior.py.")
+            config = shlex.quote(str(self.workdir / "config.json"))
+            raise UserError(
+                f"{self.workdir} has no prior yet; train one with `python train_prior.py --config "
+                f"{config} --workdir {shlex.quote(str(self.workdir))}`."
+            )
         return build_prior(self.config, len(self.class_names))
 
     @functools.cached_property

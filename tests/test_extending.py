@@ -11,6 +11,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from taming_jax.config.load import read_config, replace_section
+from taming_jax.config.validation import validate_config
+from taming_jax.data import datasets
 from taming_jax.data.datasets import SOURCES
 from taming_jax.models.quantizers import QUANTIZERS
 from taming_jax.priors.registry import PRIORS
@@ -66,6 +68,13 @@ def patch_module(module, title: str, names: dict):
     path = ROOT / f"{module.__name__.replace('.', '/')}.py"
     exec(compile(apply_diff(path.read_text(), title), str(path), "exec"), patched.__dict__)
     return patched
+
+
+def test_the_preset_is_a_valid_config_with_its_own_name():
+    run_example("A dataset")
+    config = run_example("A preset")["CONFIG"]
+    assert validate_config(config).config == "stripes" and config.vqgan.codebook_size == 64
+    assert datasets.load(config.data).train.images.shape[1:] == (32, 32, 3)
 
 
 def test_the_sign_quantizer_looks_up_its_own_codes():

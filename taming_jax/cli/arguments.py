@@ -115,8 +115,8 @@ def parse_training(
     elif stage == "prior" and not wants_help:
         workdir = "" if known.workdir is None else f" --workdir {shlex.quote(known.workdir)}"
         raise UserError(
-            f"{base.folder} holds no stage 1, which stage 2 requires; train it first with `python "
-            f"train_vqgan.py --config {known.config}{workdir}`."
+            f"{base.folder} holds no stage 1, which stage 2 requires; set --workdir to the folder "
+            f"of a run, or train one with `python train_vqgan.py --config {known.config}{workdir}`."
         )
     parsed = tyro.cli(
         command, default=command(base), args=["--help"] if wants_help else rest,
@@ -137,7 +137,9 @@ def load_default_config(name: str | None, workdir: str | None, wants_help: bool)
     """Loads the config named by --config, whose values are the defaults of the flags. For --help,
     falls back to the preset mnist if that config does not exist."""
     if name is None and not wants_help:
-        raise UserError(f"set --config to a preset; the presets are {', '.join(list_presets())}.")
+        raise UserError(
+            f"set --config to a preset ({', '.join(list_presets())}) or the path of a config.json."
+        )
     try:
         config = load_config(name or "mnist")
     except UserError:

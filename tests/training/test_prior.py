@@ -248,7 +248,7 @@ def test_bad_input_is_reported_in_one_line(vqgan_workdir, tmp_path):
     for arguments, message in (
         (
             [*COMMAND, tmp_path / "a run"],
-            "train it first with `python train_vqgan.py --config mnist_tiny --workdir "
+            "or train one with `python train_vqgan.py --config mnist_tiny --workdir "
             f"'{tmp_path}/a run'`.\n",
         ),
         (
