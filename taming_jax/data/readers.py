@@ -247,8 +247,8 @@ def read_parquet(datasets: Any, root: Path, config: DataConfig) -> dict[str, Tab
     files = {split: paths for split, paths in files.items() if paths}
     if "train" not in files:
         raise UserError(
-            f"{root} has no train*.parquet; put the dataset's parquet files there, or set --data.name "
-            "folder to read a folder of pictures."
+            f"{root} has no train*.parquet; put the dataset's parquet files there, or set "
+            "--data.name folder to read a folder of pictures."
         )
     data_files = {split: list(map(str, paths)) for split, paths in files.items()}
     try:
