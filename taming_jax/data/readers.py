@@ -147,6 +147,7 @@ def read_hub(config: DataConfig) -> dict[str, Table]:
     return build_hub_tables(datasets, loaded, config, contents)
 
 
+<<<<<<< HEAD
 def import_datasets(config: DataConfig) -> Any:
     """Imports the package datasets, without its progress bars."""
     datasets = import_package("datasets", config)
@@ -158,6 +159,22 @@ def read_saved(root: Path, config: DataConfig) -> dict[str, Table]:
     """Reads a dataset that `datasets` has saved with `save_to_disk`. Raises UserError if it cannot
     be read."""
     datasets = import_datasets(config)
+=======
+def read_parquet(datasets: Any, root: Path, config: DataConfig) -> dict[str, Table]:
+    """Reads the files `train*.parquet`, `validation*.parquet` and `test*.parquet` in a folder, with
+    or without the hub's schema. Raises UserError if no file is for training or one is damaged.
+    """
+    if not list(root.glob("*.parquet")) and (root / "data").is_dir():
+        root = root / "data"
+    files = {split: sorted(root.glob(f"{name}*.parquet")) for split, (name, *_) in SPLITS.items()}
+    files = {split: paths for split, paths in files.items() if paths}
+    if "train" not in files:
+        raise UserError(
+            f"{root} has no train*.parquet; put the dataset's parquet files there, or set "
+            "--data.name folder to read a folder of pictures."
+        )
+    data_files = {split: list(map(str, paths)) for split, paths in files.items()}
+>>>>>>> plain
     try:
         loaded = datasets.load_from_disk(str(root))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
