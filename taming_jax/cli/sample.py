@@ -19,7 +19,7 @@ import tyro
 
 from taming_jax.cli.arguments import check_output, parse
 from taming_jax.errors import RunFailed, UserError
-from taming_jax.storage import check_writable
+from taming_jax.storage import check_writable, expand_user
 
 if TYPE_CHECKING:
     from taming_jax.cli.sample_files import SampleFiles
@@ -205,7 +205,7 @@ def complete_pictures(
     """Completes the pictures of --complete. Raises UserError if one cannot be read."""
     from taming_jax.data.pixels import to_uint8
 
-    config, files = run.config.data, [Path(name) for name in args.complete]
+    config, files = run.config.data, [expand_user(name) for name in args.complete]
     shape = size or (config.image_size, config.image_size)
 
     pictures = np.stack([read_picture(file, shape, config.channels) for file in files])
@@ -223,10 +223,11 @@ def complete_pictures(
 def read_picture(file: Path, size: tuple[int, int], channels: int) -> np.ndarray:
     """Reads a picture, resized and center-cropped to `size`: uint8 [h,w,c]. Raises UserError if it
     cannot be read."""
-    from taming_jax.data.images import decode
+    from taming_jax.data.images import decode, lift_pillow_limits
 
     try:
-        return decode(file.read_bytes(), size, channels, resize_mode="crop")
+        with lift_pillow_limits():
+            return decode(file.read_bytes(), size, channels, resize_mode="crop")
     except FileNotFoundError:
         raise UserError(f"there is no picture {file}.") from None
     except Exception as error:  # Pillow raises many types

@@ -75,11 +75,18 @@ def choose_label(
     if setting or labels:
         return setting or labels[0]
     named = [name for label in LABEL_NAMES for name in names if name.lower() == label]
+    if read:
+        named = [name for name in named if any(value is not None for value in read(name))]
     if named or read is None:
         return named[0] if named else None
-    values = {name: read(name) for name in texts}
-    classes = [name for name in texts if 1 < len(set(values[name])) <= len(values[name]) / 2]
+    classes = [name for name in texts if name != "split" and is_class_column(read(name))]
     return classes[0] if len(classes) == 1 else None
+
+
+def is_class_column(values: Sequence[Any]) -> bool:
+    """Returns whether values are texts of which each occurs twice on average."""
+    are_texts = all(isinstance(value, str) for value in values)
+    return are_texts and 1 < len(set(values)) <= len(values) / 2
 
 
 def say_columns(source: str, columns: Columns, names: Iterable[str]) -> None:

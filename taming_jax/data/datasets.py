@@ -22,8 +22,6 @@ from taming_jax.data.images import EncodedImages, Table, decode_split
 from taming_jax.errors import UserError, say
 from taming_jax.parallel import distributed
 
-NO_CLASS = (None, "", -1)  # the labels of images whose class is not known
-
 
 class Split(NamedTuple):
     """Images uint8 [n,h,w,c] and their classes int32 [n].
@@ -330,17 +328,23 @@ def encode_labels(
 ) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
     """Returns the classes of each split as numbers int32 [n], and the names of all classes.
 
-    Validation and test images may have no class (None, "" or -1), which is encoded as -1. Raises
-    UserError if some training images have none, or classes are neither names nor numbers from 0.
-    """
+    Validation and test images may have no class (see `is_unlabeled`), which is encoded as -1.
+    Raises UserError if some training images have none, or classes are neither names nor numbers
+    from 0."""
     source = config.path or config.name
     classes = {split: table.classes or [None] * len(table.names) for split, table in tables.items()}
-    is_labeled = any(value is not None for value in classes["train"])
+    trained = {value for value in classes["train"] if value is not None}
+    if trained:  # else there are no classes at all
+        for split in classes.keys() - {"train"}:
+            classes[split] = [
+                None if is_unlabeled(value) and value not in trained else value
+                for value in classes[split]
+            ]
     values = [
         value
         for split, split_values in classes.items()
         for value in split_values
-        if split == "train" or not is_labeled or value not in NO_CLASS
+        if split == "train" or not trained or value is not None
     ]
     names: tuple[str, ...]
     numbers: dict[Any, int]
@@ -349,7 +353,6 @@ def encode_labels(
     elif any(value is None for value in values):
         raise UserError(f"some pictures of {source} have no class; give every picture a class.")
     elif all(isinstance(value, str) for value in values):
-        trained = set(classes["train"])
         names = (*sorted(trained), *sorted(set(values) - trained))
         numbers = {name: i for i, name in enumerate(names)}
     elif all(isinstance(value, int | np.integer) for value in values):
@@ -373,6 +376,14 @@ def encode_labels(
         for split, split_values in classes.items()
     }
     return labels, names
+
+
+def is_unlabeled(value: Any) -> bool:
+    """Returns whether a label stands for an unknown class: None, "", "?", NaN, or a negative
+    number."""
+    if isinstance(value, str):
+        return value.strip() in ("", "?", "-1")
+    return value is None or (isinstance(value, int | float | np.number) and not value >= 0)
 
 
 SOURCES: dict[str, Callable[[DataConfig], Splits]] = {

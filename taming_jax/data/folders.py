@@ -6,11 +6,12 @@ Every file is accounted for: it is an image of a split, or a message counts it a
 import csv
 import json
 import os
+import posixpath
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from PIL import Image
 
@@ -39,7 +40,7 @@ class Images(NamedTuple):
     """The image files of a split, and one class per file, or None if there are no classes."""
 
     files: list[Path]
-    classes: list[str | None] | None
+    classes: list[Any] | None
 
 
 def get_split(name: str) -> str | None:
@@ -64,25 +65,36 @@ def find_images(root: Path, layout: Layout, label_column: str | None) -> dict[st
     folders = choose_split_folders(root, layout, outside)
     finder = ImageFinder(list(folders.values()))
     finder.left_out["files and folders outside those that are read"] += outside
-    splits = {split: finder.find(folder) for split, folder in folders.items()}
+    if label_column and not any(map(find_table, folders.values())):
+        raise UserError(
+            f"there is no {METADATA[0]} or {METADATA[1]} in {to_text(root)} for "
+            f"--data.label-column {label_column}; add one, or leave the setting out."
+        )
+    order = [split for split in ("train", "test", "validation") if split in folders]
+    splits = {split: finder.find(folders[split]) for split in order}
     images = {
         split: assign_classes(files, folders[split], label_column, finder.left_out)
         for split, files in splits.items()
     }
-    parts = [
+    say_left_out(root, finder.left_out)
+    if not splits["train"]:
+        suffixes = " ".join(sorted(finder.suffixes))
+        raise UserError(
+            f"{folders['train']} holds no pictures ({suffixes}) and no parquet files; put some "
+            "there."
+        )
+    return {split: part for split, part in images.items() if part.files}
+
+
+def say_left_out(root: Path, left_out: LeftOut) -> None:
+    """Says how many files and folders in `root` are left out, by the reason, with an example."""
+    reasons = [
         f"{reason} ({len(paths)}, such as {to_text(paths[0].relative_to(root))})"
-        for reason, paths in finder.left_out.items()
+        for reason, paths in left_out.items()
         if paths
     ]
-    if parts:
-        say(f"Left out of {to_text(root)}: {'; '.join(parts)}.")
-    for split, folder in folders.items():
-        if not splits[split]:
-            suffixes = " ".join(sorted(finder.suffixes))
-            raise UserError(
-                f"{folder} holds no pictures ({suffixes}) and no parquet files; put some there."
-            )
-    return images
+    if reasons:
+        say(f"Left out of {to_text(root)}: {'; '.join(reasons)}.")
 
 
 def choose_split_folders(root: Path, layout: Layout, outside: list[Path]) -> dict[str, Path]:
@@ -91,7 +103,6 @@ def choose_split_folders(root: Path, layout: Layout, outside: list[Path]) -> dic
     leaves out to `outside`."""
     if layout == "classes":
         return {"train": root}
-    finder = ImageFinder([root])
     children = sorted(root.iterdir())
     folders = list(filter(has_images, list_folders(root)))
     splits: dict[str, Path] = {}
@@ -111,32 +122,49 @@ def choose_split_folders(root: Path, layout: Layout, outside: list[Path]) -> dic
         outside += [path for path in children if path not in splits.values()]
         if others:
             say(
-                f"{list_names(splits.values())} in {root} are read as splits, and other folders "
-                "are left out. Read all folders as classes with --data.layout classes."
+                f"Splits in {to_text(root)}: {list_names(splits.values())}. Left out: "
+                f"{list_names(others)}; --data.layout classes reads all of them as classes."
             )
-        return splits
+        return {split: skip_single_folders(path, outside) for split, path in splits.items()}
+    inner = skip_single_folders(root, outside)
+    if inner != root:
+        return choose_split_folders(inner, layout, outside)
     if layout == "splits":
         raise UserError(f"{root} has no folder 'train' with pictures; add one.")
-    if len(folders) == 1 and not any(map(finder.is_image, [*children, *folders[0].iterdir()])):
-        say(
-            f"{folders[0].name} is the only folder in {root}, so the folders in it are read. Read "
-            "it as a class with --data.layout classes."
+    if named := [path for path in folders if any(map(get_split, re.split(r"[-_ .]", path.name)))]:
+        advice = (
+            "--data.layout splits reads them as splits"
+            if "train" in splits
+            else ("if they are splits, rename them to train, validation and test")
         )
-        outside += [path for path in children if path != folders[0]]
-        return choose_split_folders(folders[0], layout, outside)
-    if splits:
-        say(
-            f"All folders in {root} are read as classes, {list_names(splits.values())} too. Read "
-            "those as splits with --data.layout splits."
-        )
+        say(f"Read as classes in {to_text(root)}: {list_names(named)}; {advice}.")
     return {"train": root}
+
+
+def skip_single_folders(root: Path, outside: list[Path]) -> Path:
+    """Returns the first folder, from `root` down, that does not hold just one folder, which holds
+    no images itself but folders of images. Says which folders are skipped, and adds what else they
+    hold to `outside`."""
+    finder = ImageFinder([root])
+    folders = list(filter(has_images, list_folders(root)))
+    if len(folders) != 1 or any(map(finder.is_image, [*root.iterdir(), *folders[0].iterdir()])):
+        return root
+    say(
+        f"The folders in {to_text(folders[0])}, the only folder in {to_text(root.name)}, are read; "
+        "--data.layout classes reads it as a class."
+    )
+    outside += [path for path in sorted(root.iterdir()) if path != folders[0]]
+    return skip_single_folders(folders[0], outside)
 
 
 def list_folders(root: Path) -> list[Path]:
     """Returns the folders in a folder that are not hidden, sorted."""
-    return [
-        path for path in sorted(root.iterdir()) if path.is_dir() and not path.name.startswith(".")
-    ]
+    return [path for path in sorted(root.iterdir()) if path.is_dir() and not is_hidden(path)]
+
+
+def is_hidden(path: Path) -> bool:
+    """Returns whether a path is hidden, or the folder that macOS adds to zip files."""
+    return path.name.startswith(".") or path.name == "__MACOSX"
 
 
 def list_names(paths: Iterable[Path]) -> str:
@@ -144,47 +172,68 @@ def list_names(paths: Iterable[Path]) -> str:
     return " and ".join(to_text(path.name) for path in paths)
 
 
+def find_table(folder: Path) -> Path | None:
+    """Returns the table of the images in a folder, if there is one."""
+    return next((folder / name for name in METADATA if (folder / name).is_file()), None)
+
+
 def assign_classes(
     files: list[Path], folder: Path, label_column: str | None, left_out: LeftOut
 ) -> Images:
     """Returns the images of a split with their classes.
 
-    The classes are the names of the folders in `folder`. If there are none, or `label_column` is
-    set, they come from a table of the files in `folder`. Adds images without a folder to `left_out`
-    if others have one.
+    The classes are the names of the folders in `folder`. If there are fewer than two, or
+    `label_column` is set, they come from a table of the files in `folder`, if it has one. Adds
+    images without a folder to `left_out` if others have one.
     """
-    table = next((folder / name for name in METADATA if (folder / name).is_file()), None)
-    in_folders = [file for file in files if file.parent != folder]
-    if table and (label_column or not in_folders):
+    table = find_table(folder)
+    names = [file.relative_to(folder).parts for file in files]
+    if table and (label_column or len({parts[0] for parts in names if len(parts) > 1}) < 2):
         left_out[f"files of type {table.suffix}"].remove(table)
-        classes = read_metadata(table, label_column)
-        return Images(files, [classes.get(str(file.relative_to(folder))) for file in files])
-    if not in_folders:
+        return Images(
+            files, read_metadata(table, ["/".join(parts) for parts in names], label_column)
+        )
+    if all(len(parts) == 1 for parts in names):
         return Images(files, None)
     left_out["pictures outside the class folders"] += [
         file for file in files if file.parent == folder
     ]
+    in_folders = [file for file in files if file.parent != folder]
     return Images(in_folders, [to_text(file.relative_to(folder).parts[0]) for file in in_folders])
 
 
-def read_metadata(file: Path, label_column: str | None) -> dict[str, str | None]:
-    """Returns the classes in a table of images by `file_name`. Raises UserError if it has no such
-    column, or is damaged."""
+def read_metadata(table: Path, files: list[str], label_column: str | None) -> list[Any] | None:
+    """Returns the classes of files according to a table with a column `file_name`: None for a file
+    that is not in the table, or None if the table has no classes. Raises UserError if the table is
+    damaged."""
     try:
-        with file.open(encoding="utf-8-sig", newline="") as lines:
-            is_csv = file.suffix == ".csv"
-            rows = list(csv.DictReader(lines) if is_csv else map(json.loads, lines))
-        names = [row.pop("file_name") for row in rows]
-    except (KeyError, AttributeError, ValueError, csv.Error) as error:
+        with table.open(encoding="utf-8-sig", newline="") as lines:
+            if table.suffix == ".csv":
+                rows: list[dict[str, Any]] = list(csv.DictReader(lines))
+            else:
+                rows = [dict(json.loads(line)) for line in lines if line.strip()]
+        if not rows:
+            raise ValueError("it is empty")
+        by_name = {posixpath.normpath(row["file_name"]): row for row in rows}
+    except (KeyError, AttributeError, TypeError, ValueError, csv.Error) as error:
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
         raise UserError(
-            f"{file} is not a table with a column 'file_name' ({error!r}); fix or remove it."
+            f"{to_text(table)} is not a table with a column 'file_name' ({reason}); fix or remove "
+            "it."
         ) from error
-    columns = [name for name in (rows[0] if rows else ()) if name]
+    columns = [name for name in dict.fromkeys(key for row in rows for key in row) if name]
+    columns.remove("file_name")
     label = choose_label(
         label_column, columns, texts=columns, read=lambda name: [row.get(name) for row in rows]
     )
-    say_columns(to_text(file), Columns("file_name", label, ()), columns)
-    return {name: row.get(label) for name, row in zip(names, rows, strict=True)}
+    say_columns(to_text(table), Columns("file_name", label, ()), columns)
+    missing = len(set(files) - by_name.keys()), len(by_name.keys() - set(files))
+    if any(missing):
+        say(
+            f"{to_text(table)}: {missing[0]} pictures have no row, and {missing[1]} rows have no "
+            "picture."
+        )
+    return [by_name.get(name, {}).get(label) for name in files] if label else None
 
 
 def has_images(folder: Path) -> bool:
@@ -199,36 +248,39 @@ class ImageFinder:
     folders that are read; links to folders below such a link are not, so that every search ends.
     """
 
-    def __init__(self, roots: Sequence[Path]):
+    def __init__(self, roots: Sequence[Path], suffixes: Collection[str] = ()):
+        """`suffixes` are those of the files to find. Default: those that Pillow can open."""
         Image.init()
         formats = Image.registered_extensions()
-        self.suffixes = {suffix for suffix in SUFFIXES if formats.get(suffix) in Image.OPEN}
+        images = {suffix for suffix in SUFFIXES if formats.get(suffix) in Image.OPEN}
+        self.suffixes, self._unreadable = set(suffixes) or images, SUFFIXES - images
         self.roots = [root.resolve() for root in roots]
+        self._seen: set[tuple[int, int]] = set()
         self.left_out: LeftOut = defaultdict(list)
 
     def find(self, folder: Path) -> list[Path]:
         """Returns the image files in a folder and its folders, sorted. Raises OSError if a folder
         cannot be read."""
-        files, seen = [], set()
+        files = []
         for file in sorted(self.walk(folder)):
             status = file.stat()
-            if (status.st_dev, status.st_ino) in seen:
+            if (status.st_dev, status.st_ino) in self._seen:
                 self.left_out["links to pictures counted before"].append(file)
             else:
-                seen.add((status.st_dev, status.st_ino))
+                self._seen.add((status.st_dev, status.st_ino))
                 files.append(file)
         return files
 
     def is_image(self, path: Path) -> bool:
         """Returns whether a path is a file with the suffix of an image that Pillow can open."""
-        hidden = path.name.startswith(".")
-        return not hidden and path.suffix.lower() in self.suffixes and path.is_file()
+        is_image = path.suffix.lower() in self.suffixes and path.is_file()
+        return is_image and not is_hidden(path)
 
     def walk(self, folder: Path, by_link: bool = False) -> Iterator[Path]:
         """Yields the image files in a folder and its folders. `by_link` is true below a link."""
         for path in sorted(folder.iterdir()):
             suffix = path.suffix.lower()
-            if path.name.startswith("."):
+            if is_hidden(path):
                 self.left_out["hidden files and folders"].append(path)
             elif path.is_dir():
                 is_link = path.is_symlink()
@@ -240,7 +292,7 @@ class ImageFinder:
                 yield path
             elif not path.is_file():
                 self.left_out["broken links and special files"].append(path)
-            elif suffix in SUFFIXES:
+            elif suffix in self._unreadable:
                 self.left_out[f"files of type {suffix}, which Pillow cannot open"].append(path)
             else:
                 self.left_out[

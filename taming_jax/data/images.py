@@ -29,6 +29,9 @@ from taming_jax.errors import UserError, say
 from taming_jax.progress import Progress
 from taming_jax.storage import atomic_file, atomic_write, hash_json, user_cache
 
+FULL_SCALES = (1, 255, 1023, 4095, 65535)  # of gray values: 1, 8, 10, 12 or 16 bits
+# Decoders that hold an image several times while they decode it.
+SLOW_FORMATS = ("AVIF", "HEIF", "JPEG2000", "WEBP")
 VERSION = 4  # the version of the cache's format, which is part of each key
 CHUNK = 64  # images that a thread decodes at a time
 CHECKSUM_BYTES = 2**26  # bytes per checksum
@@ -92,16 +95,18 @@ def lift_pillow_limits() -> Iterator[None]:
 
 
 def scale_to_bytes(values: np.ndarray) -> np.ndarray:
-    """Scales gray values to uint8 by their range: from 0 to 1 (floats only), 255 or 65535. Raises
+    """Scales gray values to uint8 by their range: from 0 to the smallest of `FULL_SCALES` that is
+    not exceeded. Floats may exceed 1 by a tenth, as after resampling, and are clipped. Raises
     ValueError for other values."""
-    low, high = values.min(), values.max()
-    if not (low >= 0 and high <= 65535):  # also refuses NaN
-        raise ValueError(f"its values go from {low} to {high}, not from 0 to 1, 255 or 65535")
-    if high > 255:
-        values = values.astype(np.uint16) >> 8
-    elif high <= 1 and values.dtype.kind == "f":
-        values = values * 255
-    return np.round(values).astype(np.uint8)
+    low, high = float(values.min()), float(values.max())
+    tolerance = 0.1 if values.dtype.kind == "f" else 0.0
+    scales = [scale for scale in FULL_SCALES if high <= scale + tolerance and low >= -tolerance]
+    if not scales:  # also if there are NaNs
+        raise ValueError(
+            f"its values go from {low:g} to {high:g}, not from 0 to {FULL_SCALES[0]} … "
+            f"{FULL_SCALES[-1]}"
+        )
+    return np.round(values.clip(0, scales[0]) * (255 / scales[0])).astype(np.uint8)
 
 
 def decode(
@@ -125,24 +130,24 @@ def decode(
     with Image.open(io.BytesIO(content)) as opened:
         # A progressive JPEG is decoded whole, to two bytes per value, before it is made smaller.
         coefficients = 6 * opened.width * opened.height if opened.info.get("progressive") else 0
-        if resize_mode == "crop":
-            # Decodes a JPEG at an eighth, a quarter or half of its size if that is enough.
-            opened.draft(None, (2 * target_width, 2 * target_height))
-        needed = (coefficients + 4 * opened.width * opened.height) // 2**20
+        # Decodes a JPEG at an eighth, a quarter or half of its size if that is enough.
+        opened.draft(None, (2 * target_width, 2 * target_height))
+        copies = 4 if opened.format in SLOW_FORMATS else 2
+        needed = (coefficients + 4 * copies * opened.width * opened.height) // 2**20
         if needed > max_mib:
             raise ValueError(
                 f"decoding takes {needed} MiB; --data.max-decoded-mib allows {max_mib}"
             )
         opened.load()
-        image: Image.Image = opened
         with contextlib.suppress(Exception):  # of many types, for damaged EXIF data
-            image = ImageOps.exif_transpose(opened)
+            ImageOps.exif_transpose(opened, in_place=True)
+        image: Image.Image = opened
     if image.mode[0] in "IF":
         image = Image.fromarray(scale_to_bytes(np.asarray(image)))
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("L" if channels == 1 else "RGB")
+    mode = "L" if channels == 1 else "RGB"
+    is_transparent = "A" in image.getbands() or "transparency" in image.info
+    if image.mode != ("RGBA" if is_transparent else mode):
+        image = image.convert("RGBA" if is_transparent else mode)
     width, height = image.size
     box = (0.0, 0.0, float(width), float(height))
     if resize_mode == "crop":
@@ -151,6 +156,8 @@ def decode(
         left, top = (width - crop_width) / 2, (height - crop_height) / 2
         box = (left, top, left + crop_width, top + crop_height)
     image = image.resize((target_width, target_height), Image.Resampling.BICUBIC, box=box)
+    if is_transparent:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert(mode)
     return np.asarray(image).reshape(target_height, target_width, channels)
 
 
@@ -189,10 +196,11 @@ def decode_split(encoded: EncodedImages, size: int, config: DataConfig, split: s
     shape = (len(encoded), size, size, config.channels)
     try:
         entry.mkdir(parents=True, exist_ok=True)
-        cached = read_entry(entry, encoded, shape)
+        cached = read_entry(entry, encoded, shape, config)
         if cached is None:
             with lock_entry(entry, split):
-                cached = read_entry(entry, encoded, shape)  # another process may have written it
+                # Another process may have written it.
+                cached = read_entry(entry, encoded, shape, config)
                 cached = cached or write_entry(entry, encoded, shape, config, split)
         return cached
     except OSError as error:
@@ -216,11 +224,16 @@ def lock_entry(entry: Path, split: str) -> contextlib.AbstractContextManager[Any
         return lock.acquire()
 
 
-def read_entry(entry: Path, encoded: EncodedImages, shape: tuple[int, ...]) -> DecodedSplit | None:
-    """Reads an entry of the cache. Returns None if it does not exist or is damaged."""
+def read_entry(
+    entry: Path, encoded: EncodedImages, shape: tuple[int, ...], config: DataConfig
+) -> DecodedSplit | None:
+    """Reads an entry of the cache. Returns None if it does not exist or is damaged, or if pictures
+    were not readable under another limit of memory."""
     try:
         about = json.loads((entry / "about.json").read_text(encoding="utf-8"))
         if about.pop("hash", None) != hash_json(about):
+            return None
+        if about["says"] and about["max_decoded_mib"] != config.max_decoded_mib:
             return None
         kept = np.array(about["kept"])
         images = np.memmap(entry / "images.u8", np.uint8, "r", shape=(len(kept), *shape[1:]))
@@ -251,11 +264,14 @@ def write_entry(
         if bad:
             for target, source in enumerate(kept):
                 images[target] = images[source]
-        about = {"kept": kept, "says": problem, "checksums": compute_checksums(images[: len(kept)])}
+        about = {
+            "kept": kept, "says": problem, "checksums": compute_checksums(images[: len(kept)]),
+            "max_decoded_mib": config.max_decoded_mib,
+        }  # fmt: skip
         os.truncate(file, len(kept) * images[0].nbytes)
     about["hash"] = hash_json(about)
     atomic_write(entry / "about.json", json.dumps(about).encode())
-    written = read_entry(entry, encoded, shape)
+    written = read_entry(entry, encoded, shape, config)
     if written is None:
         raise OSError(errno.EIO, "the entry differs from what was written")
     return written

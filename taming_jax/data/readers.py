@@ -2,6 +2,7 @@
 Datasets. Each reader returns a table for every split that exists, with the keys "train",
 "validation" and "test"."""
 
+import glob
 import hashlib
 import importlib
 import logging
@@ -15,7 +16,14 @@ from typing import Any
 
 from taming_jax.config.schema import DataConfig
 from taming_jax.data.columns import Columns, choose_columns, say_columns
-from taming_jax.data.folders import find_images, get_split, has_images, to_text
+from taming_jax.data.folders import (
+    ImageFinder,
+    find_images,
+    get_split,
+    has_images,
+    say_left_out,
+    to_text,
+)
 from taming_jax.data.images import Table, get_cache_folder
 from taming_jax.errors import UserError, say
 from taming_jax.storage import hash_json
@@ -53,10 +61,13 @@ def read_path(config: DataConfig) -> dict[str, Table]:
         raise UserError("--data.name folder needs --data.path, the folder with your pictures.")
     root = Path(config.path)
     try:
-        if any((root / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        arrows = {"state.json": "*.arrow", "dataset_dict.json": "*/*.arrow"}
+        if any((root / name).is_file() and any(root.glob(arrows[name])) for name in arrows):
             return read_saved(root, config)
-        files = [file for file in sorted(root.rglob("*.parquet")) if file.is_file()]
+        finder = ImageFinder([root], [".parquet"])
+        files = finder.find(root)
         if files and (config.name != "folder" or not has_images(root)):
+            say_left_out(root, finder.left_out)
             return read_parquet(root, files, config)
         return read_images(root, config)
     except OSError as error:
@@ -147,7 +158,6 @@ def read_hub(config: DataConfig) -> dict[str, Table]:
     return build_hub_tables(datasets, loaded, config, contents)
 
 
-<<<<<<< HEAD
 def import_datasets(config: DataConfig) -> Any:
     """Imports the package datasets, without its progress bars."""
     datasets = import_package("datasets", config)
@@ -159,22 +169,6 @@ def read_saved(root: Path, config: DataConfig) -> dict[str, Table]:
     """Reads a dataset that `datasets` has saved with `save_to_disk`. Raises UserError if it cannot
     be read."""
     datasets = import_datasets(config)
-=======
-def read_parquet(datasets: Any, root: Path, config: DataConfig) -> dict[str, Table]:
-    """Reads the files `train*.parquet`, `validation*.parquet` and `test*.parquet` in a folder, with
-    or without the hub's schema. Raises UserError if no file is for training or one is damaged.
-    """
-    if not list(root.glob("*.parquet")) and (root / "data").is_dir():
-        root = root / "data"
-    files = {split: sorted(root.glob(f"{name}*.parquet")) for split, (name, *_) in SPLITS.items()}
-    files = {split: paths for split, paths in files.items() if paths}
-    if "train" not in files:
-        raise UserError(
-            f"{root} has no train*.parquet; put the dataset's parquet files there, or set "
-            "--data.name folder to read a folder of pictures."
-        )
-    data_files = {split: list(map(str, paths)) for split, paths in files.items()}
->>>>>>> plain
     try:
         loaded = datasets.load_from_disk(str(root))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
@@ -201,9 +195,12 @@ def find_parquet_splits(
     configs: dict[str, dict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))
     for file in files:
         *folders, name = file.relative_to(root).with_suffix("").parts
-        places = [*folders, re.split(r"[-_.\d]", name)[0]]
+        words = re.split(r"[-_.]", name)
+        numbers = [i for i, word in enumerate(words) if get_split(word)]
+        places = [*folders, *(words[i] for i in numbers[:1])]
         split = next(filter(None, map(get_split, reversed(places))), "")
         parts = [part for part in folders if part != "data" and not get_split(part)]
+        parts += words[: numbers[0]] if numbers else []
         configs["/".join(parts)][split].append(file)
     if config is None and len(configs) == 1:
         config = next(iter(configs))
@@ -215,7 +212,7 @@ def find_parquet_splits(
     if not splits:
         return {"train": other}
     if other:
-        say(f"Left out, since they belong to no split: {len(other)} files, such as {other[0]}.")
+        say(f"Left out: files that belong to no split ({len(other)}, such as {other[0]}).")
     return splits
 
 
@@ -226,7 +223,7 @@ def read_parquet(root: Path, files: Sequence[Path], config: DataConfig) -> dict[
     if "train" not in splits:
         raise UserError(f"{root} has no train*.parquet; put the dataset's parquet files there.")
     datasets = import_datasets(config)
-    names = {split: list(map(str, paths)) for split, paths in splits.items()}
+    names = {split: [glob.escape(str(path)) for path in paths] for split, paths in splits.items()}
     try:
         contents = {split: hash_files(paths) for split, paths in splits.items()}
         # `datasets` identifies cached files by name, size and time only, so the folder is named by
@@ -266,16 +263,34 @@ def build_hub_tables(
     rows = loaded[splits.get("train", next(iter(loaded)))]
     features = rows.features
     images = [name for name, feature in features.items() if holds_images(feature, datasets.Image)]
+    images.sort(key=lambda name: not isinstance(features[name], datasets.Image))
     columns = choose_columns(config, features, images, datasets.ClassLabel, rows.__getitem__)
     say_columns(config.path or config.name, columns, features)
-    image = columns.image
+    image, label = columns.image, columns.label
+    names = {
+        split: tuple(getattr(loaded[name].features.get(label), "names", None) or ())
+        for split, name in splits.items()
+    }
     tables = {}
     for split, name in splits.items():
         rows = loaded[name]
-        classes = list(rows[columns.label]) if columns.label in rows.column_names else None
+        if image not in rows.column_names:
+            say(f"{name} has no column '{image}' and is left out.")
+            continue
+        classes = list(rows[label]) if label in rows.column_names else None
+        if classes and len(set(names.values())) > 1:  # numbers mean other classes in other splits
+            classes = [to_class_name(value, names[split]) for value in classes]
+            columns = columns._replace(class_names=())
         encoded = rows.select_columns([image]).cast_column(image, datasets.Image(decode=False))
         tables[split] = build_column_table(name, encoded, columns, classes, contents[name])
     return tables
+
+
+def to_class_name(value: Any, names: Sequence[str]) -> Any:
+    """Returns the name of a class, given its number, or the value itself if it is no number of a
+    named class."""
+    is_number = isinstance(value, int) and 0 <= value < len(names)
+    return names[value] if is_number else value
 
 
 def read_tfds(config: DataConfig) -> dict[str, Table]:

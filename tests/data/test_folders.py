@@ -91,7 +91,8 @@ def test_classes_that_are_called_like_splits(tmp_path, capsys):
     root = write(tmp_path, "train/1.png", "bus/2.png", "car/3.png")
     classes = {"train": {"1.png": "train", "2.png": "bus", "3.png": "car"}}
     assert read(root) == classes
-    assert "are read as classes, train too" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"Read as classes in {root}: train; --data.layout splits reads them as splits." in out
     assert read(root, "splits") == {"train": {"1.png": None}}
     assert "bus" in capsys.readouterr().out
     assert read(root, "classes") == classes
@@ -102,7 +103,7 @@ def test_other_folders_beside_splits(tmp_path, capsys):
     root = write(tmp_path, *(f"train/{path}" for path in PETS), "masks/9.png", "notes.txt")
     assert read(root) == {"train": CLASSES}
     out = capsys.readouterr().out
-    assert "train in" in out and "read as splits" in out and "--data.layout classes" in out
+    assert f"Splits in {root}: train. Left out: masks; --data.layout classes reads all" in out
     assert "files and folders outside those that are read (2, such as masks)" in out
     assert read(root, "classes")["train"]["9.png"] == "masks"
 
@@ -117,10 +118,8 @@ def test_a_single_folder_is_looked_through(tmp_path, capsys):
     root = write(tmp_path, *(f"raw-img/{path}" for path in PETS), "translate.py")
     assert read(root) == {"train": CLASSES}
     out = capsys.readouterr().out
-    assert (
-        "raw-img is the only folder" in out
-        and "files and folders outside those that are read (1, such as translate.py)" in out
-    )
+    assert f"The folders in {root / 'raw-img'}, the only folder in {root.name}, are read" in out
+    assert "files and folders outside those that are read (1, such as translate.py)" in out
     assert set(read(root, "classes")["train"].values()) == {"raw-img"}
     only_class = write(tmp_path / "one", "cats/1.png", "cats/2.png")
     assert read(only_class)["train"] == {"1.png": "cats", "2.png": "cats"}
@@ -147,26 +146,46 @@ def test_every_file_is_accounted_for(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("metadata.csv", "file_name,species\n1.png,cat\n2.png,dog\nsub/3.png,dog\n4.png,cat\n"),
+        ("metadata.csv", "file_name,species\n./1.png,cat\n2.png,dog\nsub/3.png,dog\n4.png,cat\n"),
         (
             "metadata.jsonl",
-            '{"file_name": "1.png", "species": "cat"}\n{"file_name": "2.png", "species": "dog"}\n'
-            '{"file_name": "sub/3.png", "species": "dog"}\n'
-            '{"file_name": "4.png", "species": "cat"}\n',
+            '{"file_name": "1.png", "tags": ["x"]}\n{"file_name": "2.png", "species": "dog"}\n'
+            '{"file_name": "sub/3.png", "species": "dog"}\n\n'
+            '{"file_name": "4.png", "species": "cat"}\n{"file_name": "1.png", "species": "cat"}\n',
         ),
     ],
-)  # fmt: skip
+)
 def test_a_table_beside_the_pictures_names_their_classes(tmp_path, capsys, name, text):
-    root = write(tmp_path, "1.png", "2.png")
+    root = write(tmp_path, "1.png", "2.png", "sub/3.png")
     (root / name).write_text(text)
-    assert read(root) == {"train": {"1.png": "cat", "2.png": "dog"}}
+    expected = {"1.png": "cat", "2.png": "dog", "3.png": "dog"}
+    assert read(root, label_column="species") == {"train": expected}
     out = capsys.readouterr().out
     assert "classes from 'species'" in out and "Left out" not in out
-    write(root, "sub/3.png")
-    assert read(root) == {"train": {"3.png": "sub"}}
+    assert "0 pictures have no row, and 1 rows have no picture." in out
+    write(root, "other/5.png")
+    assert read(root) == {"train": {"3.png": "sub", "5.png": "other"}}
     assert f"such as {name})" in capsys.readouterr().out
-    with_column = {"1.png": "cat", "2.png": "dog", "3.png": "dog"}
-    assert read(root, label_column="species") == {"train": with_column}
+
+
+def test_a_column_of_classes_without_a_table_is_refused(tmp_path):
+    root = write(tmp_path, *PETS)
+    with pytest.raises(UserError, match=r"no metadata.csv or .* for --data.label-column species"):
+        read(root, label_column="species")
+
+
+def test_folders_within_splits_and_links_between_splits(tmp_path, capsys):
+    root = write(tmp_path, "training_set/training_set/cats/1.png", "training_set/x.txt")
+    write(root, "training_set/training_set/dogs/2.png", "test_set/test_set/cats/3.png")
+    write(root, "__MACOSX/training_set/4.png")
+    os.link(
+        root / "training_set" / "training_set" / "cats" / "1.png",
+        root / "test_set" / "test_set" / "cats" / "9.png",
+    )
+    (root / "valid").symlink_to(root / "test_set" / "test_set")
+    classes = {"1.png": "cats", "2.png": "dogs"}
+    assert read(root) == {"train": classes, "test": {"3.png": "cats"}}
+    assert "links to pictures counted before (3, such as test_set" in capsys.readouterr().out
 
 
 def test_a_damaged_table_is_a_sentence(tmp_path):

@@ -84,7 +84,9 @@ def test_bombs_are_refused():
         encode(Image.new("L", (1000, 1000)), "PNG"),
         encode(Image.new("L", (1000, 1000)), "JPEG", progressive=True),
     ):
-        with pytest.raises(ValueError, match="decoding takes . MiB; --data.max-decoded-mib allows"):
+        with pytest.raises(
+            ValueError, match="decoding takes .* MiB; --data.max-decoded-mib allows"
+        ):
             decode(bomb, 32, 3, resize_mode="crop", max_mib=2)
     drafted = encode(Image.new("L", (1000, 1000), 200), "JPEG")  # decoded at an eighth
     assert (decode(drafted, 32, 3, resize_mode="crop", max_mib=1) == 200).all()
@@ -112,15 +114,16 @@ def test_large_pictures_and_texts_are_read(tmp_path, recwarn):
 
 
 @pytest.mark.parametrize("mode", ["F", "I", "I;16"])
-@pytest.mark.parametrize("high", [1, 255, 65535])
+@pytest.mark.parametrize("high", [1, 255, 1000, 4000, 60000])
 def test_gray_values_are_scaled_by_their_range(mode, high):
-    ramp = np.linspace(0, high, 256).round(0 if mode != "F" else 6).reshape(1, 256)
     kinds = {"F": np.float32, "I": np.int32, "I;16": np.uint16}
-    image = Image.fromarray(np.repeat(ramp, 256, 0).astype(kinds[mode]))
+    ramp = np.linspace(0, high, 256).astype(kinds[mode])
+    image = Image.fromarray(np.tile(ramp, (256, 1)))
     assert image.mode == mode
     pixels = decode(encode(image, "TIFF"), 256, 1, resize_mode="crop")[0, :, 0].astype(int)
-    expected = np.arange(256) if high > 1 or mode == "F" else ramp[0]
-    assert np.abs(pixels - expected).max() <= 1
+    full = {1: 1, 255: 255, 1000: 1023, 4000: 4095, 60000: 65535}[high]
+    assert np.abs(pixels - ramp * (255 / full)).max() <= 1
+    assert pixels.max() > 230
 
 
 @pytest.mark.parametrize("values", [[-3.0, 1.0], [0.0, 70000.0], [0.0, np.nan], [0.0, np.inf]])
