@@ -35,7 +35,7 @@ def user_cache() -> Path:
         return base / "taming_jax"
     folder = Path(tempfile.gettempdir()) / f"taming_jax-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():
+    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
         raise UserError(f"the cache folder {folder} belongs to another user; set XDG_CACHE_HOME.")
     return folder
 

@@ -34,7 +34,11 @@ def parse(command: type[T], description: str | None) -> T:
     """Parses the command line into the dataclass `command`, whose docstrings are the help texts.
     tyro exits with status 2 and its own message if a flag is invalid."""
     args: Any = tyro.cli(command, description=description, args=sys.argv[1:])
-    paths = {name: expand_user(x) for name, x in vars(args).items() if isinstance(x, Path)}
+    paths = {
+        name: tuple(map(expand_user, x)) if isinstance(x, tuple) else expand_user(x)
+        for name, x in vars(args).items()
+        if isinstance(x, Path) or (isinstance(x, tuple) and x and isinstance(x[0], Path))
+    }
     return dataclasses.replace(args, **paths)
 
 

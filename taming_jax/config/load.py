@@ -34,7 +34,7 @@ def load_config(name: str | Path, overrides: Mapping[str, Any] | None = None) ->
     `overrides` replaces settings by their dotted names: `{"vqgan.steps": 100}`. Raises UserError if
     the name or a setting does not exist, or if settings are invalid or conflict.
     """
-    name = str(name)
+    name = str(expand_user(name))
     if name in list_presets():
         config = importlib.import_module(f"taming_jax.config.presets.{name}").CONFIG
     elif name.endswith(".json") or os.sep in name:

@@ -16,6 +16,9 @@ from taming_jax.weights.torch_file import open_tensors
 StateDict = dict[str, np.ndarray]
 Weights = Literal["ema", "model"]
 EMA_PREFIX = "model_ema."
+SAFETENSORS_DTYPES = (
+    "BF16", "BOOL", "F16", "F32", "F64", "I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64",
+)  # fmt: skip
 
 
 def open_state_dict(file: Path, weights: Weights | None = None) -> tuple[StateDict, dict[str, Any]]:
@@ -26,26 +29,34 @@ def open_state_dict(file: Path, weights: Weights | None = None) -> tuple[StateDi
     (EMA) and the weights themselves. Default: the EMA if the file has one. Names lose the prefixes
     of `torch.compile` and data-parallel wrappers. Raises UserError if the file is missing or
     damaged, if a PyTorch file has no arrays, or if there is no EMA and `weights` asks for it."""
-    if file.suffix == ".safetensors":
+    if file.suffix.lower() == ".safetensors":
         arrays, metadata = open_safetensors(file)
         ema: StateDict = {}
     else:
         content = open_tensors(file)
         content = content if isinstance(content, Mapping) else {}
-        metadata = {str(k): x for k, x in content.items() if isinstance(x, int | float | str)}
-        ema = get_arrays(content.get("ema"))
+        metadata = {
+            key: x for key, x in content.items()
+            if isinstance(key, str) and isinstance(x, int | float | str)
+        }  # fmt: skip
+        averages = map(content.get, ("ema", "ema_state_dict", "model_ema"))
+        ema = next(filter(None, map(get_arrays, averages)), {})
         # The keys that Lightning, LlamaGen and DeepSpeed use.
         candidates = (
             *map(content.get, ("state_dict", "model", "module", "model_state_dict")),
             content,
         )
         arrays = next(filter(None, map(get_arrays, candidates)), {})
+    ema = strip_prefixes(ema) or extract_ema(arrays)
+    arrays = strip_prefixes(arrays)
+    arrays = {name: x for name, x in arrays.items() if not name.startswith(EMA_PREFIX)}
     if not arrays and not ema:
         raise UserError(f"{file} has no state dict; name a checkpoint with weights.")
-    arrays, ema = strip_prefixes(arrays), strip_prefixes(ema) or extract_ema(arrays)
-    arrays = {name: x for name, x in arrays.items() if not name.startswith(EMA_PREFIX)}
-    if weights == "ema" and not ema:
-        raise UserError(f"{file} has no moving average of the weights; leave --weights out.")
+    if (weights == "ema" and not ema) or (weights == "model" and not arrays):
+        missing = "moving average of the weights" if weights == "ema" else "weights themselves"
+        raise UserError(f"{file} does not have the {missing}; leave --weights out.")
+    if not arrays:
+        say(f"{file} has only an exponential moving average (EMA) of the weights.")
     if not ema or not arrays:
         return arrays or ema, metadata
     used = "model" if weights == "model" else "ema"
@@ -58,7 +69,7 @@ def open_state_dict(file: Path, weights: Weights | None = None) -> tuple[StateDi
 def get_arrays(value: Any) -> StateDict:
     """Returns the arrays of a mapping by name, or an empty dict for other values."""
     items = value.items() if isinstance(value, Mapping) else ()
-    return {str(name): x for name, x in items if isinstance(x, np.ndarray)}
+    return {name: x for name, x in items if isinstance(name, str) and isinstance(x, np.ndarray)}
 
 
 def strip_prefixes(arrays: StateDict) -> StateDict:
@@ -70,8 +81,12 @@ def strip_prefixes(arrays: StateDict) -> StateDict:
 def extract_ema(arrays: StateDict) -> StateDict:
     """Returns the moving average that latent-diffusion's `LitEma` keeps beside the weights, under
     their names without dots."""
-    averages = {name: arrays.get(EMA_PREFIX + name.replace(".", "")) for name in arrays}
-    return {name: x for name, x in averages.items() if x is not None}
+    stripped, ema = strip_prefixes(arrays), {}
+    for name, clean in zip(arrays, stripped, strict=True):
+        for key in (clean, name):  # without the prefixes of wrappers, or with them
+            if (x := stripped.get(EMA_PREFIX + key.replace(".", ""))) is not None:
+                ema[clean] = x
+    return ema
 
 
 def open_safetensors(file: Path) -> tuple[StateDict, dict[str, Any]]:
@@ -84,10 +99,14 @@ def open_safetensors(file: Path) -> tuple[StateDict, dict[str, Any]]:
         by_numpy, by_flax = (safetensors.safe_open(file, kind) for kind in ("numpy", "flax"))
 
         def read(name: str) -> np.ndarray:
-            is_bfloat16 = by_numpy.get_slice(name).get_dtype() == "BF16"
-            return np.asarray((by_flax if is_bfloat16 else by_numpy).get_tensor(name))
+            return np.asarray((by_flax if kinds[name] == "BF16" else by_numpy).get_tensor(name))
 
-        return {name: read(name) for name in list(by_numpy.keys())}, dict(by_numpy.metadata() or {})
+        names = list(by_numpy.keys())
+        kinds = {name: by_numpy.get_slice(name).get_dtype() for name in names}
+        if other := [name for name in names if kinds[name] not in SAFETENSORS_DTYPES]:
+            say(f"Left out, since NumPy lacks their types: {format_names(other)}.")
+        arrays = {name: read(name) for name in names if name not in other}
+        return arrays, dict(by_numpy.metadata() or {})
     except FileNotFoundError:
         raise UserError(f"there is no file {file}.") from None
     except (OSError, ValueError, TypeError, AttributeError, safetensors.SafetensorError) as error:

@@ -12,6 +12,7 @@ import io
 import math
 import mmap
 import pickle
+import pickletools
 import struct
 import zipfile
 import zlib
@@ -29,6 +30,8 @@ DTYPES = {
     "LongStorage": "<i8", "IntStorage": "<i4", "ShortStorage": "<i2", "CharStorage": "|i1",
     "ByteStorage": "|u1", "BoolStorage": "|b1",
 }  # fmt: skip
+
+MAX_DEPTH, MAX_ITEMS = 1000, 10**6  # of nested tuples
 
 DAMAGE_ERRORS = (
     OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, ImportError,
@@ -91,16 +94,72 @@ class Inert:
     extend = add = update = append
 
 
+class Ordered(collections.OrderedDict):
+    """An OrderedDict without the attributes that a pickle may set."""
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+class Rebuild:
+    """A function that rebuilds a tensor. A pickle can call it, but not change it."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable[..., Any]):
+        self._function = function
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._function(*arguments)
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
 SUPPORTED: dict[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): collections.OrderedDict,
-    ("torch._utils", "_rebuild_tensor_v2"): view_storage,
-    ("torch._utils", "_rebuild_tensor"): view_storage,
-    ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
-    ("torch._utils", "_rebuild_parameter_with_state"): lambda tensor, *_: tensor,
-    ("torch._tensor", "_rebuild_from_type_v2"): lambda rebuild, _, arguments, *__: rebuild(
-        *arguments
+    ("collections", "OrderedDict"): Ordered,
+    ("torch._utils", "_rebuild_tensor_v2"): Rebuild(view_storage),
+    ("torch._utils", "_rebuild_tensor"): Rebuild(view_storage),
+    ("torch._utils", "_rebuild_parameter"): Rebuild(lambda tensor, *_: tensor),
+    ("torch._utils", "_rebuild_parameter_with_state"): Rebuild(lambda tensor, *_: tensor),
+    ("torch._tensor", "_rebuild_from_type_v2"): Rebuild(
+        lambda rebuild, _, arguments, *__: rebuild(*arguments)
     ),
 } | {("torch", name): name for name in DTYPES}
+
+
+def check_pickle(stream: Any) -> None:
+    """Follows the stack of a pickle without loading it. Raises ValueError if tuples in it are
+    nested so deeply, or so often contain themselves, that hashing them would crash or never end, or
+    if it reserves more memory for its memo than it uses."""
+    stack: list[Any] = []  # the depth and the number of items of each object, or None for a mark
+    memo: dict[int, tuple[int, int]] = {}
+    for opcode, argument, _ in pickletools.genops(stream):
+        name, before, after = opcode.name, opcode.stack_before, opcode.stack_after
+        if "PUT" in name or name == "MEMOIZE":
+            key = int(len(memo) if argument is None else argument)
+            if key > 2 * len(memo) + 1000:
+                raise ValueError("its memo is too large")
+            memo[key] = stack[-1] or (0, 0)
+        elif "GET" in name:
+            stack.append(memo[int(argument or 0)])
+        elif name == "DUP":
+            stack.append(stack[-1])
+        elif name == "MARK":
+            stack.append(None)
+        else:
+            parts = []
+            for kind in reversed(before):
+                if kind is pickletools.stackslice:
+                    while (item := stack.pop()) is not None:
+                        parts.append(item)
+                elif kind is not pickletools.markobject:
+                    parts.append(stack.pop() or (0, 0))
+            depth = 1 + max((item[0] for item in parts), default=0)
+            size = 1 + sum(item[1] for item in parts)
+            if "TUPLE" in name and (depth > MAX_DEPTH or size > MAX_ITEMS):
+                raise ValueError("its tuples are nested too deeply")
+            stack += [(depth, size)] * len(after)
 
 
 class TensorUnpickler(pickle.Unpickler):
@@ -109,7 +168,13 @@ class TensorUnpickler(pickle.Unpickler):
 
     def __init__(self, stream: Any, load_storage: Callable[[str, str, int], np.ndarray]):
         super().__init__(stream)
-        self.load_storage = load_storage
+        self.stream, self.load_storage = stream, load_storage
+
+    def load(self) -> Any:
+        start = self.stream.tell()
+        check_pickle(self.stream)
+        self.stream.seek(start)
+        return super().load()
 
     def find_class(self, module: str, name: str) -> Any:
         return SUPPORTED.get((module, name), Inert)

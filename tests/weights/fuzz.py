@@ -11,6 +11,7 @@ import io
 import pickle
 import resource
 import signal
+import struct
 import sys
 import tempfile
 import time
@@ -24,7 +25,14 @@ import numpy as np
 from taming_jax.errors import UserError
 from taming_jax.interop import llamagen
 from taming_jax.weights.state_dict import open_state_dict
-from tests.weights.torch_writer import write_tensors
+from taming_jax.weights.torch_file import MAGIC
+from tests.weights.torch_writer import (
+    FullTensor,
+    Global,
+    StorageId,
+    TensorPickler,
+    write_tensors,
+)
 
 SECONDS = 5  # per file
 MEMORY = 2**30  # bytes above what the process uses at the start
@@ -36,6 +44,14 @@ GLOBALS = (
     b"c__builtin__\neval\n(S'1/0'\ntR.",
     b"cposix\n_exit\n(I9\ntR.",
 )
+
+
+class LegacyPickler(TensorPickler):
+    """Writes tensors as PyTorch did before version 1.6."""
+
+    def persistent_id(self, value: Any) -> Any:
+        names = super().persistent_id(value)
+        return names and (*names, None)
 
 
 def make_files(folder: Path) -> dict[str, bytes]:
@@ -52,10 +68,21 @@ def make_files(folder: Path) -> dict[str, bytes]:
     extras = {"steps": 7, "lr": 1e-4, "names": ["a", "b"], "args": {"set": {1, 2}, "none": None}}
     write_tensors(folder / "m.pt", {"model": arrays, "ema": arrays, **extras})
     save_file(arrays, folder / "m.safetensors", {"step": "7"})
+    legacy = [MAGIC, 1001, {"little_endian": True}]
+    storage = StorageId(Global("torch", "FloatStorage"), "0", 4)
+    legacy += [{"model": {"x": FullTensor(storage, (2, 2))}, "step": 3}, ["0"]]
+    stream = io.BytesIO()
+    for value in legacy:
+        LegacyPickler(stream, 2).dump(value)
+    stream.write(struct.pack("<q", 4) + np.arange(4, dtype=np.float32).tobytes())
+    averages = {f"model_ema.{name.replace('.', '')}": x for name, x in arrays.items()}
+    write_tensors(folder / "a.pt", {"state_dict": arrays | averages})
     plain = io.BytesIO()
     pickle.dump({"model": {"x": [1, 2.5, "y"]}, "ordered": collections.OrderedDict(a=1)}, plain)
     return {
         "zip.pt": (folder / "m.pt").read_bytes(),
+        "average.pt": (folder / "a.pt").read_bytes(),
+        "legacy.pt": stream.getvalue(),
         "pickle.pt": plain.getvalue(),
         "m.safetensors": (folder / "m.safetensors").read_bytes(),
     }
@@ -124,7 +151,9 @@ def iterate_damaged(folder: Path, seed: int) -> Iterator[tuple[str, bytes]]:
         name = names[rng.integers(len(names))]
         content = files[name]
         for _ in range(rng.integers(1, 4)):
-            is_zip = name == "zip.pt" and content == files[name] and rng.random() < 0.8
+            is_zip = (
+                name in ("zip.pt", "average.pt") and content == files[name] and rng.random() < 0.8
+            )
             mutation = mutate_member if is_zip else MUTATIONS[rng.integers(len(MUTATIONS))]
             content = mutation(rng, content, contents) if content else content
         yield name, content

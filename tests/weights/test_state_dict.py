@@ -28,10 +28,11 @@ def test_arrays_in_safetensors_keep_their_dtypes(tmp_path):
         np.testing.assert_array_equal(loaded[name], array)
 
 
-def test_an_unsupported_dtype_is_reported(tmp_path):
-    save_file({"x": jnp.ones(3, jnp.float8_e4m3fn)}, tmp_path / "m.safetensors")
-    with pytest.raises(UserError, match="cannot be read as a safetensors file"):
-        open_state_dict(tmp_path / "m.safetensors")
+def test_arrays_of_an_unsupported_dtype_are_left_out(tmp_path, capsys):
+    arrays = {"x": jnp.ones(3, jnp.float8_e4m3fn), "y": jnp.ones(3)}
+    save_file(arrays, tmp_path / "M.SAFETENSORS")
+    assert list(open_state_dict(tmp_path / "M.SAFETENSORS")[0]) == ["y"]
+    assert "Left out, since NumPy lacks their types: x." in capsys.readouterr().out
 
 
 def test_a_missing_or_incomplete_safetensors_file_is_reported(tmp_path):
@@ -85,5 +86,30 @@ def test_moving_averages_are_used_unless_the_weights_are_asked_for(
     if averaged:
         assert open_state_dict(file, "ema")[0]["a.weight"].tolist() == [5, 6]
     else:
-        with pytest.raises(UserError, match="has no moving average"):
+        with pytest.raises(UserError, match="does not have the moving average"):
             open_state_dict(file, "ema")
+
+
+def test_moving_averages_in_other_forms(tmp_path, capsys):
+    average = np.float32([5, 6])
+    wrapped = {"module.a.weight": np.float32([1, 2]), "module.model_ema.aweight": average}
+    for content in (
+        {"state_dict": wrapped},
+        {
+            "state_dict": {
+                "module.a.weight": np.float32([1, 2]),
+                "model_ema.modulea" + "weight": average,
+            }
+        },
+        {"model": {"a.weight": np.float32([1, 2])}, "ema_state_dict": {"a.weight": average}},
+        {"model": {"a.weight": np.float32([1, 2])}, "model_ema": {"module.a.weight": average}},
+        {"ema": {"a.weight": average}},
+    ):
+        arrays, _ = open_state_dict(write(tmp_path / "m.ckpt", content))
+        assert list(arrays) == ["a.weight"] and arrays["a.weight"].tolist() == [5, 6]
+        assert "exponential moving average (EMA)" in capsys.readouterr().out
+    with pytest.raises(UserError, match="does not have the weights themselves"):
+        open_state_dict(tmp_path / "m.ckpt", "model")
+    write(tmp_path / "m.ckpt", {"state_dict": AVERAGES})
+    with pytest.raises(UserError, match="has no state dict"):
+        open_state_dict(tmp_path / "m.ckpt")

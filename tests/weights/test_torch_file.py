@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from taming_jax.errors import UserError
+from taming_jax.weights.state_dict import open_state_dict
 from taming_jax.weights.torch_file import MAGIC, Inert, open_tensors
 from tests.weights.torch_writer import write_tensors
 
@@ -291,3 +292,39 @@ def test_tensors_of_types_that_numpy_lacks_are_inert(torch, tmp_path, monkeypatc
     loaded = open_tensors(tmp_path / "m.pt")
     np.testing.assert_array_equal(loaded["model"]["w"], [0, 1])
     assert isinstance(loaded["optimizer"], Inert)
+
+
+def write_pickle(file, content):
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("archive/data.pkl", content)
+    return file
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x80\x02}(" + b")" + b"\x85" * 500_000 + b"K\x01u.",  # deep tuple as a key
+        b"\x80\x04(" + b")" + b"\x85" * 500_000 + b"\x91.",  # in a frozenset
+        b"\x80\x02}()" + b"2\x86" * 40 + b"K\x01u.",  # a tuple that doubles its items
+        b"\x80\x02Nr\x00\x00\x00\x40.",  # a memo of 16 GiB
+    ],
+)
+def test_pickles_that_would_exhaust_the_process_are_refused(tmp_path, content):
+    with pytest.raises(UserError, match=r"too deeply|memo is too large"):
+        open_tensors(write_pickle(tmp_path / "m.pt", content))
+
+
+def test_pickles_cannot_change_what_restores_tensors(tmp_path):
+    state = b"(N}(S'__defaults__'\n)ut"  # (None, {"__defaults__": ()})
+    for name in (b"ctorch._utils\n_rebuild_tensor_v2\n", b"ccollections\nOrderedDict\n)R"):
+        open_tensors(write_pickle(tmp_path / "m.pt", b"\x80\x02" + name + state + b"b."))
+    items = b"\x80\x02ccollections\nOrderedDict\n)R(N}(S'items'\nS'x'\nutb."
+    assert open_tensors(write_pickle(tmp_path / "m.pt", items)).items() == {}.items()
+
+
+def test_keys_that_are_not_names_are_ignored(tmp_path):
+    number = b"\x80\x02}(\x8b" + struct.pack("<i", 3000) + b"\x01" * 3000 + b"K\x01"
+    content = number + b"S'epoch'\nK\x03u."
+    assert open_tensors(write_pickle(tmp_path / "m.pt", content))["epoch"] == 3
+    with pytest.raises(UserError, match="has no state dict"):
+        open_state_dict(tmp_path / "m.pt")
