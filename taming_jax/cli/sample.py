@@ -124,6 +124,7 @@ def draw_and_write(args: Sample) -> None:
     """Draws images as the flags specify, and writes them."""
     size = None if args.size is None else parse_size(args.size)
     suffix = check_flags(args)
+    from taming_jax.cli.sample_files import lock_output
     from taming_jax.data.pixels import to_uint8
     from taming_jax.run import load_run
 
@@ -144,7 +145,8 @@ def draw_and_write(args: Sample) -> None:
         names = [run.class_names[i] for i in classes]
         write_samples(args.out, suffix, SampleGrid(images, classes, names, names))
     else:
-        draw_to_files(run, args, classes, suffix, size, settings)
+        with lock_output(args.out):
+            draw_to_files(run, args, classes, suffix, size, settings)
     print(f"Wrote {len(classes) * args.per_class} images of {len(classes)} classes to {args.out}.")
     if not args.classes and len(classes) < len(run.class_names):
         print(f"There are {len(run.class_names)} classes; choose others with --classes.")

@@ -4,13 +4,16 @@ number, and a command that was interrupted continues when it is repeated.
 A manifest holds what the images depend on, so that images of other settings are not mixed.
 """
 
+import contextlib
 import json
 import math
 import shutil
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+import filelock
 import numpy as np
 from PIL import Image
 
@@ -37,8 +40,28 @@ class SampleFiles(Protocol):
         ...
 
 
-def check_manifest(file: Path, settings: dict[str, Any]) -> None:
-    """Raises UserError if a manifest exists and holds other settings."""
+@contextlib.contextmanager
+def lock_output(out: Path) -> Iterator[None]:
+    """Raises UserError if another command writes to the same files."""
+    file = out.absolute().with_name(f".{out.absolute().name}.lock")
+    lock = filelock.FileLock(file, blocking=False)
+    try:
+        lock.acquire()
+    except filelock.Timeout as error:
+        raise UserError(
+            f"another command writes to {out}; wait for it, or choose another --out."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+        with contextlib.suppress(OSError):
+            file.unlink()
+
+
+def check_manifest(file: Path, settings: dict[str, Any], images: str) -> None:
+    """Raises UserError if a manifest exists and holds other settings. `images` names the images
+    that it describes."""
     try:
         written = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -49,8 +72,8 @@ def check_manifest(file: Path, settings: dict[str, Any]) -> None:
     differing = [name for name, value in current.items() if written.get(name) != value]
     if differing:
         raise UserError(
-            f"{file.parent} holds images that were drawn with other settings "
-            f"({', '.join(differing)}, see {file.name}); choose another --out, or delete them."
+            f"{images} were drawn with other settings ({', '.join(differing)}, see {file.name}); "
+            "use those, choose another --out, or delete these files."
         )
 
 
@@ -64,7 +87,7 @@ class PngFolder:
         written = {file.name for file in self.out.glob("*.png")}
         if written and not (self.out / MANIFEST).is_file():
             raise UserError(f"{self.out} holds other pictures; choose an empty folder.")
-        check_manifest(self.out / MANIFEST, self.settings)
+        check_manifest(self.out / MANIFEST, self.settings, f"the images in {self.out}")
         pairs = enumerate(zip(labels.tolist(), numbers.tolist(), strict=True))
         return np.array([i for i, pair in pairs if self._name(*pair) not in written], int)
 
@@ -97,13 +120,14 @@ class NpzFile:
         self._written = 0  # images in the scratch file
 
     def find_missing(self, labels: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-        check_manifest(self.manifest, self.settings)
+        images = f"the images of an interrupted command in {self.scratch}"
+        check_manifest(self.manifest, self.settings, images)
         if self.manifest.is_file() and self.scratch.is_file():
             self._written = self.scratch.stat().st_size // math.prod(self.shape)
         return np.arange(self._written, len(labels))
 
     def write(self, labels: np.ndarray, numbers: np.ndarray, images: np.ndarray) -> None:
-        if not self.manifest.is_file():
+        if not self._written:
             self.scratch.write_bytes(b"")
             atomic_write(self.manifest, json.dumps(self.settings, indent=1).encode())
         with self.scratch.open("r+b") as file:

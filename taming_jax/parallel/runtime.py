@@ -1,6 +1,5 @@
 """Configures JAX before it starts: deterministic GPU operations and the compilation cache."""
 
-import contextlib
 import hashlib
 import os
 import platform
@@ -56,8 +55,10 @@ def enable_compile_cache() -> None:
     if jax.config.values["jax_compilation_cache_dir"]:
         return
     folder = user_cache() / f"xla-{get_machine_key()}"
-    with contextlib.suppress(OSError):  # JAX warns about it later
+    try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError:
+        return  # JAX would warn about each program that it cannot cache
     jax.config.update("jax_compilation_cache_dir", str(folder))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)

@@ -11,7 +11,7 @@ from PIL import Image
 import taming_jax
 from taming_jax import figures
 from taming_jax.cli.sample import choose_classes
-from taming_jax.cli.sample_files import NpzFile, PngFolder
+from taming_jax.cli.sample_files import NpzFile, PngFolder, lock_output
 from taming_jax.data import datasets
 from taming_jax.data.pixels import to_uint8
 from taming_jax.errors import UserError
@@ -126,6 +126,9 @@ def test_an_interrupted_command_continues(
             scratch.write(b"half")
     status, _, err = sample(*flags, "--seed", 1)
     assert status == 2 and "drawn with other settings (seed, see" in err, err
+    with lock_output(out):
+        status, _, err = sample(*flags)
+    assert status == 2 and f"another command writes to {out}" in err, err
     status, stdout, err = sample(*flags)
     assert status == 0 and f"{batches[0]} of 18 images are drawn already." in stdout, err
     expected = to_uint8(run.sample([0, 1], 9, devices=1))

@@ -361,3 +361,21 @@ def test_another_cache_version_decodes_the_pictures_again(tmp_path, monkeypatch)
     monkeypatch.setattr(images, "VERSION", images.VERSION + 1)
     datasets.load(make_config(tmp_path))
     assert len(list((tmp_path / "cache").iterdir())) == 6
+
+
+def test_another_limit_of_memory_decodes_again(tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    for i in range(11):
+        size = 600 if i == 0 else 40
+        (tmp_path / "data" / f"{i}.png").write_bytes(encode(Image.new("L", (size, size)), "PNG"))
+
+    def count(**settings):
+        splits = datasets.load(make_config(tmp_path, **settings))
+        return sum(len(split.images) for split in splits[:3])
+
+    assert count(max_decoded_mib=1) == 10
+    assert "decoding takes 2 MiB; --data.max-decoded-mib allows 1" in capsys.readouterr().out
+    assert count() == 11
+    assert "decoding" in capsys.readouterr().out
+    assert count(max_decoded_mib=1) == 11  # it is decoded already
+    assert "decoding" not in capsys.readouterr().out

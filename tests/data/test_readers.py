@@ -347,3 +347,52 @@ def test_numbers_without_images_are_classes_without_training_images(tmp_path, ca
     splits = datasets.load(make_config(tmp_path, "a/b", root))
     assert "no training pictures of 3 of 6 classes: 0, 3, 4." in capsys.readouterr().out
     assert datasets.fingerprint(splits)["untrained_classes"] == [0, 3, 4]
+
+
+def test_names_of_configurations_in_files(tmp_path):
+    source = pictures.write_parquet(tmp_path / "source")
+    for config in ("cifar10", "cifar100"):
+        for split in ("train", "test"):
+            (tmp_path / "x").mkdir(exist_ok=True)
+            file = source / f"{split}-00000-of-00001.parquet"
+            shutil.copy(file, tmp_path / "x" / f"{config}-{split}.parquet")
+    with pytest.raises(UserError, match="set --data.config .*: 'cifar10', 'cifar100'"):
+        datasets.load(make_config(tmp_path, "a/b", tmp_path / "x"))
+    splits = datasets.load(make_config(tmp_path, "a/b", tmp_path / "x", config="cifar10"))
+    assert len(splits.test.images) == 9
+    # A link to a file is the same file.
+    link = tmp_path / "y" / "train-copy.parquet"
+    link.parent.mkdir()
+    file = shutil.copy(source / "train-00000-of-00001.parquet", link.parent / "train-0.parquet")
+    link.symlink_to(file)
+    splits = datasets.load(make_config(tmp_path, "a/b", link.parent))
+    assert sum(len(part.images) for part in splits[:3]) == 42
+
+
+def test_splits_whose_classes_have_another_order(tmp_path):
+    import datasets as hub
+
+    parts = {}
+    for split, names in (("train", ["cat", "dog"]), ("test", ["dog", "cat"])):
+        contents, _ = pictures.make_split(6)
+        images = [{"bytes": content, "path": None} for content in contents]
+        features = hub.Features({"image": hub.Image(), "label": hub.ClassLabel(names=names)})
+        labels = [names.index("cat")] * 4 + [names.index("dog")] * 2
+        parts[split] = hub.Dataset.from_dict({"image": images, "label": labels}, features)
+        (tmp_path / "x" / split).mkdir(parents=True)
+        parts[split].to_parquet(tmp_path / "x" / split / "0.parquet")
+    splits = datasets.load(make_config(tmp_path, "a/b", tmp_path / "x", validation_share=0.2))
+    assert splits.class_names == ("cat", "dog")
+    assert splits.test.labels.tolist() == [0, 0, 0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("unknown", ["?", "-1", "", None])
+def test_named_classes_with_unknown_ones(tmp_path, unknown):
+    contents, labels = pictures.make_split(12)
+    parts = {
+        "train": (contents, ["a" if label else "b" for label in labels]),
+        "test": (contents[:4], ["a", unknown, "b", unknown]),
+    }
+    root = pictures.write_parquet(tmp_path / "x", parts, metadata=False)
+    splits = datasets.load(make_config(tmp_path, "a/b", root))
+    assert splits.class_names == ("a", "b") and splits.test.labels.tolist() == [0, 1]
