@@ -65,7 +65,7 @@ def test_non_finite_steps_are_skipped_until_there_are_too_many_in_a_row(
         return built[0]
 
     with pytest.raises(
-        RunFailed, match="non-finite values at step 55, after 2 steps skipped .*: .*l1"
+        RunFailed, match="non-finite values at step 55, after 2 skipped steps .*: .*l1"
     ):
         loop.train(build, load_config("mnist_tiny", SMALL | settings))
     before, after = built[0].before, built[0].after

@@ -93,7 +93,7 @@ def test_a_run_can_start_from_the_weights_of_another(
     status, out, err = commands.run_here(script, *command, draw=False)
     assert status == 0, err
     assert f"Starting from {prior_workdir}. Arrays loaded" in out
-    assert ("new: discriminator.conv_0" in out) == (stage == "vqgan")
+    assert ("initialized at random: discriminator.conv_0" in out) == (stage == "vqgan")
     assert "the codes of another stage 1" not in out
     name = "generator" if stage == "vqgan" else "transformer"
     before, after = (Store(folder, stage).load_best() for folder in (prior_workdir, workdir))
@@ -140,9 +140,13 @@ def test_an_imported_run_can_be_trained(prior_workdir, tmp_path):
     assert status == 2 and "the dataset of this imported run is not known" in err, err
     flags += ["--data.name", config.data.name]
     status, out, err = commands.run_here("train_vqgan.py", *flags, "--vqgan.steps", 1, draw=False)
-    assert status == 0 and "Starting from" in out and "new: discriminator.conv_0" in out, err
+    assert (
+        status == 0
+        and "Starting from" in out
+        and "initialized at random: discriminator.conv_0" in out
+    ), err
     status, out, err = commands.run_here("train_prior.py", *flags, "--prior.steps", 1, draw=False)
-    assert status == 0 and "; nothing is new." in out, err
+    assert status == 0 and "; initialized at random: none." in out, err
     assert taming_jax.load_config(workdir / "config.json").data.name == config.data.name
     # A restarted run starts from the imported weights, and no setting can delete them.
     imported_checkpoint = workdir / "checkpoints" / "prior" / "0"
