@@ -142,9 +142,8 @@ def choose_split_folders(root: Path, layout: Layout, outside: list[Path]) -> dic
 
 
 def skip_single_folders(root: Path, outside: list[Path]) -> Path:
-    """Returns the first folder, from `root` down, that does not hold just one folder, which holds
-    no images itself but folders of images. Says which folders are skipped, and adds what else they
-    hold to `outside`."""
+    """Returns `root`, or the only folder in it if all images are in folders of that one, and so on.
+    Says which folder is read instead, and adds the other files in `root` to `outside`."""
     finder = ImageFinder([root])
     folders = list(filter(has_images, list_folders(root)))
     if len(folders) != 1 or any(map(finder.is_image, [*root.iterdir(), *folders[0].iterdir()])):
@@ -168,8 +167,9 @@ def is_hidden(path: Path) -> bool:
 
 
 def list_names(paths: Iterable[Path]) -> str:
-    """Returns the names of some files or folders, as text."""
-    return " and ".join(to_text(path.name) for path in paths)
+    """Returns the first ten names of files or folders, as text."""
+    names = [to_text(path.name) for path in paths]
+    return ", ".join([*names[:10], *["…"] * (len(names) > 10)])
 
 
 def find_table(folder: Path) -> Path | None:
