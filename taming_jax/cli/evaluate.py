@@ -55,7 +55,9 @@ def read_report(file: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"there is no file {file}; name a report.") from None
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{file} is not a report of scripts/evaluate.py ({error}).") from error
+        raise UserError(
+            f"{file} is not a report written by `taming-jax evaluate` ({error})."
+        ) from error
 
 
 def compare(left: Path, right: Path) -> None:

@@ -37,7 +37,8 @@ class Batch(NamedTuple):
 
 @functools.lru_cache(maxsize=4)
 def permute_epoch(seed: int, epoch: int, n: int) -> np.ndarray:
-    """Returns the order of n examples in an epoch, drawn by NumPy to be equal on all devices."""
+    """Returns the order of n examples in an epoch. NumPy draws it, so it is the same on all
+    devices."""
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(n)
 
 

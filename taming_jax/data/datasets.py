@@ -288,8 +288,8 @@ def build_splits(tables: dict[str, Table], config: DataConfig) -> Splits:
             n = len(encoded["train"])
             if n < 2:
                 raise UserError(
-                    f"{source} holds too few pictures to take a {split} split from them; it needs "
-                    "at least three."
+                    f"{source} has too few training pictures to hold out a {split} split; add more "
+                    "training pictures."
                 )
             rest, held_out = split_by_seed(n, share, config.split_seed)
             encoded[split] = encoded["train"].select(held_out)

@@ -55,7 +55,8 @@ def save_figures(evaluator: Evaluator, folder: Path, report: dict[str, Any]) -> 
         compared = min(len(evaluator.splits.train.images), protocol.kept)
         title = (
             f"Samples, and the nearest of {compared} training images by {evaluator.extractor.name} "
-            "features. Below: their distance (1: the median from a training image to its nearest)"
+            "features. Below: their distance (1: the median distance from a training image to its "
+            "nearest neighbor)"
         )
         figure = figures.draw_grid(
             np.concatenate([images, neighbors]), ("sample", "training image"), len(images),

@@ -87,7 +87,7 @@ def select_devices(count: int | None) -> list[Any]:
         where = "" if distributed.process_count() == 1 else " in this process"
         raise UserError(
             f"--devices is {count}, but the number of {available[0].platform} devices{where} is "
-            f"{len(available)}; set it to a positive number that is not larger."
+            f"{len(available)}; set it to a number from 1 to {len(available)}."
         )
     return available[:count]
 

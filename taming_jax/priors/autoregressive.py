@@ -149,7 +149,7 @@ class GPT(nn.Module):
 
     @nn.nowrap
     def check_trainable(self) -> None:
-        """Raises UserError if this prior can only sample and cannot be trained."""
+        """Raises UserError if this prior cannot be trained."""
         vocabulary = self.settings.vocabulary
         if vocabulary is not None and self.first_class_token + self.classes > vocabulary:
             raise UserError(

@@ -34,7 +34,7 @@ class Prior(Protocol):
         """Returns new variables, as in any Linen module."""
 
     def check_trainable(self) -> None:
-        """Raises UserError if this prior can only sample and cannot be trained."""
+        """Raises UserError if this prior cannot be trained."""
 
     def loss(
         self, params: Any, labels: jax.Array, codes: jax.Array, keys: Mapping[str, jax.Array]

@@ -106,7 +106,8 @@ class Block(nn.Module):
 
         normalized = make_norm(self.settings.norm, self.dtype, "norm2")(x)
         if self.settings.mlp == "swiglu":
-            # Two thirds of the usual hidden width give three matrices as many parameters as two.
+            # With two thirds of the usual hidden width, the three matrices have as many parameters
+            # as the usual two.
             hidden = self.settings.mlp_width or -(-8 * width // 3 // 8) * 8
             gate = nn.silu(dense(hidden, self.settings.bias, self.dtype, "mlp_gate")(normalized))
             h = gate * dense(hidden, self.settings.bias, self.dtype, "mlp_in")(normalized)

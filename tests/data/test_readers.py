@@ -179,7 +179,7 @@ def test_unreadable_sources_are_refused(tmp_path):
         (make_config(tmp_path, "folder", None), "--data.name folder needs --data.path"),
         (make_config(tmp_path, "folder", tmp_path / "no"), "is not a folder"),
         (make_config(tmp_path, "folder", empty), "holds no pictures"),
-        (make_config(tmp_path, "folder", one), "holds too few pictures"),
+        (make_config(tmp_path, "folder", one), "has too few training pictures"),
         (make_config(tmp_path, "a/b", empty), "holds no pictures .* and no parquet files"),
         (make_config(tmp_path, "a/b", broken), "cannot be read .* download them again"),
         (
