@@ -310,7 +310,7 @@ def build_splits(tables: dict[str, Table], config: DataConfig) -> Splits:
         say(f"{problem}. They are left out.")
     splits = Splits(**parts, class_names=class_names)
     if untrained := find_untrained(splits):
-        names = ", ".join(class_names[i] for i in untrained[:50]) + ", …" * (len(untrained) > 50)
+        names = ", ".join(class_names[i] for i in untrained[:20]) + ", …" * (len(untrained) > 20)
         say(
             f"Warning: no training pictures of {len(untrained)} of {len(class_names)} classes: "
             f"{names}. A prior does not learn them, and they are not drawn by default."
