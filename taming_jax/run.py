@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import os
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from taming_jax.models.vqgan import build_vqgan, decode_indices, encode, max_bat
 from taming_jax.parallel.devices import Devices, map_batches
 from taming_jax.parallel.runtime import enable_compile_cache
 from taming_jax.priors.registry import Prior, build_prior
-from taming_jax.sampler import Sampler, SamplingSettings, make_keep_mask
+from taming_jax.sampler import Classes, Sampler
 from taming_jax.storage import expand_user
 from taming_jax.training.checkpoints import Store
 from taming_jax.training.tokens import Tokenizer
@@ -134,10 +134,11 @@ class Run:
         values = {k: os.fspath(x) if isinstance(x, os.PathLike) else x for k, x in settings.items()}
         config = self.config
         if values.get("name", config.data.name) != config.data.name:
-            # The path and the column names of the old dataset do not apply to the new one.
+            # How the files of the old dataset are read does not apply to the new one.
             config = replace_section(
-                config, "data", path=None, image_column=None, label_column=None
-            )
+                config, "data", path=None, layout="auto", config=None, image_column=None,
+                label_column=None,
+            )  # fmt: skip
         other = copy.copy(self)
         other.config = override(config, {f"data.{name}": value for name, value in values.items()})
         for name in ("image_size", "channels"):
@@ -177,7 +178,7 @@ class Run:
         changes = datasets.fingerprint_diff(datasets.fingerprint(splits), self.dataset)
         return f"The run was trained on other data: {'; '.join(changes)}." if changes else ""
 
-    def to_labels(self, classes: int | str | Iterable[int | str]) -> np.ndarray:
+    def to_labels(self, classes: Classes) -> np.ndarray:
         """Converts class numbers or names to labels int32 [n]. Raises UserError if a class does not
         exist."""
         return datasets.parse_classes(classes, self.class_names)
@@ -194,9 +195,10 @@ class Run:
         return build_prior(self.config, len(self.class_names))
 
     @functools.cached_property
-    def _sampler(self) -> Sampler:
+    def sampler(self) -> Sampler:
+        """Draws from the prior. Raises UserError if the run has no prior."""
         params = {"transformer": self.transformer, "generator": self.params}
-        return Sampler(self.config, self.prior, self.model, params, self.decode)
+        return Sampler(self.config, self.prior, self.class_names, self.model, params, self.decode)
 
     @functools.cached_property
     def _likelihood(self) -> Callable[..., jax.Array]:
@@ -204,10 +206,11 @@ class Run:
 
     def sample(
         self,
-        classes: int | str | Iterable[int | str],
+        classes: Classes,
         per_class: int = 1,
         *,
         prefix: Any = None,
+        size: tuple[int, int] | None = None,
         **settings: Any,
     ) -> np.ndarray:
         """Draws images of classes (numbers or names), float32 [n,h,w,c] in [-1, 1]: `per_class` of
@@ -229,33 +232,13 @@ class Run:
 
         Raises UserError if a class does not exist, or if a setting is invalid.
         """
-        labels, numbers = self.number_images(classes, per_class)
-        known = None
-        if prefix is not None:
-            codes = np.asarray(prefix)
-            if codes.ndim != 1 or (codes < 0).any():
-                raise UserError("a prefix must be a one-dimensional array of nonnegative codes.")
-            known = np.broadcast_to(codes, (len(labels), len(codes)))
-        return np.concatenate(list(self.draw_samples(labels, numbers, known=known, **settings)))
-
-    def number_images(
-        self, classes: int | str | Iterable[int | str], per_class: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the labels of the images of `sample`, and their numbers within each class, both
-        int32 [n]. Raises UserError if a class does not exist, or if there are none."""
-        class_labels = self.to_labels(classes)
-        n = len(class_labels)
-        if per_class < 1 or not n:
-            raise UserError(
-                f"there is nothing to draw: {per_class} images of {n} classes; choose at least one."
-            )
-        numbers = np.tile(np.arange(per_class, dtype=np.int32), n)
-        return np.repeat(class_labels, per_class), numbers
+        drawing = self.sampler.plan_samples(classes, per_class, prefix, size)
+        return np.concatenate(list(self.sampler.draw(drawing, **settings)))
 
     def complete(
         self,
         images: Any,
-        classes: int | str | Iterable[int | str] | None = None,
+        classes: Classes | None = None,
         per_image: int = 1,
         *,
         keep: float = 0.5,
@@ -275,54 +258,9 @@ class Run:
 
         Raises UserError if an argument is invalid.
         """
-        images = np.asarray(images)
         codes = self.encode(images)
-        n, *grid = codes.shape
-        labels = self._resolve_labels(classes, n)
-        known = np.where(make_keep_mask(keep, mask, (grid[0], grid[1]), self.factor), codes, -1)
-        if per_image < 1:
-            raise UserError(
-                f"there is nothing to draw: {per_image} completions per image; choose at least one."
-            )
-        return np.concatenate(list(self.draw_samples(
-            np.repeat(labels, per_image), np.tile(np.arange(per_image, dtype=np.int32), n),
-            known=np.repeat(known.reshape(n, -1), per_image, 0),
-            size=(images.shape[1], images.shape[2]), **settings,
-        )))  # fmt: skip
-
-    def _resolve_labels(
-        self, classes: int | str | Iterable[int | str] | None, n: int
-    ) -> np.ndarray:
-        """Returns the labels of n images, int32 [n]. None means no class. Raises UserError if the
-        number of classes is neither 1 nor n, or if the prior needs a class."""
-        if classes is None:
-            null_label = 0 if self.prior.classes == 1 else self.prior.classes
-            if null_label and not self.config.prior.label_dropout:
-                raise UserError(
-                    "this prior was trained without --prior.label-dropout, so it cannot draw "
-                    "images without a class; name their classes."
-                )
-            return np.full(n, null_label, np.int32)
-        labels = self.to_labels(classes)
-        if len(labels) not in (1, n):
-            raise UserError(
-                f"there are {n} images and {len(labels)} classes; pass one class for all, or one "
-                "per image."
-            )
-        return np.broadcast_to(labels, n)
-
-    def draw_samples(
-        self, labels: np.ndarray, numbers: np.ndarray, **settings: Any
-    ) -> Iterator[np.ndarray]:
-        """Yields the images of `sample` in batches: image number `numbers[i]` of class `labels[i]`,
-        both int32 [n]. `settings` are those of `sample`, and `known` int [n,t] with the known codes
-        in raster order, -1 for codes to draw."""
-        return self._sampler.draw_samples(labels, numbers, **settings)
-
-    def resolve_sampling(self, **settings: Any) -> SamplingSettings:
-        """Returns the sampling settings, with the values of the run's config for those that are
-        None or missing. Raises UserError if one is invalid."""
-        return self._sampler.resolve_settings(**settings)
+        drawing = self.sampler.plan_completions(codes, classes, per_image, keep, mask)
+        return np.concatenate(list(self.sampler.draw(drawing, **settings)))
 
     def log_likelihood(self, images: Any, labels: Any) -> np.ndarray:
         """Computes the log-likelihood under the prior, in nats, of the codes of images [n,h,w,c]
@@ -330,7 +268,7 @@ class Run:
 
         Raises UserError if the images' grids of codes are not as large as the prior's window.
         """
-        labels = self._resolve_labels(labels, len(images))
+        labels = self.sampler.resolve_labels(labels, len(images))
         return self.code_log_likelihood(self.encode(images), labels)
 
     def code_log_likelihood(self, indices: np.ndarray, labels: np.ndarray) -> np.ndarray:

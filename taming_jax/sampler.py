@@ -2,7 +2,7 @@
 settings."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,12 +10,15 @@ import numpy as np
 
 from taming_jax.config.schema import Config
 from taming_jax.config.validation import check_sampling
+from taming_jax.data.datasets import parse_classes
 from taming_jax.errors import UserError
 from taming_jax.models.vqgan import VQGAN, decode_indices, max_batch
 from taming_jax.parallel.devices import Compiled, Devices
 from taming_jax.priors.decoding import sample_keys, sampling_batch_size
 from taming_jax.priors.registry import Prior
 from taming_jax.progress import Progress
+
+Classes = int | str | Iterable[int | str]
 
 
 class SamplingSettings(NamedTuple):
@@ -27,6 +30,24 @@ class SamplingSettings(NamedTuple):
     guidance_scale: float | Sequence[float] | None
 
 
+class Drawing(NamedTuple):
+    """Images to draw: image number `numbers[i]` of class `labels[i]`, both int32 [n].
+
+    `known` int [n,t] holds known codes in raster order, -1 for codes to draw. `size` is the height
+    and width in pixels. Default: the training size.
+    """
+
+    labels: np.ndarray
+    numbers: np.ndarray
+    known: np.ndarray | None = None
+    size: tuple[int, int] | None = None
+
+    def select(self, rows: np.ndarray) -> "Drawing":
+        """Returns some of the images."""
+        known = None if self.known is None else self.known[rows]
+        return Drawing(self.labels[rows], self.numbers[rows], known, self.size)
+
+
 class Sampler:
     """A sampler that draws codes from a prior and decodes them, on any number of devices."""
 
@@ -34,6 +55,7 @@ class Sampler:
         self,
         config: Config,
         prior: Prior,
+        class_names: Sequence[str],
         generator: VQGAN,
         params: dict[str, Any],
         decode: Callable[[np.ndarray], np.ndarray],
@@ -41,15 +63,25 @@ class Sampler:
         """`decode` decodes the codes of images larger than the training images."""
         self._defaults, self.factor, self._decode = config.prior, config.downsample_factor, decode
         self.prior, self.generator, self.params = prior, generator, params
+        self.class_names = class_names
         self._place_once = functools.cache(self._place)
         self._compile_once = functools.cache(self._compile)
 
-    def resolve_settings(self, seed: int = 0, **overrides: Any) -> SamplingSettings:
-        """Returns the sampling settings of the run's config, replaced by the overrides that are not
-        None. Raises UserError if one of them or the seed is invalid."""
+    def resolve_settings(
+        self,
+        seed: int = 0,
+        *,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        guidance_scale: float | Sequence[float] | None = None,
+    ) -> SamplingSettings:
+        """Returns the sampling settings, with those of the run's config instead of None. Raises
+        UserError if one of them or the seed is invalid."""
         defaults = (getattr(self._defaults, name) for name in SamplingSettings._fields)
-        settings = SamplingSettings(*defaults)
-        settings = settings._replace(**{k: x for k, x in overrides.items() if x is not None})
+        pairs = zip((temperature, top_k, top_p, guidance_scale), defaults, strict=True)
+        values: list[Any] = [default if value is None else value for value, default in pairs]
+        settings = SamplingSettings(*values)
         check_sampling(settings, self.prior.codebook_size, self._defaults.label_dropout)
         if not 0 <= seed < 2**32:
             raise UserError(f"the seed is {seed}; it must be from 0 to {2**32 - 1}.")
@@ -71,23 +103,81 @@ class Sampler:
             )
         return int(size[0]) // factor, int(size[1]) // factor
 
-    def draw_samples(
+    def plan_samples(
         self,
-        labels: np.ndarray,
-        numbers: np.ndarray,
-        *,
-        known: np.ndarray | None = None,
+        classes: Classes,
+        per_class: int,
+        prefix: Any = None,
         size: tuple[int, int] | None = None,
+    ) -> Drawing:
+        """Returns the images that `Run.sample` draws. Raises UserError if an argument is
+        invalid."""
+        class_labels = parse_classes(classes, self.class_names)
+        n = len(class_labels)
+        if per_class < 1 or not n:
+            raise UserError(
+                f"there is nothing to draw: {per_class} images of {n} classes; choose at least one."
+            )
+        labels, known = np.repeat(class_labels, per_class), None
+        if prefix is not None:
+            codes = np.asarray(prefix)
+            if codes.ndim != 1 or (codes < 0).any():
+                raise UserError("a prefix must be a one-dimensional array of nonnegative codes.")
+            known = np.broadcast_to(codes, (len(labels), len(codes)))
+        return Drawing(labels, np.tile(np.arange(per_class, dtype=np.int32), n), known, size)
+
+    def plan_completions(
+        self, codes: np.ndarray, classes: Classes | None, per_image: int, keep: float, mask: Any
+    ) -> Drawing:
+        """Returns the images that `Run.complete` draws, given the codes int32 [n,h',w'] of the
+        images to complete. Raises UserError if an argument is invalid."""
+        n, height, width = codes.shape
+        labels = self.resolve_labels(classes, n)
+        kept = make_keep_mask(keep, mask, (height, width), self.factor)
+        if per_image < 1:
+            raise UserError(
+                f"there is nothing to draw: {per_image} completions per image; choose at least one."
+            )
+        known = np.where(kept, codes, -1).reshape(n, -1)
+        return Drawing(
+            np.repeat(labels, per_image), np.tile(np.arange(per_image, dtype=np.int32), n),
+            np.repeat(known, per_image, 0), (height * self.factor, width * self.factor),
+        )  # fmt: skip
+
+    def resolve_labels(self, classes: Classes | None, n: int) -> np.ndarray:
+        """Returns the labels of n images, int32 [n]. None means no class. Raises UserError if the
+        number of classes is neither 1 nor n, or if the prior needs a class."""
+        if classes is None:
+            null_label = 0 if self.prior.classes == 1 else self.prior.classes
+            if null_label and not self._defaults.label_dropout:
+                raise UserError(
+                    "this prior was trained without --prior.label-dropout, so it cannot draw "
+                    "images without a class; name their classes."
+                )
+            return np.full(n, null_label, np.int32)
+        labels = parse_classes(classes, self.class_names)
+        if len(labels) not in (1, n):
+            raise UserError(
+                f"there are {n} images and {len(labels)} classes; pass one class for all, or one "
+                "per image."
+            )
+        return np.broadcast_to(labels, n)
+
+    def draw(
+        self,
+        drawing: Drawing,
+        *,
         seed: int = 0,
         devices: int | None = None,
         batch_size: int | None = None,
         progress: bool = False,
         **settings: Any,
     ) -> Iterator[np.ndarray]:
-        """Yields images in batches; see `Run.draw_samples`."""
+        """Yields the images in batches; see `Run.sample` for the settings."""
         if batch_size is not None and batch_size < 1:
             raise UserError(f"the batch size is {batch_size}; it must be 1 or more.")
         temperature, top_k, top_p, guidance_scale = self.resolve_settings(**settings, seed=seed)
+        labels, numbers, known, size = drawing
         grid, n = self.compute_grid(size), len(labels)
         length, codes = grid[0] * grid[1], self.prior.codebook_size
         known = np.empty((n, 0), np.int32) if known is None else known

@@ -23,13 +23,14 @@ LOCK = ".lock"
 
 
 def expand_user(path: str | Path) -> Path:
-    """Replaces a leading ~ by the user's home folder, if there is one."""
+    """Replaces a leading ~ with the user's home folder, if there is one."""
     return Path(os.path.expanduser(path))
 
 
 def user_cache() -> Path:
-    """Returns the user's cache folder, whose files may be deleted at any time. A user without a
-    home has it among the temporary files. Raises UserError if it belongs to another user."""
+    """Returns the user's cache folder, whose files may be deleted at any time. If the user has no
+    home folder, it is in the folder for temporary files. Raises UserError if it belongs to another
+    user."""
     base = expand_user(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     if base.is_absolute():
         return base / "taming_jax"
@@ -95,31 +96,25 @@ def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
 
 
 @contextlib.contextmanager
-def run_lock(folder: Path) -> Iterator[None]:
-    """Locks a run's folder, so that no other process or thread trains in it. Creates the folder if
-    it is missing, and removes it afterwards if it is empty. The operating system releases the lock
-    if the process dies.
+def folder_lock(folder: Path, work: str = "training", flag: str = "--workdir") -> Iterator[None]:
+    """Locks a folder, so that no other process or thread writes to it. Creates the folder if it is
+    missing, and removes it afterwards if it is empty. The operating system releases the lock if the
+    process dies.
 
-    Raises UserError if another process holds the lock, or if the folder cannot be written.
+    Raises UserError if another process holds the lock, or if the folder cannot be written. `work`
+    and `flag` are what the process does and where the user named the folder, for messages.
     """
     file = folder.absolute() / LOCK
-    try:
-        str(file).encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"the workdir {folder} is not UTF-8, which Orbax needs; choose another --workdir."
-        ) from error
     lock = filelock.FileLock(file, blocking=False)
     created = [parent for parent in file.parents if not parent.exists()]
-    with report_unwritable(folder):
+    with report_unwritable(folder, flag):
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire()
         except filelock.Timeout as error:
             holder = file.read_text(errors="replace") or "another process"
             raise UserError(
-                f"{holder} is training in {folder}; wait for it, stop it, or choose another "
-                "--workdir."
+                f"{holder} is {work} in {folder}; wait for it, stop it, or choose another {flag}."
             ) from error
         except (OSError, NotImplementedError) as error:
             number = getattr(error, "errno", errno.ENOSYS)
@@ -127,7 +122,7 @@ def run_lock(folder: Path) -> Iterator[None]:
                 raise
             say(
                 f"The file system of {folder} does not support locks ({os.strerror(number)}): make "
-                "sure that no other run trains in the folder."
+                f"sure that no other process is {work} in the folder."
             )
     try:
         with contextlib.suppress(OSError):  # the lock works even if a full disk rejects its text
@@ -142,20 +137,26 @@ def run_lock(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def report_unwritable(folder: Path) -> Iterator[None]:
-    """A context for writing a run's folder that converts OSError to UserError."""
+def report_unwritable(folder: Path, flag: str = "--workdir") -> Iterator[None]:
+    """A context for writing a folder that converts OSError to UserError."""
     try:
         yield
     except OSError as error:
         raise UserError(
-            f"the workdir {folder} cannot be written ({error.filename}: {error.strerror}); choose "
-            "another --workdir."
+            f"the {flag.removeprefix('--')} {folder} cannot be written ({error.filename}: "
+            f"{error.strerror}); choose another {flag}."
         ) from error
 
 
 def create_run_folders(folder: Path) -> None:
     """Creates the folders that a run writes to. Raises UserError if one of them, or the config,
-    cannot be written."""
+    cannot be written, or if the path is not UTF-8."""
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"the path {folder} is not valid UTF-8, which Orbax requires; choose another --workdir."
+        ) from error
     with report_unwritable(folder):
         for name in ("checkpoints", "metrics", "figures"):
             (folder / name).mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ import socket
 import pytest
 
 from taming_jax.config.load import load_config, write_config
-from taming_jax.storage import run_lock
+from taming_jax.storage import folder_lock
 from tests import commands
 
 
@@ -94,7 +94,7 @@ def test_a_workdir_that_cannot_be_written_is_reported(capsys, tmp_path):
 
 def test_a_workdir_in_which_another_run_trains_is_refused(capsys, workdir):
     for script in ("train_vqgan.py", "train_prior.py"):
-        with run_lock(workdir):
+        with folder_lock(workdir):
             write_config(load_config("mnist_tiny"), workdir / "config.json")
             before = {p: p.read_bytes() for p in workdir.rglob("*")}
             assert_one_sentence(

@@ -14,12 +14,12 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 from taming_jax.config.load import (
+    convert_paths,
     diff_configs,
     expand_paths,
     list_presets,
     load_config,
     read_config,
-    replace_section,
 )
 from taming_jax.config.schema import Config, DataConfig
 from taming_jax.config.validation import validate_config
@@ -136,7 +136,8 @@ def parse_training(
             f"{'; '.join(differences)}. "
             "Leave these settings out, or train a new stage 1 with them."
         )
-    config = make_paths_absolute(parsed.config)
+    # Absolute paths, so that the run can be used from any working directory.
+    config = convert_paths(parsed.config, lambda path: expand_user(path).absolute())
     return dataclasses.replace(parsed, config=validate_config(config))
 
 
@@ -156,12 +157,3 @@ def load_default_config(name: str | None, workdir: str | None, wants_help: bool)
     if workdir == "" and not wants_help:
         raise UserError("--workdir needs a value: the folder of the run.")
     return expand_paths(dataclasses.replace(config, workdir=workdir or config.workdir))
-
-
-def make_paths_absolute(config: Config) -> Config:
-    """Makes a config's paths absolute, so that the run can be used from any working directory."""
-    config = expand_paths(config)
-    for section, name in (("data", "path"), ("vqgan", "init_from"), ("prior", "init_from")):
-        if (path := getattr(getattr(config, section), name)) is not None:
-            config = replace_section(config, section, **{name: str(Path(path).absolute())})
-    return config

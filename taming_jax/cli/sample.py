@@ -10,6 +10,7 @@ those of the run.
 """
 
 import inspect
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -19,11 +20,11 @@ import tyro
 
 from taming_jax.cli.arguments import check_output, parse
 from taming_jax.errors import RunFailed, UserError
-from taming_jax.storage import check_writable, expand_user
+from taming_jax.storage import check_writable, expand_user, folder_lock
 
 if TYPE_CHECKING:
-    from taming_jax.cli.sample_files import SampleFiles
     from taming_jax.run import Run
+    from taming_jax.sampler import Drawing
 
 MAX_ROWS = 10  # in a grid, if --classes is not set
 
@@ -35,7 +36,8 @@ class Sample:
     out: Path
     """The FILE.npz, FILE.png or folder to write."""
     classes: tuple[str, ...] = ()
-    """Class numbers or names. Default: all (at most 10 in a grid), or none for completions."""
+    """Class numbers or names. Default: all that have training images (at most 10 in
+    a grid), or none for completions."""
     per_class: int = 8
     """The number of images per class, or of completions per picture."""
     temperature: float | None = None
@@ -86,27 +88,16 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(height), int(width)
 
 
-class SampleGrid(NamedTuple):
-    """A grid of images uint8 [n,h,w,c] and their classes int32 [n] (-1: no class), row by row. Each
-    row has a title, a prefix for its file names and, if it completes a picture, that picture:
-    `originals` uint8 [rows,h,w,c]."""
+class Plan(NamedTuple):
+    """Images to draw, row by row, and their classes int32 [n] (-1: no class). Each row has a title,
+    a prefix for its file names and, if it completes a picture, that picture: `originals` uint8
+    [rows,h,w,c]."""
 
-    images: np.ndarray
+    drawing: "Drawing"
     labels: np.ndarray
     titles: list[str]
     prefixes: list[str]
     originals: np.ndarray | None = None
-
-
-def write_folder(out: Path, grid: SampleGrid) -> None:
-    """Writes one PNG per image, named after its row and its position in the row."""
-    from PIL import Image
-
-    out.mkdir(exist_ok=True)
-    columns = len(grid.images) // len(grid.prefixes)
-    for i, image in enumerate(grid.images):
-        file = out / f"{grid.prefixes[i // columns]}_{i % columns:05d}.png"
-        Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(file)
 
 
 def complete() -> None:
@@ -124,102 +115,117 @@ def draw_and_write(args: Sample) -> None:
     """Draws images as the flags specify, and writes them."""
     size = None if args.size is None else parse_size(args.size)
     suffix = check_flags(args)
-    from taming_jax.cli.sample_files import lock_output
-    from taming_jax.data.pixels import to_uint8
     from taming_jax.run import load_run
 
     run = load_run(args.workdir)
-    settings = {
+    settings: dict[str, Any] = {
         "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p,
         "guidance_scale": args.guidance_scale or None, "seed": args.seed,
-        "devices": args.devices, "batch_size": args.batch_size, "progress": True,
     }  # fmt: skip
+    how: dict[str, Any] = {"devices": args.devices, "batch_size": args.batch_size, "progress": True}
     if args.complete:
-        grid = complete_pictures(run, args, size, settings)
-        write_samples(args.out, suffix, grid)
-        print(f"Wrote {len(grid.images)} completions of {len(grid.titles)} pictures to {args.out}.")
-        return
-    classes = choose_classes(run, args.classes, MAX_ROWS if suffix == ".png" else None)
-    if suffix == ".png":
-        images = to_uint8(run.sample(classes, args.per_class, size=size, **settings))
-        names = [run.class_names[i] for i in classes]
-        write_samples(args.out, suffix, SampleGrid(images, classes, names, names))
+        plan = plan_completions(run, args, size)
     else:
-        with lock_output(args.out):
-            draw_to_files(run, args, classes, suffix, size, settings)
-    print(f"Wrote {len(classes) * args.per_class} images of {len(classes)} classes to {args.out}.")
-    if not args.classes and len(classes) < len(run.class_names):
+        plan = plan_samples(run, args, size, MAX_ROWS if suffix == ".png" else None)
+    try:
+        if suffix == ".png":
+            write_grid(args.out, plan, run.sampler.draw(plan.drawing, **settings, **how))
+        else:
+            draw_to_files(run, args.out, plan, settings, how)
+    except OSError as error:
+        raise RunFailed(f"{args.out} could not be written: {error.strerror or error}.") from error
+    n, rows = len(plan.labels), len(plan.titles)
+    if args.complete:
+        what = f"{n} completion{'s' * (n > 1)} of {rows} picture{'s' * (rows > 1)}"
+    else:
+        what = f"{n} image{'s' * (n > 1)} of {rows} class{'es' * (rows > 1)}"
+    print(f"Wrote {what} to {args.out}.")
+    if not args.complete and not args.classes and rows < len(run.class_names):
         print(f"There are {len(run.class_names)} classes; choose others with --classes.")
 
 
-def choose_classes(run: "Run", names: tuple[str, ...], limit: int | None) -> np.ndarray:
-    """Returns the classes `names`, int32 [n], without duplicates. Default: those with training
-    images, or at most `limit` of them, evenly spaced."""
+def plan_samples(run: "Run", args: Sample, size: tuple[int, int] | None, limit: int | None) -> Plan:
+    """Plans images of --classes, without duplicates. Default: the classes with training images, or
+    at most `limit` of them, evenly spaced."""
     from taming_jax.data.datasets import evenly_spaced
 
-    if names:
-        return np.array(list(dict.fromkeys(run.to_labels(names).tolist())), np.int32)
-    trained = np.array(run.trained_classes, np.int32)
-    return trained[evenly_spaced(len(trained), limit or len(trained))]
+    classes: Any = list(dict.fromkeys(run.to_labels(args.classes).tolist()))
+    if not classes:
+        trained = run.trained_classes
+        classes = [trained[i] for i in evenly_spaced(len(trained), limit or len(trained))]
+    drawing = run.sampler.plan_samples(classes, args.per_class, size=size)
+    names = [run.class_names[i] for i in classes]
+    return Plan(drawing, drawing.labels, names, [f"{i:04d}" for i in classes])
+
+
+def plan_completions(run: "Run", args: Sample, size: tuple[int, int] | None) -> Plan:
+    """Plans completions of the pictures of --complete. Raises UserError if one cannot be read."""
+    config, files = run.config.data, [expand_user(name) for name in args.complete]
+    shape = size or (config.image_size, config.image_size)
+    pictures = np.stack([read_picture(file, shape, config.channels) for file in files])
+    mask = None if args.mask is None else read_picture(args.mask, shape, 1)[..., 0] > 127
+    keep = args.keep if isinstance(args.keep, float) else 0.5
+    drawing = run.sampler.plan_completions(
+        run.encode(pictures), args.classes or None, args.per_class, keep, mask
+    )
+    labels = drawing.labels if args.classes else np.full(len(drawing.labels), -1, np.int32)
+    titles = [file.stem for file in files]
+    prefixes = [f"{i:04d}_{title}" for i, title in enumerate(titles)]
+    return Plan(drawing, labels, titles, prefixes, pictures)
+
+
+def write_grid(out: Path, plan: Plan, batches: Iterable[np.ndarray]) -> None:
+    """Writes a grid of all images, with the pictures that they complete."""
+    from taming_jax.data.pixels import to_uint8
+    from taming_jax.figures import draw_grid, save
+
+    images, below = to_uint8(np.concatenate(list(batches))), []
+    columns = len(images) // len(plan.titles)
+    if plan.originals is not None:
+        rows = images.reshape(len(plan.titles), columns, *images.shape[1:])
+        images = np.concatenate([plan.originals[:, None], rows], 1)
+        images, columns = images.reshape(-1, *images.shape[2:]), columns + 1
+        below = ["original", *[""] * (columns - 1)]
+    save(draw_grid(images, plan.titles, columns, below=below), out)
 
 
 def draw_to_files(
-    run: "Run",
-    args: Sample,
-    classes: np.ndarray,
-    suffix: str,
-    size: tuple[int, int] | None,
-    settings: dict[str, Any],
+    run: "Run", out: Path, plan: Plan, settings: dict[str, Any], how: dict[str, Any]
 ) -> None:
-    """Draws images and writes them as they are drawn, except those that are written already."""
-    from taming_jax.cli.sample_files import NpzFile, PngFolder
+    """Draws images and writes them as they are drawn, except those that already exist."""
+    from taming_jax.cli.sample_files import (
+        NpzFile,
+        PngFolder,
+        SampleFiles,
+        check_manifest,
+        write_manifest,
+    )
     from taming_jax.data.pixels import to_uint8
+    from taming_jax.weights.arrays import hash_arrays
 
-    labels, numbers = run.number_images(classes, args.per_class)
-    names = ("temperature", "top_k", "top_p", "guidance_scale", "seed")
-    sampling = run.resolve_sampling(**{name: settings[name] for name in names})
-    config = run.config.data
-    shape = (*(size or (config.image_size, config.image_size)), config.channels)
+    config, drawing = run.config.data, plan.drawing
+    shape = (*(drawing.size or (config.image_size, config.image_size)), config.channels)
+    sampling = run.sampler.resolve_settings(**settings)
     manifest = {
-        "weights": run.hash_weights(), **sampling._asdict(), "seed": args.seed, "shape": shape,
+        "weights": run.hash_weights(), **sampling._asdict(), "seed": settings["seed"],
+        "shape": shape,
     }  # fmt: skip
-    files: SampleFiles = PngFolder(args.out, manifest)
-    if suffix:
-        manifest |= {"classes": classes.tolist(), "per_class": args.per_class}
-        files = NpzFile(args.out, manifest, shape)
-    missing = files.find_missing(labels, numbers)
-    if len(missing) < len(labels):
-        print(f"{len(labels) - len(missing)} of {len(labels)} images are drawn already.")
-    labels_left, numbers_left, start = labels[missing], numbers[missing], 0
-    try:
-        for images in run.draw_samples(labels_left, numbers_left, size=size, **settings):
-            part = slice(start, start + len(images))
-            files.write(labels_left[part], numbers_left[part], to_uint8(images))
-            start += len(images)
-        files.finish(labels)
-    except OSError as error:
-        raise RunFailed(f"{args.out} could not be written: {error.strerror or error}.") from error
-
-
-def complete_pictures(
-    run: "Run", args: Sample, size: tuple[int, int] | None, settings: dict[str, Any]
-) -> SampleGrid:
-    """Completes the pictures of --complete. Raises UserError if one cannot be read."""
-    from taming_jax.data.pixels import to_uint8
-
-    config, files = run.config.data, [expand_user(name) for name in args.complete]
-    shape = size or (config.image_size, config.image_size)
-
-    pictures = np.stack([read_picture(file, shape, config.channels) for file in files])
-    mask = None if args.mask is None else read_picture(args.mask, shape, 1)[..., 0] > 127
-    classes = args.classes or None
-    keep = args.keep if isinstance(args.keep, float) else 0.5
-    images = run.complete(pictures, classes, args.per_class, keep=keep, mask=mask, **settings)
-    labels = np.full(len(pictures), -1) if classes is None else run.to_labels(classes)
-    labels = np.repeat(np.broadcast_to(labels, len(pictures)), args.per_class)
-    titles = [file.stem for file in files]
-    prefixes = [f"{i:04d}_{title}" for i, title in enumerate(titles)]
-    return SampleGrid(to_uint8(images), labels.astype(np.int32), titles, prefixes, pictures)
+    if plan.originals is not None or out.suffix == ".npz":  # all images together, in their order
+        manifest["images"] = hash_arrays([x for x in drawing[:3] if x is not None])
+    per_row = len(plan.labels) // len(plan.prefixes)
+    names = [f"{plan.prefixes[i // per_row]}_{n:05d}" for i, n in enumerate(drawing.numbers)]
+    is_npz = out.suffix == ".npz" and not out.is_dir()
+    files: SampleFiles = NpzFile(out, plan.labels, shape) if is_npz else PngFolder(out, names)
+    with folder_lock(files.folder, "drawing images", "--out"):
+        check_manifest(files.folder, manifest)
+        missing = files.find_missing()
+        if len(missing) < len(names):
+            print(f"{len(names) - len(missing)} of {len(names)} images have already been drawn.")
+        for images in run.sampler.draw(drawing.select(missing), **settings, **how):
+            write_manifest(files.folder, manifest)
+            files.write(missing[: len(images)], to_uint8(images))
+            missing = missing[len(images) :]
+        files.finish()
 
 
 def read_picture(file: Path, size: tuple[int, int], channels: int) -> np.ndarray:
@@ -256,25 +262,3 @@ def check_flags(args: Sample) -> str:
     if args.keep is not None and args.mask is not None:
         raise UserError("--keep and --mask cannot be used together; leave one out.")
     return suffix
-
-
-def write_samples(out: Path, suffix: str, grid: SampleGrid) -> None:
-    """Writes the images in the format of the suffix."""
-    from taming_jax.figures import draw_grid, save
-
-    columns = len(grid.images) // len(grid.titles)
-    try:
-        if suffix == ".npz":
-            np.savez_compressed(out, images=grid.images, labels=grid.labels)
-        elif suffix == ".png":
-            images, below = grid.images, []
-            if grid.originals is not None:
-                rows = images.reshape(len(grid.titles), columns, *images.shape[1:])
-                images = np.concatenate([grid.originals[:, None], rows], 1)
-                images, columns = images.reshape(-1, *images.shape[2:]), columns + 1
-                below = ["original", *[""] * (columns - 1)]
-            save(draw_grid(images, grid.titles, columns, below=below), out)
-        else:
-            write_folder(out, grid)
-    except OSError as error:
-        raise RunFailed(f"{out} could not be written: {error.strerror or error}.") from error

@@ -20,6 +20,8 @@ from taming_jax.config.validation import format_flag, validate_config
 from taming_jax.errors import UserError
 from taming_jax.storage import atomic_write, expand_user
 
+PATHS = {"data": ("path", "cache"), "vqgan": ("init_from",), "prior": ("init_from",)}
+
 
 def list_presets() -> list[str]:
     """Returns the names of the presets."""
@@ -72,17 +74,22 @@ def override(config: Config, overrides: Mapping[str, Any]) -> Config:
 
 
 def expand_paths(config: Config) -> Config:
-    """Returns a config whose paths do not start with ~, which only shells expand."""
-    names = {"data": ("path", "cache"), "vqgan": ("init_from",), "prior": ("init_from",)}
-    for section, fields in names.items():
-        paths = {name: getattr(getattr(config, section), name) for name in fields}
-        expanded = {name: path and str(expand_user(path)) for name, path in paths.items()}
-        config = replace_section(config, section, **expanded)
+    """Returns a config in whose paths a leading ~ is replaced with the home folder. Shells do not
+    expand it everywhere, for example in --flag=~/x."""
     workdir = config.workdir and str(expand_user(config.workdir))
-    return dataclasses.replace(config, workdir=workdir)
+    return dataclasses.replace(convert_paths(config, expand_user), workdir=workdir)
 
 
-def replace_section(config: Config, section: str, **values: Any) -> Config:
+def convert_paths(config: Config, convert: Callable[[str], Path]) -> Config:
+    """Returns a config whose paths, except the workdir, are converted by a function."""
+    for section, names in PATHS.items():
+        paths = {name: getattr(getattr(config, section), name) for name in names}
+        converted = {name: path and str(convert(path)) for name, path in paths.items()}
+        config = replace_section(config, section, **converted)
+    return config
+
+
+def replace_section(config: Config, section: str, /, **values: Any) -> Config:
     """Returns a config with some values of one section replaced."""
     changed = dataclasses.replace(getattr(config, section), **values)
     return dataclasses.replace(config, **{section: changed})

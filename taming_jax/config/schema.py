@@ -64,8 +64,8 @@ class DataConfig:
     image_column: str | None = None
     """The table column that holds the images. Default: the first column of images."""
     label_column: str | None = None
-    """The table column that holds the classes. Default: the first column of class labels, one with
-    a name such as label or class, or the only column of few texts."""
+    """The table column that holds the classes. Default: the first column of class labels, or else
+    one with a name such as label or class, or else the only text column whose values repeat."""
     image_size: int = setting(28, COUNT)
     """The height and width of the images that the model sees."""
     channels: int = 1

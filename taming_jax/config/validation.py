@@ -2,14 +2,12 @@
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from taming_jax.config.schema import Config
 from taming_jax.errors import UserError, say
-
-if TYPE_CHECKING:
-    from taming_jax.config.schema import Config
 
 
 def check_ranges(settings: Any, *names: str) -> None:
@@ -24,7 +22,7 @@ def check_ranges(settings: Any, *names: str) -> None:
             )
 
 
-def validate_config(config: "Config") -> "Config":
+def validate_config(config: Config) -> Config:
     """Returns the config itself. Raises UserError if settings are invalid or conflict."""
     check_ranges(config)
     data, vqgan, prior = config.data, config.vqgan, config.prior
@@ -89,7 +87,7 @@ def validate_config(config: "Config") -> "Config":
     return config
 
 
-def warn_about_attention(config: "Config") -> None:
+def warn_about_attention(config: Config) -> None:
     """Warns about attention resolutions that have no effect because no level has them."""
     resolutions, sizes = config.vqgan.attention_resolutions, config.level_resolutions
     unmatched = " ".join(str(size) for size in resolutions if size not in sizes)

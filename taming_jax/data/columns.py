@@ -64,9 +64,9 @@ def choose_label(
     """Returns the column of classes among the columns `names`, or None if there is none.
 
     It is the one in `setting`. Default: the first of `labels`, the columns of class labels; else
-    one of `LABEL_NAMES`; else the only column of `texts` with at least two rows per value, which
-    `read` returns. Raises UserError if there is no column `setting`.
-    """
+    one of `LABEL_NAMES`; else the only column of `texts` with at least two rows per value on
+    average. `read` returns the values of a column. Raises UserError if there is no column
+    `setting`."""
     if setting is not None and setting not in names:
         raise UserError(
             f"the dataset has no column '{setting}'; set --data.label-column to one of these: "
@@ -84,7 +84,8 @@ def choose_label(
 
 
 def is_class_column(values: Sequence[Any]) -> bool:
-    """Returns whether values are texts of which each occurs twice on average."""
+    """Returns whether values are texts, at least two of them distinct, each of which occurs at
+    least twice on average."""
     are_texts = all(isinstance(value, str) for value in values)
     return are_texts and 1 < len(set(values)) <= len(values) / 2
 

@@ -258,11 +258,6 @@ def make_synthetic(config: DataConfig) -> Splits:
     return Splits(train, validation, test, ("disc", "square", "large disc", "large square"))
 
 
-def load_folder(config: DataConfig) -> Splits:
-    """Loads the user's own pictures from `config.path`, one folder per class or a single folder."""
-    return build_splits(readers.read_path(config), config)
-
-
 def build_splits(tables: dict[str, Table], config: DataConfig) -> Splits:
     """Decodes the encoded images of a dataset into splits.
 
@@ -312,8 +307,8 @@ def build_splits(tables: dict[str, Table], config: DataConfig) -> Splits:
     if untrained := find_untrained(splits):
         names = ", ".join(class_names[i] for i in untrained[:20]) + ", …" * (len(untrained) > 20)
         say(
-            f"Warning: no training pictures of {len(untrained)} of {len(class_names)} classes: "
-            f"{names}. A prior does not learn them, and they are not drawn by default."
+            f"Warning: there are no training pictures for {len(untrained)} of {len(class_names)} "
+            f"classes: {names}. The prior does not learn them, and they are not drawn by default."
         )
     return splits
 
@@ -333,8 +328,10 @@ def encode_labels(
     from 0."""
     source = config.path or config.name
     classes = {split: table.classes or [None] * len(table.names) for split, table in tables.items()}
-    trained = {value for value in classes["train"] if value is not None}
-    if trained:  # else there are no classes at all
+    trained: set[Any] = {
+        value for value in classes["train"] if isinstance(value, str | int | np.integer)
+    }
+    if trained:
         for split in classes.keys() - {"train"}:
             classes[split] = [
                 None if is_unlabeled(value) and value not in trained else value
@@ -379,8 +376,8 @@ def encode_labels(
 
 
 def is_unlabeled(value: Any) -> bool:
-    """Returns whether a label stands for an unknown class: None, "", "?", NaN, or a negative
-    number."""
+    """Returns whether a label stands for an unknown class: None, "", "?", "-1", NaN, or a
+    negative number."""
     if isinstance(value, str):
         return value.strip() in ("", "?", "-1")
     return value is None or (isinstance(value, int | float | np.number) and not value >= 0)
@@ -389,5 +386,5 @@ def is_unlabeled(value: Any) -> bool:
 SOURCES: dict[str, Callable[[DataConfig], Splits]] = {
     "mnist": load_mnist,
     "synthetic": make_synthetic,
-    "folder": load_folder,
+    "folder": lambda config: build_splits(readers.read_path(config), config),
 }

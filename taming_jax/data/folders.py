@@ -30,7 +30,7 @@ SPLITS = {
         "train": "train|training", "validation": "val|valid|validation", "test": "test|testing",
     }.items()
 }  # fmt: skip
-METADATA = ("metadata.csv", "metadata.jsonl")  # as the Hugging Face hub calls tables of files
+METADATA = ("metadata.csv", "metadata.jsonl")  # the Hugging Face hub's names for tables of files
 
 Layout = Literal["auto", "splits", "classes"]
 LeftOut = dict[str, list[Path]]
@@ -44,8 +44,9 @@ class Images(NamedTuple):
 
 
 def get_split(name: str) -> str | None:
-    """Returns the split that a folder or file is named after, in any capitalization, if any:
-    "Test", "training_set", or "partial-train" (the hub's name of a part of a large split)."""
+    """Returns the split that a folder or file is named after, ignoring case, or None. Such names
+    include "Test", "training_set" and "partial-train" (the hub's name for a part of a large
+    split)."""
     return next((split for split, names in SPLITS.items() if names.fullmatch(name)), None)
 
 
@@ -87,9 +88,9 @@ def find_images(root: Path, layout: Layout, label_column: str | None) -> dict[st
 
 
 def say_left_out(root: Path, left_out: LeftOut) -> None:
-    """Says how many files and folders in `root` are left out, by the reason, with an example."""
+    """Says how many files and folders in `root` are left out, by reason, with an example."""
     reasons = [
-        f"{reason} ({len(paths)}, such as {to_text(paths[0].relative_to(root))})"
+        f"{reason} ({len(paths)}, such as {to_text(min(paths).relative_to(root))})"
         for reason, paths in left_out.items()
         if paths
     ]
@@ -133,24 +134,25 @@ def choose_split_folders(root: Path, layout: Layout, outside: list[Path]) -> dic
         raise UserError(f"{root} has no folder 'train' with pictures; add one.")
     if named := [path for path in folders if any(map(get_split, re.split(r"[-_ .]", path.name)))]:
         advice = (
-            "--data.layout splits reads them as splits"
+            "--data.layout splits reads those named after splits as splits"
             if "train" in splits
-            else ("if they are splits, rename them to train, validation and test")
+            else "if they are splits, rename them to train, validation and test"
         )
-        say(f"Read as classes in {to_text(root)}: {list_names(named)}; {advice}.")
+        say(f"These folders in {to_text(root)} are read as classes: {list_names(named)}; {advice}.")
     return {"train": root}
 
 
 def skip_single_folders(root: Path, outside: list[Path]) -> Path:
-    """Returns `root`, or the only folder in it if all images are in folders of that one, and so on.
+    """Returns `root`, or the only folder in it if all images are in folders of that one, and
+    applies this rule again to that folder.
     Says which folder is read instead, and adds the other files in `root` to `outside`."""
     finder = ImageFinder([root])
     folders = list(filter(has_images, list_folders(root)))
     if len(folders) != 1 or any(map(finder.is_image, [*root.iterdir(), *folders[0].iterdir()])):
         return root
     say(
-        f"The folders in {to_text(folders[0])}, the only folder in {to_text(root.name)}, are read; "
-        "--data.layout classes reads it as a class."
+        f"{to_text(folders[0])} is the only folder with pictures in {to_text(root)}, so the "
+        "folders in it are read. Read those in --data.path as classes with --data.layout classes."
     )
     outside += [path for path in sorted(root.iterdir()) if path != folders[0]]
     return skip_single_folders(folders[0], outside)
@@ -230,8 +232,8 @@ def read_metadata(table: Path, files: list[str], label_column: str | None) -> li
     missing = len(set(files) - by_name.keys()), len(by_name.keys() - set(files))
     if any(missing):
         say(
-            f"{to_text(table)}: {missing[0]} pictures have no row, and {missing[1]} rows have no "
-            "picture."
+            f"{to_text(table)}: pictures without a row: {missing[0]}; rows without a picture: "
+            f"{missing[1]}."
         )
     return [by_name.get(name, {}).get(label) for name in files] if label else None
 
@@ -242,14 +244,15 @@ def has_images(folder: Path) -> bool:
 
 
 class ImageFinder:
-    """Finds image files, each once, and records other files in `left_out`, by the reason.
+    """Finds image files, each once, and records other files in `left_out`, by reason.
 
     Links to files are followed. Links to folders are followed if they lead away from `roots`, the
     folders that are read; links to folders below such a link are not, so that every search ends.
     """
 
     def __init__(self, roots: Sequence[Path], suffixes: Collection[str] = ()):
-        """`suffixes` are those of the files to find. Default: those that Pillow can open."""
+        """`suffixes` are those of the files to find. Default: those in SUFFIXES that Pillow can
+        open."""
         Image.init()
         formats = Image.registered_extensions()
         images = {suffix for suffix in SUFFIXES if formats.get(suffix) in Image.OPEN}
@@ -265,7 +268,7 @@ class ImageFinder:
         for file in sorted(self.walk(folder)):
             status = file.stat()
             if (status.st_dev, status.st_ino) in self._seen:
-                self.left_out["links to pictures counted before"].append(file)
+                self.left_out["other names of pictures already counted"].append(file)
             else:
                 self._seen.add((status.st_dev, status.st_ino))
                 files.append(file)
@@ -278,7 +281,7 @@ class ImageFinder:
 
     def walk(self, folder: Path, by_link: bool = False) -> Iterator[Path]:
         """Yields the image files in a folder and its folders. `by_link` is true below a link."""
-        for path in sorted(folder.iterdir()):
+        for path in folder.iterdir():
             suffix = path.suffix.lower()
             if is_hidden(path):
                 self.left_out["hidden files and folders"].append(path)

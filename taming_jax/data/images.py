@@ -30,8 +30,8 @@ from taming_jax.progress import Progress
 from taming_jax.storage import atomic_file, atomic_write, hash_json, user_cache
 
 FULL_SCALES = (1, 255, 1023, 4095, 65535)  # of gray values: 1, 8, 10, 12 or 16 bits
-# Decoders that hold an image several times while they decode it.
-SLOW_FORMATS = ("AVIF", "HEIF", "JPEG2000", "WEBP")
+# Formats whose decoders hold several copies of an image.
+MEMORY_HEAVY_FORMATS = ("AVIF", "HEIF", "JPEG2000", "WEBP")
 VERSION = 4  # the version of the cache's format, which is part of each key
 CHUNK = 64  # images that a thread decodes at a time
 CHECKSUM_BYTES = 2**26  # bytes per checksum
@@ -81,8 +81,8 @@ class EncodedImages:
 @contextlib.contextmanager
 def lift_pillow_limits() -> Iterator[None]:
     """Lifts Pillow's limits on pixels and on texts in PNG files, which are global, since they also
-    refuse good pictures. `decode` has a limit of its own. Silences warnings of damaged EXIF data.
-    """
+    refuse good pictures. `decode` has a limit of its own. Silences Pillow's warnings, such as those
+    about damaged EXIF data."""
     limits = Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK
     Image.MAX_IMAGE_PIXELS = None
     PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
@@ -96,14 +96,14 @@ def lift_pillow_limits() -> Iterator[None]:
 
 def scale_to_bytes(values: np.ndarray) -> np.ndarray:
     """Scales gray values to uint8 by their range: from 0 to the smallest of `FULL_SCALES` that is
-    not exceeded. Floats may exceed 1 by a tenth, as after resampling, and are clipped. Raises
-    ValueError for other values."""
+    not exceeded. Floats may lie up to 0.1 outside the range, as after resampling, and are clipped.
+    Raises ValueError for other values."""
     low, high = float(values.min()), float(values.max())
     tolerance = 0.1 if values.dtype.kind == "f" else 0.0
     scales = [scale for scale in FULL_SCALES if high <= scale + tolerance and low >= -tolerance]
     if not scales:  # also if there are NaNs
         raise ValueError(
-            f"its values go from {low:g} to {high:g}, not from 0 to {FULL_SCALES[0]} … "
+            f"its values range from {low:g} to {high:g}; they must lie between 0 and "
             f"{FULL_SCALES[-1]}"
         )
     return np.round(values.clip(0, scales[0]) * (255 / scales[0])).astype(np.uint8)
@@ -132,7 +132,7 @@ def decode(
         coefficients = 6 * opened.width * opened.height if opened.info.get("progressive") else 0
         # Decodes a JPEG at an eighth, a quarter or half of its size if that is enough.
         opened.draft(None, (2 * target_width, 2 * target_height))
-        copies = 4 if opened.format in SLOW_FORMATS else 2
+        copies = 4 if opened.format in MEMORY_HEAVY_FORMATS else 2
         needed = (coefficients + 4 * copies * opened.width * opened.height) // 2**20
         if needed > max_mib:
             raise ValueError(
@@ -189,7 +189,7 @@ def decode_split(encoded: EncodedImages, size: int, config: DataConfig, split: s
         encoded.table.content,
         size,
         config.channels,
-        config.resize_mode == "squeeze",
+        config.resize_mode,
     ]
     key = hashlib.sha256(json.dumps(parts).encode() + encoded.numbers.tobytes()).hexdigest()[:20]
     entry = get_cache_folder(config) / key
@@ -227,13 +227,13 @@ def lock_entry(entry: Path, split: str) -> contextlib.AbstractContextManager[Any
 def read_entry(
     entry: Path, encoded: EncodedImages, shape: tuple[int, ...], config: DataConfig
 ) -> DecodedSplit | None:
-    """Reads an entry of the cache. Returns None if it does not exist or is damaged, or if pictures
-    were not readable under another limit of memory."""
+    """Reads an entry of the cache. Returns None if it does not exist or is damaged, or if it leaves
+    out pictures and was written with another `max_decoded_mib`."""
     try:
         about = json.loads((entry / "about.json").read_text(encoding="utf-8"))
         if about.pop("hash", None) != hash_json(about):
             return None
-        if about["says"] and about["max_decoded_mib"] != config.max_decoded_mib:
+        if about["problem"] and about["max_decoded_mib"] != config.max_decoded_mib:
             return None
         kept = np.array(about["kept"])
         images = np.memmap(entry / "images.u8", np.uint8, "r", shape=(len(kept), *shape[1:]))
@@ -241,7 +241,7 @@ def read_entry(
         return None
     if compute_checksums(images) != about["checksums"]:
         return None
-    return DecodedSplit(images, encoded.labels[kept], about["says"])
+    return DecodedSplit(images, encoded.labels[kept], about["problem"])
 
 
 def write_entry(
@@ -265,7 +265,7 @@ def write_entry(
             for target, source in enumerate(kept):
                 images[target] = images[source]
         about = {
-            "kept": kept, "says": problem, "checksums": compute_checksums(images[: len(kept)]),
+            "kept": kept, "problem": problem, "checksums": compute_checksums(images[: len(kept)]),
             "max_decoded_mib": config.max_decoded_mib,
         }  # fmt: skip
         os.truncate(file, len(kept) * images[0].nbytes)

@@ -53,10 +53,10 @@ class Files:
 def read_path(config: DataConfig) -> dict[str, Table]:
     """Reads a dataset from the folder `config.path`.
 
-    It holds what `datasets.save_to_disk` wrote, or image files (see `folders.find_images`), or
-    parquet files (see `read_parquet`). If it holds images and parquet files, `config.name`
-    determines which are read. Raises UserError if there are none or the files cannot be read.
-    """
+    The folder holds a dataset that `save_to_disk` of the package datasets wrote, or image files
+    (see `folders.find_images`), or parquet files (see `read_parquet`). If it holds images and
+    parquet files, `config.name` determines which are read. Raises UserError if there are none or
+    the files cannot be read."""
     if config.path is None:
         raise UserError("--data.name folder needs --data.path, the folder with your pictures.")
     root = Path(config.path)
@@ -185,13 +185,13 @@ def read_saved(root: Path, config: DataConfig) -> dict[str, Table]:
 def find_parquet_splits(
     root: Path, files: Sequence[Path], config: str | None
 ) -> dict[str, list[Path]]:
-    """Returns the parquet files of each split.
+    """Returns the parquet files of each split of a configuration.
 
     Files or their folders are named after splits, as in `train-00000-of-00001.parquet` and
-    `plain_text/train/0000.parquet`; other folders, except `data`, are configurations, of which
-    `config` names one. If there are no splits, all files are the training split. Raises UserError
-    if `config` does not name one of several configurations.
-    """
+    `plain_text/train/0000.parquet`; other folders, except `data`, and words before the split in a
+    file's name are configurations, of which `config` names one. If there are no splits, all files
+    are the training split. Raises UserError if `config` does not name one of several
+    configurations."""
     configs: dict[str, dict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))
     for file in files:
         *folders, name = file.relative_to(root).with_suffix("").parts
@@ -221,7 +221,9 @@ def read_parquet(root: Path, files: Sequence[Path], config: DataConfig) -> dict[
     schema. Raises UserError if there are none to train on or one is damaged."""
     splits = find_parquet_splits(root, files, config.config)
     if "train" not in splits:
-        raise UserError(f"{root} has no train*.parquet; put the dataset's parquet files there.")
+        raise UserError(
+            f"{root} has no parquet files of a training split; put the dataset's files there."
+        )
     datasets = import_datasets(config)
     names = {split: [glob.escape(str(path)) for path in paths] for split, paths in splits.items()}
     try:
@@ -229,7 +231,7 @@ def read_parquet(root: Path, files: Sequence[Path], config: DataConfig) -> dict[
         # `datasets` identifies cached files by name, size and time only, so the folder is named by
         # a hash of their contents.
         folder = str(get_cache_folder(config) / "parquet" / hash_json(contents)[:16])
-        loaded = {  # one by one, since a test split without labels has other types
+        loaded = {  # one by one, since a test split may have other types
             split: datasets.load_dataset(
                 "parquet", data_files={split: files}, split=split, cache_dir=folder
             )
@@ -244,11 +246,16 @@ def read_parquet(root: Path, files: Sequence[Path], config: DataConfig) -> dict[
 
 
 def name_splits(names: Iterable[str]) -> dict[str, str]:
-    """Returns the names of a source's splits by "train", "validation" and "test". Says which others
-    are left out."""
+    """Returns the names of a source's splits, keyed by "train", "validation" and "test". Says which
+    others are left out."""
     splits: dict[str, str] = {}
-    other = [name for name in names if splits.setdefault(get_split(name) or "", name) != name]
-    other += filter(None, [splits.pop("", None)])
+    other = []
+    for name in names:
+        split = get_split(name)
+        if split and split not in splits:
+            splits[split] = name
+        else:
+            other.append(name)
     if other:
         say(f"Splits that are left out: {', '.join(other)}.")
     return splits
@@ -278,7 +285,7 @@ def build_hub_tables(
             say(f"{name} has no column '{image}' and is left out.")
             continue
         classes = list(rows[label]) if label in rows.column_names else None
-        if classes and len(set(names.values())) > 1:  # numbers mean other classes in other splits
+        if classes and len(set(names.values())) > 1:  # numbers differ in meaning
             classes = [to_class_name(value, names[split]) for value in classes]
             columns = columns._replace(class_names=())
         encoded = rows.select_columns([image]).cast_column(image, datasets.Image(decode=False))
@@ -287,8 +294,8 @@ def build_hub_tables(
 
 
 def to_class_name(value: Any, names: Sequence[str]) -> Any:
-    """Returns the name of a class, given its number, or the value itself if it is no number of a
-    named class."""
+    """Returns the name of a class, given its number, or the value itself if it is not the number of
+    a named class."""
     is_number = isinstance(value, int) and 0 <= value < len(names)
     return names[value] if is_number else value
 

@@ -22,6 +22,7 @@ from taming_jax.metrics.monitor import number_within_classes
 from taming_jax.parallel.devices import Devices
 from taming_jax.progress import Progress
 from taming_jax.run import Run
+from taming_jax.sampler import Drawing
 
 BATCH = 64  # images read at once, rounded up to a multiple of the feature batch
 
@@ -70,7 +71,9 @@ class Evaluator:
         self.has_samples = run.transformer is not None and protocol.samples > 0
         self.warnings: list[str] = []
         if self.has_samples:
-            run.resolve_sampling(**protocol.sampling)  # raises UserError before the data is loaded
+            run.sampler.resolve_settings(
+                **protocol.sampling
+            )  # raises UserError before the data is loaded
         self.splits, self.fingerprint = datasets.load_and_check(run.load_data)
         classes = len(self.splits.class_names)
         self.prior_fits = run.transformer is not None and run.prior.classes == classes
@@ -147,8 +150,8 @@ class Evaluator:
 
     def draw_samples(self, labels: np.ndarray) -> Iterator[np.ndarray]:
         """Yields batches of samples uint8 [b,h,w,c] of the classes `labels` int32 [n]."""
-        batches = self.run.draw_samples(
-            labels, number_within_classes(labels), **self.protocol.sampling,
+        batches = self.run.sampler.draw(
+            Drawing(labels, number_within_classes(labels)), **self.protocol.sampling,
             devices=len(self.devices.list), batch_size=self.features.batch_size,
             progress=self.progress,
         )  # fmt: skip

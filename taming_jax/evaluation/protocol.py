@@ -44,7 +44,7 @@ class Protocol:
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """The settings for `Run.resolve_sampling`; None means the value in the run's config."""
+        """The settings for `Sampler.resolve_settings`; None means the value in the run's config."""
         names = ("temperature", "top_k", "top_p", "guidance_scale", "seed")
         return {name: getattr(self, name) for name in names}
 

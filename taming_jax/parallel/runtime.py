@@ -29,7 +29,9 @@ def prepare(config: Config) -> None:
     """Configures JAX as a config requires. Raises UserError if the config is deterministic, but JAX
     has already started, or if JAX uses 64-bit types."""
     if jax.config.values["jax_enable_x64"]:
-        raise UserError("taming_jax computes in 32 bits; unset JAX_ENABLE_X64 (jax_enable_x64).")
+        raise UserError(
+            "JAX's 64-bit types are not supported; unset JAX_ENABLE_X64 (jax_enable_x64)."
+        )
     if config.deterministic:
         enable_determinism()
     if config.compile_cache:

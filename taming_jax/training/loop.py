@@ -24,7 +24,7 @@ from taming_jax.parallel import distributed
 from taming_jax.parallel.devices import Devices
 from taming_jax.parallel.runtime import prepare
 from taming_jax.progress import Progress
-from taming_jax.storage import create_run_folders, run_lock
+from taming_jax.storage import create_run_folders, folder_lock
 from taming_jax.training.checkpoints import FD, Store
 from taming_jax.training.log import Log
 from taming_jax.training.meter import Meter, Tracer
@@ -69,7 +69,7 @@ def train(build_stage: Callable[..., Stage], config: Config, restart: bool = Fal
         distributed.silence_secondary()
         check_processes(config)
         devices = Devices(config.devices)
-        distributed.run_on_primary(lambda: stack.enter_context(run_lock(folder)) and None)
+        distributed.run_on_primary(lambda: stack.enter_context(folder_lock(folder)) and None)
         stage = build_stage(config, devices, restart)
         config = stage.config
         store = Store(folder, stage.name, stage.best_metric, stage.dataset)

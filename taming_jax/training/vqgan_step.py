@@ -320,11 +320,12 @@ class VQGANObjective:
         """Returns sums over a batch, from which `summarize` computes the metrics of a split.
         `started` is 1 if the discriminator has started, else 0."""
         generator, discriminator = state.nets["generator"], state.nets["discriminator"]
-        images, weight = to_float(gather_batch(arrays)[0]), arrays["weight"]
+        pixels, weight = gather_batch(arrays)[0], arrays["weight"]
+        images = to_float(pixels)
         output = reconstruct(self.generator, generator.eval_params, images)
         metrics = self.compute_image_losses(images, output.images, lpips_params)
         metrics["codebook"] = losses.per_example(output.quantized.loss)
-        originals, outputs = gather_batch(arrays)[0] / 255, to_uint8(output.images) / 255
+        originals, outputs = pixels / 255, to_uint8(output.images) / 255
         metrics["psnr"] = psnr(originals, outputs)
         variables = {
             "params": discriminator.params,

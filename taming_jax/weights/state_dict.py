@@ -28,7 +28,7 @@ def open_state_dict(file: Path, weights: Weights | None = None) -> tuple[StateDi
     `model_state_dict`, or at the top level. `weights` chooses between an exponential moving average
     (EMA) and the weights themselves. Default: the EMA if the file has one. Names lose the prefixes
     of `torch.compile` and data-parallel wrappers. Raises UserError if the file is missing or
-    damaged, if a PyTorch file has no arrays, or if there is no EMA and `weights` asks for it."""
+    damaged, if a PyTorch file has no arrays, or if it lacks the weights that `weights` selects."""
     if file.suffix.lower() == ".safetensors":
         arrays, metadata = open_safetensors(file)
         ema: StateDict = {}
@@ -62,7 +62,7 @@ def open_state_dict(file: Path, weights: Weights | None = None) -> tuple[StateDi
     used = "model" if weights == "model" else "ema"
     other = "ema" if used == "model" else "model"
     label = {"model": "weights", "ema": "exponential moving average (EMA) of the weights"}[used]
-    say(f"Using the {label} in {file}. Use --weights {other} for the other.")
+    say(f"Using the {label} in {file}; --weights {other} selects the other weights.")
     return arrays if used == "model" else arrays | ema, metadata
 
 
@@ -79,8 +79,8 @@ def strip_prefixes(arrays: StateDict) -> StateDict:
 
 
 def extract_ema(arrays: StateDict) -> StateDict:
-    """Returns the moving average that latent-diffusion's `LitEma` keeps beside the weights, under
-    their names without dots."""
+    """Returns, by the names of the weights, the moving average that latent-diffusion's `LitEma`
+    stores beside them under names without dots."""
     stripped, ema = strip_prefixes(arrays), {}
     for name, clean in zip(arrays, stripped, strict=True):
         for key in (clean, name):  # without the prefixes of wrappers, or with them

@@ -95,7 +95,7 @@ class Inert:
 
 
 class Ordered(collections.OrderedDict):
-    """An OrderedDict without the attributes that a pickle may set."""
+    """An OrderedDict whose attributes a pickle cannot set."""
 
     def __setstate__(self, state: Any) -> None:
         pass
@@ -129,9 +129,9 @@ SUPPORTED: dict[tuple[str, str], Any] = {
 
 
 def check_pickle(stream: Any) -> None:
-    """Follows the stack of a pickle without loading it. Raises ValueError if tuples in it are
-    nested so deeply, or so often contain themselves, that hashing them would crash or never end, or
-    if it reserves more memory for its memo than it uses."""
+    """Follows the stack of a pickle without loading it. Raises ValueError if its tuples are nested
+    so deeply, or repeat the same items so often, that hashing them would crash or never end, or if
+    it reserves far more memory for its memo than it uses."""
     stack: list[Any] = []  # the depth and the number of items of each object, or None for a mark
     memo: dict[int, tuple[int, int]] = {}
     for opcode, argument, _ in pickletools.genops(stream):

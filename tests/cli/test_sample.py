@@ -1,4 +1,4 @@
-"""Tests of `scripts/sample.py` and of the methods of a run with prior_workdir stages."""
+"""Tests of `scripts/sample.py` and of the methods of a run with both stages."""
 
 import dataclasses
 import shutil
@@ -10,13 +10,14 @@ from PIL import Image
 
 import taming_jax
 from taming_jax import figures
-from taming_jax.cli.sample import choose_classes
-from taming_jax.cli.sample_files import NpzFile, PngFolder, lock_output
+from taming_jax.cli.sample_files import NpzFile, PngFolder
 from taming_jax.data import datasets
 from taming_jax.data.pixels import to_uint8
 from taming_jax.errors import UserError
 from taming_jax.parallel.devices import Devices
 from taming_jax.run import Run
+from taming_jax.sampler import Drawing, Sampler
+from taming_jax.storage import folder_lock
 from taming_jax.training.prior import PriorStage
 from taming_jax.training.state import Net, TrainState
 from tests import commands
@@ -64,32 +65,34 @@ def test_a_grid_shows_ten_of_many_classes(sample, prior_workdir, tmp_path, monke
     monkeypatch.setattr(Run, "class_names", names)
     requested = []
 
-    def draw(self, classes, per_class, **_):
-        requested.extend(classes)
-        return np.zeros((len(classes) * per_class, 16, 16, 1), np.float32)
+    def draw(self, drawing, **_):
+        requested.extend(drawing.labels[::8])
+        yield np.zeros((len(drawing.labels), 16, 16, 1), np.float32)
 
-    monkeypatch.setattr(Run, "sample", draw)
+    monkeypatch.setattr(Sampler, "draw", draw)
     status, output, err = sample("--workdir", prior_workdir, "--out", tmp_path / "s.png")
     assert status == 0 and "There are 200 classes; choose others with --classes." in output, err
     assert len(requested) == 10 and requested[0] == 0 and requested[-1] == 199
     with Image.open(tmp_path / "s.png") as grid:
         assert grid.size[1] < 2 * grid.size[0]
-
-    def draw_samples(self, labels, numbers, **_):
-        requested.extend(labels[::8])
-        yield np.zeros((len(labels), 16, 16, 1), np.float32)
-
-    monkeypatch.setattr(Run, "draw_samples", draw_samples)
     status, _, err = sample("--workdir", prior_workdir, "--out", tmp_path / "s.npz")
     assert status == 0 and requested[10:] == list(range(200)), err
 
 
-def test_classes_without_training_images_are_not_drawn_by_default(run, monkeypatch):
-    assert choose_classes(run, (), None).tolist() == [0, 1, 2, 3]
+def test_classes_without_training_images_are_not_drawn_by_default(
+    sample, prior_workdir, run, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(Run, "trained_classes", [0, 2])
+    flags = ["--workdir", prior_workdir, "--per-class", 1, "--out"]
+    for name, classes, expected in (("a", (), [0, 2]), ("b", ("3", "disc"), [3, 0])):
+        status, _, err = sample(*flags, tmp_path / f"{name}.npz", "--classes", *classes)
+        assert status == 0 and np.load(tmp_path / f"{name}.npz")["labels"].tolist() == expected, err
+
+
+def test_trained_classes_come_from_the_dataset(run, monkeypatch):
+    assert run.trained_classes == [0, 1, 2, 3]
     monkeypatch.setattr(run, "dataset", run.dataset | {"untrained_classes": [1, 3]})
-    assert choose_classes(run, (), None).tolist() == [0, 2]
-    assert choose_classes(run, (), 1).tolist() == [0]
-    assert choose_classes(run, ("3", "disc"), None).tolist() == [3, 0]
+    assert run.trained_classes == [0, 2]
 
 
 @pytest.mark.parametrize(("out", "files"), [("folder", PngFolder), ("s.npz", NpzFile)])
@@ -112,32 +115,33 @@ def test_an_interrupted_command_continues(
     ]
     write, batches = files.write, []
 
-    def interrupt(self, labels, numbers, images):
+    def interrupt(self, rows, images):
         batches.append(len(images))
         if len(batches) == 2:
             raise KeyboardInterrupt
-        write(self, labels, numbers, images)
+        write(self, rows, images)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(files, "write", interrupt)
         sample(*flags)
     if files is NpzFile:  # as if it had been killed while it wrote an image
-        with (tmp_path / "s.npz.partial").open("ab") as scratch:
+        with (tmp_path / "s.npz.partial" / "images.u8").open("ab") as scratch:
             scratch.write(b"half")
     status, _, err = sample(*flags, "--seed", 1)
     assert status == 2 and "drawn with other settings (seed, see" in err, err
-    with lock_output(out):
+    folder = out if files is PngFolder else tmp_path / "s.npz.partial"
+    with folder_lock(folder):
         status, _, err = sample(*flags)
-    assert status == 2 and f"another command writes to {out}" in err, err
+    assert status == 2 and f"is drawing images in {folder}; wait for it" in err, err
     status, stdout, err = sample(*flags)
-    assert status == 0 and f"{batches[0]} of 18 images are drawn already." in stdout, err
+    assert status == 0 and f"{batches[0]} of 18 images have already been drawn." in stdout, err
     expected = to_uint8(run.sample([0, 1], 9, devices=1))
     if files is PngFolder:
         names = [f"000{label}_0000{i}.png" for label in (0, 1) for i in range(9)]
         images = np.stack([np.asarray(Image.open(out / name)) for name in names])[..., None]
         assert sorted(path.name for path in out.iterdir()) == sorted([*names, "samples.json"])
         status, stdout, err = sample(*flags[:6], 10, *flags[7:])
-        assert status == 0 and "18 of 20 images are drawn already." in stdout, err
+        assert status == 0 and "18 of 20 images have already been drawn." in stdout, err
     else:
         with np.load(out) as archive:
             images = archive["images"]
@@ -165,13 +169,13 @@ def test_image_n_of_a_class_depends_only_on_the_seed(run):
 
 def test_few_images_are_drawn_in_small_batches_on_a_cpu(run, monkeypatch):
     batch_sizes = []
-    draw = run._sampler._compile_once(1, None, (8, 8))
+    draw = run.sampler._compile_once(1, None, (8, 8))
 
     def draw_and_count(params, arrays):
         batch_sizes.append(len(arrays["labels"]))
         return draw(params, arrays)
 
-    monkeypatch.setattr(run._sampler, "_compile_once", lambda *_: draw_and_count)
+    monkeypatch.setattr(run.sampler, "_compile_once", lambda *_: draw_and_count)
     run.sample([0], devices=1)
     run.sample([0], 9, devices=1)
     assert batch_sizes == [8, 8, 8]
@@ -196,9 +200,9 @@ def test_the_samples_in_training_figures_equal_those_of_the_run(
 
 def test_sampling_reuses_the_compiled_program(run):
     run.sample([0], prefix=[1, 2], seed=8, devices=1)
-    cache_misses = run._sampler._compile_once.cache_info().misses
+    cache_misses = run.sampler._compile_once.cache_info().misses
     images = run.sample([1], prefix=[3, 4], seed=9, devices=1)
-    assert run._sampler._compile_once.cache_info().misses == cache_misses
+    assert run.sampler._compile_once.cache_info().misses == cache_misses
     assert images.shape == (1, 16, 16, 1)
 
 
@@ -363,8 +367,8 @@ def test_completions_keep_part_of_each_picture_and_draw_the_rest(
     codes, rows = run.encode(pictures), np.arange(8)[:, None] < 2
     greedy = run.complete(pictures, [1, 0, 1], temperature=0, guidance_scale=1, keep=0.25)
     known = np.where(rows, codes, -1).reshape(3, -1)
-    batches = run.draw_samples(np.array([1, 0, 1]), np.zeros(3, np.int32), known=known,
-                               temperature=0, guidance_scale=1)  # fmt: skip
+    drawing = Drawing(np.array([1, 0, 1]), np.zeros(3, np.int32), known)
+    batches = run.sampler.draw(drawing, temperature=0, guidance_scale=1)
     np.testing.assert_array_equal(greedy, np.concatenate(list(batches)))
     # If all codes but the last are kept, the top left corners equal the reconstructions.
     mask = np.ones((8, 8), bool)
@@ -376,8 +380,13 @@ def test_completions_keep_part_of_each_picture_and_draw_the_rest(
     pixels[0, 0] = False
     np.testing.assert_array_equal(run.complete(pictures, 0, mask=pixels), almost_kept)
     assert run.complete(pictures, None, mask=mask).shape == (3, 16, 16, 1)
-    status, _, err = sample(*arguments[:-1], tmp_path / "c", "--complete", *files)
-    assert status == 0 and (tmp_path / "c" / "0002_2_00001.png").exists(), err
+    for written in (0, 5):  # the second command draws what is missing
+        status, output, err = sample(*arguments[:-1], tmp_path / "c", "--complete", *files)
+        assert status == 0 and (tmp_path / "c" / "0002_2_00001.png").exists(), err
+        assert ("5 of 6 images have already been drawn." in output) == (written == 5)
+        (tmp_path / "c" / "0001_1_00000.png").unlink()
+    status, _, err = sample(*arguments[:-1], tmp_path / "c", "--complete", files[0])
+    assert status == 2 and "drawn with other settings (images, see samples.json)" in err, err
     # The first column of a grid contains the pictures themselves.
     status, _, err = sample(*arguments[:-1], tmp_path / "c.png", "--complete", *files)
     assert status == 0, err
@@ -393,7 +402,7 @@ def test_invalid_completions_are_refused(run):
         ({"keep": 0.01}, "keep is 0.01; it must be a fraction"),
         ({"mask": np.ones((3, 3))}, "the mask is 3x3; it must be 8x8 codes, or 16x16"),
         ({"per_image": 0}, "there is nothing to draw: 0 completions"),
-        ({"size": (16, 16)}, "multiple values"),
+        ({"size": (16, 16)}, "keyword argument 'size'"),
     ):
         with pytest.raises((UserError, TypeError), match=message):
             run.complete(images, **arguments)

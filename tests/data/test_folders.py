@@ -1,4 +1,5 @@
-"""Which files of a folder are read, as which split and class, and what a message says of others."""
+"""Tests which files of a folder are read, as which split and class, and what messages say about
+the others."""
 
 import os
 
@@ -56,7 +57,9 @@ def test_a_file_with_several_names_counts_once(tmp_path, capsys):
     (root / "dogs" / "4.png").symlink_to(root / "cats" / "1.png")
     os.link(root / "cats" / "1.png", root / "dogs" / "5.png")
     assert read(root) == {"train": CLASSES}
-    assert "links to pictures counted before (2, such as dogs/4.png)" in capsys.readouterr().out
+    assert (
+        "other names of pictures already counted (2, such as dogs/4.png)" in capsys.readouterr().out
+    )
 
 
 def test_splits_made_of_links_are_read(tmp_path):
@@ -87,12 +90,12 @@ def test_folders_named_after_splits(tmp_path, capsys, train, validation, test):
     assert capsys.readouterr().out == ""
 
 
-def test_classes_that_are_called_like_splits(tmp_path, capsys):
+def test_classes_named_like_splits(tmp_path, capsys):
     root = write(tmp_path, "train/1.png", "bus/2.png", "car/3.png")
     classes = {"train": {"1.png": "train", "2.png": "bus", "3.png": "car"}}
     assert read(root) == classes
     out = capsys.readouterr().out
-    assert f"Read as classes in {root}: train; --data.layout splits reads them as splits." in out
+    assert f"These folders in {root} are read as classes: train; --data.layout splits reads" in out
     assert read(root, "splits") == {"train": {"1.png": None}}
     assert "bus" in capsys.readouterr().out
     assert read(root, "classes") == classes
@@ -114,11 +117,11 @@ def test_two_folders_of_one_split_are_refused(tmp_path):
         read(root)
 
 
-def test_a_single_folder_is_looked_through(tmp_path, capsys):
+def test_the_folders_in_a_single_folder_are_read(tmp_path, capsys):
     root = write(tmp_path, *(f"raw-img/{path}" for path in PETS), "translate.py")
     assert read(root) == {"train": CLASSES}
     out = capsys.readouterr().out
-    assert f"The folders in {root / 'raw-img'}, the only folder in {root.name}, are read" in out
+    assert f"{root / 'raw-img'} is the only folder with pictures in {root}, so the" in out
     assert "files and folders outside those that are read (1, such as translate.py)" in out
     assert set(read(root, "classes")["train"].values()) == {"raw-img"}
     only_class = write(tmp_path / "one", "cats/1.png", "cats/2.png")
@@ -162,7 +165,7 @@ def test_a_table_beside_the_pictures_names_their_classes(tmp_path, capsys, name,
     assert read(root, label_column="species") == {"train": expected}
     out = capsys.readouterr().out
     assert "classes from 'species'" in out and "Left out" not in out
-    assert "0 pictures have no row, and 1 rows have no picture." in out
+    assert "pictures without a row: 0; rows without a picture: 1." in out
     write(root, "other/5.png")
     assert read(root) == {"train": {"3.png": "sub", "5.png": "other"}}
     assert f"such as {name})" in capsys.readouterr().out
@@ -185,10 +188,10 @@ def test_folders_within_splits_and_links_between_splits(tmp_path, capsys):
     (root / "valid").symlink_to(root / "test_set" / "test_set")
     classes = {"1.png": "cats", "2.png": "dogs"}
     assert read(root) == {"train": classes, "test": {"3.png": "cats"}}
-    assert "links to pictures counted before (3, such as test_set" in capsys.readouterr().out
+    assert "other names of pictures already counted (3, such as test_set" in capsys.readouterr().out
 
 
-def test_a_damaged_table_is_a_sentence(tmp_path):
+def test_a_damaged_table_is_reported(tmp_path):
     root = write(tmp_path, "1.png", "metadata.jsonl")
     with pytest.raises(UserError, match="is not a table with a column 'file_name'"):
         read(root)

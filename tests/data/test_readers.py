@@ -131,7 +131,10 @@ def test_classes_that_only_the_test_split_has_give_a_warning(tmp_path, capsys):
     shutil.rmtree(root / "train" / pictures.NAMES[0])
     splits = datasets.load(make_config(tmp_path, "folder", tmp_path / "x"))
     assert splits.class_names == (*pictures.NAMES[1:], pictures.NAMES[0])
-    assert "Warning: no training pictures of 1 of 3 classes: a dog." in capsys.readouterr().out
+    assert (
+        "Warning: there are no training pictures for 1 of 3 classes: a dog."
+        in capsys.readouterr().out
+    )
 
 
 def test_parquet_files_without_the_hubs_metadata_are_read(tmp_path):
@@ -158,6 +161,7 @@ def make_labels_split(values):
         ([0, 1, -1], "go from -1 to 1; number them from 0"),
         ([0, 1, 3], "go from 0 to 3; number them from 0 to at most 2"),
         ([0.5, 1.0, 2.0], "of type float"),
+        ([[0], [1], [2]], "of type list"),
     ],
 )
 def test_invalid_labels_are_refused(tmp_path, values, message):
@@ -339,13 +343,13 @@ def test_the_column_of_classes_and_unused_columns_are_named(
     assert ("--data.label-column" in output) == (label is None)
 
 
-def test_numbers_without_images_are_classes_without_training_images(tmp_path, capsys):
+def test_class_numbers_that_do_not_occur_are_reported_as_untrained(tmp_path, capsys):
     contents, _ = pictures.make_split(12)
     root = pictures.write_parquet(
         tmp_path / "x", {"train": (contents, [1, 2, 5] * 4)}, metadata=False
     )
     splits = datasets.load(make_config(tmp_path, "a/b", root))
-    assert "no training pictures of 3 of 6 classes: 0, 3, 4." in capsys.readouterr().out
+    assert "there are no training pictures for 3 of 6 classes: 0, 3, 4." in capsys.readouterr().out
     assert datasets.fingerprint(splits)["untrained_classes"] == [0, 3, 4]
 
 

@@ -170,7 +170,7 @@ def test_determinism_works_without_jaxs_private_module(monkeypatch):
 def test_64_bit_types_are_refused():
     jax.config.update("jax_enable_x64", True)
     try:
-        with pytest.raises(UserError, match="computes in 32 bits; unset JAX_ENABLE_X64"):
+        with pytest.raises(UserError, match="64-bit types are not supported; unset JAX_ENABLE_X64"):
             prepare(load_config("mnist"))
     finally:
         jax.config.update("jax_enable_x64", False)

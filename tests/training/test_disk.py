@@ -118,7 +118,7 @@ def test_a_run_survives_a_disk_that_fails_temporarily(disk, tmp_path, capsys, mo
     monkeypatch.setattr(Parabola, "draw_figures", draw)
     logs = ["JsonLines", "TensorBoard"]
     # Open files would prevent the disk from becoming read-only.
-    monkeypatch.setattr("taming_jax.training.loop.run_lock", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr("taming_jax.training.loop.folder_lock", lambda *_: contextlib.nullcontext())
     if failure == "read-only":
         monkeypatch.setattr("taming_jax.training.writers.TensorBoard", lambda folder: mock.Mock())
         logs.remove("TensorBoard")

@@ -1,7 +1,7 @@
 """Reads damaged checkpoint files: `python -m tests.weights.fuzz --files 200000 --seed 0`.
 
 Every file must be read, or be refused with a UserError, in bounded time and memory, without
-executing anything that the file names. Exit status 0 if that holds for all files.
+executing anything that the file names. The exit status is 0 if that holds for all files.
 """
 
 import argparse
@@ -55,7 +55,7 @@ class LegacyPickler(TensorPickler):
 
 
 def make_files(folder: Path) -> dict[str, bytes]:
-    """Returns the content of undamaged files of each format, by suffix and format."""
+    """Returns the contents of undamaged files of each format, by file name."""
     from safetensors.numpy import save_file
 
     rng = np.random.default_rng(0)

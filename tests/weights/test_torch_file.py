@@ -245,15 +245,15 @@ class Unusual:
 
 
 class Settings(dict):
-    """A container of a library that is not installed here."""
+    """A dict type of a library that is not installed here."""
 
 
 class Values(list):
-    """Another one."""
+    """A list type of a library that is not installed here."""
 
 
-def test_objects_that_are_not_needed_do_not_matter(torch, tmp_path):
-    """What training scripts keep beside tensors, and wrappers of tensors."""
+def test_other_objects_in_a_file_are_ignored(torch, tmp_path):
+    """Reads a file with wrapped tensors and other objects that training scripts save."""
     executed = tmp_path / "executed"
     tensor = Tensor(torch, "0", STORAGES["0"], 0, (2,), (1,))
     rebuilt = [
