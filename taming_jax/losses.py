@@ -73,5 +73,7 @@ def perplexity(counts: jax.Array) -> jax.Array:
 def next_token(logits: jax.Array, codes: jax.Array) -> jax.Array:
     """Returns the mean negative log-likelihood [b], in nats per code, of codes int [b,t] under
     logits float32 [b,t,k]."""
-    log_probs = jax.nn.log_softmax(logits)
-    return -per_example(jnp.take_along_axis(log_probs, codes[..., None], -1))
+    # A sum over a mask instead of an indexed lookup, whose gradient would be a scatter.
+    is_code = jnp.arange(logits.shape[-1]) == codes[..., None]
+    chosen = jnp.where(is_code, logits, 0).sum(-1)
+    return per_example(jax.nn.logsumexp(logits, -1) - chosen)

@@ -39,3 +39,10 @@ def test_the_perplexity_of_equally_frequent_codes_is_their_number():
     assert losses.perplexity(jnp.full(16, 7.0)) == pytest.approx(16, rel=1e-6)
     assert losses.perplexity(jnp.zeros(16).at[3].set(5)) == pytest.approx(1)
     assert losses.perplexity(jnp.zeros(16).at[:4].set(5)) == pytest.approx(4, rel=1e-6)
+
+
+def test_the_loss_of_the_next_token_is_the_negative_log_likelihood():
+    logits, codes = RNG.normal(0, 3, (2, 5, 7)), RNG.integers(0, 7, (2, 5))
+    probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    chosen = np.take_along_axis(probabilities, codes[..., None], -1)[..., 0]
+    np.testing.assert_allclose(losses.next_token(logits, codes), -np.log(chosen).mean(1), rtol=1e-5)

@@ -41,7 +41,7 @@ class Encoder(nn.Module):
             if level < levels - 1:
                 h = Downsample(self.dtype, name=f"down_{level}_downsample")(h)
         h = apply_middle_blocks(self.dtype, h)
-        h = nn.silu(GroupNorm(self.dtype, name="norm_out")(h))
+        h = GroupNorm(self.dtype, silu=True, name="norm_out")(h)
         return conv(settings.latent_channels, 3, self.dtype, "conv_out")(h)
 
 
@@ -68,7 +68,7 @@ class Decoder(nn.Module):
                 h = apply_residual_block(self, f"up_{level}", block, level, h)
             if level > 0:
                 h = Upsample(self.dtype, name=f"up_{level}_upsample")(h)
-        h = nn.silu(GroupNorm(self.dtype, name="norm_out")(h))
+        h = GroupNorm(self.dtype, silu=True, name="norm_out")(h)
         self.sow("intermediates", "last", h)
         return conv(self.out_channels, 3, self.dtype, "conv_out")(h)
 

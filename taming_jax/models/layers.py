@@ -3,6 +3,7 @@ Transformers", arXiv 2012.09841). Images are [b,h,w,c] and parameters float32; `
 of the computation.
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -42,6 +43,32 @@ class Dense(nn.Dense):
         return super().__call__(inputs).astype(self.dtype)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def float32_einsum(subscripts: str, left: jax.Array, right: jax.Array) -> jax.Array:
+    """Computes an einsum of two arrays of one dtype, with a float32 result.
+
+    The gradient rounds the cotangent to the dtype of the arrays. JAX would multiply the float32
+    cotangent instead, and so compute the products of the backward pass in float32.
+    """
+    return jnp.einsum(subscripts, left, right, preferred_element_type=jnp.float32)
+
+
+def _float32_einsum_forward(
+    subscripts: str, left: jax.Array, right: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return float32_einsum(subscripts, left, right), (left, right)
+
+
+def _float32_einsum_backward(
+    subscripts: str, operands: tuple[jax.Array, jax.Array], cotangent: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    _, pullback = jax.vjp(functools.partial(jnp.einsum, subscripts), *operands)
+    return pullback(cotangent.astype(operands[0].dtype))
+
+
+float32_einsum.defvjp(_float32_einsum_forward, _float32_einsum_backward)
+
+
 def conv(features: int, size: int, dtype: Dtype, name: str | None = None) -> Conv:
     """Returns a convolution that keeps the height and width."""
     padding = size // 2
@@ -51,31 +78,85 @@ def conv(features: int, size: int, dtype: Dtype, name: str | None = None) -> Con
 
 
 class GroupNorm(nn.Module):
-    """Group normalization of [b,h,w,c], with statistics in float32.
+    """Group normalization of [b,h,w,c], optionally followed by SiLU, with statistics in float32.
 
     The number of groups is the largest number up to 32 that divides the number of channels; in the
-    official models it is 32. The means are taken over space before the channels are grouped,
-    because XLA's CPU code is slow at reductions whose last axis has one or two channels.
+    official models it is 32.
     """
 
     dtype: Dtype = jnp.float32
     epsilon: float = 1e-6  # as in the official code; PyTorch's default is 1e-5
+    silu: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        b, h, w, c = x.shape
+        c = x.shape[-1]
         groups = next(g for g in range(min(32, c), 0, -1) if c % g == 0)
         scale = self.param("scale", nn.initializers.ones, (c,))
         bias = self.param("bias", nn.initializers.zeros, (c,))
+        return group_norm(groups, self.epsilon, self.silu, x.astype(self.dtype), scale, bias)
 
-        def group_mean(values: jax.Array) -> jax.Array:
-            means = values.mean((1, 2)).reshape(b, groups, c // groups).mean(-1)
-            return jnp.repeat(means, c // groups, -1)[:, None, None]
 
-        x = x.astype(jnp.float32)
-        centered = x - group_mean(x)
-        inverse_std = lax.rsqrt(group_mean(jnp.square(centered)) + self.epsilon)
-        return (centered * (inverse_std * scale) + bias).astype(self.dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def group_norm(
+    groups: int, epsilon: float, silu: bool, x: jax.Array, scale: jax.Array, bias: jax.Array
+) -> jax.Array:
+    """Normalizes x [b,h,w,c] over each of `groups` groups of channels, multiplies by `scale` [c],
+    adds `bias` [c], and applies SiLU if `silu` is true. Returns the dtype of x.
+
+    The gradient is written out because it needs only x and two numbers per group. Automatic
+    differentiation would keep several float32 arrays of the size of x for each layer.
+    """
+    return _group_norm_forward(groups, epsilon, silu, x, scale, bias)[0]
+
+
+def _group_norm_forward(
+    groups: int, epsilon: float, silu: bool, x: jax.Array, scale: jax.Array, bias: jax.Array
+) -> tuple[jax.Array, Any]:
+    x32 = x.astype(jnp.float32)
+    mean = average_groups(x32, groups)
+    inverse_std = lax.rsqrt(average_groups(jnp.square(x32 - mean), groups) + epsilon)
+    y = (x32 - mean) * (inverse_std * scale) + bias
+    y = nn.silu(y) if silu else y
+    return y.astype(x.dtype), (x, mean, inverse_std, scale, bias)
+
+
+def _group_norm_backward(
+    groups: int, epsilon: float, silu: bool, residuals: Any, cotangent: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    x, mean, inverse_std, scale, bias = residuals
+    normalized = (x.astype(jnp.float32) - mean) * inverse_std
+    cotangent = cotangent.astype(jnp.float32)
+    if silu:
+        y = normalized * scale + bias
+        sigmoid = nn.sigmoid(y)
+        cotangent = cotangent * sigmoid * (1 + y * (1 - sigmoid))
+    # Both sums per image and channel serve the parameters and, averaged over groups, x.
+    sums = cotangent.sum((1, 2)), (cotangent * normalized).sum((1, 2))
+    pixels = x.shape[1] * x.shape[2]
+    mean_cotangent, mean_product = (
+        average_channels(scale * total / pixels, groups)[:, None, None] for total in sums
+    )
+    gradient = inverse_std * (cotangent * scale - mean_cotangent - normalized * mean_product)
+    return gradient.astype(x.dtype), sums[1].sum(0), sums[0].sum(0)
+
+
+group_norm.defvjp(_group_norm_forward, _group_norm_backward)
+
+
+def average_groups(x: jax.Array, groups: int) -> jax.Array:
+    """Averages x [b,h,w,c] over space and over each group of channels. Returns [b,1,1,c].
+
+    It averages over space first, because XLA's CPU code is slow at reductions whose last axis has
+    one or two channels.
+    """
+    return average_channels(x.mean((1, 2)), groups)[:, None, None]
+
+
+def average_channels(x: jax.Array, groups: int) -> jax.Array:
+    """Averages x [b,c] over each group of channels. Returns [b,c]."""
+    b, c = x.shape
+    return jnp.repeat(x.reshape(b, groups, c // groups).mean(-1), c // groups, -1)
 
 
 class BatchNorm(nn.Module):
@@ -97,13 +178,10 @@ class BatchNorm(nn.Module):
         x = x.astype(jnp.float32)
         if train:
             axis = None if self.is_initializing() else self.axis_name
-
-            def batch_mean(values: jax.Array) -> jax.Array:
-                mean = values.mean((0, 1, 2))
-                return mean if axis is None else lax.pmean(mean, axis)
-
-            mean = batch_mean(x)
-            var = batch_mean(jnp.square(x - mean))
+            mean = x.mean((0, 1, 2))
+            var = jnp.square(x - mean).mean((0, 1, 2))
+            if axis is not None:
+                mean, var = combine_moments(mean, var, running_mean.value, axis)
             if not self.is_initializing():
                 n = x.size // c * (1 if axis is None else lax.axis_size(axis))
                 keep = 1 - self.momentum
@@ -112,6 +190,18 @@ class BatchNorm(nn.Module):
         else:
             mean, var = running_mean.value, running_var.value
         return ((x - mean) * (lax.rsqrt(var + self.epsilon) * scale) + bias).astype(self.dtype)
+
+
+def combine_moments(
+    mean: jax.Array, var: jax.Array, origin: jax.Array, axis_name: str
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the mean and variance [c] over all devices from those of each device, which hold
+    equally many values. The devices communicate once. `origin` [c], the same on all devices, must
+    be near the means, since the variance of the means is computed from their squared distances to
+    it."""
+    offset = mean - origin
+    mean_offset, mean_square = lax.pmean(jnp.stack([offset, var + jnp.square(offset)]), axis_name)
+    return origin + mean_offset, mean_square - jnp.square(mean_offset)
 
 
 def init_batch_norm_scale(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -127,9 +217,9 @@ class ResidualBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        h = nn.silu(GroupNorm(self.dtype, name="norm1")(x))
+        h = GroupNorm(self.dtype, silu=True, name="norm1")(x)
         h = conv(self.features, 3, self.dtype, "conv1")(h)
-        h = nn.silu(GroupNorm(self.dtype, name="norm2")(h))
+        h = GroupNorm(self.dtype, silu=True, name="norm2")(h)
         h = conv(self.features, 3, self.dtype, "conv2")(h)
         if x.shape[-1] != self.features:
             x = conv(self.features, 1, self.dtype, "nin_shortcut")(x)
@@ -149,7 +239,7 @@ class AttentionBlock(nn.Module):
             conv(c, 1, self.dtype, name)(normalized).reshape(b, h * w, c)
             for name in ("q", "k", "v")
         )
-        scores = jnp.einsum("bic,bjc->bij", q, k, preferred_element_type=jnp.float32) * c**-0.5
+        scores = float32_einsum("bic,bjc->bij", q, k) * c**-0.5
         weights = nn.softmax(scores).astype(self.dtype)
         attended = jnp.einsum("bij,bjc->bic", weights, v).reshape(b, h, w, c)
         return x + conv(c, 1, self.dtype, "proj_out")(attended)

@@ -35,7 +35,7 @@ class VGG16(nn.Module):
         index = 0
         for group in GROUPS:
             if features:
-                h = nn.max_pool(h, (2, 2), strides=(2, 2))
+                h = max_pool(h)
             for channels in group:
                 padding = 1
                 if min(h.shape[1:3]) == 2:
@@ -49,6 +49,15 @@ class VGG16(nn.Module):
                 h, index = nn.relu(conv(h)), index + 1
             features.append(h)
         return features
+
+
+def max_pool(x: jax.Array) -> jax.Array:
+    """Takes the maximum of each 2x2 window of x [b,h,w,c], and drops an odd last row or column.
+    Unlike that of `nn.max_pool`, the gradient needs no scatter, which is slow on GPUs."""
+    b, h, w, c = x.shape
+    rows, columns = h // 2, w // 2
+    windows = x[:, : 2 * rows, : 2 * columns].reshape(b, rows, 2, columns, 2, c)
+    return windows.max((2, 4))
 
 
 def lpips(params: Any, left: jax.Array, right: jax.Array, dtype: Dtype = jnp.float32) -> jax.Array:
@@ -70,7 +79,8 @@ def lpips_distance(heads: Any, left: list[jax.Array], right: list[jax.Array]) ->
     total = jnp.zeros(len(left[0]))
     for head, a, b in zip(heads, left, right, strict=True):
         difference = jnp.square(normalize_features(a) - normalize_features(b))
-        total += jnp.matmul(difference, head, precision="highest").mean((1, 2))
+        # Not a matrix product, which would write the differences to memory in float32.
+        total += (difference * head).sum(-1).mean((1, 2))
     return total
 
 

@@ -1,9 +1,10 @@
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
 
 from taming_jax.errors import UserError
-from taming_jax.models.lpips import load_lpips, lpips
+from taming_jax.models.lpips import load_lpips, lpips, max_pool
 from tests import golden
 
 
@@ -18,6 +19,17 @@ def test_lpips_reproduces_the_official_distances(params):
     distance = jax.jit(lpips)(params, x0, x1)
     golden.assert_close(distance, recorded["distance"], "distance")
     assert distance[-1] < 1e-12, "the images of the last pair are equal"
+
+
+def test_max_pooling_equals_that_of_flax():
+    x = np.random.default_rng(0).normal(size=(2, 7, 5, 3)).astype(np.float32)
+    weights = np.random.default_rng(1).normal(size=(2, 3, 2, 3))
+    pools = max_pool, lambda x: nn.max_pool(x, (2, 2), strides=(2, 2))
+    values, gradients = zip(
+        *(jax.value_and_grad(lambda x, f=f: (f(x) * weights).sum())(x) for f in pools), strict=True
+    )
+    assert values[0] == values[1]
+    np.testing.assert_array_equal(*gradients)
 
 
 def test_gray_images_equal_three_channels_and_flat_images_have_a_finite_gradient(params):
