@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains both stages of a preset on several machines of a Slurm cluster:
-# `sbatch scripts/slurm.sh birds --vqgan.batch-size 16`. The checkout, its .venv, the runs and the
+# `sbatch scripts/slurm.sh birds`. The checkout, its .venv, the runs and the
 # data must be on storage that all machines share. There is one process per GPU, because JAX assigns
 # one GPU to each process under Slurm. Two minutes before the time limit, the processes get SIGTERM
 # and save the run, and the job is queued again.

@@ -229,15 +229,14 @@ class Sampler:
         def draw(params: Any, arrays: dict[str, Any]) -> jax.Array:
             labels = arrays["labels"]
             keys = sample_keys(arrays["seed"], labels, arrays["numbers"])
-            with jax.default_matmul_precision("highest"):
-                codes = prior.sample(
-                    params["transformer"], labels, keys, temperature=arrays["temperature"],
-                    top_k=top_k, top_p=arrays["top_p"], guidance_scale=arrays["scales"],
-                    known=arrays["known"], grid=grid,
-                )  # fmt: skip
-                if grid != prior.grid:
-                    return codes
-                return decode_indices(generator, params["generator"], codes)
+            codes = prior.sample(
+                params["transformer"], labels, keys, temperature=arrays["temperature"],
+                top_k=top_k, top_p=arrays["top_p"], guidance_scale=arrays["scales"],
+                known=arrays["known"], grid=grid,
+            )  # fmt: skip
+            if grid != prior.grid:
+                return codes
+            return decode_indices(generator, params["generator"], codes)
 
         return self._place_once(count)[0].compile(draw)
 

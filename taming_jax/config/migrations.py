@@ -11,7 +11,7 @@ import numpy as np
 
 from taming_jax.errors import UserError
 
-FORMAT = 6
+FORMAT = 7
 
 Arrays = dict[tuple[str, ...], np.ndarray]
 
@@ -61,12 +61,21 @@ def rename_settings(config: dict[str, Any]) -> dict[str, Any]:
     return config | sections
 
 
+def add_attention_dropout(config: dict[str, Any]) -> dict[str, Any]:
+    """Adds the dropout rate of the attention weights, which was that of the other layers (by
+    default 0.1) before format 7."""
+    prior = config.get("prior")
+    if not isinstance(prior, dict):
+        return config
+    return config | {"prior": prior | {"attention_dropout": prior.get("dropout", 0.1)}}
+
+
 # Functions that migrate a config's settings and a checkpoint's arrays from each format to the next.
 SETTINGS_MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
-    1: dict, 2: dict, 3: dict, 4: remove_used_codes, 5: rename_settings
+    1: dict, 2: dict, 3: dict, 4: remove_used_codes, 5: rename_settings, 6: add_attention_dropout
 }  # fmt: skip
 ARRAY_MIGRATIONS: dict[int, Callable[[Arrays], Arrays]] = {
-    1: add_skipped, 2: dict, 3: dict, 4: dict, 5: dict
+    1: add_skipped, 2: dict, 3: dict, 4: dict, 5: dict, 6: dict
 }  # fmt: skip
 
 MICRO_BATCH_FORMAT = 4  # the first with one adaptive weight per micro-batch in stage 1

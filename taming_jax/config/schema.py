@@ -266,7 +266,10 @@ class PriorConfig(StageConfig):
     width: int = setting(256, COUNT)
     """The number of channels of the transformer."""
     dropout: float = setting(0.1, FRACTION)
-    """The dropout rate in training."""
+    """The dropout rate in training, of the embeddings and of what each layer adds to them."""
+    attention_dropout: float = setting(0.0, FRACTION)
+    """The dropout rate of the attention weights in training. 0 allows a GPU to use cuDNN's
+    attention, which is faster."""
     norm: Literal["layer", "rms"] = "layer"
     """The normalization layers: LayerNorm or RMSNorm."""
     mlp: Literal["gelu", "swiglu"] = "gelu"
@@ -334,14 +337,16 @@ class Config:
     """The folder of the run. Default: runs/NAME, with the name of the preset."""
     seed: int = setting(0, SEED)
     """The seed for all random numbers of the run."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """The dtype in which the networks compute. Parameters, losses and statistics stay float32."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "float32"
+    """The dtype in which the networks compute. Parameters, losses and statistics stay float32. auto
+    is replaced when a run is created: bfloat16 on NVIDIA GPUs that have it (compute capability 8.0
+    or higher), and float32 elsewhere."""
     devices: int | None = free(None, COUNT)
     """The number of devices to use. Default: all."""
     deterministic: bool = free(False)
     """Make runs on a GPU reproducible, but slower: XLA does not autotune kernels, and scatter-adds
-    (in the gradients of LPIPS's max pooling, DiffAugment's translation and the prior's loss) are
-    computed in a fixed order. On a CPU, runs are reproducible without this."""
+    (in the gradients of embeddings, codes and DiffAugment's translation) are computed in a fixed
+    order. On a CPU, runs are reproducible without this."""
     compile_cache: bool = free(True)
     """Keep compiled programs in ~/.cache/taming_jax, so that the next run starts faster."""
     data: DataConfig = DataConfig()

@@ -227,7 +227,8 @@ def parse_stage2(
     sizes: dict[str, Any] = {name: parse_size(gpt.get(key, x)) for key, (name, x) in GPT.items()}
     prior = PriorConfig(
         **sizes,
-        dropout=max(float(gpt.get(f"{part}_pdrop", 0.0)) for part in ("embd", "resid", "attn")),
+        dropout=max(float(gpt.get(f"{part}_pdrop", 0.0)) for part in ("embd", "resid")),
+        attention_dropout=float(gpt.get("attn_pdrop", 0.0)),
         block_size=parse_size(gpt["block_size"]), vocabulary=vocabulary, first_class=first_class,
         token_keep_prob=float(params.get("pkeep", 1.0)), label_dropout=0.0, schedule="cosine",
         final_learning_rate=1.0,
@@ -294,7 +295,8 @@ def build_yaml(model: Model) -> dict[str, Any]:
             condition = {"cond_stage_config": labelator | {"params": {"n_classes": classes}}}
         gpt = {
             "vocab_size": prior.vocabulary, "block_size": prior.block_size,
-            "embd_pdrop": prior.dropout, "resid_pdrop": prior.dropout, "attn_pdrop": prior.dropout,
+            "embd_pdrop": prior.dropout, "resid_pdrop": prior.dropout,
+            "attn_pdrop": prior.attention_dropout,
             **{key: getattr(prior, name) for key, (name, _) in GPT.items()},
         }  # fmt: skip
         section = {

@@ -85,7 +85,7 @@ class VectorQuantizer(nn.Module):
         # could choose another code if two codes are almost equally near.
         scores = jnp.matmul(z, codes.T, precision=lax.Precision.HIGHEST)
         indices = jnp.argmin(jnp.square(codes).sum(-1) - 2 * scores, -1).astype(jnp.int32)
-        vectors = one_hot_lookup(codes, indices)
+        vectors = codes[indices]
         codebook_loss = jnp.square(vectors - lax.stop_gradient(z)).mean(-1)
         commitment_loss = jnp.square(lax.stop_gradient(vectors) - z).mean(-1)
         if settings.legacy_commitment:
@@ -130,7 +130,7 @@ class GumbelQuantizer(nn.Module):
         loss = divergence * self.settings.kl_weight
         if noise is None:
             indices = jnp.argmax(logits, -1).astype(jnp.int32)
-            return Quantized(one_hot_lookup(codes, indices), indices, loss)
+            return Quantized(codes[indices], indices, loss)
         gumbel = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(noise.keys)
         perturbed = (logits + gumbel) / noise.temperature
         indices = jnp.argmax(perturbed, -1).astype(jnp.int32)
@@ -149,14 +149,6 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
     "nearest": VectorQuantizer,
     "gumbel": GumbelQuantizer,
 }
-
-
-def one_hot_lookup(codes: jax.Array, indices: jax.Array) -> jax.Array:
-    """Returns exactly `codes[indices]`, computed as a product with one-hot vectors. Its gradient is
-    also a product; the gradient of a gather is a scatter-add, which is hundreds of times slower on
-    some GPUs."""
-    one_hot = jax.nn.one_hot(indices, codes.shape[0], dtype=codes.dtype)
-    return jnp.matmul(one_hot, codes, precision=lax.Precision.HIGHEST)
 
 
 def l2_normalize(x: jax.Array) -> jax.Array:

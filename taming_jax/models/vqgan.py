@@ -11,6 +11,7 @@ from taming_jax.errors import UserError
 from taming_jax.models.autoencoder import Decoder, Encoder
 from taming_jax.models.layers import Dtype, conv
 from taming_jax.models.quantizers import QUANTIZERS, Noise, Quantized, Quantizer
+from taming_jax.parallel.devices import resolve_dtype
 
 MAX_PIXELS = 2**20  # the most pixels, over all images, that a device encodes or decodes at once
 
@@ -57,7 +58,8 @@ def build_vqgan(config: Config) -> VQGAN:
 
     Raises UserError if the number of codes of the quantizer is not `codebook_size`.
     """
-    settings, data, dtype = config.vqgan, config.data, jnp.dtype(config.dtype)
+    settings, data = config.vqgan, config.data
+    dtype = jnp.dtype(resolve_dtype(config.dtype))
     quantizer = QUANTIZERS[settings.quantizer](settings)
     if quantizer.num_codes != settings.codebook_size:
         raise UserError(

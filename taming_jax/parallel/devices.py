@@ -79,6 +79,23 @@ class Compiled:
             self._program = lowered.compile()
 
 
+def get_compute_capability(device: Any) -> tuple[int, int]:
+    """Returns the compute capability of an NVIDIA GPU, or (0, 0) for any other device."""
+    numbers = str(getattr(device, "compute_capability", "")).split(".")
+    if len(numbers) != 2 or not all(number.isdecimal() for number in numbers):
+        return 0, 0
+    return int(numbers[0]), int(numbers[1])
+
+
+def resolve_dtype(name: str) -> str:
+    """Returns the dtype itself or, for auto, bfloat16 if this process's devices are NVIDIA GPUs
+    that have it, and float32 otherwise."""
+    if name != "auto":
+        return name
+    has_bfloat16 = all(get_compute_capability(device) >= (8, 0) for device in jax.local_devices())
+    return "bfloat16" if has_bfloat16 else "float32"
+
+
 def select_devices(count: int | None) -> list[Any]:
     """Returns this process's first `count` devices, or all if None. Raises UserError for an invalid
     count."""

@@ -19,8 +19,8 @@ from jax import lax
 from taming_jax.config.schema import Config, PriorConfig
 from taming_jax.errors import UserError
 from taming_jax.losses import next_token, per_example
-from taming_jax.models.layers import Dtype
-from taming_jax.models.quantizers import one_hot_lookup
+from taming_jax.models.layers import Dtype, float32_einsum
+from taming_jax.parallel.devices import resolve_dtype
 from taming_jax.priors.decoding import (
     Inputs,
     TokenSampler,
@@ -28,6 +28,7 @@ from taming_jax.priors.decoding import (
     apply_guidance,
     make_token_sampler,
 )
+from taming_jax.priors.dropout import dropout
 from taming_jax.priors.transformer import Block, Cache, init, make_norm
 from taming_jax.priors.windows import scan_windows
 
@@ -49,7 +50,7 @@ class GPT(nn.Module):
     def build(cls, config: Config, classes: int) -> "GPT":
         """Builds the prior that a config describes, for a dataset with `classes` classes."""
         grid = config.grid_size, config.grid_size
-        dtype = jnp.dtype(config.dtype)
+        dtype = jnp.dtype(resolve_dtype(config.dtype))
         return cls(config.vqgan.codebook_size, classes, grid, config.prior, dtype)
 
     @property
@@ -93,53 +94,56 @@ class GPT(nn.Module):
         self.embedding = self.param("embedding", init, (self.null_token + 1, width))
         if settings.positions == "learned":
             self.position_embedding = self.param("positions", init, (self.max_length, width))
-        block = nn.remat(Block, static_argnums=(5,)) if settings.remat else Block
+        block = nn.remat(Block) if settings.remat else Block
         self.blocks = [
-            block(settings, self.dtype, name=f"block_{i}") for i in range(settings.layers)
+            block(settings, self.dtype, i, name=f"block_{i}") for i in range(settings.layers)
         ]
         self.norm_out = make_norm(settings.norm, self.dtype)
         self.head = self.param("head", init, (width, self.num_logits))
-        self.embedding_dropout = nn.Dropout(settings.dropout)
 
-    def __call__(self, tokens: jax.Array, train: bool = False) -> jax.Array:
-        """Returns the logits at every position. In training, dropout uses the "dropout" key."""
-        return self._forward(tokens, None, 0, train)[0]
+    def __call__(self, tokens: jax.Array, keys: jax.Array | None = None) -> jax.Array:
+        """Returns the logits at every position. `keys` uint32 [b,2] are the keys for dropout, or
+        None outside training."""
+        return self._forward(tokens, None, 0, keys)[0]
 
     def decode(
         self, tokens: jax.Array, cache: Cache, position: jax.Array | int
     ) -> tuple[jax.Array, Cache]:
         """Returns the logits [b,s,num_logits] for tokens [b,s] at the positions from `position` on,
         which attend to the earlier tokens through `cache`, and the updated cache."""
-        return self._forward(tokens, cache, position, False)
+        return self._forward(tokens, cache, position, None)
 
     def _forward(
-        self, tokens: jax.Array, cache: Cache | None, position: jax.Array | int, train: bool
+        self,
+        tokens: jax.Array,
+        cache: Cache | None,
+        position: jax.Array | int,
+        keys: jax.Array | None,
     ) -> tuple[jax.Array, Cache]:
         if isinstance(position, int) and position + tokens.shape[1] > self.max_length:
             raise ValueError(
                 f"{tokens.shape[1]} tokens from position {position} on exceed the maximum length "
                 f"{self.max_length}"
             )
-        x = one_hot_lookup(self.embedding, tokens)
+        x = self.embedding[tokens]
         positions = position + jnp.arange(tokens.shape[1])
         coordinates = None
         if self.settings.positions == "learned":
-            x = x + self.position_embedding[positions]
+            x = x + lax.dynamic_slice_in_dim(self.position_embedding, position, tokens.shape[1])
         else:
             # Rows and columns of codes start at 1. The class has 0, or -1 in LlamaGen's positions.
             row, column = jnp.divmod(positions - 1, self.window[1])
             code_coordinates = jnp.stack([row, column], -1) + 1
             class_coordinate = 0 if self.settings.positions == "rotary" else -1
             coordinates = jnp.where(positions[:, None] > 0, code_coordinates, class_coordinate)
-        x = self.embedding_dropout(x.astype(self.dtype), deterministic=not train)
+        x = dropout(x.astype(self.dtype), self.settings.dropout, keys, 0)
         new_cache: Cache = []
         for i, block in enumerate(self.blocks):
             layer_cache = cache[i] if cache is not None else None
-            x, layer_cache = block(x, layer_cache, position, coordinates, train)
+            x, layer_cache = block(x, layer_cache, position, coordinates, keys)
             new_cache.append(layer_cache)
-        x = self.norm_out(x)
         head = self.head.astype(self.dtype)
-        return jnp.matmul(x, head, preferred_element_type=jnp.float32), new_cache
+        return float32_einsum("btw,wk->btk", self.norm_out(x), head), new_cache
 
     def init_cache(self, batch: int, length: int) -> Cache:
         """Returns an empty cache for sequences of up to `length` tokens."""
@@ -199,14 +203,8 @@ class GPT(nn.Module):
     def train_logits(self, params: Any, tokens: jax.Array, keys: jax.Array) -> jax.Array:
         """Returns the logits [b,t,num_logits] for tokens [b,t] with dropout, which uses one key per
         example in `keys` [b]."""
-        if not self.settings.dropout:
-            return cast(jax.Array, self.apply({"params": params}, tokens))
-
-        def apply_example(tokens: jax.Array, key: jax.Array) -> jax.Array:
-            logits = self.apply({"params": params}, tokens[None], True, rngs={"dropout": key})
-            return cast(jax.Array, logits)[0]
-
-        return jax.vmap(apply_example)(tokens, keys)
+        words = jax.random.key_data(keys)[:, :2]
+        return cast(jax.Array, self.apply({"params": params}, tokens, words))
 
     @nn.nowrap
     def evaluate(self, params: Any, labels: jax.Array, codes: jax.Array) -> dict[str, jax.Array]:

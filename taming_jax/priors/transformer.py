@@ -1,11 +1,17 @@
 """The building blocks of the prior: norms, rotary embeddings, and attention with a KV cache."""
 
+import functools
+from collections.abc import Callable
+from typing import Literal
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from taming_jax.config.schema import PriorConfig
-from taming_jax.models.layers import Dense, Dtype
+from taming_jax.models.layers import Dense, Dtype, float32_einsum
+from taming_jax.parallel.devices import get_compute_capability
+from taming_jax.priors.dropout import dropout
 
 # The keys and values of each layer, [b, heads, t, width / heads] each.
 Cache = list[tuple[jax.Array, jax.Array]]
@@ -56,11 +62,49 @@ def rotate(x: jax.Array, coordinates: jax.Array) -> jax.Array:
     return jnp.concatenate(pairs, -2).reshape(x.shape).astype(x.dtype)
 
 
+def supports_cudnn(dtype: Dtype, head_dim: int) -> bool:
+    """Returns whether the default device can compute causal attention with cuDNN, which keeps no
+    attention weights in memory."""
+    device = jax.config.values["jax_default_device"] or jax.local_devices()[0]
+    capability = get_compute_capability(device)
+    limit = 256 if capability >= (9, 0) else 128
+    half_precision = dtype in (jnp.bfloat16, jnp.float16)
+    return half_precision and capability >= (8, 0) and head_dim % 8 == 0 and head_dim <= limit
+
+
+def attend_causally(
+    q: jax.Array, k: jax.Array, v: jax.Array, implementation: Literal["cudnn", "xla"] = "cudnn"
+) -> jax.Array:
+    """Returns the attention [b,heads,t,d] of queries to keys and values [b,heads,t,d] at their own
+    and earlier positions, by `jax.nn.dot_product_attention`."""
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    attended = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
+    return attended.swapaxes(1, 2)
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    position: jax.Array | int,
+    drop: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    """Returns the attention [b,heads,t,d] of queries [b,heads,t,d] at the positions from `position`
+    on to keys and values [b,heads,s,d] at the positions from 0 on, no later than their own. `drop`
+    is applied to the weights [b,heads,t,s]."""
+    scores = float32_einsum("bhid,bhjd->bhij", q, k) * q.shape[-1] ** -0.5
+    mask = jnp.arange(k.shape[2]) <= position + jnp.arange(q.shape[2])[:, None]
+    weights = nn.softmax(jnp.where(mask, scores, -jnp.inf)).astype(v.dtype)
+    return jnp.einsum("bhij,bhjd->bhid", drop(weights), v)
+
+
 class Block(nn.Module):
-    """A pre-norm transformer block: attention and an MLP, each with a residual connection."""
+    """A pre-norm transformer block: attention and an MLP, each with a residual connection. `index`
+    is its number within the network, from 0."""
 
     settings: PriorConfig
     dtype: Dtype
+    index: int
 
     @nn.compact
     def __call__(
@@ -69,23 +113,25 @@ class Block(nn.Module):
         cache: tuple[jax.Array, jax.Array] | None,
         position: jax.Array | int,
         coordinates: jax.Array | None,
-        train: bool,
+        keys: jax.Array | None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """Applies the block to x [b,t,width] at the positions from `position` on.
 
         `cache` holds the keys and values of the earlier positions. `coordinates` [t,2] are the rows
         and columns for rotary embeddings; negative coordinates set the query and key to zero.
+        `keys` uint32 [b,2] are the keys for dropout, or None outside training.
         Returns the output and the updated cache or, without a cache, the keys and values of x.
         """
-        b, t, width = x.shape
+        (b, t, width), settings = x.shape, self.settings
 
-        def dropout(x: jax.Array) -> jax.Array:
-            return nn.Dropout(self.settings.dropout)(x, deterministic=not train)
+        def drop(layer: int, rate: float, x: jax.Array) -> jax.Array:
+            # Layer 0 is the embedding.
+            return dropout(x, rate, keys, 1 + 3 * self.index + layer)
 
-        normalized = make_norm(self.settings.norm, self.dtype, "norm1")(x)
-        qkv = dense(3 * width, self.settings.bias, self.dtype, "qkv")(normalized)
-        q, k, v = qkv.reshape(b, t, 3, self.settings.heads, -1).transpose(2, 0, 3, 1, 4)
-        if self.settings.qk_norm:
+        normalized = make_norm(settings.norm, self.dtype, "norm1")(x)
+        qkv = dense(3 * width, settings.bias, self.dtype, "qkv")(normalized)
+        q, k, v = qkv.reshape(b, t, 3, settings.heads, -1).transpose(2, 0, 3, 1, 4)
+        if settings.qk_norm:
             q = RMSNorm(self.dtype, name="query_norm")(q)
             k = RMSNorm(self.dtype, name="key_norm")(k)
         if coordinates is not None:
@@ -96,23 +142,26 @@ class Block(nn.Module):
                 jax.lax.dynamic_update_slice_in_dim(old, new, position, 2)
                 for old, new in zip(cache, (k, v), strict=True)
             )
-        scores = jnp.einsum("bhid,bhjd->bhij", q, k, preferred_element_type=jnp.float32)
-        scores *= q.shape[-1] ** -0.5
-        mask = jnp.arange(k.shape[2]) <= position + jnp.arange(t)[:, None]
-        weights = nn.softmax(jnp.where(mask, scores, -jnp.inf)).astype(self.dtype)
-        attended = jnp.einsum("bhij,bhjd->bhid", dropout(weights), v)
+        drops_weights = keys is not None and settings.attention_dropout > 0
+        if cache is None and not drops_weights and supports_cudnn(self.dtype, q.shape[-1]):
+            attended = attend_causally(q, k, v)
+        else:
+            drop_weights = functools.partial(drop, 0, settings.attention_dropout)
+            attended = attend(q, k, v, position, drop_weights)
         attended = attended.transpose(0, 2, 1, 3).reshape(b, t, width)
-        x = x + dropout(dense(width, self.settings.bias, self.dtype, "projection")(attended))
+        h = dense(width, settings.bias, self.dtype, "projection")(attended)
+        x = x + drop(1, settings.dropout, h)
 
-        normalized = make_norm(self.settings.norm, self.dtype, "norm2")(x)
-        if self.settings.mlp == "swiglu":
+        normalized = make_norm(settings.norm, self.dtype, "norm2")(x)
+        if settings.mlp == "swiglu":
             # With two thirds of the usual hidden width, the three matrices have as many parameters
             # as the usual two.
-            hidden = self.settings.mlp_width or -(-8 * width // 3 // 8) * 8
-            gate = nn.silu(dense(hidden, self.settings.bias, self.dtype, "mlp_gate")(normalized))
-            h = gate * dense(hidden, self.settings.bias, self.dtype, "mlp_in")(normalized)
+            hidden = settings.mlp_width or -(-8 * width // 3 // 8) * 8
+            gate = nn.silu(dense(hidden, settings.bias, self.dtype, "mlp_gate")(normalized))
+            h = gate * dense(hidden, settings.bias, self.dtype, "mlp_in")(normalized)
         else:
-            hidden = self.settings.mlp_width or 4 * width
-            h = dense(hidden, self.settings.bias, self.dtype, "mlp_in")(normalized)
+            hidden = settings.mlp_width or 4 * width
+            h = dense(hidden, settings.bias, self.dtype, "mlp_in")(normalized)
             h = nn.gelu(h, approximate=False)
-        return x + dropout(dense(width, self.settings.bias, self.dtype, "mlp_out")(h)), (k, v)
+        h = dense(width, settings.bias, self.dtype, "mlp_out")(h)
+        return x + drop(2, settings.dropout, h), (k, v)

@@ -153,7 +153,8 @@ class PriorStage(Stage):
                 "stage 1 on this data in another --workdir."
             )
         # Always encode in float32, even if the transformer uses bfloat16: the codes are its data.
-        self.vqgan = build_vqgan(dataclasses.replace(config, dtype="float32"))
+        self.encoder = build_vqgan(dataclasses.replace(config, dtype="float32"))
+        self.vqgan = build_vqgan(config)
         self.model = build_prior(config, len(self.splits.class_names))
         self.model.check_trainable()
         step = functools.partial(train_step, config, self.model, self.steps, devices.axis_name)
@@ -163,7 +164,7 @@ class PriorStage(Stage):
 
     def build_feeds(self) -> tuple[TokenFeed, TokenFeed]:
         folder, settings = self.config.folder / "tokens", self.config.prior
-        tokenizer = Tokenizer(folder, self.vqgan, self.generator, self.config, self.devices)
+        tokenizer = Tokenizer(folder, self.encoder, self.generator, self.config, self.devices)
         versions = settings.augmented_versions if uses_augmentation(self.config.data) else 1
         train = TokenFeed(tokenizer, "train", self.splits.train, settings.batch_size, versions)
         validation = TokenFeed(tokenizer, "validation", self.splits.validation, settings.batch_size)
@@ -182,8 +183,7 @@ class PriorStage(Stage):
         codes, labels = gather_batch(arrays)
         codes, weight = codes.astype(jnp.int32), arrays["weight"]
         params = state.nets["transformer"].params
-        with jax.default_matmul_precision("highest"):
-            metrics = self.model.evaluate(params, labels, codes)
+        metrics = self.model.evaluate(params, labels, codes)
         sums = {name: (values * weight).sum() for name, values in metrics.items()}
         return maybe_psum(sums | {"examples": weight.sum()}, self.devices.axis_name)
 
@@ -205,14 +205,13 @@ class PriorStage(Stage):
         settings come from the config, and the random keys are those of `Run.sample` for the same
         seed, classes, and numbers."""
         settings, labels = self.config.prior, arrays["labels"]
-        with jax.default_matmul_precision("highest"):
-            codes = self.model.sample(
-                params["transformer"], labels,
-                sample_keys(np.uint32(self.config.seed), labels, arrays["numbers"]),
-                temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p,
-                guidance_scale=settings.guidance_scale,
-            )  # fmt: skip
-            return to_uint8(decode_indices(self.vqgan, params["generator"], codes))
+        codes = self.model.sample(
+            params["transformer"], labels,
+            sample_keys(np.uint32(self.config.seed), labels, arrays["numbers"]),
+            temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p,
+            guidance_scale=settings.guidance_scale,
+        )  # fmt: skip
+        return to_uint8(decode_indices(self.vqgan, params["generator"], codes))
 
     def draw_figures(
         self, state: TrainState, folder: Path, sums: dict[str, np.ndarray], rows: list[dict]

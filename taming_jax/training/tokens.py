@@ -50,8 +50,7 @@ class Tokenizer:
         self._last_digest: tuple[np.ndarray | None, str] = None, ""  # images and their digest
 
         def encode_images(params: Any, images: jax.Array) -> jax.Array:
-            with jax.default_matmul_precision("highest"):
-                indices = encode(model, params, to_float(images)).indices
+            indices = encode(model, params, to_float(images)).indices
             return indices.reshape(len(indices), -1)
 
         def encode_plain(state: Any, arrays: dict[str, jax.Array]) -> jax.Array:
@@ -71,7 +70,7 @@ class Tokenizer:
         """Returns the split with its images as codes, unsigned int [n, h' * w'] in raster order.
 
         Version 0 encodes the images without augmentation; every other version encodes a different
-        augmentation of them. Matrix products use the highest precision.
+        augmentation of them.
         """
         data = self._config.data
         settings = [data.image_size]

@@ -199,9 +199,8 @@ class VQGANStage(Stage):
 
     def _evaluate(self, state: TrainState, arrays: Any, lpips_params: Any) -> dict[str, Any]:
         """Returns sums over a batch. Adversarial losses are 0 before the discriminator starts."""
-        with jax.default_matmul_precision("highest"):
-            started = (state.step > self.start).astype(jnp.float32)
-            return self.objective.evaluate(state, arrays, lpips_params, started)
+        started = (state.step > self.start).astype(jnp.float32)
+        return self.objective.evaluate(state, arrays, lpips_params, started)
 
     def summarize(self, sums: dict[str, np.ndarray]) -> dict[str, float]:
         """Returns the metrics of a split. `usage` is the share of codes that are used at all."""
@@ -219,11 +218,8 @@ class VQGANStage(Stage):
 
     def make_images(self, params: dict[str, Any], arrays: dict[str, jax.Array]) -> jax.Array:
         """Returns the reconstructions uint8 [b,h,w,c] of `images`."""
-        with jax.default_matmul_precision("highest"):
-            images = to_float(arrays["images"])
-            return to_uint8(
-                reconstruct(self.objective.generator, params["generator"], images).images
-            )
+        images = to_float(arrays["images"])
+        return to_uint8(reconstruct(self.objective.generator, params["generator"], images).images)
 
     def draw_figures(
         self, state: TrainState, folder: Path, sums: dict[str, np.ndarray], rows: list[dict]

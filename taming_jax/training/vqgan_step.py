@@ -96,11 +96,12 @@ class VQGANObjective:
 
     @classmethod
     def build(cls, config: Config, axis_name: str | None = None) -> "VQGANObjective":
-        settings, dtype = config.vqgan, jnp.dtype(config.dtype)
+        settings, generator = config.vqgan, build_vqgan(config)
         discriminator = Discriminator(
-            settings.discriminator_filters, settings.discriminator_layers, axis_name, dtype
-        )
-        return cls(settings, build_vqgan(config), discriminator, dtype, axis_name)
+            settings.discriminator_filters, settings.discriminator_layers, axis_name,
+            generator.dtype,
+        )  # fmt: skip
+        return cls(settings, generator, discriminator, generator.dtype, axis_name)
 
     def mean(self, tree: Any) -> Any:
         """Averages over the devices."""

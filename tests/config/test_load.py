@@ -21,11 +21,11 @@ def test_a_written_config_can_be_read_again(tmp_path):
 
 def test_a_config_json_has_a_format_number_and_one_without_it_is_read_as_the_first(tmp_path):
     file = tmp_path / "config.json"
-    write_config(load_config("mnist"), file)
+    write_config(load_config("mnist_tiny"), file)
     values = json.loads(file.read_text())
     assert values.pop("format") == FORMAT
     file.write_text(json.dumps(values))
-    assert load_config(str(file)) == load_config("mnist")
+    assert load_config(str(file)) == load_config("mnist_tiny")
 
 
 def test_an_integer_is_accepted_for_a_float_setting(tmp_path):

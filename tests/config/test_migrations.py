@@ -55,5 +55,11 @@ def test_settings_have_other_names_before_format_6():
     }  # fmt: skip
     assert migrate(old, 5, migrations.SETTINGS_MIGRATIONS) == {
         "seed": 1, "data": {"resize_mode": "squeeze", "max_corrupt_fraction": 0.2},
-        "vqgan": {"grad_clip_norm": None}, "prior": {"grad_clip_norm": 1.0, "token_keep_prob": 0.9},
+        "vqgan": {"grad_clip_norm": None},
+        "prior": {"grad_clip_norm": 1.0, "token_keep_prob": 0.9, "attention_dropout": 0.1},
     }  # fmt: skip
+
+
+def test_attention_had_the_dropout_of_the_other_layers_before_format_7():
+    migrated = migrate({"prior": {"dropout": 0.3}}, 6, migrations.SETTINGS_MIGRATIONS)
+    assert migrated == {"prior": {"dropout": 0.3, "attention_dropout": 0.3}}

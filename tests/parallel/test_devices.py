@@ -1,6 +1,7 @@
 """Tests that the same step function runs on one device and on several."""
 
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from taming_jax.data.augment import augment
 from taming_jax.data.batches import ResidentFeed, gather_batch
 from taming_jax.data.pixels import to_float
 from taming_jax.errors import UserError
-from taming_jax.parallel.devices import Devices
+from taming_jax.parallel.devices import Devices, get_compute_capability, resolve_dtype
 from taming_jax.training.checkpoints import Store
 from taming_jax.training.state import AUGMENTATION, copy_buffers, make_example_keys
 from taming_jax.training.vqgan import VQGANStage
@@ -36,6 +37,22 @@ def test_later_steps_do_not_change_fetched_arrays():
         before = devices.fetch(state)
         state = step(state, devices.shard(np.ones(4, np.float32)))
         assert (before == 0).all() and (devices.fetch(state) == 4 / count).all()
+
+
+def test_auto_means_bfloat16_where_all_gpus_have_it(monkeypatch):
+    def make_gpu(capability):
+        return types.SimpleNamespace(compute_capability=capability)
+
+    assert resolve_dtype("auto") == "float32", "the tests run on a CPU"
+    assert resolve_dtype("bfloat16") == "bfloat16"
+    for capabilities, expected in (
+        (["9.0", "8.0"], "bfloat16"), (["9.0", "7.5"], "float32"), (["12.0"], "bfloat16"),
+        (["gfx90a"], "float32"),
+    ):  # fmt: skip
+        monkeypatch.setattr(jax, "local_devices", lambda c=capabilities: list(map(make_gpu, c)))
+        assert resolve_dtype("auto") == expected, capabilities
+    assert get_compute_capability(make_gpu("12.1")) == (12, 1)
+    assert get_compute_capability(object()) == (0, 0)
 
 
 def test_replicated_arrays_have_the_sharding_of_pmaps_results():

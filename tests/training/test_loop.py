@@ -79,7 +79,7 @@ class Parabola:
         self.drawn.append(int(state.step))
 
 
-def train(folder, restart=False, stage=None, **settings):
+def train(folder, restart=False, stage=None, dtype="float32", **settings):
     """Trains a Parabola and returns the stage."""
     built = []
 
@@ -88,6 +88,7 @@ def train(folder, restart=False, stage=None, **settings):
         return built[0]
 
     overrides = {"workdir": str(folder), "devices": 1, "vqgan.batch_size": 4, "vqgan.steps": 10}
+    overrides["dtype"] = dtype
     overrides |= {f"vqgan.{name}": value for name, value in settings.items()}
     loop.train(build, load_config("mnist_tiny", overrides), restart)
     return built[0]
@@ -120,6 +121,22 @@ def test_the_best_checkpoint_has_the_smallest_distance_if_fd_every_is_set(tmp_pa
     assert distances == {3: None, 4: 1, 6: None, 8: 3, 9: None, 10: 5}
     store = Store(tmp_path, "vqgan")
     assert store.steps() == [4, 8, 10] and store.best() == (4, 1)
+
+
+def test_the_dtype_auto_is_resolved_when_a_run_is_created(tmp_path, monkeypatch):
+    auto = {"dtype": "auto", "workdir": str(tmp_path / "run")}
+    config = load_config("mnist_tiny", auto)
+    preferred = ["bfloat16"]
+    monkeypatch.setattr(loop, "resolve_dtype", lambda x: preferred[0] if x == "auto" else x)
+    assert loop.select_dtype(config, restart=False) == "bfloat16"
+    assert loop.select_dtype(override(config, {"dtype": "float32"}), restart=False) == "float32"
+    train(tmp_path / "run", dtype="auto")
+    assert read_config(tmp_path / "run" / "config.json").dtype == "bfloat16"
+    preferred[0] = "float32"  # the run moves to a device without bfloat16
+    assert loop.select_dtype(config, restart=False) == "bfloat16"
+    assert loop.select_dtype(config, restart=True) == "float32"
+    resumed = train(tmp_path / "run", dtype="auto", steps=12)
+    assert resumed.config.dtype == "bfloat16"
 
 
 def test_the_loop_validates_once_per_epoch_by_default(tmp_path):

@@ -1,5 +1,6 @@
 """Tests of stage 2: what a step computes on any number of devices, and what a run keeps."""
 
+import functools
 import json
 import shutil
 import signal
@@ -24,6 +25,7 @@ from taming_jax.training.prior import (
 from taming_jax.training.state import CODES, LABELS, make_example_keys
 from tests import commands, golden, small_runs
 from tests.conftest import TINY
+from tests.training.test_precision import iterate_operations
 from tests.training.test_resume import stop_after
 
 SMALL = {"batch_size": 8, "layers": 1, "heads": 2, "width": 32}
@@ -54,6 +56,29 @@ def test_several_devices_take_the_same_step_as_one(vqgan_workdir, counts):
         golden.assert_trees_close(results[count][0], results[1][0], f"{count} devices ", 1e-5, 1e-6)
         # Adam's first moment is the averaged gradient.
         golden.assert_trees_close(results[count][1], results[1][1], f"{count} devices ", 1e-4, 1e-6)
+
+
+def test_a_step_has_no_activation_with_an_entry_per_token():
+    """A product with one-hot vectors of the embedding table would have one. Only the table itself,
+    its gradient, and Adam's moments, have as many rows."""
+    config = load_config("birds")
+    model, batch = GPT.build(config, 200), config.prior.batch_size
+    state = jax.eval_shape(lambda: init_transformer(config, model, jax.random.key(0)))
+    arrays = {
+        "images": jnp.zeros((batch, model.length), jnp.int32),
+        "labels": jnp.zeros(batch, jnp.int32), "place": jnp.arange(batch),
+    }  # fmt: skip
+    step = functools.partial(train_step, config, model, 1000, None)
+    jaxpr = jax.make_jaxpr(step)(state, arrays)
+    tokens = model.null_token + 1
+    assert tokens == config.vqgan.codebook_size + 200 + 1
+    shapes = {
+        variable.aval.shape
+        for operation in iterate_operations(jaxpr)
+        for variable in operation.outvars
+        if tokens in variable.aval.shape
+    }
+    assert shapes == {(tokens, config.prior.width)}
 
 
 def test_four_micro_batches_take_the_same_step_as_one_batch(vqgan_workdir, monkeypatch):

@@ -12,6 +12,9 @@ CONFIG: Config = replace(
     BIRDS,
     config="animals",
     data=replace(BIRDS.data, name="dgrnd4/animals-10", image_size=64),
-    vqgan=replace(BIRDS.vqgan, epochs=100, batch_size=64, multipliers=(1, 2, 4)),
+    vqgan=replace(
+        BIRDS.vqgan, epochs=100, batch_size=64, multipliers=(1, 2, 4), learning_rate=1e-4,
+        discriminator_learning_rate=1e-4,
+    ),
     prior=replace(BIRDS.prior, epochs=100),
-)
+)  # fmt: skip

@@ -42,7 +42,7 @@ CONFIG = Config(
     ),
     prior=PriorConfig(
         steps=600, batch_size=8, eval_every=150, checkpoint_every=150, layers=4, heads=4,
-        width=128, dropout=0.2, learning_rate=1e-3, grad_clip_norm=1.0, schedule="one-cycle",
-        augmented_versions=4,
+        width=128, dropout=0.2, attention_dropout=0.2, learning_rate=1e-3, grad_clip_norm=1.0,
+        schedule="one-cycle", augmented_versions=4,
     ),
 )  # fmt: skip

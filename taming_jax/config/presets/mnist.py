@@ -4,6 +4,7 @@ from taming_jax.config.schema import Config, DataConfig, PriorConfig, VQGANConfi
 
 CONFIG = Config(
     config="mnist",
+    dtype="auto",
     data=DataConfig(name="mnist", image_size=28, channels=1),
     vqgan=VQGANConfig(
         epochs=200,
