@@ -10,6 +10,7 @@ from taming_jax.models import quantizers
 from taming_jax.models.quantizers import GumbelQuantizer, Noise, VectorQuantizer
 from taming_jax.models.vqgan import build_vqgan
 from tests import golden
+from tests.training.test_precision import iterate_operations
 
 
 def make_quantizer(codebook_size, code_dim, **settings):
@@ -64,6 +65,20 @@ def test_l2_normalized_codes_do_not_depend_on_norms():
     golden.assert_close(looked_up, one.vectors, "lookup", 1e-5)
     gradient = jax.grad(lambda z: quantizer.apply({"params": {"codebook": codebook}}, z).loss.sum())
     assert np.isfinite(gradient(jnp.zeros((1, 1, 1, 4)))).all()
+
+
+def test_the_backward_pass_has_no_array_with_an_entry_per_latent_and_code():
+    """A lookup by a product with one-hot vectors would have several."""
+    quantizer, z = make_quantizer(300, 4, l2_normalise=True), jnp.zeros((2, 5, 5, 4))
+    params = quantizer.init(jax.random.key(0), z)
+
+    def objective(params, z):
+        out = quantizer.apply(params, z)
+        return out.loss.mean() + (out.vectors**2).sum()
+
+    jaxpr = jax.make_jaxpr(jax.grad(objective, (0, 1)))(params, z)
+    products = [op for op in iterate_operations(jaxpr) if op.primitive.name == "dot_general"]
+    assert [op.outvars[0].aval.shape for op in products] == [(2, 5, 5, 300)], "only the distances"
 
 
 def test_the_gumbel_quantizer_equals_its_definition():
