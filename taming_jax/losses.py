@@ -75,5 +75,4 @@ def next_token(logits: jax.Array, codes: jax.Array) -> jax.Array:
     logits float32 [b,t,k]."""
     # A sum over a mask instead of an indexed lookup, whose gradient would be a scatter.
     is_code = jnp.arange(logits.shape[-1]) == codes[..., None]
-    chosen = jnp.where(is_code, logits, 0).sum(-1)
-    return per_example(jax.nn.logsumexp(logits, -1) - chosen)
+    return -per_example(jnp.where(is_code, jax.nn.log_softmax(logits), 0).sum(-1))

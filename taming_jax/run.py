@@ -80,7 +80,7 @@ class Run:
     """A run's config, generator (its EMA if the run keeps one) and prior, if it has one.
 
     Images are uint8 [n,h,w,c], or float [n,h,w,c] in [-1, 1]. `model` is the generator in the run's
-    dtype, which decodes. `encoder` is the same network in float32, which encodes.
+    dtype, which decodes. `float32_model` is the same network in float32, which encodes.
     """
 
     def __init__(
@@ -98,9 +98,11 @@ class Run:
             enable_compile_cache()
         self.params = jax.device_put(generator)
         # Codes are always computed in float32, like those that the prior was trained on.
-        self.encoder = build_vqgan(dataclasses.replace(config, dtype="float32"))
+        self.float32_model = build_vqgan(dataclasses.replace(config, dtype="float32"))
         self.model = build_vqgan(config)
-        self._encode = jax.jit(lambda params, images: encode(self.encoder, params, images).indices)
+        self._encode = jax.jit(
+            lambda params, images: encode(self.float32_model, params, images).indices
+        )
         self._decode = jax.jit(functools.partial(decode_indices, self.model))
         self.transformer = None if transformer is None else jax.device_put(transformer)
 
@@ -294,7 +296,7 @@ class Run:
         splits = self.load_data()
         params = jax.tree.map(np.asarray, self.params)
         folder = self.workdir / "tokens"
-        tokenizer = Tokenizer(folder, self.encoder, params, self.config, Devices(1))
+        tokenizer = Tokenizer(folder, self.float32_model, params, self.config, Devices(1))
         return tokenizer(split, getattr(splits, split))
 
     @property

@@ -269,7 +269,7 @@ class PriorConfig(StageConfig):
     """The dropout rate in training, of the embeddings and of what each layer adds to them."""
     attention_dropout: float = setting(0.0, FRACTION)
     """The dropout rate of the attention weights in training. 0 allows a GPU to use cuDNN's
-    attention, which is faster."""
+    attention."""
     norm: Literal["layer", "rms"] = "layer"
     """The normalization layers: LayerNorm or RMSNorm."""
     mlp: Literal["gelu", "swiglu"] = "gelu"

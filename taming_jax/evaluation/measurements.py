@@ -37,7 +37,7 @@ def evaluate_reconstructions(evaluator: Evaluator) -> dict[str, Any]:
             params["lpips"] = load_lpips()
         except UserError as error:
             evaluator.warnings.append(f"No LPIPS: {error}")
-    measure = devices.compile(make_measure(run.encoder, run.model))
+    measure = devices.compile(make_measure(run.float32_model, run.model))
     params = devices.replicate(params)
     size = max_batch(pixels, MICRO_BATCH) * len(devices)
     sums: dict[str, float] = defaultdict(float)
@@ -76,21 +76,22 @@ def evaluate_reconstructions(evaluator: Evaluator) -> dict[str, Any]:
     return report
 
 
-def make_measure(encoder: VQGAN, model: VQGAN) -> Callable[[Any, jax.Array], Any]:
+def make_measure(float32_model: VQGAN, model: VQGAN) -> Callable[[Any, jax.Array], Any]:
     """Returns a function from parameters and images uint8 [b,h,w,c] to the reconstructions uint8
-    [b,h,w,c], the codes int32 [b,h',w'], and metrics float32 [b] by name. `encoder` and `model` are
-    the same network; see `Run`."""
+    [b,h,w,c], the codes int32 [b,h',w'], and metrics float32 [b] by name. See `Run` for the
+    two models."""
 
     def measure(params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array, dict]:
         real = to_float(images)
-        indices = encode(encoder, params["generator"], real).indices
+        indices = encode(float32_model, params["generator"], real).indices
         decoded = to_uint8(decode_indices(model, params["generator"], indices))
         x, y = images / 255, decoded / 255
         values = {"l1": losses.l1(x, y), "psnr": similarity.psnr(x, y)}
         if images.shape[1] >= similarity.WINDOW:
             values["ssim"] = similarity.ssim(x, y)
         if "lpips" in params:
-            values["lpips"] = lpips(params["lpips"], real, to_float(decoded))
+            with jax.default_matmul_precision("highest"):  # comparable with published numbers
+                values["lpips"] = lpips(params["lpips"], real, to_float(decoded))
         return decoded, indices, values
 
     return measure

@@ -175,7 +175,7 @@ def parse_stage1(section: dict[str, Any], file: Path, step: int) -> Config:
         values |= {name: type(x)(loss.get(key, x)) for key, (name, x) in LOSS.items()}
         values["discriminator_weight"] *= float(loss.get("disc_factor", 1.0))
     data = DataConfig(UNKNOWN, image_size=parse_size(ddconfig["resolution"]), channels=channels)
-    return Config(config=file.stem, data=data, vqgan=VQGANConfig(**values))
+    return Config(config=file.stem, dtype="auto", data=data, vqgan=VQGANConfig(**values))
 
 
 def compute_temperature(step: int, section: dict[str, Any]) -> float:

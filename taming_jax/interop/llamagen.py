@@ -116,7 +116,7 @@ def parse_model(
         )
         layouts["gpt"] = {"transformer": (build_layout, "")}
     data = DataConfig(UNKNOWN, image_size=image_size, channels=channels)
-    config = Config(config=file.stem, data=data, vqgan=vqgan, prior=prior)
+    config = Config(config=file.stem, dtype="auto", data=data, vqgan=vqgan, prior=prior)
     # Attention is at the lowest resolution, which depends on the image size.
     vqgan = dataclasses.replace(vqgan, attention_resolutions=(config.grid_size,))
     model = Model(dataclasses.replace(config, vqgan=vqgan), tuple(map(str, range(classes))))

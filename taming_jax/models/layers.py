@@ -104,7 +104,7 @@ def group_norm(
     """Normalizes x [b,h,w,c] over each of `groups` groups of channels, multiplies by `scale` [c],
     adds `bias` [c], and applies SiLU if `silu` is true. Returns the dtype of x.
 
-    The gradient is written out because it needs only x and two numbers per group. Automatic
+    The gradient is written out because it needs only x and the statistics of its groups. Automatic
     differentiation would keep several float32 arrays of the size of x for each layer.
     """
     return _group_norm_forward(groups, epsilon, silu, x, scale, bias)[0]
@@ -181,7 +181,7 @@ class BatchNorm(nn.Module):
             mean = x.mean((0, 1, 2))
             var = jnp.square(x - mean).mean((0, 1, 2))
             if axis is not None:
-                mean, var = combine_moments(mean, var, running_mean.value, axis)
+                mean, var = combine_moments(mean, var, axis)
             if not self.is_initializing():
                 n = x.size // c * (1 if axis is None else lax.axis_size(axis))
                 keep = 1 - self.momentum
@@ -192,16 +192,12 @@ class BatchNorm(nn.Module):
         return ((x - mean) * (lax.rsqrt(var + self.epsilon) * scale) + bias).astype(self.dtype)
 
 
-def combine_moments(
-    mean: jax.Array, var: jax.Array, origin: jax.Array, axis_name: str
-) -> tuple[jax.Array, jax.Array]:
-    """Returns the mean and variance [c] over all devices from those of each device, which hold
-    equally many values. The devices communicate once. `origin` [c], the same on all devices, must
-    be near the means, since the variance of the means is computed from their squared distances to
-    it."""
-    offset = mean - origin
-    mean_offset, mean_square = lax.pmean(jnp.stack([offset, var + jnp.square(offset)]), axis_name)
-    return origin + mean_offset, mean_square - jnp.square(mean_offset)
+def combine_moments(mean: jax.Array, var: jax.Array, axis_name: str) -> tuple[jax.Array, jax.Array]:
+    """Returns the mean and variance [c] over all devices from those of each device, each of which
+    holds the same number of values. The devices communicate once."""
+    means, variances = lax.all_gather(jnp.stack([mean, var]), axis_name, axis=1)
+    total = means.mean(0)
+    return total, (variances + jnp.square(means - total)).mean(0)
 
 
 def init_batch_norm_scale(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:

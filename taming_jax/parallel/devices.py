@@ -61,7 +61,7 @@ class Compiled:
 
     flops: float | None = None
     """The number of floating-point operations per call and device, set by `prepare`. The body of a
-    loop counts once."""
+    loop counts once, and cuDNN's attention not at all."""
 
     def __init__(self, function: Any, frozen: tuple[Any, ...]):
         self._function, self._program, self.frozen = function, function, frozen

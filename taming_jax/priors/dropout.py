@@ -1,8 +1,8 @@
 """Dropout whose random numbers are a hash of the example's key, the layer, and the position.
 
 The mask of an example does not depend on the rest of the batch or on the device. A random number
-costs a few integer operations, which XLA fuses with the layer. Threefry, JAX's generator, needs
-about a hundred, as much time as the layer itself.
+costs about a dozen integer operations, which XLA fuses with the layer. JAX's own generator,
+Threefry, needs about a hundred.
 """
 
 import math
@@ -32,11 +32,12 @@ def random_bits(keys: jax.Array, layer: int, shape: tuple[int, ...]) -> jax.Arra
 
 def dropout(x: jax.Array, rate: float, keys: jax.Array | None, layer: int) -> jax.Array:
     """Sets each element of x [b, ...] to zero with probability `rate`, and scales the others so
-    that their mean stays the same. `keys` uint32 [b,2] is None outside training. `layer` tells the
-    layers of a network apart."""
+    that their mean stays the same. `keys` uint32 [b,2] is None outside training. `layer` is
+    the number of the layer within the network."""
     if keys is None or not rate:
         return x
     if rate == 1:
         return jnp.zeros_like(x)
     is_kept = random_bits(keys, layer, x.shape[1:]) >= jnp.uint32(int(rate * 2**32))
-    return jnp.where(is_kept, x / (1 - rate), 0)
+    # In float32, since rounding 1 - rate to bfloat16 would change the mean by up to 0.2%.
+    return jnp.where(is_kept, x.astype(jnp.float32) / (1 - rate), 0).astype(x.dtype)

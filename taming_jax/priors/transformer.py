@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable
-from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -68,17 +67,15 @@ def supports_cudnn(dtype: Dtype, head_dim: int) -> bool:
     device = jax.config.values["jax_default_device"] or jax.local_devices()[0]
     capability = get_compute_capability(device)
     limit = 256 if capability >= (9, 0) else 128
-    half_precision = dtype in (jnp.bfloat16, jnp.float16)
-    return half_precision and capability >= (8, 0) and head_dim % 8 == 0 and head_dim <= limit
+    fits = head_dim % 8 == 0 and head_dim <= limit
+    return dtype == jnp.bfloat16 and capability >= (8, 0) and fits
 
 
-def attend_causally(
-    q: jax.Array, k: jax.Array, v: jax.Array, implementation: Literal["cudnn", "xla"] = "cudnn"
-) -> jax.Array:
+def attend_with_cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """Returns the attention [b,heads,t,d] of queries to keys and values [b,heads,t,d] at their own
-    and earlier positions, by `jax.nn.dot_product_attention`."""
+    and earlier positions."""
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-    attended = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
+    attended = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
     return attended.swapaxes(1, 2)
 
 
@@ -144,7 +141,7 @@ class Block(nn.Module):
             )
         drops_weights = keys is not None and settings.attention_dropout > 0
         if cache is None and not drops_weights and supports_cudnn(self.dtype, q.shape[-1]):
-            attended = attend_causally(q, k, v)
+            attended = attend_with_cudnn(q, k, v)
         else:
             drop_weights = functools.partial(drop, 0, settings.attention_dropout)
             attended = attend(q, k, v, position, drop_weights)

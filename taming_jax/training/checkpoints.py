@@ -8,6 +8,7 @@ compares the hashes.
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 import shlex
@@ -341,7 +342,10 @@ class Store:
         self, checkpoint: Checkpoint, config: Config, sections: tuple[str, ...]
     ) -> None:
         """Raises UserError if the checkpoint belongs to a run with other settings or data."""
-        differences = diff_configs(config, checkpoint.config, sections)
+        created = checkpoint.config
+        if created.dtype == "auto":  # an imported run, which has not been trained here yet
+            created = dataclasses.replace(created, dtype=config.dtype)
+        differences = diff_configs(config, created, sections)
         if differences:
             raise UserError(
                 f"your settings differ from those of the run in {self.path}: "

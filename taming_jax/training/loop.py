@@ -21,7 +21,7 @@ from taming_jax.config.validation import validate_config
 from taming_jax.data.batches import Batch
 from taming_jax.errors import Interrupted, RunFailed, UserError, say
 from taming_jax.parallel import distributed
-from taming_jax.parallel.devices import Devices, resolve_dtype
+from taming_jax.parallel.devices import Devices
 from taming_jax.parallel.runtime import prepare
 from taming_jax.progress import Progress
 from taming_jax.storage import create_run_folders, folder_lock
@@ -70,8 +70,7 @@ def train(build_stage: Callable[..., Stage], config: Config, restart: bool = Fal
         check_processes(config)
         devices = Devices(config.devices)
         distributed.run_on_primary(lambda: stack.enter_context(folder_lock(folder)) and None)
-        dtype: Any = distributed.run_on_primary(lambda: select_dtype(config, restart))
-        stage = build_stage(dataclasses.replace(config, dtype=dtype), devices, restart)
+        stage = build_stage(config, devices, restart)
         config = stage.config
         store = Store(folder, stage.name, stage.best_metric, stage.dataset)
 
@@ -104,15 +103,6 @@ def train(build_stage: Callable[..., Stage], config: Config, restart: bool = Fal
                 f"--{stage.name}.batch-size, raise --{stage.name}.micro-batches, or use more "
                 "devices."
             ) from error
-
-
-def select_dtype(config: Config, restart: bool) -> str:
-    """Returns the dtype of a config. If that is auto, a resumed run keeps its own, and a new run
-    gets the one that suits the devices."""
-    if config.dtype == "auto" and not restart:
-        with contextlib.suppress(UserError):  # there is no run yet
-            return resolve_dtype(read_config(config.folder / "config.json").dtype)
-    return resolve_dtype(config.dtype)
 
 
 def load_initial_weights(
@@ -208,7 +198,8 @@ class Loop:
             f"Training stage {self.stage.name} of {self.config.config} in {folder}: "
             f"{self.training.size} images, {self.settings.batch_size} per step, "
             f"steps {start + 1} to {self.steps}, on {count} {platform} "
-            f"device{'s' * (count > 1)}{processes}. Compilation takes a while."
+            f"device{'s' * (count > 1)}{processes} in {self.config.dtype}. Compilation takes a "
+            "while."
         )
         profile_steps = self.settings.profile if distributed.is_primary() else None
         self.tracer = Tracer(profile_steps, folder / "profile", self.log.say)

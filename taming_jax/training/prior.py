@@ -28,7 +28,7 @@ from taming_jax.priors.decoding import sample_keys, sampling_batch_size
 from taming_jax.priors.registry import Prior, build_prior
 from taming_jax.training.accumulate import average_micro_batches
 from taming_jax.training.checkpoints import Store, advise_on_settings
-from taming_jax.training.stage import Stage
+from taming_jax.training.stage import Stage, select_dtype
 from taming_jax.training.state import (
     CODES,
     DROPOUT,
@@ -144,6 +144,7 @@ class PriorStage(Stage):
                 f"{'; '.join(differences)}. {advise_on_settings(config.folder)} If you trained "
                 "stage 1 again, train a new prior on it with --restart."
             )
+        config = select_dtype(config, generator_config)
         super().__init__(config, devices)
         data_changes = datasets.fingerprint_diff(self.dataset, generator_dataset)
         if data_changes:
@@ -153,7 +154,7 @@ class PriorStage(Stage):
                 "stage 1 on this data in another --workdir."
             )
         # Always encode in float32, even if the transformer uses bfloat16: the codes are its data.
-        self.encoder = build_vqgan(dataclasses.replace(config, dtype="float32"))
+        self.float32_vqgan = build_vqgan(dataclasses.replace(config, dtype="float32"))
         self.vqgan = build_vqgan(config)
         self.model = build_prior(config, len(self.splits.class_names))
         self.model.check_trainable()
@@ -164,7 +165,7 @@ class PriorStage(Stage):
 
     def build_feeds(self) -> tuple[TokenFeed, TokenFeed]:
         folder, settings = self.config.folder / "tokens", self.config.prior
-        tokenizer = Tokenizer(folder, self.encoder, self.generator, self.config, self.devices)
+        tokenizer = Tokenizer(folder, self.float32_vqgan, self.generator, self.config, self.devices)
         versions = settings.augmented_versions if uses_augmentation(self.config.data) else 1
         train = TokenFeed(tokenizer, "train", self.splits.train, settings.batch_size, versions)
         validation = TokenFeed(tokenizer, "validation", self.splits.validation, settings.batch_size)

@@ -1,6 +1,7 @@
 """The base class of the two training stages: the interface that the training loop uses."""
 
 import abc
+import dataclasses
 import functools
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,9 +13,18 @@ from taming_jax.config.schema import Config, StageConfig
 from taming_jax.data import datasets
 from taming_jax.data.batches import Batch, Feed
 from taming_jax.metrics.monitor import ValidationFD
-from taming_jax.parallel.devices import Compiled, Devices
+from taming_jax.parallel import distributed
+from taming_jax.parallel.devices import Compiled, Devices, resolve_dtype
 from taming_jax.training.accumulate import count_loop_iterations
 from taming_jax.training.state import TrainState
+
+
+def select_dtype(config: Config, created: Config | None) -> Config:
+    """Returns the config with a dtype other than auto: that of the config with which the run was
+    created, if there is one, otherwise the one that suits the devices of the primary process."""
+    dtype = config.dtype if created is None or config.dtype != "auto" else created.dtype
+    resolved: Any = distributed.run_on_primary(lambda: resolve_dtype(dtype))
+    return dataclasses.replace(config, dtype=resolved)
 
 
 class Stage(abc.ABC):

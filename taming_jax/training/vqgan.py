@@ -23,7 +23,7 @@ from taming_jax.models.vqgan import decode_indices, reconstruct
 from taming_jax.parallel import distributed
 from taming_jax.parallel.devices import Compiled, Devices
 from taming_jax.training.checkpoints import Store
-from taming_jax.training.stage import Stage
+from taming_jax.training.stage import Stage, select_dtype
 from taming_jax.training.state import (
     AUGMENTATION,
     CODES,
@@ -72,9 +72,10 @@ class VQGANStage(Stage):
     def __init__(self, config: Config, devices: Devices, restart: bool = False):
         settings = config.vqgan
         frozen = devices.replicate(load_lpips() if settings.perceptual_weight else {})
-        super().__init__(config, devices)
         store = Store(config.folder, self.name, self.best_metric)
         created = None if restart else distributed.run_on_primary(store.read_last_config)
+        config = select_dtype(config, created)
+        super().__init__(config, devices)
         config = resolve_discriminator_start(config, len(self.splits.train.images), created)
         self.config = config
         start = config.vqgan.discriminator_start_step

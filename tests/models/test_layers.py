@@ -70,7 +70,7 @@ def test_group_norm_and_its_gradients_equal_float64_references(channels, silu):
 
 
 def test_group_norm_in_bfloat16_keeps_its_statistics_in_float32():
-    x = jnp.bfloat16(np.random.default_rng(0).normal(3, 2, (2, 16, 16, 8)))
+    x = jnp.bfloat16(np.random.default_rng(0).normal(50, 2, (2, 16, 16, 8)))
     module = GroupNorm(jnp.bfloat16)
     params = module.init(jax.random.key(0), x)
     y = module.apply(params, x)
@@ -86,10 +86,9 @@ def test_einsums_with_float32_results_round_only_the_cotangent():
     exact = np.asarray(left, np.float64) @ np.asarray(right, np.float64).T
     assert values.dtype == jnp.float32
     golden.assert_close(values, exact, "values", 1e-6)
-    gradient = pullback(cotangent)[0]
-    rounded = np.asarray(jnp.bfloat16(cotangent), np.float64) @ np.asarray(right, np.float64)
-    assert gradient.dtype == jnp.bfloat16
-    golden.assert_close(gradient, rounded, "gradient", 2**-8)
+    expected = jnp.matmul(jnp.bfloat16(cotangent), right)
+    np.testing.assert_array_equal(pullback(cotangent)[0], expected)
+    assert (expected != jnp.bfloat16(jnp.matmul(cotangent, jnp.float32(right)))).any()
 
 
 def test_group_norm_is_accurate_for_faint_detail_on_a_bright_image():
@@ -113,9 +112,10 @@ def test_batch_norm_keeps_the_unbiased_variance():
     golden.assert_close(stats["var"], 0.9 + 0.1 * flat.var(0, ddof=1), "variance", 1e-5)
 
 
-def test_batch_norm_over_devices_equals_that_of_the_whole_batch():
+@pytest.mark.parametrize(("mean", "deviation"), [(8, 0.5), (30, 0.05)])
+def test_batch_norm_over_devices_equals_that_of_the_whole_batch(mean, deviation):
     # The mean is large compared with the deviation, and the running mean is far from it.
-    x = np.random.default_rng(0).normal(8, 0.5, (8, 3, 3, 5)).astype(np.float32)
+    x = np.random.default_rng(0).normal(mean, deviation, (8, 3, 3, 5)).astype(np.float32)
     alone, shared = BatchNorm(), BatchNorm(axis_name="devices")
     variables = alone.init(jax.random.key(0), x, train=False)
 
@@ -125,7 +125,9 @@ def test_batch_norm_over_devices_equals_that_of_the_whole_batch():
     expected, expected_stats = apply(alone, x)
     parts = x.reshape(4, 2, 3, 3, 5)
     y, stats = jax.vmap(lambda part: apply(shared, part), axis_name="devices")(parts)
-    golden.assert_close(y.reshape(x.shape), expected, "values", 1e-4)
+    # The deviation of float32 numbers near the mean has a relative error of about this.
+    tolerance = max(1e-5, 4e-7 * mean / deviation)
+    golden.assert_close(y.reshape(x.shape), expected, "values", tolerance)
     for name in ("mean", "var"):
         values = stats["batch_stats"][name]
         assert (values == values[0]).all()

@@ -8,7 +8,7 @@ import pytest
 from taming_jax.config.schema import PriorConfig
 from taming_jax.priors import transformer
 from taming_jax.priors.autoregressive import GPT
-from taming_jax.priors.transformer import attend_causally, supports_cudnn
+from taming_jax.priors.transformer import supports_cudnn
 from tests import golden
 
 
@@ -46,16 +46,17 @@ def test_jaxs_attention_gives_the_logits_and_gradients_of_the_plain_one(monkeypa
         return jnp.square(logits).mean(), logits
 
     results = [jax.jit(jax.grad(compute, has_aux=True))(params)]
-    calls = []
+    attention, calls = jax.nn.dot_product_attention, []
 
-    def attend_in_xla(q, k, v):
+    def attend_in_xla(q, k, v, *, implementation, **options):
+        assert implementation == "cudnn"
         calls.append(q.shape)
-        return attend_causally(q, k, v, "xla")
+        return attention(q, k, v, **options)
 
     monkeypatch.setattr(transformer, "supports_cudnn", lambda dtype, head_dim: True)
-    monkeypatch.setattr(transformer, "attend_causally", attend_in_xla)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", attend_in_xla)
     results.append(jax.jit(jax.grad(compute, has_aux=True))(params))
-    assert calls == [(4, 2, 12, 16)] * 2
+    assert calls == [(4, 12, 2, 16)] * 2
     tolerance = 1e-4 if dtype == "float32" else 0.05
     golden.assert_trees_close(results[1], results[0], "result ", tolerance)
 
@@ -65,7 +66,7 @@ def test_attention_dropout_and_decoding_use_the_plain_attention(monkeypatch):
     model, tokens = GPT(11, 3, (3, 4), settings), jnp.zeros((2, 12), jnp.int32)
     params = model.init(jax.random.key(0), tokens)["params"]
     monkeypatch.setattr(transformer, "supports_cudnn", lambda dtype, head_dim: True)
-    monkeypatch.setattr(transformer, "attend_causally", None)
+    monkeypatch.setattr(transformer, "attend_with_cudnn", None)
     keys = jax.random.split(jax.random.key(2), 2)
     assert model.train_logits(params, tokens, keys).shape == (2, 12, 11)
     cache = model.init_cache(2, 12)

@@ -79,7 +79,7 @@ class Parabola:
         self.drawn.append(int(state.step))
 
 
-def train(folder, restart=False, stage=None, dtype="float32", **settings):
+def train(folder, restart=False, stage=None, **settings):
     """Trains a Parabola and returns the stage."""
     built = []
 
@@ -88,7 +88,6 @@ def train(folder, restart=False, stage=None, dtype="float32", **settings):
         return built[0]
 
     overrides = {"workdir": str(folder), "devices": 1, "vqgan.batch_size": 4, "vqgan.steps": 10}
-    overrides["dtype"] = dtype
     overrides |= {f"vqgan.{name}": value for name, value in settings.items()}
     loop.train(build, load_config("mnist_tiny", overrides), restart)
     return built[0]
@@ -121,22 +120,6 @@ def test_the_best_checkpoint_has_the_smallest_distance_if_fd_every_is_set(tmp_pa
     assert distances == {3: None, 4: 1, 6: None, 8: 3, 9: None, 10: 5}
     store = Store(tmp_path, "vqgan")
     assert store.steps() == [4, 8, 10] and store.best() == (4, 1)
-
-
-def test_the_dtype_auto_is_resolved_when_a_run_is_created(tmp_path, monkeypatch):
-    auto = {"dtype": "auto", "workdir": str(tmp_path / "run")}
-    config = load_config("mnist_tiny", auto)
-    preferred = ["bfloat16"]
-    monkeypatch.setattr(loop, "resolve_dtype", lambda x: preferred[0] if x == "auto" else x)
-    assert loop.select_dtype(config, restart=False) == "bfloat16"
-    assert loop.select_dtype(override(config, {"dtype": "float32"}), restart=False) == "float32"
-    train(tmp_path / "run", dtype="auto")
-    assert read_config(tmp_path / "run" / "config.json").dtype == "bfloat16"
-    preferred[0] = "float32"  # the run moves to a device without bfloat16
-    assert loop.select_dtype(config, restart=False) == "bfloat16"
-    assert loop.select_dtype(config, restart=True) == "float32"
-    resumed = train(tmp_path / "run", dtype="auto", steps=12)
-    assert resumed.config.dtype == "bfloat16"
 
 
 def test_the_loop_validates_once_per_epoch_by_default(tmp_path):
@@ -326,7 +309,7 @@ def test_running_out_of_memory_is_reported_in_one_sentence(tmp_path):
 def test_the_output_is_plain_lines_without_a_terminal(tmp_path, capsys):
     train(tmp_path, **CADENCES)
     lines = capsys.readouterr().out.splitlines()
-    assert f"in {tmp_path}: 20 images, 4 per step, steps 1 to 10, on 1 cpu device." in lines[0]
+    assert f"in {tmp_path}: 20 images, 4 per step, steps 1 to 10, on 1 cpu device in float32." in lines[0]
     assert "step 3/10  validation  nll 9" in lines
     assert lines[-1] == f"Done: 10 steps. The figures are in {tmp_path}/figures."
     assert not any("\r" in line for line in lines)

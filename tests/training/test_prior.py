@@ -40,7 +40,12 @@ def make_stage(workdir, count=1, **prior):
 
 @pytest.mark.parametrize("counts", [(1, 4), pytest.param((1, 2), marks=pytest.mark.slow)])
 def test_several_devices_take_the_same_step_as_one(vqgan_workdir, counts):
-    settings = {"dropout": 0.3, "label_dropout": 0.5, "token_keep_prob": 0.8}
+    settings = {
+        "dropout": 0.3,
+        "attention_dropout": 0.3,
+        "label_dropout": 0.5,
+        "token_keep_prob": 0.8,
+    }
     results = {}
     for count in counts:
         stage = make_stage(vqgan_workdir, count, **settings)
@@ -83,7 +88,12 @@ def test_a_step_has_no_activation_with_an_entry_per_token():
 
 def test_four_micro_batches_take_the_same_step_as_one_batch(vqgan_workdir, monkeypatch):
     monkeypatch.setattr(accumulate, "should_unroll", lambda: False)  # compiles faster
-    settings = {"dropout": 0.3, "label_dropout": 0.5, "token_keep_prob": 0.8}
+    settings = {
+        "dropout": 0.3,
+        "attention_dropout": 0.3,
+        "label_dropout": 0.5,
+        "token_keep_prob": 0.8,
+    }
     results = {}
     for count, parts in ((1, 1), (2, 4)):
         stage = make_stage(vqgan_workdir, count, **settings, micro_batches=parts)

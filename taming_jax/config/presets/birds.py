@@ -17,7 +17,7 @@ CONFIG = Config(
     ),
     vqgan=VQGANConfig(
         epochs=200,  # reference: 10, which is too few passes over the pictures
-        batch_size=16,  # reference: 128; divisible by up to 16 devices
+        batch_size=16,  # reference: 128; can be divided among 1, 2, 4, 8 or 16 devices
         channels=128,  # reference: 64, with 4 blocks per level; ours are from the official code
         multipliers=(1, 1, 2, 2, 4),
         blocks=2,
