@@ -7,7 +7,7 @@ For each training step (stage 1 has one before and one after the discriminator s
 duration, images per second, floating-point operations, peak memory, and compile time.
 
 --report measures both stages, sampling, training runs, numerical parity, and counterparts in
-PyTorch, on random data. It takes at most 8 minutes, and stops earlier rows that take too long.
+PyTorch, on random data. It takes at most 8 minutes (docs/performance.md).
 """
 
 from collections.abc import Iterator

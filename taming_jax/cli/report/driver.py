@@ -154,18 +154,16 @@ def format_tables(entries: Iterable[dict[str, Any]]) -> str:
     groups: dict[str, list[dict[str, Any]]] = {}
     for entry in entries:
         groups.setdefault(entry["group"], []).append(entry)
-    parts = []
+    text = ""
     for group, members in groups.items():
         measurements = [entry for entry in members if "label" in entry]
-        parts.append(f"## {group}\n")
+        ends = [entry for entry in members if "label" not in entry and entry["reason"]]
+        text += f"## {group}\n\n"
         if measurements:
-            parts.append(format_table(measurements))
-        parts += [
-            f"- {entry['row']}: {entry['reason']}\n"
-            for entry in members
-            if "label" not in entry and entry["reason"]
-        ]
-    return "\n".join(parts)
+            text += format_table(measurements) + "\n"
+        if ends:
+            text += "".join(f"- {end['row']}: {end['reason']}\n" for end in ends) + "\n"
+    return text
 
 
 def format_table(entries: Sequence[dict[str, Any]]) -> str:

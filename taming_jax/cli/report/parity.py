@@ -238,16 +238,20 @@ def compare_step(job: Job, preset: str) -> Iterator[Entry]:
         yield count_different(f"{preset} step, codes", name, indices, codes)
 
 
+def compute_on(device: Any, function: Callable, *arguments: Any) -> Any:
+    """Returns a function's results as numpy arrays, computed on a device. Compiling for a CPU takes
+    longer than computing once, and is done without optimizations."""
+    options = {"xla_backend_optimization_level": 0} if device.platform == "cpu" else None
+    compiled = jax.jit(function, compiler_options=options)
+    return jax.device_get(compiled(*jax.device_put(arguments, device)))
+
+
 def init_networks(config: Config, images: np.ndarray, cpu: Any) -> tuple[Any, Any]:
     """Returns the parameters of the generator, and the variables of the discriminator."""
-    objective = VQGANObjective.build(config)
-    with jax.default_device(cpu):
-        key, x = jax.random.key(0), jnp.asarray(images[:1])
-        generator = jax.jit(objective.generator.init)(key, x)["params"]
-        discriminator = jax.jit(functools.partial(objective.discriminator.init, train=False))(
-            key, x
-        )
-    return jax.device_get(generator), jax.device_get(discriminator)
+    objective, arguments = VQGANObjective.build(config), (jax.random.key(0), images[:1])
+    init_discriminator = functools.partial(objective.discriminator.init, train=False)
+    generator = compute_on(cpu, objective.generator.init, *arguments)
+    return generator["params"], compute_on(cpu, init_discriminator, *arguments)
 
 
 def compute_step(
@@ -270,11 +274,8 @@ def compute_step(
             Net(generator, ()), Net(discriminator["params"], (), extra), images, lpips_params, True
         )
 
-    arguments = jax.device_put((networks, images, load_lpips()), device)
-    # Compiling for a CPU takes longer than computing one step.
-    options = {"xla_backend_optimization_level": 0} if device.platform == "cpu" else None
     with jax.default_matmul_precision(precision.matmul):
-        gradients = jax.device_get(jax.jit(compute, compiler_options=options)(*arguments))
+        gradients = compute_on(device, compute, networks, images, load_lpips())
     losses = {k: x for k, x in gradients.metrics.items() if not k.endswith("_gradient")}
     return {
         "losses": losses,
@@ -288,6 +289,9 @@ def encode_images(
 ) -> np.ndarray:
     """Returns the codes of the images."""
     model = build_vqgan(config)
+
+    def compute(params: Any, images: jax.Array) -> jax.Array:
+        return encode(model, params, images).indices
+
     with jax.default_matmul_precision(precision.matmul):
-        compute = jax.jit(lambda params, images: encode(model, params, images).indices)
-        return np.asarray(compute(*jax.device_put((generator, images), device)))
+        return compute_on(device, compute, generator, images)

@@ -127,7 +127,7 @@ def run_sampling(job: Job, preset: str) -> Iterator[Entry]:
                 min_new_tokens=length, max_new_tokens=length, cache_implementation="static",
             )  # fmt: skip
 
-        with torch.inference_mode():
+        with torch.no_grad():
             milliseconds = time_calls(generate, max(job.steps // 20, 1), wait)["milliseconds"]
         yield f"{preset}, transformers, bfloat16, micro-batch {batch}", {
             "codes_per_second": 1e3 * batch * length / milliseconds,

@@ -243,7 +243,7 @@ class Trainer:
                     *repeat_gray(images, reconstruction)
                 )
             adversarial = -self.discriminator(reconstruction).float().mean()
-        weight = torch.tensor(settings.discriminator_weight, device=self.device)
+        weight: Any = settings.discriminator_weight
         if settings.adaptive_weight:
             last = self.generator.conv_out.weight
             norms = [
@@ -251,7 +251,7 @@ class Trainer:
                 for loss in (nll, adversarial)
             ]
             weight = weight * (norms[0] / (norms[1] + 1e-4)).clamp(0, settings.adaptive_weight_max)
-        loss = nll + weight.detach() * adversarial + settings.codebook_weight * codebook
+        loss = nll + weight * adversarial + settings.codebook_weight * codebook
         self.update(0, loss)
         if settings.ema_decay is not None:
             with torch.no_grad():
