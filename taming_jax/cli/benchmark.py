@@ -10,10 +10,11 @@ duration, images per second, floating-point operations, peak memory, and compile
 PyTorch, on random data. It takes at most 8 minutes (docs/performance.md).
 """
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 
@@ -23,7 +24,7 @@ from taming_jax.cli.report.steps import measure_prior, measure_vqgan
 from taming_jax.cli.report.timing import Entry
 from taming_jax.config.load import load_config
 from taming_jax.config.schema import Config
-from taming_jax.parallel.devices import Devices
+from taming_jax.parallel.devices import Devices, resolve_dtype
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Benchmark:
     """The name of a preset, or the path of a run's config.json."""
     stage: Literal["vqgan", "prior"] = "vqgan"
     """The stage whose training steps are timed."""
+    dtype: Literal["auto", "float32", "bfloat16"] | None = None
+    """The dtype in which the networks compute. Default: as in the preset."""
     batch_size: int | None = None
     """The number of images per step. Default: as in the preset."""
     devices: int | None = None
@@ -78,7 +81,10 @@ def main() -> None:
     overrides: dict[str, Any] = {"devices": args.devices, "data.path": args.data.path}
     if args.batch_size is not None:
         overrides |= {"vqgan.batch_size": args.batch_size, "prior.batch_size": args.batch_size}
+    if args.dtype is not None:
+        overrides["dtype"] = args.dtype
     config = load_config(args.config, overrides)
+    config = dataclasses.replace(config, dtype=cast(Any, resolve_dtype(config.dtype)))
     devices = Devices(config.devices)
     print(
         f"{args.config}, {args.stage}: batches of {getattr(config, args.stage).batch_size} on "

@@ -309,7 +309,10 @@ def test_running_out_of_memory_is_reported_in_one_sentence(tmp_path):
 def test_the_output_is_plain_lines_without_a_terminal(tmp_path, capsys):
     train(tmp_path, **CADENCES)
     lines = capsys.readouterr().out.splitlines()
-    assert f"in {tmp_path}: 20 images, 4 per step, steps 1 to 10, on 1 cpu device in float32." in lines[0]
+    assert (
+        f"in {tmp_path}: 20 images, 4 per step, steps 1 to 10, on 1 cpu device in float32."
+        in lines[0]
+    )
     assert "step 3/10  validation  nll 9" in lines
     assert lines[-1] == f"Done: 10 steps. The figures are in {tmp_path}/figures."
     assert not any("\r" in line for line in lines)

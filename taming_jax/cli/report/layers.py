@@ -15,6 +15,8 @@ from jax import lax
 from taming_jax.cli.report.timing import Entry, Job, require_gpu, time_calls
 from taming_jax.config.schema import Config
 from taming_jax.models.layers import Upsample
+from taming_jax.models.lpips import max_pool
+from taming_jax.priors.transformer import attend
 
 DTYPE = jnp.bfloat16
 Shape = tuple[int, ...]
@@ -67,17 +69,10 @@ def pool_by_window(x: jax.Array) -> jax.Array:
     return nn.max_pool(x, (2, 2), strides=(2, 2))
 
 
-def pool_by_reshape(x: jax.Array) -> jax.Array:
-    b, h, w, c = x.shape
-    return x.reshape(b, h // 2, 2, w // 2, 2, c).max((2, 4))
-
-
 def attend_plainly(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Causal attention of q, k and v [b,t,heads,d], with the softmax in float32."""
-    scores = jnp.einsum("bihd,bjhd->bhij", q, k, preferred_element_type=jnp.float32)
-    mask = jnp.tri(q.shape[1], dtype=bool)
-    weights = nn.softmax(jnp.where(mask, scores * q.shape[-1] ** -0.5, -jnp.inf))
-    return jnp.einsum("bhij,bjhd->bihd", weights.astype(q.dtype), v)
+    """The attention of the package, for q, k and v [b,t,heads,d]."""
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    return attend(q, k, v, 0, lambda weights: weights).swapaxes(1, 2)
 
 
 def attend_by_library(implementation: Any) -> Callable[..., jax.Array]:
@@ -106,7 +101,7 @@ def list_layers(config: Config) -> Iterator[tuple[str, dict[str, Callable], list
         height, channels = size // 2**level, c * vqgan.multipliers[level]
         shapes: list[Shape] = [(b, height, height, channels), (3, 3, channels, channels)]
         yield "upsampling", upsampling, shapes, 0
-    pooling: dict[str, Callable] = {"reduce_window": pool_by_window, "reshape": pool_by_reshape}
+    pooling: dict[str, Callable] = {"reduce_window": pool_by_window, "reshape": max_pool}
     yield "max pooling", pooling, [(b, size, size, 64)], 0
     attention: dict[str, Callable] = {"plain": attend_plainly} | {
         name: attend_by_library(name) for name in ("xla", "cudnn")

@@ -35,7 +35,7 @@ from taming_jax.interop.compvis import (
 )
 from taming_jax.models.discriminator import Discriminator
 from taming_jax.models.lpips import load_lpips, lpips
-from taming_jax.models.quantizers import Quantized, VectorQuantizer, one_hot_lookup
+from taming_jax.models.quantizers import Quantized, VectorQuantizer
 from taming_jax.models.vqgan import VQGAN, build_vqgan, encode
 from taming_jax.priors.autoregressive import GPT
 from taming_jax.training.state import Net
@@ -199,7 +199,7 @@ def make_quantizer(indices: np.ndarray) -> type[VectorQuantizer]:
     class GivenCodes(VectorQuantizer):
         def __call__(self, z: jax.Array, noise: Any = None) -> Quantized:
             z, fixed = z.astype(jnp.float32), lax.stop_gradient
-            vectors = one_hot_lookup(self.codebook, jnp.asarray(indices))
+            vectors = self.codebook[jnp.asarray(indices)]
             loss = jnp.square(vectors - fixed(z)).mean(-1)
             loss += self.settings.commitment * jnp.square(fixed(vectors) - z).mean(-1)
             return Quantized(z + fixed(vectors - z), jnp.asarray(indices), loss)

@@ -22,14 +22,13 @@ def get_micro_batches(job: Job) -> tuple[int, ...]:
 
 
 def run_sampling(job: Job, preset: str, dtype: str) -> Iterator[Entry]:
-    """The row of sampling with guidance, as in `Sampler`: the prior in `dtype`, the decoder in
-    float32, and matrix products in the highest precision. The decoder takes at most 32 images at a
+    """The row of sampling with guidance, as in `Sampler`. The decoder takes at most 32 images at a
     time. `cache_copies` counts the copies of arrays as large as a layer's keys or values in the
     compiled loops over positions; there should be none."""
     require_gpu(job, jax.default_backend() != "cpu")
     config = job.load_config(preset, {"dtype": dtype})
     prior = build_prior(config, CLASSES)
-    generator = build_vqgan(job.load_config(preset, {"dtype": "float32"}))
+    generator = build_vqgan(config)
     scale = config.prior.guidance_scale or 1.5
     length, width = config.grid_size**2, config.prior.width
     size = config.data.image_size
@@ -39,14 +38,9 @@ def run_sampling(job: Job, preset: str, dtype: str) -> Iterator[Entry]:
 
     def sample(params: Any, labels: jax.Array) -> jax.Array:
         keys = sample_keys(np.uint32(0), labels, jnp.arange(len(labels)))
-        with jax.default_matmul_precision("highest"):
-            return prior.sample(params, labels, keys, guidance_scale=scale)
+        return prior.sample(params, labels, keys, guidance_scale=scale)
 
-    @jax.jit
-    def decode(params: Any, codes: jax.Array) -> jax.Array:
-        with jax.default_matmul_precision("highest"):
-            return decode_indices(generator, params, codes)
-
+    decode = jax.jit(functools.partial(decode_indices, generator))
     for batch in get_micro_batches(job):
         labels = jnp.arange(batch, dtype=jnp.int32) % CLASSES
         start = time.perf_counter()
