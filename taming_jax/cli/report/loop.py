@@ -10,10 +10,15 @@ from typing import Any
 from unittest import mock
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from taming_jax.cli.report.timing import Entry, Job, make_random_splits, require_gpu
+from taming_jax.cli.report.timing import (
+    Entry,
+    Job,
+    make_random_params,
+    make_random_splits,
+    require_gpu,
+)
 from taming_jax.config.schema import Config
 from taming_jax.data.datasets import Split, Splits
 from taming_jax.errors import Interrupted
@@ -162,11 +167,9 @@ def replace_data(stack: contextlib.ExitStack, config: Config, stage: str, job: J
         stack.enter_context(mock.patch("taming_jax.data.datasets.load", lambda data: splits))
         return
 
-    splits = make_placeholders(config, *counts)
-    generator = build_vqgan(config)
-    size = config.data.image_size
-    images = jnp.zeros((1, size, size, config.data.channels))
-    params = jax.device_get(jax.jit(generator.init)(jax.random.key(0), images)["params"])
+    splits, data = make_placeholders(config, *counts), config.data
+    image = (1, data.image_size, data.image_size, data.channels), "float32"
+    params = make_random_params(build_vqgan(config), image)
 
     def draw_codes(_: Any, name: str, split: Split, version: int = 0) -> Split:
         shape = len(split.images), config.grid_size**2

@@ -9,7 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from taming_jax.cli.report.timing import CLASSES, Entry, Job, require_gpu, time_calls
+from taming_jax.cli.report.timing import (
+    CLASSES,
+    Entry,
+    Job,
+    make_random_params,
+    require_gpu,
+    time_calls,
+)
 from taming_jax.cli.report.trace import count_copies_in_loops
 from taming_jax.models.vqgan import build_vqgan, decode_indices
 from taming_jax.priors.decoding import sample_keys
@@ -31,10 +38,10 @@ def run_sampling(job: Job, preset: str, dtype: str) -> Iterator[Entry]:
     generator = build_vqgan(config)
     scale = config.prior.guidance_scale or 1.5
     length, width = config.grid_size**2, config.prior.width
-    size = config.data.image_size
-    images = jnp.zeros((1, size, size, config.data.channels))
-    params = jax.jit(prior.init)(jax.random.key(0), jnp.zeros((1, length), jnp.int32))["params"]
-    decoder = jax.jit(generator.init)(jax.random.key(1), images)["params"]
+    data = config.data
+    params = jax.device_put(make_random_params(prior, ((1, length), "int32")))
+    image = (1, data.image_size, data.image_size, data.channels), "float32"
+    decoder = jax.device_put(make_random_params(generator, image))
 
     def sample(params: Any, labels: jax.Array) -> jax.Array:
         keys = sample_keys(np.uint32(0), labels, jnp.arange(len(labels)))

@@ -81,6 +81,15 @@ def make_random_images(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
 
 
+def make_random_params(model: Any, *shapes: tuple[tuple[int, ...], str]) -> Any:
+    """Returns random parameters of a Linen module as numpy arrays, given the shapes and dtypes of
+    its inputs. Unlike its own initialization, this needs no compilation."""
+    inputs = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
+    params = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: rng.normal(0, 0.02, x.shape).astype(x.dtype), params)
+
+
 def make_random_splits(config: Config, train: int = 512, validation: int = 32) -> Splits:
     """Returns a dataset of random images of the sizes that a config's dataset has."""
     data = config.data
