@@ -24,6 +24,7 @@ from taming_jax.cli.report.steps import measure_prior, measure_vqgan
 from taming_jax.cli.report.timing import Entry
 from taming_jax.config.load import load_config
 from taming_jax.config.schema import Config
+from taming_jax.errors import UserError
 from taming_jax.parallel.devices import Devices, resolve_dtype
 
 
@@ -52,12 +53,12 @@ class Benchmark:
     """Write a report on this machine's GPU instead. The flags above have no effect."""
     out: Path = Path("gpu_report")
     """The folder for the report."""
-    golden: Path = Path(__file__).parents[3] / "shared" / "golden"
-    """The folder with recorded outputs of the official modules, for the report's parity."""
+    golden: Path | None = None
+    """The folder with recorded outputs of the official modules, for the report's row parity."""
     tiny: bool = False
     """Report at toy sizes, as a test that also runs on a CPU."""
     rows: tuple[str, ...] = ()
-    """The names of the report's rows. Default: all rows."""
+    """The names of the report's rows (docs/performance.md). Default: all rows."""
     seconds: float = 470.0
     """The time that the report may take."""
 
@@ -78,6 +79,9 @@ def main() -> None:
     if args.report:
         run_report(args.out, args.golden, args.tiny, args.rows, args.seconds)
         return
+    for flag, value in (("--steps", args.steps), ("--batch-size", args.batch_size)):
+        if value is not None and value < 1:
+            raise UserError(f"{flag} is {value}; it must be 1 or more.")
     overrides: dict[str, Any] = {"devices": args.devices, "data.path": args.data.path}
     if args.batch_size is not None:
         overrides |= {"vqgan.batch_size": args.batch_size, "prior.batch_size": args.batch_size}

@@ -268,8 +268,8 @@ class PriorConfig(StageConfig):
     dropout: float = setting(0.1, FRACTION)
     """The dropout rate in training, of the embeddings and of what each layer adds to them."""
     attention_dropout: float = setting(0.0, FRACTION)
-    """The dropout rate of the attention weights in training. 0 allows a GPU to use cuDNN's
-    attention."""
+    """The dropout rate of the attention weights in training. With 0, training in bfloat16 on a GPU
+    uses cuDNN's attention, which keeps no attention weights in memory."""
     norm: Literal["layer", "rms"] = "layer"
     """The normalization layers: LayerNorm or RMSNorm."""
     mlp: Literal["gelu", "swiglu"] = "gelu"
@@ -339,8 +339,8 @@ class Config:
     """The seed for all random numbers of the run."""
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"
     """The dtype in which the networks compute. Parameters, losses and statistics stay float32. auto
-    is replaced when a run is created: bfloat16 on NVIDIA GPUs that have it (compute capability 8.0
-    or higher), and float32 elsewhere."""
+    is replaced when a run is created: bfloat16 on NVIDIA GPUs that support it (compute capability
+    8.0 or higher), and float32 elsewhere."""
     devices: int | None = free(None, COUNT)
     """The number of devices to use. Default: all."""
     deterministic: bool = free(False)

@@ -113,10 +113,19 @@ def test_a_report_keeps_what_its_rows_measured_and_why_others_did_not_run(report
 
 
 def test_only_the_named_rows_run_and_unknown_ones_are_reported(report):
+    report("good")
     lines, _ = report("half")
-    assert {line["row"] for line in lines} == {"half"}
+    assert [line["row"] for line in lines] == ["good"] * 3 + ["half"] * 2, "other rows are kept"
     with pytest.raises(UserError, match=r"no row 'quarter'; the rows are good, half"):
         report("quarter")
+    with pytest.raises(UserError, match="no row could be measured"):
+        report("missing")
+
+
+@pytest.mark.parametrize("flag", ["--steps", "--batch-size"])
+def test_a_benchmark_of_nothing_is_refused(flag):
+    status, _, err = commands.run_here("scripts/benchmark.py", "--config", "mnist_tiny", flag, 0)
+    assert status == 2 and f"{flag} is 0; it must be 1 or more." in err
 
 
 def test_every_row_names_a_function():

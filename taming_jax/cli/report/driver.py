@@ -29,38 +29,46 @@ from taming_jax.storage import atomic_write, report_unwritable
 LEAST_SECONDS = 15  # a row with less time left is not started: it would hardly get to measure
 
 
-def run_report(out: Path, golden: Path, tiny: bool, names: Sequence[str], seconds: float) -> None:
+def run_report(
+    out: Path, golden: Path | None, tiny: bool, names: Sequence[str], seconds: float
+) -> None:
     """Measures the rows `names`, or all, in the order of the table, and writes the report into the
-    folder `out`. It takes about `seconds` at most. Raises UserError if a row does not exist or the
-    folder cannot be written."""
+    folder `out`. It takes about `seconds` at most. A report in the folder keeps its other rows.
+    Raises UserError if a row does not exist, if the folder cannot be written, or if no row could be
+    measured."""
     if unknown := [name for name in names if name not in ROWS]:
         raise UserError(f"there is no row '{unknown[0]}'; the rows are {', '.join(ROWS)}.")
     deadline = time.monotonic() + seconds
+    selected = [name for name in ROWS if not names or name in names]
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; name a folder.")
     with report_unwritable(out, "--out"):
         out.mkdir(parents=True, exist_ok=True)
-        for name in ("report.jsonl", "report.log"):
-            (out / name).unlink(missing_ok=True)
+        kept = [entry for entry in read_entries(out) if entry["row"] not in selected]
+        lines = "".join(json.dumps(entry) + "\n" for entry in kept)
+        atomic_write(out / "report.jsonl", lines.encode())
     with tempfile.TemporaryDirectory() as folder:
         environment, random_vgg = prepare_environment(Path(folder))
         job = {
-            "out": str(out.absolute()), "golden": str(golden.absolute()), "tiny": tiny,
+            "out": str(out.absolute()), "golden": golden and str(golden.absolute()), "tiny": tiny,
             "random_vgg": random_vgg,
         }  # fmt: skip
-        for name, row in ROWS.items():
-            if not names or name in names:
-                start = time.monotonic()
-                # Two cores of a CPU compile much more slowly than the machine of a GPU.
-                limit = min(row.limit * (5 if tiny else 1), deadline - start)
-                reason = run_row(name, row, job, environment, limit)
-                taken = round(time.monotonic() - start, 1)
-                append_line(
-                    out / "report.jsonl",
-                    {"row": name, "group": row.group, "seconds": taken, "reason": reason},
-                )
-                write_report(out)
-                say(f"{name}: {taken} s." + (f" Not complete: {reason}" if reason else ""))
+        for name in selected:
+            row, start = ROWS[name], time.monotonic()
+            # Two cores of a CPU compile much more slowly than the machine of a GPU.
+            limit = min(row.limit * (5 if tiny else 1), deadline - start)
+            reason = run_row(name, row, job, environment, limit)
+            taken = round(time.monotonic() - start, 1)
+            append_line(
+                out / "report.jsonl",
+                {"row": name, "group": row.group, "seconds": taken, "reason": reason},
+            )
+            write_report(out)
+            say(f"{name}: {taken} s." + (f" Not complete: {reason}" if reason else ""))
     say((out / "report.md").read_text(encoding="utf-8"))
-    say(f"The report is in {out}.")
+    say(f"The report is {out / 'report.md'}.")
+    if all(entry.get("reason") for entry in read_entries(out) if entry["row"] in selected):
+        raise UserError("no row could be measured; the report gives the reasons.")
 
 
 def run_row(
@@ -137,15 +145,23 @@ def run_process(
     return message or f"it ended with status {status}."
 
 
+def read_entries(out: Path) -> list[dict[str, Any]]:
+    """Returns the lines of report.jsonl, or an empty list if there is none."""
+    file = out / "report.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    return [json.loads(line) for line in lines]
+
+
 def write_report(out: Path) -> None:
-    """Writes report.json, report.md and trace.md from the lines of report.jsonl."""
-    lines = (out / "report.jsonl").read_text(encoding="utf-8").splitlines()
-    entries = [json.loads(line) for line in lines]
+    """Writes report.json, report.md and, if there is a trace, trace.md from the lines of
+    report.jsonl."""
+    entries = read_entries(out)
     atomic_write(out / "report.json", json.dumps(entries, indent=1).encode())
     is_trace = [entry["group"] == "trace" for entry in entries]
     for name, selected in (("report.md", False), ("trace.md", True)):
         part = [entry for entry, trace in zip(entries, is_trace, strict=True) if trace == selected]
-        atomic_write(out / name, format_tables(part).encode())
+        if part:
+            atomic_write(out / name, format_tables(part).encode())
 
 
 def format_tables(entries: Iterable[dict[str, Any]]) -> str:

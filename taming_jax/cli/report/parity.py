@@ -120,6 +120,8 @@ def run_parity(job: Job, preset: str) -> Iterator[Entry]:
 def load_recorded(job: Job, name: str) -> dict[str, np.ndarray]:
     """Returns the recorded arrays of a module. Images are converted to NHWC. Raises UserError if
     there are none, or if they need weights that are not available."""
+    if job.golden is None:
+        raise UserError("not compared with recorded outputs; --golden names their folder.")
     file = job.golden / f"{name}.npz"
     if not file.exists():
         raise UserError(f"{file} does not exist; set --golden to the folder that holds it.")

@@ -66,7 +66,7 @@ def measure(name: str, row: Row, job: dict[str, Any]) -> None:
     from taming_jax.errors import UserError
 
     module, function = row.function.split(":")
-    job = job | {key: Path(job[key]) for key in ("out", "golden")}
+    job = job | {key: job[key] and Path(job[key]) for key in ("out", "golden")}
     try:
         rows = importlib.import_module(module, __spec__.parent)
         entries: Iterable[Any] = getattr(rows, function)(Job(**job), *row.arguments)

@@ -33,10 +33,11 @@ TINY: dict[str, Any] = {
 @dataclass(frozen=True)
 class Job:
     """What the rows of a report share: the output folder, the folder of the recorded outputs of the
-    official modules, whether to use toy sizes, and whether VGG16's weights are random."""
+    official modules, if there is one, whether to use toy sizes, and whether VGG16's weights are
+    random."""
 
     out: Path
-    golden: Path
+    golden: Path | None
     tiny: bool
     random_vgg: bool
 
