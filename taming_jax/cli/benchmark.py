@@ -63,9 +63,8 @@ class Benchmark:
     """The time that the report may take."""
 
 
-def measure_steps(config: Config, stage: str, steps: int) -> Iterator[Entry]:
+def measure_steps(config: Config, devices: Devices, stage: str, steps: int) -> Iterator[Entry]:
     """Yields the values of each training step of a stage."""
-    devices = Devices(config.devices)
     if stage == "vqgan":
         for label, values, _ in measure_vqgan(config, devices, steps):
             yield label, values
@@ -95,5 +94,5 @@ def main() -> None:
         f"{len(devices)} {devices.list[0].device_kind} device(s), {config.dtype}, "
         f"jax {jax.__version__}"
     )
-    entries = [{"label": label, **x} for label, x in measure_steps(config, args.stage, args.steps)]
-    print(format_table(entries), end="")
+    steps = measure_steps(config, devices, args.stage, args.steps)
+    print(format_table([{"label": label, **values} for label, values in steps]), end="")

@@ -126,11 +126,11 @@ class GPT(nn.Module):
                 f"{self.max_length}"
             )
         x = self.embedding[tokens]
-        positions = position + jnp.arange(tokens.shape[1])
         coordinates = None
         if self.settings.positions == "learned":
             x = x + lax.dynamic_slice_in_dim(self.position_embedding, position, tokens.shape[1])
         else:
+            positions = position + jnp.arange(tokens.shape[1])
             # Rows and columns of codes start at 1. The class has 0, or -1 in LlamaGen's positions.
             row, column = jnp.divmod(positions - 1, self.window[1])
             code_coordinates = jnp.stack([row, column], -1) + 1

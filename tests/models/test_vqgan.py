@@ -5,17 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from taming_jax.cli.report.parity import RECORDED
 from taming_jax.config.load import load_config
 from taming_jax.interop.compvis import build_vqgan_layout
 from taming_jax.models.vqgan import VQGAN, build_vqgan
 from tests import golden
-
-OFFICIAL = {
-    "data.image_size": 32, "data.channels": 3, "vqgan.channels": 32, "vqgan.multipliers": (1, 2, 2),
-    "vqgan.blocks": 1, "vqgan.decoder_blocks": None, "vqgan.attention_resolutions": (16,),
-    "vqgan.latent_channels": 32, "vqgan.code_dim": 16, "vqgan.codebook_size": 64,
-    "vqgan.commitment": 0.25, "vqgan.legacy_commitment": True,
-}  # fmt: skip
 
 
 def decode(model, params, indices):
@@ -27,7 +21,7 @@ def decode(model, params, indices):
 def official():
     """Returns the recorded outputs of the official model, and its parameters."""
     recorded = golden.load("compvis_vqgan")
-    model = build_vqgan(load_config("mnist", OFFICIAL))
+    model = build_vqgan(load_config("mnist", RECORDED))
     ours = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
     return recorded, golden.convert_state_dict(
         build_vqgan_layout, ours, golden.select_prefix(recorded, "sd/")
@@ -36,7 +30,7 @@ def official():
 
 def test_the_model_reproduces_the_official_one(official):
     recorded, params = official
-    model = build_vqgan(load_config("mnist", OFFICIAL))
+    model = build_vqgan(load_config("mnist", RECORDED))
     x = golden.to_nhwc(recorded["x"])
 
     @jax.jit

@@ -5,7 +5,7 @@ Each entry times the forward and the backward pass of a layer in bfloat16, at th
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -47,7 +47,7 @@ def pad_output(x: jax.Array, kernel: jax.Array) -> jax.Array:
 def upsample_by_parity(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """The layer of the package, without bias."""
     params = {"conv": {"kernel": kernel, "bias": jnp.zeros(kernel.shape[-1])}}
-    return Upsample(x.dtype).apply({"params": params}, x)  # type: ignore[return-value]
+    return cast(jax.Array, Upsample(x.dtype).apply({"params": params}, x))
 
 
 def upsample_by_repeating(x: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -105,13 +105,15 @@ def make_timed_loop(clock: Clock, seconds: float) -> type[loop.Loop]:
         def __init__(self, *arguments: Any):
             super().__init__(*arguments)
             self._take_step = self.stage.train_step
-            for owner, method, activity in (
-                (self, "_evaluate", "validation"), (self, "_draw_figures", "figures"),
-                (self, "_save", "saving"), (self.store, "wait", "end of saving"),
-                (self.training, "batch", "waiting"), (self, "_train_step", "steps"),
-            ):  # fmt: skip
-                setattr(owner, method, clock.wrap(activity, getattr(owner, method)))
-            self.stage.train_step = self._train_step  # type: ignore
+            for owner, method, function, activity in (
+                (self, "_evaluate", self._evaluate, "validation"),
+                (self, "_draw_figures", self._draw_figures, "figures"),
+                (self, "_save", self._save, "saving"),
+                (self.store, "wait", self.store.wait, "end of saving"),
+                (self.training, "batch", self.training.batch, "waiting"),
+                (self.stage, "train_step", self._train_step, "steps"),
+            ):
+                setattr(owner, method, clock.wrap(activity, function))
 
         def _run_steps(self, *arguments: Any) -> None:
             clock.start()
@@ -167,7 +169,7 @@ def replace_data(stack: contextlib.ExitStack, config: Config, stage: str, job: J
         stack.enter_context(mock.patch("taming_jax.data.datasets.load", lambda data: splits))
         return
 
-    splits, data = make_placeholders(config, *counts), config.data
+    splits, data = make_small_splits(config, *counts), config.data
     image = (1, data.image_size, data.image_size, data.channels), "float32"
     params = make_random_params(build_vqgan(config), image)
 
@@ -184,7 +186,7 @@ def replace_data(stack: contextlib.ExitStack, config: Config, stage: str, job: J
         stack.enter_context(mock.patch(target, replacement))
 
 
-def make_placeholders(config: Config, train: int, validation: int) -> Splits:
+def make_small_splits(config: Config, train: int, validation: int) -> Splits:
     """Returns a dataset whose training images, which stage 2 does not read, are small."""
     full = make_random_splits(config, 1, validation)
     images = np.zeros((train, 1, 1, config.data.channels), np.uint8)

@@ -20,6 +20,7 @@ class Block(nn.Module):
         super().__init__()
         width = settings.width
         self.heads, self.dropout = settings.heads, settings.dropout
+        self.attention_dropout = settings.attention_dropout
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.projection = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = nn.Sequential(
@@ -31,7 +32,7 @@ class Block(nn.Module):
         b, t, width = x.shape
         qkv = self.qkv(self.norm1(x)).reshape(b, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         attended = functional.scaled_dot_product_attention(
-            *qkv, is_causal=True, dropout_p=self.dropout if self.training else 0.0
+            *qkv, is_causal=True, dropout_p=self.attention_dropout if self.training else 0.0
         )
         attended = self.projection(attended.transpose(1, 2).reshape(b, t, width))
         x = x + functional.dropout(attended, self.dropout, self.training)
