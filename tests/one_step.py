@@ -56,7 +56,7 @@ def take_step(args):
         devices.compile(lambda _, arrays: gather_batch(arrays)[0])(state, batch.arrays)
     )
     state, metrics = stage.train_step(state, batch)
-    after, metrics = devices.fetch(state), devices.fetch(metrics)
+    after, metrics = devices.fetch(state), devices.fetch(metrics).unpack()[0]
     feed.close()
     beta = getattr(config, args.stage).betas[0]
     results = {

@@ -8,10 +8,11 @@ devices.
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from taming_jax.errors import UserError
@@ -53,6 +54,11 @@ def map_batches(apply: Callable[[Any], Any], arrays: Any, size: int) -> Any:
         batch = jax.tree.map(lambda x, rows=rows: x[rows], arrays)
         parts.append(jax.tree.map(np.asarray, apply(batch)))
     return jax.tree.map(lambda *batches: np.concatenate(batches)[:n], *parts)
+
+
+# The most arrays that `Devices.fetch_rows` joins on a device. Each number is compiled once, and
+# compiling a large one takes seconds.
+MAX_JOINED = 64
 
 
 class Compiled:
@@ -248,3 +254,11 @@ class Devices:
         if self.axis_name is None:
             return jax.tree.map(lambda x: np.array(x), tree)
         return jax.tree.map(lambda x: np.array(x.addressable_data(0))[0], tree)
+
+    def fetch_rows(self, arrays: Sequence[Any], columns: int) -> np.ndarray:
+        """Returns replicated arrays of rows [..., columns], one below the other, [n, columns]. One
+        transfer fetches up to `MAX_JOINED` arrays."""
+        local = [x if self.axis_name is None else x.addressable_data(0) for x in arrays]
+        groups = (local[i : i + MAX_JOINED] for i in range(0, len(local), MAX_JOINED))
+        joined = jax.device_get([jnp.concatenate([x.ravel() for x in group]) for group in groups])
+        return np.concatenate(joined).reshape(-1, columns)

@@ -5,6 +5,7 @@ The loop uses a stage only through the interface in stage.py.
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import signal
 from collections.abc import Callable, Sequence
@@ -30,7 +31,7 @@ from taming_jax.training.log import Log
 from taming_jax.training.meter import Meter, Tracer
 from taming_jax.training.signals import Signals
 from taming_jax.training.stage import Stage
-from taming_jax.training.state import TrainState, copy_buffers
+from taming_jax.training.state import Metrics, TrainState, copy_buffers
 from taming_jax.training.weights import (
     describe_loaded,
     describe_mismatches,
@@ -167,7 +168,7 @@ class Loop:
         self.log_every = self.settings.log_every or max(self.steps // 1000, 1)
         self.draw_every = self.settings.draw_every or max(self.steps // 20, 1)
         self.restart = restart
-        self.pending: list[tuple[int, dict[str, Any]]] = []
+        self.pending: list[tuple[int, Metrics]] = []
         self.signal_maxima: list[jax.Array] = []
         self.skipped = self.skipped_in_a_row = 0
 
@@ -302,8 +303,7 @@ class Loop:
     def _log_pending(self) -> None:
         """Fetches the metrics of the steps since the last row of the log, and logs their means.
         Reports skipped steps, and raises RunFailed if too many in a row were skipped."""
-        window = [(step, self.devices.fetch(metrics)) for step, metrics in self.pending]
-        self.pending = []
+        window = self._fetch_pending()
         if not window:
             return
         finite: list[dict[str, Any]] = []
@@ -329,6 +329,16 @@ class Loop:
             last, self._epoch(last), "train", means, self.stage.count_flops(last - 1)
         )
 
+    def _fetch_pending(self) -> list[tuple[int, dict[str, Any]]]:
+        """Returns the pending steps and their metrics, which are then no longer pending."""
+        pending, self.pending = self.pending, []
+        window: list[tuple[int, dict[str, Any]]] = []
+        for names, group in itertools.groupby(pending, key=lambda item: item[1].names):
+            steps, metrics = zip(*group, strict=True)
+            rows = self.devices.fetch_rows([x.values for x in metrics], len(names))
+            window += zip(steps, Metrics(rows, names).unpack(), strict=True)
+        return window
+
     def _raise_not_finite(self, step: int, names: str) -> None:
         self.store.wait()
         saved, allowed = self.store.steps(), self.settings.skipped_in_a_row
@@ -346,13 +356,22 @@ class Loop:
     ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
         """Validates the state and logs the metrics. Returns the sums over the split and the
         metrics."""
-        size, sums = self.validation.size, None
+        size = self.validation.size
+        sums: dict[str, np.ndarray] = {}
+        dispatched: list[dict[str, jax.Array]] = []
+
+        def add(batch_sums: dict[str, jax.Array]) -> None:
+            for name, value in self.devices.fetch(batch_sums).items():
+                sums[name] = sums[name] + value if name in sums else value
+
         with Progress("validation", size, "images") as progress:
             for batch in self.validation.iterate_once():
-                batch_sums = self.devices.fetch(self.stage.eval_step(state, batch))
-                sums = batch_sums if sums is None else jax.tree.map(np.add, sums, batch_sums)
-                progress.update(self.settings.batch_size)
-        assert sums is not None  # a split has at least one image
+                dispatched.append(self.stage.eval_step(state, batch))
+                # Fetch the sums of the previous batch, while the device computes this one.
+                if len(dispatched) > 1:
+                    add(dispatched.pop(0))
+                    progress.update(self.settings.batch_size)
+            add(dispatched.pop())
         metrics = self.stage.summarize(sums)
         if measure_fd:
             metrics[FD] = self.stage.compute_fd(state)

@@ -33,6 +33,7 @@ from taming_jax.training.state import (
     CODES,
     DROPOUT,
     LABELS,
+    Metrics,
     Net,
     TrainState,
     add_clipping,
@@ -82,7 +83,7 @@ def train_step(
     axis_name: str | None,
     state: TrainState,
     arrays: dict[str, Any],
-) -> tuple[TrainState, dict[str, Any]]:
+) -> tuple[TrainState, Metrics]:
     """Takes one step of a run of `steps` steps on a batch of codes, and returns the new state and
     the metrics. This is a pure function."""
     prior, seed = config.prior, config.seed

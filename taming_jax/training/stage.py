@@ -16,7 +16,7 @@ from taming_jax.metrics.monitor import ValidationFD
 from taming_jax.parallel import distributed
 from taming_jax.parallel.devices import Compiled, Devices, resolve_dtype
 from taming_jax.training.accumulate import count_loop_iterations
-from taming_jax.training.state import TrainState
+from taming_jax.training.state import Metrics, TrainState
 
 
 def select_dtype(config: Config, created: Config | None) -> Config:
@@ -99,7 +99,7 @@ class Stage(abc.ABC):
         flops = self.select_step(step).flops
         return flops and flops * count_loop_iterations(self.settings.micro_batches)
 
-    def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
+    def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """Returns the state after a step and the step's metrics. The old state is donated."""
         return self.select_step(batch.step)(state, batch.arrays)
 

@@ -1,11 +1,12 @@
 """The training state, and the random keys and schedules that both stages use."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 
@@ -59,12 +60,32 @@ class TrainState(struct.PyTreeNode):
     skipped: jax.Array = struct.field(default_factory=lambda: jnp.zeros((), jnp.int32))
 
 
+class Metrics(struct.PyTreeNode):
+    """The metrics of a step: `values` float32 [m] in the order of `names`. They are one array,
+    because each array that a step returns takes time, however small it is."""
+
+    values: jax.Array | np.ndarray
+    names: tuple[str, ...] = struct.field(pytree_node=False)
+
+    @classmethod
+    def pack(cls, metrics: Mapping[str, jax.Array]) -> "Metrics":
+        """Packs scalars, sorted by name."""
+        names = sorted(metrics)
+        values = [jnp.asarray(metrics[name], jnp.float32) for name in names]
+        return cls(jnp.stack(values), tuple(names))
+
+    def unpack(self) -> list[dict[str, Any]]:
+        """Returns a dictionary per step, for `values` [m] or [n,m]."""
+        rows = np.reshape(self.values, (-1, len(self.names)))
+        return [dict(zip(self.names, row, strict=True)) for row in rows]
+
+
 def apply_if_finite(
     state: TrainState,
     nets: dict[str, Net],
     metrics: dict[str, jax.Array],
     must_be_finite: Sequence[str],
-) -> tuple[TrainState, dict[str, jax.Array]]:
+) -> tuple[TrainState, Metrics]:
     """Returns the state after a step, and its metrics with the number of skipped steps so far.
 
     `nets` are the updated networks. If any of the metrics named in `must_be_finite` (losses and
@@ -75,7 +96,7 @@ def apply_if_finite(
     nets = jax.tree.map(lambda new, old: jnp.where(finite, new, old), nets, state.nets)
     skipped = state.skipped + jnp.where(finite, 0, 1)
     new_state = TrainState(state.step + 1, nets, skipped)
-    return new_state, metrics | {"skipped": skipped.astype(jnp.float32)}
+    return new_state, Metrics.pack(metrics | {"skipped": skipped})
 
 
 def ema_update(average: Any, value: Any, decay: float, n: jax.Array) -> Any:

@@ -29,6 +29,7 @@ from taming_jax.training.state import (
     CODES,
     FAKE,
     REAL,
+    Metrics,
     Net,
     TrainState,
     add_clipping,
@@ -141,12 +142,12 @@ class VQGANStage(Stage):
 
         return create()
 
-    def build_step(self, adversarial: bool) -> Callable[..., tuple[TrainState, Any]]:
+    def build_step(self, adversarial: bool) -> Callable[..., tuple[TrainState, Metrics]]:
         """Returns the pure function step(state, arrays, lpips_params) -> (state, metrics) for the
         time before (False) or after (True) the discriminator starts."""
         settings = self.config.vqgan
 
-        def step(state: TrainState, arrays: Any, lpips_params: Any) -> tuple[TrainState, Any]:
+        def step(state: TrainState, arrays: Any, lpips_params: Any) -> tuple[TrainState, Metrics]:
             generator, discriminator = state.nets["generator"], state.nets["discriminator"]
 
             def make_keys(purpose: int) -> jax.Array:

@@ -16,7 +16,7 @@ from taming_jax.data.augment import augment
 from taming_jax.data.batches import ResidentFeed, gather_batch
 from taming_jax.data.pixels import to_float
 from taming_jax.errors import UserError
-from taming_jax.parallel.devices import Devices, get_compute_capability, resolve_dtype
+from taming_jax.parallel.devices import MAX_JOINED, Devices, get_compute_capability, resolve_dtype
 from taming_jax.training.checkpoints import Store
 from taming_jax.training.state import AUGMENTATION, copy_buffers, make_example_keys
 from taming_jax.training.vqgan import VQGANStage
@@ -37,6 +37,17 @@ def test_later_steps_do_not_change_fetched_arrays():
         before = devices.fetch(state)
         state = step(state, devices.shard(np.ones(4, np.float32)))
         assert (before == 0).all() and (devices.fetch(state) == 4 / count).all()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_rows_are_fetched_in_order(count):
+    """The arrays hold one row or three, and are more than are joined on a device."""
+    devices, n = Devices(count), MAX_JOINED + 6
+    shapes = [(2,) if i % 2 else (3, 2) for i in range(n)]
+    rows = [np.full(shape, i, np.float32) for i, shape in enumerate(shapes)]
+    expected = np.concatenate([x.reshape(-1, 2) for x in rows])
+    fetched = devices.fetch_rows([devices.replicate(x) for x in rows], 2)
+    np.testing.assert_array_equal(fetched, expected)
 
 
 def test_auto_means_bfloat16_where_all_gpus_have_it(monkeypatch):
@@ -197,5 +208,6 @@ def test_a_small_run_takes_the_same_step_on_several_devices(small_workdir, count
         }
         extra = {name: net.extra for name, net in state.nets.items()}
         results[current] = stage.devices.fetch((metrics, moments, extra, state.step))
-    assert results[1][0]["adaptive_weight"] > 0 and results[1][3] == 5
+        (metrics,) = results[current][0].unpack()
+    assert metrics["adaptive_weight"] > 0 and results[1][3] == 5
     golden.assert_trees_close(results[count], results[1], f"{count} devices ", 1e-5, 1e-6)

@@ -18,7 +18,7 @@ from taming_jax.data.datasets import Split
 from taming_jax.errors import Interrupted, RunFailed, UserError
 from taming_jax.training import loop
 from taming_jax.training.checkpoints import Store
-from taming_jax.training.state import Net, TrainState
+from taming_jax.training.state import Metrics, Net, TrainState
 from taming_jax.training.writers import read_rows
 
 SPLIT = Split(np.zeros((20, 1, 1, 1), np.uint8), np.zeros(20, np.int32))
@@ -57,8 +57,8 @@ class Parabola:
         nll = jnp.where(broken, jnp.nan, step.astype(jnp.float32))
         skipped = state.skipped + broken
         metrics = {"loss": nll, "l1": nll, "generator_gradient": nll}
-        metrics["skipped"] = skipped.astype(jnp.float32)
-        return state.replace(step=step, skipped=skipped), metrics
+        metrics["skipped"] = skipped
+        return state.replace(step=step, skipped=skipped), Metrics.pack(metrics)
 
     def eval_step(self, state, batch):
         return {
@@ -193,7 +193,8 @@ def test_a_non_finite_metric_that_is_not_a_loss_is_left_out_of_the_log(tmp_path)
         def train_step(self, state, batch):
             state, metrics = super().train_step(state, batch)
             step = int(state.step)
-            return state, metrics | {"perplexity": jnp.float32(np.nan if step in (3, 5) else step)}
+            perplexity = np.float32(np.nan if step in (3, 5) else step)
+            return state, Metrics.pack(metrics.unpack()[0] | {"perplexity": perplexity})
 
     overrides = {f"vqgan.{name}": value for name, value in CADENCES.items()}
     overrides |= {"vqgan.skipped_in_a_row": 0, "vqgan.steps": 10, "vqgan.batch_size": 4}

@@ -131,7 +131,7 @@ def test_a_step_drops_labels_and_corrupts_codes(vqgan_workdir):
     logits = np.asarray(stage.model.apply({"params": params}, tokens), np.float64)
     log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     nll = -np.take_along_axis(log_probs, codes[..., None], -1).mean()
-    assert metrics["nll"] == pytest.approx(nll, rel=1e-5)
+    assert metrics.unpack()[0]["nll"] == pytest.approx(nll, rel=1e-5)
 
 
 def test_a_non_finite_step_is_skipped(vqgan_workdir):
@@ -141,7 +141,8 @@ def test_a_non_finite_step_is_skipped(vqgan_workdir):
     params = state.nets["transformer"].params
     params["head"] = params["head"].at[0, 0].set(jnp.inf)
     before = jax.tree.map(np.array, state)
-    after, metrics = stage.train_step(state, feed.batch(0))
+    after, packed = stage.train_step(state, feed.batch(0))
+    (metrics,) = packed.unpack()
     assert not np.isfinite(metrics["nll"]) and metrics["skipped"] == 1
     assert (int(after.step), int(after.skipped)) == (1, 1)
     jax.tree.map(np.testing.assert_array_equal, after.nets, before.nets)

@@ -76,9 +76,10 @@ def test_a_non_finite_step_changes_only_the_counts():
     ):
         arrays = {key: jnp.float32(value) for key, value in metrics.items()}
         step = jax.jit(functools.partial(apply_if_finite, must_be_finite=tuple(arrays)))
-        after, new_metrics = step(before, {"generator": make_net(5.0)}, arrays)
+        after, packed = step(before, {"generator": make_net(5.0)}, arrays)
+        (new_metrics,) = packed.unpack()
         assert (after.step, after.skipped, new_metrics["skipped"]) == (8, 2 + skipped, 2 + skipped)
-        assert after.skipped.dtype == jnp.int32 and new_metrics["skipped"].dtype == jnp.float32
+        assert after.skipped.dtype == jnp.int32 and packed.values.dtype == jnp.float32
         assert new_metrics.keys() == {"loss", "norm", "skipped"}
         for leaf in jax.tree.leaves(after.nets):
             assert (leaf == (1 if skipped else 5)).all()
@@ -92,7 +93,8 @@ def test_a_non_finite_metric_that_is_not_a_loss_does_not_skip_a_step():
         "gradient": jnp.float32(2),
         "perplexity": jnp.float32(jnp.nan),
     }
-    state, new_metrics = apply_if_finite(before, after, metrics, ("loss", "gradient"))
+    state, packed = apply_if_finite(before, after, metrics, ("loss", "gradient"))
+    (new_metrics,) = packed.unpack()
     assert (state.skipped, new_metrics["skipped"]) == (2, 2)
     assert (state.nets["generator"].params["w"] == 0).all() and jnp.isnan(new_metrics["perplexity"])
 
