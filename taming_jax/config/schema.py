@@ -112,18 +112,20 @@ class StageConfig:
     """The number of parts into which a batch is divided to save memory. Their gradients are
     accumulated."""
     eval_every: int | None = free(None, COUNT)
-    """The number of steps between validations. Default: one epoch."""
+    """The number of steps between validations. Default: a fiftieth of the run, but at least one
+    epoch and 100 steps."""
     fd_every: int | None = setting(None, COUNT)
     """The number of steps between validations that also compute the Fréchet distance, with VGG16
     features, between the validation split and its reconstructions (stage 2: samples). The best
     checkpoint is then the one with the smallest distance. Default: never."""
     checkpoint_every: int | None = free(None, COUNT)
-    """The number of steps between checkpoints. Default: one epoch."""
+    """The number of steps between checkpoints. Default: a twentieth of the run, but at least one
+    epoch and 100 steps. A checkpoint is also written if the last one is ten minutes old."""
     log_every: int | None = free(None, COUNT)
     """The number of steps between lines of the log. Default: a thousandth of the run."""
     draw_every: int | None = free(None, COUNT)
-    """The minimum number of steps between updates of the figures. Default: a twentieth of the
-    run."""
+    """The minimum number of steps between updates of the figures, which follow a validation.
+    Default: a tenth of the run, but at least one epoch and 100 steps."""
     profile: tuple[int, int] | None = free(None)
     """The first and the last step, counted from 1, to trace with jax.profiler. Default: no
     trace."""

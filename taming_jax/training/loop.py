@@ -5,9 +5,11 @@ The loop uses a stage only through the interface in stage.py.
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
 import signal
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -38,6 +40,8 @@ from taming_jax.training.weights import (
     load_matching_weights,
 )
 from taming_jax.training.writers import open_writers, read_rows
+
+CHECKPOINT_SECONDS = 600  # a checkpoint is written if the last one is older
 
 
 def check_processes(config: Config) -> None:
@@ -147,6 +151,13 @@ def average_metrics(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     return means
 
 
+def space_evenly(times: int, epoch: int, steps: int) -> int:
+    """Returns the default number of steps between validations, checkpoints, or figures, of which a
+    run of `steps` steps should have at most `times`: at least an epoch, and at least 100 steps, so
+    that a device does not wait for them most of the time if epochs are short."""
+    return max(math.ceil(steps / times), epoch, 100)
+
+
 def metric_order(name: str) -> tuple[bool, bool]:
     """Returns a sort key for metrics: single losses first, then their sums, then gradients."""
     return name.endswith("_gradient"), name in ("reconstruction_loss", "nll", "loss")
@@ -162,11 +173,13 @@ class Loop:
         self.training, self.validation = stage.build_feeds()
         self.steps = self.settings.total_steps(self.training.size)
         steps_per_epoch = math.ceil(self.training.size / self.settings.batch_size)
-        self.eval_every = self.settings.eval_every or steps_per_epoch
+        space = functools.partial(space_evenly, steps=self.steps, epoch=steps_per_epoch)
+        self.eval_every = self.settings.eval_every or space(50)
         self.fd_every = self.settings.fd_every
-        self.checkpoint_every = self.settings.checkpoint_every or steps_per_epoch
+        self.checkpoint_every = self.settings.checkpoint_every or space(20)
         self.log_every = self.settings.log_every or max(self.steps // 1000, 1)
-        self.draw_every = self.settings.draw_every or max(self.steps // 20, 1)
+        self.draw_every = self.settings.draw_every or space(10)
+        self.last_saved = time.monotonic()
         self.restart = restart
         self.pending: list[tuple[int, Metrics]] = []
         self.signal_maxima: list[jax.Array] = []
@@ -260,6 +273,11 @@ class Loop:
             stop = self._agree_on_signal()
             if save or stop is not None:
                 self._log_pending()
+            # The clock may add a checkpoint at a step that has a row in the log: if the run resumes
+            # from it, its rows are the same. It never adds a validation, which would make the
+            # choice of the best checkpoint depend on the speed of the machine.
+            overdue = time.monotonic() - self.last_saved >= CHECKPOINT_SECONDS
+            if save or stop is not None or (overdue and not self.pending):
                 self._save(state, done, score_metrics)
             if stop is not None and not last:
                 self._require_checkpoint(done)
@@ -288,6 +306,7 @@ class Loop:
         return int(self.devices.fetch(self.signal_maxima.pop(0))) or None
 
     def _save(self, state: TrainState, done: int, metrics: dict[str, float] | None) -> None:
+        self.last_saved = time.monotonic()
         if distributed.is_primary():
             self.store.save(done, self.devices.fetch(state), self.config, metrics)
 

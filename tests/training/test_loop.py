@@ -122,9 +122,28 @@ def test_the_best_checkpoint_has_the_smallest_distance_if_fd_every_is_set(tmp_pa
     assert store.steps() == [4, 8, 10] and store.best() == (4, 1)
 
 
-def test_the_loop_validates_once_per_epoch_by_default(tmp_path):
-    stage = train(tmp_path, eval_every=None, checkpoint_every=None, steps=None, epochs=2)
-    assert stage.evaluated == [5, 10]
+def test_short_epochs_are_not_validated_and_saved_one_by_one(tmp_path):
+    """An epoch has 5 steps."""
+    defaults = {"eval_every": None, "checkpoint_every": None, "draw_every": None}
+    stage = train(tmp_path, stage={"best": 220}, steps=None, epochs=64, **defaults)
+    assert stage.evaluated == [100, 200, 300, 320] and stage.drawn == [100, 200, 300, 320]
+    assert Store(tmp_path, "vqgan").steps() == [200, 300, 320]
+    # A long run has at most 50 validations, and a long epoch has one.
+    assert loop.space_evenly(50, 5, 20_001) == 401
+    assert loop.space_evenly(50, 900, 20_001) == 900
+
+
+def test_the_clock_adds_checkpoints_but_neither_validations_nor_rows(tmp_path, monkeypatch):
+    settings = CADENCES | {"checkpoint_every": 10, "eval_every": 6}
+    train(tmp_path / "fast", **settings)
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0)
+    stage = train(tmp_path / "slow", **settings)
+    saved, rows = [], []
+    for name in ("fast", "slow"):
+        saved.append(Store(tmp_path / name, "vqgan").steps())
+        rows.append(read_rows(tmp_path / name / "metrics" / "vqgan.jsonl"))
+    # A checkpoint is due after every step, but only even steps are logged.
+    assert saved == [[6, 10], [6, 8, 10]] and rows[0] == rows[1] and stage.evaluated == [6, 10]
 
 
 def test_a_resume_remembers_the_best_step_and_a_restart_forgets_it(tmp_path, capsys):
