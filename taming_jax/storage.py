@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import hashlib
-import io
 import json
 import os
 import socket
@@ -78,16 +77,21 @@ def atomic_write(path: Path, content: bytes) -> None:
 
 
 def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Caches arrays in an .npz file. Does nothing if the file cannot be written."""
-    content = io.BytesIO()
-    np.savez(content, **cast(dict[str, Any], arrays))
+    """Writes arrays to an .npz file, completely or not at all. Raises OSError if it cannot be
+    written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as partial, partial.open("wb") as file:
+        np.savez(file, **cast(dict[str, Any], arrays))
+
+
+def cache_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Writes arrays like `write_arrays`, but does nothing if they cannot be written."""
     with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(path, content.getvalue())
+        write_arrays(path, arrays)
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
-    """Returns the arrays that `write_arrays` cached, or None if the file is missing or damaged."""
+    """Returns the arrays of an .npz file, or None if it is missing or damaged."""
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as content:
             return {name: content[name] for name in content}

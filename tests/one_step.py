@@ -21,11 +21,10 @@ from taming_jax.config.load import load_config
 from taming_jax.data.batches import gather_batch
 from taming_jax.errors import report
 from taming_jax.parallel import distributed
-from taming_jax.parallel.devices import Devices
+from taming_jax.parallel.devices import Devices, copy_buffers
 from taming_jax.parallel.distributed import Processes
 from taming_jax.training.checkpoints import Store
 from taming_jax.training.prior import PriorStage
-from taming_jax.training.state import copy_buffers
 from taming_jax.training.vqgan import VQGANStage
 
 STAGES = {"vqgan": VQGANStage, "prior": PriorStage}

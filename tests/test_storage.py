@@ -10,11 +10,11 @@ import pytest
 from taming_jax.errors import UserError
 from taming_jax.storage import (
     atomic_write,
+    cache_arrays,
     create_run_folders,
     folder_lock,
     read_arrays,
     user_cache,
-    write_arrays,
 )
 from tests import commands
 
@@ -96,13 +96,13 @@ def test_arrays_are_written_if_there_is_space_and_damaged_files_are_ignored(
 ):
     file = tmp_path / "new" / "arrays.npz"
     arrays = {"a": np.arange(5000), "b": np.ones((2, 3), np.float32)}
-    write_arrays(file, arrays)
+    cache_arrays(file, arrays)
     stored = read_arrays(file)
     for name, array in arrays.items():
         np.testing.assert_array_equal(stored[name], array)
     content = file.read_bytes()
     limit_file_size(1000)
-    write_arrays(tmp_path / "other.npz", arrays)
+    cache_arrays(tmp_path / "other.npz", arrays)
     assert not (tmp_path / "other.npz").exists()
     assert read_arrays(tmp_path / "other.npz") is None
     for damaged in (content[: len(content) // 2], content[:300] + b"x" + content[301:], b""):

@@ -11,7 +11,7 @@ import numpy as np
 
 from taming_jax.errors import UserError
 
-FORMAT = 7
+FORMAT = 8
 
 Arrays = dict[tuple[str, ...], np.ndarray]
 
@@ -72,10 +72,11 @@ def add_attention_dropout(config: dict[str, Any]) -> dict[str, Any]:
 
 # Functions that migrate a config's settings and a checkpoint's arrays from each format to the next.
 SETTINGS_MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
-    1: dict, 2: dict, 3: dict, 4: remove_used_codes, 5: rename_settings, 6: add_attention_dropout
+    1: dict, 2: dict, 3: dict, 4: remove_used_codes, 5: rename_settings, 6: add_attention_dropout,
+    7: dict,
 }  # fmt: skip
 ARRAY_MIGRATIONS: dict[int, Callable[[Arrays], Arrays]] = {
-    1: add_skipped, 2: dict, 3: dict, 4: dict, 5: dict, 6: dict
+    1: add_skipped, 2: dict, 3: dict, 4: dict, 5: dict, 6: dict, 7: dict
 }  # fmt: skip
 
 MICRO_BATCH_FORMAT = 4  # the first with one adaptive weight per micro-batch in stage 1

@@ -168,11 +168,12 @@ def write_run(folder: Path, model: Model, networks: Mapping[str, Any]) -> None:
         }
     if "transformer" in networks:
         transformer = {"params": networks["transformer"]}
-        stages["prior"] = {"generator": generator, "transformer": transformer}
+        stages["prior"] = {"transformer": transformer}
     with create_run(folder) as partial:
         for name, nets in stages.items():
             dataset = {"class_names": list(model.class_names)} if name == "prior" else None
-            store = Store(partial, name, dataset=dataset)
+            frozen = {"generator": networks["generator"]} if name == "prior" else None
+            store = Store(partial, name, dataset=dataset, frozen=frozen)
             state = {"step": np.zeros((), np.int32), "skipped": np.zeros((), np.int32)}
             store.save(0, state | {"nets": nets}, model.config, None, weights_only=True)
             store.require(0)

@@ -16,7 +16,7 @@ from taming_jax.data.batches import permute_epoch
 from taming_jax.data.datasets import Split
 from taming_jax.data.pixels import to_float
 from taming_jax.progress import Progress
-from taming_jax.storage import read_arrays, write_arrays
+from taming_jax.storage import cache_arrays, read_arrays
 
 FEATURES = 128
 EPOCHS, BATCH, RATE = 3, 128, 2e-3
@@ -87,5 +87,5 @@ def load_or_train(file: Path, train: Split, classes: int) -> Any:
     arrays = read_arrays(file)
     if arrays is None:
         arrays = traverse_util.flatten_dict(train_classifier(train, classes), sep="/")
-        write_arrays(file, arrays)
+        cache_arrays(file, arrays)
     return traverse_util.unflatten_dict(arrays, sep="/")

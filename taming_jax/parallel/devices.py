@@ -61,6 +61,18 @@ def map_batches(apply: Callable[[Any], Any], arrays: Any, size: int) -> Any:
 MAX_JOINED = 64
 
 
+@jax.jit
+def copy_buffers(tree: Any) -> Any:
+    """Copies a tree into new buffers. JAX crashes if a donated state holds a buffer twice."""
+    return jax.tree.map(jnp.copy, tree)
+
+
+@jax.jit
+def copy_first_rows(tree: Any) -> Any:
+    """Copies the first rows of the arrays of a tree into new buffers."""
+    return jax.tree.map(lambda x: jnp.copy(x[0]), tree)
+
+
 class Compiled:
     """A function of a state and arrays, whose frozen arguments are bound. `prepare` or the first
     call compiles it."""
@@ -156,6 +168,15 @@ class Devices:
             return stats["bytes_limit"]
         machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return machine // len(self.list)
+
+    def describe(self) -> dict[str, Any]:
+        """Returns the environment of a run, on which rounding errors depend: the devices, the
+        processes, the cores that this process may use, and the versions of the packages."""
+        return {
+            "devices": len(self), "device_kind": self.list[0].device_kind,
+            "processes": distributed.process_count(), "cores": distributed.count_cores(),
+            "versions": distributed.get_versions(),
+        }  # fmt: skip
 
     def get_local_rows(self, batch_size: int) -> slice:
         """Returns the rows of a batch that this process reads."""
@@ -254,6 +275,13 @@ class Devices:
         if self.axis_name is None:
             return jax.tree.map(lambda x: np.array(x), tree)
         return jax.tree.map(lambda x: np.array(x.addressable_data(0))[0], tree)
+
+    def snapshot(self, tree: Any) -> Any:
+        """Returns a copy of a replicated tree on one device, without waiting for it. Later steps do
+        not change it, although they overwrite the buffers of the tree."""
+        if self.axis_name is None:
+            return copy_buffers(tree)
+        return copy_first_rows(jax.tree.map(lambda x: x.addressable_data(0), tree))
 
     def fetch_rows(self, arrays: Sequence[Any], columns: int) -> np.ndarray:
         """Returns replicated arrays of rows [..., columns], one below the other, [n, columns]. One

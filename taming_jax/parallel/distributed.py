@@ -199,6 +199,12 @@ def describe_differences(left: dict[str, Any], right: dict[str, Any]) -> list[st
 PACKAGES = ("taming_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
+def count_cores() -> int | None:
+    """Returns the number of cores that this process may use."""
+    has_affinity = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
+
+
 def get_versions() -> dict[str, str]:
     """Returns the versions of Python and of the packages that affect the results."""
     versions = {"Python": platform.python_version()}

@@ -17,6 +17,7 @@ except ImportError:  # this JAX lacks the private function; assume that it has n
 
 from taming_jax.config.schema import Config
 from taming_jax.errors import UserError
+from taming_jax.parallel import distributed
 from taming_jax.storage import user_cache
 
 # Implies --xla_gpu_exclude_nondeterministic_ops and disables autotuning (openxla/xla 12520).
@@ -78,7 +79,6 @@ def get_machine_key() -> str:
         cpu = sorted({line for line in lines if line.startswith(names)})
     except OSError:
         cpu = [platform.machine(), platform.processor()]
-    has_affinity = hasattr(os, "sched_getaffinity")
-    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
-    key = hashlib.sha256("\n".join([*cpu, str(cores)]).encode()).hexdigest()[:12]
+    properties = "\n".join([*cpu, str(distributed.count_cores())])
+    key = hashlib.sha256(properties.encode()).hexdigest()[:12]
     return f"jax-{jax.__version__}-{key}"

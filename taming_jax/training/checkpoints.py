@@ -2,23 +2,26 @@
 
 The checkpoints of a stage are in `checkpoints/NAME/STEP`. Each is one atomic commit of two items:
 `state` holds the arrays by name, and `about` holds the metadata, which are the format number, the
-hash of each array, the config, the metrics, and the fingerprint of the dataset. A commit is either
-complete or absent, but Orbax does not detect corrupted bytes when it restores arrays, so `read`
-compares the hashes.
+hash of each array, the config, the metrics, the fingerprint of the dataset, and the environment. A
+commit is either complete or absent, but Orbax does not detect corrupted bytes when it restores
+arrays, so `read` compares the hashes.
+
+A network that the stage uses but does not train is the same in all its checkpoints. It is stored
+once, in `checkpoints/NAME/frozen/HASH.npz` (see frozen.py), and the metadata name the hash.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import json
 import math
 import shlex
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import orbax.checkpoint as ocp
 from flax import traverse_util
 
 from taming_jax.config.load import diff_configs, parse_settings
@@ -35,7 +38,8 @@ from taming_jax.config.serialization import to_dict
 from taming_jax.data.datasets import fingerprint_diff
 from taming_jax.errors import RunFailed, UserError, say
 from taming_jax.storage import hash_json
-from taming_jax.training.orbax_handlers import PRIMARY_ONLY, arrays_handler, describe_failure
+from taming_jax.training.frozen import FrozenNetworks
+from taming_jax.training.orbax_handlers import describe_failure, read_state, write_checkpoint
 from taming_jax.training.weights import describe_loaded, load_matching_weights
 from taming_jax.weights.arrays import digest, fill, flatten_arrays
 
@@ -54,9 +58,10 @@ def advise_on_settings(run: Path) -> str:
 class Checkpoint(NamedTuple):
     """The content of a checkpoint.
 
-    `arrays` are named by their paths. `config` is that of the run. `dataset` is the fingerprint of
-    the training data (data/datasets.py), or None if that is not known. `weights_only` is true if
-    there are no optimizer states. `format` is the format number (config/migrations.py).
+    `arrays` are named by their paths and include those of frozen networks. `config` is that of the
+    run. `dataset` is the fingerprint of the training data (data/datasets.py), or None if that is
+    not known. `weights_only` is true if there are no optimizer states. `format` is the format
+    number (config/migrations.py).
     """
 
     step: int
@@ -83,8 +88,9 @@ class Store:
     the lowest Fréchet distance if the run measures it, else the lowest `best_metric`.
 
     `dataset` is the fingerprint (data/datasets.py) of the training data. Each checkpoint stores it,
-    and a resumed run must have the same one. `say` is called with a sentence if a checkpoint is
-    damaged or cannot be written.
+    and a resumed run must have the same one. `frozen` holds the parameters of networks that are not
+    trained, by the networks' names. Checkpoints also store the `environment`, a description of the
+    devices. `say` is called with a sentence if a checkpoint is damaged or cannot be written.
     """
 
     def __init__(
@@ -93,10 +99,14 @@ class Store:
         name: str,
         best_metric: str = "nll",
         dataset: dict[str, Any] | None = None,
+        frozen: Mapping[str, Any] | None = None,
+        environment: dict[str, Any] | None = None,
     ):
         self.folder, self.path = folder, folder.absolute() / "checkpoints" / name
-        self._best_metric, self._dataset = best_metric, dataset
-        self._writing: tuple[int, ocp.AsyncCheckpointer] | None = None
+        self._best_metric, self._dataset, self._environment = best_metric, dataset, environment
+        self._frozen = FrozenNetworks(self.path / "frozen", frozen or {})
+        self._executor = concurrent.futures.ThreadPoolExecutor(1)
+        self._writing: tuple[int, concurrent.futures.Future[None]] | None = None
         self._failure = ""
         self.say: Callable[[str], None] = say
 
@@ -138,61 +148,51 @@ class Store:
         metrics: dict[str, float] | None,
         weights_only: bool = False,
     ) -> None:
-        """Starts writing a checkpoint asynchronously. `wait` and the next save wait for it.
+        """Starts writing a checkpoint in a thread. `wait` and the next save wait for it.
 
-        Does nothing if the step has a checkpoint already. The arrays of `state` must not change
-        until the checkpoint is written. `weights_only` marks a checkpoint without optimizer states.
-        If the checkpoint cannot be written, `say` reports it, and earlier checkpoints stay.
+        Does nothing if the step has a checkpoint already. `state` holds arrays of numpy or JAX,
+        which must not change until the checkpoint is written. `weights_only` marks a checkpoint
+        without optimizer states. If the checkpoint cannot be written, `say` reports it, and earlier
+        checkpoints stay.
         """
         self.wait()
         if step in self.steps():
             return
-        arrays = {path: np.asarray(x) for path, x in flatten_arrays(state).items()}
         metadata: dict[str, Any] = {
             "format": FORMAT,
-            "hashes": {"/".join(path): digest(array) for path, array in arrays.items()},
             "config": to_dict(config),
             "metrics": metrics,
             "score": None if metrics is None else self.score(metrics),
             "dataset": self._dataset,
+            "frozen": self._frozen.hashes,
+            "environment": self._environment,
         }
         if weights_only:
             metadata["weights_only"] = True
+        self._writing = step, self._executor.submit(self._write, step, state, metadata)
+
+    def _write(self, step: int, state: Any, metadata: dict[str, Any]) -> None:
+        """Writes a checkpoint, and deletes all others except the last two and the best. Fetching
+        the arrays from a device, hashing and writing them takes a large model a second or more,
+        during which the device can continue to train."""
+        arrays = {path: np.asarray(x) for path, x in flatten_arrays(state).items()}
+        metadata["hashes"] = {"/".join(path): digest(array) for path, array in arrays.items()}
         metadata["hash"] = hash_json(metadata)
-        handler = ocp.CompositeCheckpointHandler(
-            state=arrays_handler(),
-            about=ocp.JsonCheckpointHandler(multiprocessing_options=PRIMARY_ONLY),
-            composite_options=ocp.CompositeOptions(multiprocessing_options=PRIMARY_ONLY),
-        )
-        checkpointer = ocp.AsyncCheckpointer(
-            handler,
-            # Otherwise, threads wait for minutes if a folder cannot be created.
-            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
-            multiprocessing_options=PRIMARY_ONLY,
-        )
-        items = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(traverse_util.unflatten_dict(arrays)),
-            about=ocp.args.JsonSave(metadata),
-        )
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._remove_partial()
-            checkpointer.save(self.path / str(step), args=items)
-            self._writing = step, checkpointer
-        except (OSError, ValueError, RuntimeError) as error:
-            self._report_failure(step, error)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._remove_partial()
+        self._frozen.write()
+        write_checkpoint(self.path / str(step), arrays, metadata)
+        for old in set(self.steps()[:-2]) - {self.best()[0]}:
+            shutil.rmtree(self.path / str(old))
 
     def wait(self) -> None:
-        """Waits until the pending checkpoint is on disk, or reports that it could not be written.
-        Then deletes all checkpoints except the last two and the best."""
+        """Waits until the pending checkpoint is on disk, or reports that it could not be
+        written."""
         if self._writing is None:
             return
-        (step, checkpointer), self._writing = self._writing, None
+        (step, written), self._writing = self._writing, None
         try:
-            checkpointer.wait_until_finished()
-            checkpointer.close()
-            for old in set(self.steps()[:-2]) - {self.best()[0]}:
-                shutil.rmtree(self.path / str(old))
+            written.result()
         except (OSError, ValueError, RuntimeError) as error:  # a full disk can raise any of these
             self._report_failure(step, error)
 
@@ -257,15 +257,13 @@ class Store:
         """Reads the checkpoint of a step.
 
         Raises ValueError with a description of the problem if the checkpoint is damaged, and
-        UserError if it is intact but was written by another version of this program.
+        UserError if it is intact but was written by another version of this program, or if a frozen
+        network that it refers to is missing or damaged.
         """
         folder = self.path / str(step)
         metadata = self._read_metadata(step)
         try:
-            tree = ocp.Checkpointer(arrays_handler(), multiprocessing_options=PRIMARY_ONLY).restore(
-                folder / "state"
-            )
-            arrays = {path: np.asarray(x) for path, x in traverse_util.flatten_dict(tree).items()}
+            arrays = read_state(folder)
         except Exception as error:  # Orbax does not document which exceptions damage raises
             raise ValueError(f"it cannot be read ({type(error).__name__})") from error
         if {"/".join(path) for path in arrays} != set(metadata["hashes"]):
@@ -274,8 +272,10 @@ class Store:
             if digest(array) != metadata["hashes"]["/".join(path)]:
                 raise ValueError(f"the array {'.'.join(path)} differs from what was saved")
         format_number = read_format(metadata, folder)
+        arrays = migrate(arrays, format_number, ARRAY_MIGRATIONS)
+        arrays |= self._frozen.read(metadata.get("frozen", {}))
         return Checkpoint(
-            step, migrate(arrays, format_number, ARRAY_MIGRATIONS),
+            step, arrays,
             self._read_config(metadata, step), metadata.get("dataset"),
             metadata.get("weights_only", False), format_number,
         )  # fmt: skip
@@ -380,15 +380,21 @@ class Store:
         """Deletes this stage's checkpoints, and nothing else, for a run that starts over.
 
         A checkpoint with weights only stays, since the run starts from it, unless its settings
-        differ: then it is moved aside, like damaged and incomplete checkpoints.
+        differ: then it is moved aside, like damaged and incomplete checkpoints. Frozen networks to
+        which only deleted checkpoints refer are deleted.
         """
+        unused: set[str] = set()
+        used: set[str] = set()
         for step in self.steps():
             try:
                 metadata = self._read_metadata(step)
             except ValueError:
                 self._move_aside(step, "damaged")
                 continue
-            if not metadata.get("weights_only"):
+            weights_only = metadata.get("weights_only")
+            (used if weights_only else unused).update(metadata.get("frozen", {}).values())
+            if not weights_only:
                 shutil.rmtree(self.path / str(step))
             elif diff_configs(config, self._read_config(metadata, step), sections):
                 self._move_aside(step, "weights-only")
+        self._frozen.delete(unused - used)

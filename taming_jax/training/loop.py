@@ -24,7 +24,7 @@ from taming_jax.config.validation import validate_config
 from taming_jax.data.batches import Batch
 from taming_jax.errors import Interrupted, RunFailed, UserError, say
 from taming_jax.parallel import distributed
-from taming_jax.parallel.devices import Devices
+from taming_jax.parallel.devices import Devices, copy_buffers
 from taming_jax.parallel.runtime import prepare
 from taming_jax.progress import Progress
 from taming_jax.storage import create_run_folders, folder_lock
@@ -33,7 +33,7 @@ from taming_jax.training.log import Log
 from taming_jax.training.meter import Meter, Tracer
 from taming_jax.training.signals import Signals
 from taming_jax.training.stage import Stage
-from taming_jax.training.state import Metrics, TrainState, copy_buffers
+from taming_jax.training.state import Metrics, TrainState
 from taming_jax.training.weights import (
     describe_loaded,
     describe_mismatches,
@@ -77,7 +77,9 @@ def train(build_stage: Callable[..., Stage], config: Config, restart: bool = Fal
         distributed.run_on_primary(lambda: stack.enter_context(folder_lock(folder)) and None)
         stage = build_stage(config, devices, restart)
         config = stage.config
-        store = Store(folder, stage.name, stage.best_metric, stage.dataset)
+        store = Store(
+            folder, stage.name, stage.best_metric, stage.dataset, stage.frozen, devices.describe()
+        )
 
         def load_state(template: TrainState) -> Any:
             create_run_folders(folder)
@@ -119,7 +121,7 @@ def load_initial_weights(
     loaded = load_matching_weights(stage.learned, template, other.arrays)
     say(describe_loaded(loaded, source))
     for sentence in describe_mismatches(
-        stage.learned, config, template, other.config, other.arrays
+        stage.learned, config, stage.frozen, other.config, other.arrays
     ):
         say(f"Warning: {sentence}")
     return cast(TrainState, loaded.state)
@@ -308,7 +310,7 @@ class Loop:
     def _save(self, state: TrainState, done: int, metrics: dict[str, float] | None) -> None:
         self.last_saved = time.monotonic()
         if distributed.is_primary():
-            self.store.save(done, self.devices.fetch(state), self.config, metrics)
+            self.store.save(done, self.devices.snapshot(state), self.config, metrics)
 
     def _require_checkpoint(self, step: int) -> None:
         """Waits, in every process, for a step's checkpoint. Raises RunFailed if it is missing."""

@@ -1,7 +1,7 @@
 """Stage 2: training of the prior over the codes of stage 1.
 
-The generator whose codes the prior predicts is part of the prior's state and checkpoints. The prior
-is therefore unaffected if you continue to train stage 1 or delete its checkpoints.
+The generator whose codes the prior predicts is stored next to the prior's checkpoints. The prior is
+therefore unaffected if you continue to train stage 1 or delete its checkpoints.
 """
 
 import dataclasses
@@ -39,7 +39,6 @@ from taming_jax.training.state import (
     add_clipping,
     apply_if_finite,
     build_schedule,
-    copy_buffers,
     make_example_keys,
 )
 from taming_jax.training.tokens import TokenFeed, Tokenizer
@@ -104,9 +103,7 @@ def train_step(
     nll, gradient = maybe_pmean(means, axis_name)
     metrics = {"nll": nll, "transformer_gradient": optax.tree.norm(gradient)}
     rate = build_prior_schedule(config, steps)(state.step)
-    nets = state.nets | {
-        "transformer": net.apply_gradients(build_optimizer(config), gradient, rate)
-    }
+    nets = {"transformer": net.apply_gradients(build_optimizer(config), gradient, rate)}
     return apply_if_finite(state, nets, metrics, ("nll", "transformer_gradient"))
 
 
@@ -135,7 +132,7 @@ class PriorStage(Stage):
     learned = ("transformer",)
 
     def __init__(self, config: Config, devices: Devices, restart: bool = False):
-        self.generator, generator_config, generator_dataset = distributed.run_on_primary(
+        generator, generator_config, generator_dataset = distributed.run_on_primary(
             lambda: load_generator(config.folder, restart)
         )
         differences = diff_configs(config, generator_config, ("data", "vqgan"))
@@ -146,7 +143,7 @@ class PriorStage(Stage):
                 "stage 1 again, train a new prior on it with --restart."
             )
         config = select_dtype(config, generator_config)
-        super().__init__(config, devices)
+        super().__init__(config, devices, {"generator": generator})
         data_changes = datasets.fingerprint_diff(self.dataset, generator_dataset)
         if data_changes:
             raise UserError(
@@ -166,16 +163,16 @@ class PriorStage(Stage):
 
     def build_feeds(self) -> tuple[TokenFeed, TokenFeed]:
         folder, settings = self.config.folder / "tokens", self.config.prior
-        tokenizer = Tokenizer(folder, self.float32_vqgan, self.generator, self.config, self.devices)
+        tokenizer = Tokenizer(
+            folder, self.float32_vqgan, self.frozen["generator"], self.config, self.devices
+        )
         versions = settings.augmented_versions if uses_augmentation(self.config.data) else 1
         train = TokenFeed(tokenizer, "train", self.splits.train, settings.batch_size, versions)
         validation = TokenFeed(tokenizer, "validation", self.splits.validation, settings.batch_size)
         return train, validation
 
     def init(self, key: jax.Array) -> TrainState:
-        state = init_transformer(self.config, self.model, key)
-        generator = Net(copy_buffers(self.generator), ())
-        return state.replace(nets=state.nets | {"generator": generator})
+        return init_transformer(self.config, self.model, key)
 
     def select_step(self, step: int) -> Compiled:
         return self._step
@@ -223,7 +220,9 @@ class PriorStage(Stage):
         names, columns = self.splits.class_names, 8
         trained = np.unique(self.splits.train.labels)
         classes = trained[datasets.evenly_spaced(len(trained), 10)].astype(np.int32)
-        params = self.devices.fetch({name: net.params for name, net in state.nets.items()})
+        params = {
+            "transformer": self.devices.fetch(state.nets["transformer"].params), **self.frozen
+        }  # fmt: skip
         arrays = {
             "labels": np.repeat(classes, columns),
             "numbers": np.tile(np.arange(columns, dtype=np.int32), len(classes)),

@@ -3,6 +3,7 @@
 import abc
 import dataclasses
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -33,7 +34,9 @@ class Stage(abc.ABC):
     `learned` names the networks that the stage trains. `best_metric` names the validation metric
     that chooses the best checkpoint; lower is better. `dataset` is the fingerprint of the data
     (data/datasets.py). `config` is the run's config, including the values that are fixed when a
-    run is created. `evaluation` computes sums over a batch of the validation split for `summarize`.
+    run is created. `frozen` holds the parameters of the networks that the stage uses, but does not
+    train, and that its checkpoints refer to. `evaluation` computes sums over a batch of the
+    validation split for `summarize`.
     """
 
     name: ClassVar[str]
@@ -41,7 +44,8 @@ class Stage(abc.ABC):
     learned: ClassVar[tuple[str, ...]]
     evaluation: Compiled
 
-    def __init__(self, config: Config, devices: Devices):
+    def __init__(self, config: Config, devices: Devices, frozen: Mapping[str, Any] | None = None):
+        self.frozen = frozen or {}
         self.config, self.devices = config, devices
         settings = self.settings
         devices.check_batch(self.name, settings.batch_size, settings.micro_batches)
@@ -56,6 +60,10 @@ class Stage(abc.ABC):
     def settings(self) -> StageConfig:
         """The stage's section of the config."""
         return getattr(self.config, self.name)
+
+    @functools.cached_property
+    def _placed_frozen(self) -> dict[str, Any]:
+        return self.devices.replicate(dict(self.frozen))
 
     @abc.abstractmethod
     def build_feeds(self) -> tuple[Feed, Feed]:
@@ -112,4 +120,5 @@ class Stage(abc.ABC):
         split. This requires the setting `fd_every`."""
         assert self._monitor is not None
         params = {name: net.eval_params for name, net in state.nets.items()}
+        params |= self._placed_frozen
         return self._monitor.compute(functools.partial(self._make_images, params))

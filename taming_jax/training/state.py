@@ -110,12 +110,6 @@ def ema_update(average: Any, value: Any, decay: float, n: jax.Array) -> Any:
     )
 
 
-@jax.jit
-def copy_buffers(tree: Any) -> Any:
-    """Copies a tree into new buffers. JAX crashes if a donated state holds a buffer twice."""
-    return jax.tree.map(jnp.copy, tree)
-
-
 def build_schedule(settings: StageConfig, steps: int, rate: float) -> optax.Schedule:
     """Returns the learning rate as a function of the run's step, counted from 0: linear warm-up
     from zero to `rate`, then cosine decay. It depends on the run's step, not on the optimizer's own

@@ -24,7 +24,7 @@ from taming_jax.models.vqgan import VQGAN, encode, max_batch
 from taming_jax.parallel import distributed
 from taming_jax.parallel.devices import Devices
 from taming_jax.progress import Progress
-from taming_jax.storage import hash_json, read_arrays, write_arrays
+from taming_jax.storage import cache_arrays, hash_json, read_arrays
 from taming_jax.training.state import AUGMENTATION, make_example_keys
 from taming_jax.weights.arrays import digest, hash_arrays
 
@@ -112,7 +112,7 @@ class Tokenizer:
                         self._dtype
                     )
                     if distributed.is_primary():
-                        write_arrays(files[start], {"codes": codes[start]})
+                        cache_arrays(files[start], {"codes": codes[start]})
         return Split(np.concatenate([codes[start] for start in starts]), split.labels)
 
 

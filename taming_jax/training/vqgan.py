@@ -21,7 +21,7 @@ from taming_jax.errors import UserError, say
 from taming_jax.models.lpips import load_lpips
 from taming_jax.models.vqgan import decode_indices, reconstruct
 from taming_jax.parallel import distributed
-from taming_jax.parallel.devices import Compiled, Devices
+from taming_jax.parallel.devices import Compiled, Devices, copy_buffers
 from taming_jax.training.checkpoints import Store
 from taming_jax.training.stage import Stage, select_dtype
 from taming_jax.training.state import (
@@ -35,7 +35,6 @@ from taming_jax.training.state import (
     add_clipping,
     apply_if_finite,
     build_schedule,
-    copy_buffers,
     make_example_keys,
 )
 from taming_jax.training.vqgan_step import Keys, VQGANObjective

@@ -74,20 +74,21 @@ def summarize_names(paths: list[Name]) -> str:
 def describe_mismatches(
     learned: tuple[str, ...],
     config: Config,
-    template: Any,
+    frozen: Mapping[str, Any],
     other: Config,
     arrays: Mapping[Name, np.ndarray],
 ) -> list[str]:
     """Returns sentences about differences from the other run that change the meaning of weights of
-    the same shapes: settings, or the generator whose codes the prior predicts."""
+    the same shapes: settings, or `frozen` networks, such as the generator whose codes the prior
+    predicts."""
     sections = ("vqgan", "prior") if "transformer" in learned else ("vqgan",)
     phrases = diff_configs(config, other, sections, lambda f: bool(f.metadata.get("meaning")))
     sentences = [f"{phrase} as in the run that the weights come from." for phrase in phrases]
-    frozen = {
-        path: leaf for path, leaf in flatten_arrays(template).items()
-        if path[0] == "nets" and path[1] not in learned and path[2] == "params"
-    }  # fmt: skip
-    if any(not np.array_equal(x, arrays.get(path, np.empty(0))) for path, x in frozen.items()):
+    if any(
+        not np.array_equal(x, arrays.get(("nets", name, "params", *path), np.empty(0)))
+        for name, params in frozen.items()
+        for path, x in flatten_arrays(params).items()
+    ):
         sentences.append(
             "the weights were trained on another stage 1, whose codes have different meanings."
         )

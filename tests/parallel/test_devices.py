@@ -16,9 +16,15 @@ from taming_jax.data.augment import augment
 from taming_jax.data.batches import ResidentFeed, gather_batch
 from taming_jax.data.pixels import to_float
 from taming_jax.errors import UserError
-from taming_jax.parallel.devices import MAX_JOINED, Devices, get_compute_capability, resolve_dtype
+from taming_jax.parallel.devices import (
+    MAX_JOINED,
+    Devices,
+    copy_buffers,
+    get_compute_capability,
+    resolve_dtype,
+)
 from taming_jax.training.checkpoints import Store
-from taming_jax.training.state import AUGMENTATION, copy_buffers, make_example_keys
+from taming_jax.training.state import AUGMENTATION, make_example_keys
 from taming_jax.training.vqgan import VQGANStage
 from taming_jax.training.vqgan_step import VQGANObjective
 from tests import commands, golden, small_runs
@@ -34,9 +40,17 @@ def test_later_steps_do_not_change_fetched_arrays():
         devices = Devices(count)
         step = devices.compile(lambda state, arrays: state + arrays.sum(), donate=True)
         state = devices.replicate(jnp.zeros(1000))
-        before = devices.fetch(state)
+        before, snapshot = devices.fetch(state), devices.snapshot(state)
         state = step(state, devices.shard(np.ones(4, np.float32)))
         assert (before == 0).all() and (devices.fetch(state) == 4 / count).all()
+        assert snapshot.shape == (1000,) and (np.asarray(snapshot) == 0).all()
+
+
+def test_copied_trees_share_no_buffer():
+    tree = {"w": jax.device_put(np.ones(8, np.float32))}
+    copies = copy_buffers({"a": tree["w"], "b": tree["w"]})
+    pointers = {x.unsafe_buffer_pointer() for x in (tree["w"], *jax.tree.leaves(copies))}
+    assert len(pointers) == 3
 
 
 @pytest.mark.parametrize("count", [1, 2])

@@ -27,7 +27,7 @@ SPLIT = Split(np.zeros((20, 1, 1, 1), np.uint8), np.zeros(20, np.int32))
 class Parabola:
     """A stage whose state counts its steps. Its validation metric is best at step `best`."""
 
-    name, best_metric, learned, dataset = "vqgan", "nll", (), None
+    name, best_metric, learned, dataset, frozen = "vqgan", "nll", (), None, {}
 
     def __init__(
         self, config, devices, restart=False, best=6, nearest=0, broken=(),
@@ -448,7 +448,7 @@ def test_a_full_disk_is_reported_in_one_sentence(tmp_path, monkeypatch, capsys):
     def raise_no_space(*_, **__):
         raise ValueError("RESOURCE_EXHAUSTED: no space left")
 
-    monkeypatch.setattr("orbax.checkpoint.AsyncCheckpointer.save", raise_no_space)
+    monkeypatch.setattr("taming_jax.training.checkpoints.write_checkpoint", raise_no_space)
     with pytest.raises(
         RunFailed,
         match=r"step 10 could not be written .*RESOURCE_EXHAUSTED.*there is no earlier one",

@@ -28,12 +28,12 @@ from taming_jax.cli.report.trace import read_trace, summarize_trace
 from taming_jax.config.schema import Config, StageConfig
 from taming_jax.data.batches import Feed, ResidentFeed
 from taming_jax.data.datasets import Split
-from taming_jax.parallel.devices import Compiled, Devices
+from taming_jax.parallel.devices import Compiled, Devices, copy_buffers
 from taming_jax.priors.registry import build_prior
 from taming_jax.training.accumulate import count_loop_iterations
 from taming_jax.training.meter import Meter
 from taming_jax.training.prior import init_transformer, train_step
-from taming_jax.training.state import TrainState, copy_buffers
+from taming_jax.training.state import TrainState
 from taming_jax.training.vqgan import VQGANStage
 
 Step = Callable[[], Any]
