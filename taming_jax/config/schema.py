@@ -267,6 +267,10 @@ class PriorConfig(StageConfig):
     """The number of attention heads per block."""
     width: int = setting(256, COUNT)
     """The number of channels of the transformer."""
+    steps_per_dispatch: int | None = free(None, COUNT)
+    """The number of steps that the devices take per call from Python. The steps are the same, bit
+    for bit on a CPU. Default: 1 on a CPU. On a GPU, the first steps are measured, and as many steps
+    as take 20 milliseconds are taken at once, but at most 32, and none past a line of the log."""
     dropout: float = setting(0.1, FRACTION)
     """The dropout rate in training, of the embeddings and of what each layer adds to them."""
     attention_dropout: float = setting(0.0, FRACTION)

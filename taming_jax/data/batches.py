@@ -19,10 +19,11 @@ from taming_jax.parallel.devices import Devices
 
 
 class Batch(NamedTuple):
-    """The input of one step.
+    """The input of one step, or of `steps` steps, whose `index` and `place` are then [steps,b].
 
-    `step` is the step number, kept on the host so that a stage can choose between compiled steps.
-    `arrays` is the input of the compiled step, from which `gather_batch` takes the examples:
+    `step` is the number of the (first) step, kept on the host so that a stage can choose between
+    compiled steps. `arrays` is the input of the compiled step, from which `gather_batch` takes the
+    examples:
 
     - `images` uint8 [n,h,w,c] and `labels` int32 [n].
     - `index` int32 [b]: the rows of the examples. Without it, the batch consists of all rows.
@@ -33,6 +34,7 @@ class Batch(NamedTuple):
 
     step: int
     arrays: dict[str, Any]
+    steps: int = 1
 
 
 @functools.lru_cache(maxsize=4)
@@ -82,8 +84,9 @@ class Feed(abc.ABC):
         return {"index": np.minimum(index, self.size - 1), "weight": weight}
 
     @abc.abstractmethod
-    def batch(self, step: int) -> Batch:
-        """Returns the batch of training step `step`, counted from 0."""
+    def batch(self, step: int, steps: int = 1) -> Batch:
+        """Returns the batch of training step `step`, counted from 0, or of `steps` steps from there
+        on if the feed is resident."""
 
     @abc.abstractmethod
     def iterate_once(self) -> Generator[Batch, None, None]:
@@ -101,8 +104,14 @@ class ResidentFeed(Feed):
         super().__init__(len(split.images), batch_size, seed, devices)
         self._resident: dict[str, Any] = devices.replicate(split._asdict())
 
-    def batch(self, step: int) -> Batch:
-        return Batch(step, self._resident | self._devices.shard(self._select_training(step)))
+    def batch(self, step: int, steps: int = 1) -> Batch:
+        if steps == 1:
+            shards = self._devices.shard(self._select_training(step))
+        else:
+            selected = [self._select_training(number) for number in range(step, step + steps)]
+            stacked = {name: np.stack([x[name] for x in selected]) for name in selected[0]}
+            shards = self._devices.shard(stacked, axis=1)
+        return Batch(step, self._resident | shards, steps)
 
     def iterate_once(self) -> Generator[Batch, None, None]:
         for number in range(-(-self.size // self.batch_size)):
@@ -146,7 +155,8 @@ class StreamingFeed(Feed):
         options = grain.ReadOptions(num_threads=self.THREADS, prefetch_buffer_size=self.THREADS)
         return iter(grain.MapDataset.range(start, stop).map(read).to_iter_dataset(options))
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int, steps: int = 1) -> Batch:
+        assert steps == 1
         if self._batches is None or step != self._next_step:
             self.close()
             self._batches = self._read(self._select_training, step, 2**31)

@@ -226,15 +226,19 @@ class Devices:
 
         return jax.device_put(jax.tree.map(broadcast, tree), self._sharding)
 
-    def shard(self, tree: Any) -> Any:
+    def shard(self, tree: Any, axis: int = 0) -> Any:
         """Divides arrays [n, ...], this process's rows of a batch, among its devices. Returns
         arrays [devices, n / devices, ...], or [n, ...] on a single device, without waiting for the
-        transfer."""
+        transfer. `axis` is the axis of the rows."""
         if self.axis_name is None:
             return jax.device_put(tree, self.list[0])
-        count = len(self.list)
-        parts = jax.tree.map(lambda x: x.reshape(count, len(x) // count, *x.shape[1:]), tree)
-        return jax.device_put(parts, self._sharding)
+
+        def divide(x: np.ndarray) -> np.ndarray:
+            size = x.shape[axis] // len(self.list)
+            shape = (*x.shape[:axis], len(self.list), size, *x.shape[axis + 1 :])
+            return np.moveaxis(x.reshape(shape), axis, 0)
+
+        return jax.device_put(jax.tree.map(divide, tree), self._sharding)
 
     def reduce_max(self, value: int) -> jax.Array:
         """Returns the maximum of all processes' values, a replicated int32, without waiting."""

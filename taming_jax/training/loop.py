@@ -5,9 +5,7 @@ The loop uses a stage only through the interface in stage.py.
 
 import contextlib
 import dataclasses
-import functools
 import itertools
-import math
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -28,7 +26,9 @@ from taming_jax.parallel.devices import Devices, copy_buffers
 from taming_jax.parallel.runtime import prepare
 from taming_jax.progress import Progress
 from taming_jax.storage import create_run_folders, folder_lock
+from taming_jax.training.cadences import Cadences
 from taming_jax.training.checkpoints import FD, Store
+from taming_jax.training.dispatch import Dispatcher
 from taming_jax.training.log import Log
 from taming_jax.training.meter import Meter, Tracer
 from taming_jax.training.signals import Signals
@@ -153,13 +153,6 @@ def average_metrics(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     return means
 
 
-def space_evenly(times: int, epoch: int, steps: int) -> int:
-    """Returns the default number of steps between validations, checkpoints, or figures, of which a
-    run of `steps` steps should have at most `times`: at least an epoch, and at least 100 steps, so
-    that a device does not wait for them most of the time if epochs are short."""
-    return max(math.ceil(steps / times), epoch, 100)
-
-
 def metric_order(name: str) -> tuple[bool, bool]:
     """Returns a sort key for metrics: single losses first, then their sums, then gradients."""
     return name.endswith("_gradient"), name in ("reconstruction_loss", "nll", "loss")
@@ -174,16 +167,10 @@ class Loop:
         self.settings: StageConfig = getattr(stage.config, stage.name)
         self.training, self.validation = stage.build_feeds()
         self.steps = self.settings.total_steps(self.training.size)
-        steps_per_epoch = math.ceil(self.training.size / self.settings.batch_size)
-        space = functools.partial(space_evenly, steps=self.steps, epoch=steps_per_epoch)
-        self.eval_every = self.settings.eval_every or space(50)
-        self.fd_every = self.settings.fd_every
-        self.checkpoint_every = self.settings.checkpoint_every or space(20)
-        self.log_every = self.settings.log_every or max(self.steps // 1000, 1)
-        self.draw_every = self.settings.draw_every or space(10)
+        self.cadences = Cadences.choose(self.settings, self.training.size)
         self.last_saved = time.monotonic()
         self.restart = restart
-        self.pending: list[tuple[int, Metrics]] = []
+        self.pending: list[tuple[range, Metrics]] = []
         self.signal_maxima: list[jax.Array] = []
         self.skipped = self.skipped_in_a_row = 0
 
@@ -235,37 +222,43 @@ class Loop:
 
     def _run_steps(self, state: TrainState, start: int, first: Batch) -> None:
         self.signals.listen()  # until now, ending the process loses nothing
-        last_drawn = start
-        for step in range(start, self.steps):
+        done = last_drawn = start
+        profile = self.settings.profile or (1, 0)
+        stops = (profile[0] - 1, profile[1], self.steps)
+        dispatcher = Dispatcher(self.stage.steps_per_dispatch, self.cadences, stops)
+        while done < self.steps:
+            count = dispatcher.count(done)
             with self.log.measure_waiting():
-                batch = self.training.batch(step) if step > start else first
-            with self.tracer.step(step + 1):
+                batch = first if (done, count) == (start, 1) else self.training.batch(done, count)
+            with self.tracer.step(done + 1):
                 state, metrics = self.stage.train_step(state, batch)
-            self.tracer.end_step(step + 1, metrics)
-            self.pending.append((step + 1, metrics))
+            self.pending.append((range(done + 1, done + count + 1), metrics))
+            done += count
+            self.tracer.end_step(done, metrics)
+            dispatcher.observe(metrics)
             if len(self.pending) > 2:
-                # Let the device lag by two steps at most: that keeps it busy, and a longer queue
-                # would only delay the reaction to signals.
+                # Let the device lag by two dispatches at most: that keeps it busy, and a longer
+                # queue would only delay the reaction to signals.
                 jax.block_until_ready(self.pending[-3][1])
-            done = step + 1
             self.log.advance(done)
             last = done == self.steps
-            measure_fd = bool(self.fd_every) and (last or done % self.fd_every == 0)
-            evaluate = last or measure_fd or done % self.eval_every == 0
-            save = last or done % self.checkpoint_every == 0
-            if evaluate or save or done % self.log_every == 0:
+            every = self.cadences.distance
+            measure_fd = every is not None and (last or done % every == 0)
+            evaluate = last or measure_fd or done % self.cadences.validate == 0
+            save = last or done % self.cadences.save == 0
+            if evaluate or save or done % self.cadences.log == 0:
                 self._log_pending()
             score_metrics = None
             if evaluate:
                 sums, validation_metrics = self._evaluate(state, done, measure_fd)
-                if measure_fd or not self.fd_every:
+                if measure_fd or every is None:
                     score_metrics = validation_metrics
                     self.store.wait()  # a best checkpoint whose save failed must not count as best
                     best = distributed.run_on_primary(lambda: self.store.best()[1])
                     save = save or self.store.score(score_metrics) < best
                 # Draw before saving: if the run ends in between, the resumed run draws again. After
                 # a signal there is no time to draw, except at the last step.
-                due = done - last_drawn >= self.draw_every and self.signals.received is None
+                due = done - last_drawn >= self.cadences.draw and self.signals.received is None
                 if last or due:
                     last_drawn = done
                     if self.signals.received is not None:
@@ -357,7 +350,8 @@ class Loop:
         for names, group in itertools.groupby(pending, key=lambda item: item[1].names):
             steps, metrics = zip(*group, strict=True)
             rows = self.devices.fetch_rows([x.values for x in metrics], len(names))
-            window += zip(steps, Metrics(rows, names).unpack(), strict=True)
+            all_steps = itertools.chain.from_iterable(steps)
+            window += zip(all_steps, Metrics(rows, names).unpack(), strict=True)
         return window
 
     def _raise_not_finite(self, step: int, names: str) -> None:

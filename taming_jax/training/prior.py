@@ -18,7 +18,7 @@ from taming_jax.config.load import diff_configs
 from taming_jax.config.schema import Config
 from taming_jax.data import datasets
 from taming_jax.data.augment import uses_augmentation
-from taming_jax.data.batches import gather_batch
+from taming_jax.data.batches import Batch, gather_batch
 from taming_jax.data.pixels import to_uint8
 from taming_jax.errors import UserError
 from taming_jax.models.vqgan import build_vqgan, decode_indices
@@ -28,6 +28,7 @@ from taming_jax.priors.decoding import sample_keys, sampling_batch_size
 from taming_jax.priors.registry import Prior, build_prior
 from taming_jax.training.accumulate import average_micro_batches
 from taming_jax.training.checkpoints import Store, advise_on_settings
+from taming_jax.training.dispatch import scan_steps
 from taming_jax.training.stage import Stage, select_dtype
 from taming_jax.training.state import (
     CODES,
@@ -158,6 +159,7 @@ class PriorStage(Stage):
         self.model.check_trainable()
         step = functools.partial(train_step, config, self.model, self.steps, devices.axis_name)
         self._step = devices.compile(step, donate=True)
+        self._steps = devices.compile(scan_steps(step), donate=True)
         self.evaluation = devices.compile(self._evaluate)
         self._draw_images = jax.jit(self.make_images)  # runs in the primary process only
 
@@ -174,8 +176,16 @@ class PriorStage(Stage):
     def init(self, key: jax.Array) -> TrainState:
         return init_transformer(self.config, self.model, key)
 
+    @property
+    def steps_per_dispatch(self) -> int | None:
+        default = 1 if self.devices.list[0].platform == "cpu" else None
+        return self.config.prior.steps_per_dispatch or default
+
     def select_step(self, step: int) -> Compiled:
         return self._step
+
+    def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        return (self._step if batch.steps == 1 else self._steps)(state, batch.arrays)
 
     def _evaluate(self, state: TrainState, arrays: dict[str, Any]) -> dict[str, jax.Array]:
         """Returns sums over a batch of codes."""

@@ -65,6 +65,11 @@ class Stage(abc.ABC):
     def _placed_frozen(self) -> dict[str, Any]:
         return self.devices.replicate(dict(self.frozen))
 
+    @property
+    def steps_per_dispatch(self) -> int | None:
+        """The number of steps per call of `train_step`, or None to choose it by measurement."""
+        return 1
+
     @abc.abstractmethod
     def build_feeds(self) -> tuple[Feed, Feed]:
         """Returns the feeds of the training and the validation split."""
@@ -108,7 +113,8 @@ class Stage(abc.ABC):
         return flops and flops * count_loop_iterations(self.settings.micro_batches)
 
     def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        """Returns the state after a step and the step's metrics. The old state is donated."""
+        """Returns the state after the steps of a batch, and their metrics. The old state is
+        donated."""
         return self.select_step(batch.step)(state, batch.arrays)
 
     def eval_step(self, state: TrainState, batch: Batch) -> dict[str, Any]:

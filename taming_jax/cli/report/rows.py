@@ -42,6 +42,7 @@ ROWS = {
     "birds-prior-torch": Row("steps", ".torch_prior:run_prior", ("birds", "bfloat16", True), 100),
     "mnist-loop": Row("loop", ".loop:run_loop", ("mnist", "vqgan", "bfloat16"), 130),
     "birds-prior-loop": Row("loop", ".loop:run_loop", ("birds", "prior", "bfloat16"), 130),
+    "mnist-prior-dispatch": Row("dispatch", ".steps:run_dispatch", ("mnist", "bfloat16"), 100),
     "birds-layers": Row("layers", ".layers:run_layers", ("birds",), 120),
     "birds-sampling-transformers": Row("sampling", ".torch_prior:run_sampling", ("birds",), 150),
     "birds-float32": Row("steps", ".steps:run_vqgan", ("birds", "float32"), 120),

@@ -29,8 +29,9 @@ from taming_jax.config.schema import Config, StageConfig
 from taming_jax.data.batches import Feed, ResidentFeed
 from taming_jax.data.datasets import Split
 from taming_jax.parallel.devices import Compiled, Devices, copy_buffers
-from taming_jax.priors.registry import build_prior
+from taming_jax.priors.registry import Prior, build_prior
 from taming_jax.training.accumulate import count_loop_iterations
+from taming_jax.training.dispatch import scan_steps
 from taming_jax.training.meter import Meter
 from taming_jax.training.prior import init_transformer, train_step
 from taming_jax.training.state import TrainState
@@ -96,8 +97,8 @@ def measure_vqgan(
         yield f"{config.config}, stage 1, {name}", values, step
 
 
-def measure_prior(config: Config, devices: Devices, steps: int) -> tuple[str, dict[str, Any], Step]:
-    """Measures the step of stage 2 on random codes."""
+def build_prior_inputs(config: Config, devices: Devices) -> tuple[Prior, ResidentFeed, TrainState]:
+    """Returns the prior of a config, a feed of random codes, and an initial state on the host."""
     settings = config.prior
     devices.check_batch("prior", settings.batch_size, settings.micro_batches)
     model = build_prior(config, CLASSES)
@@ -105,11 +106,45 @@ def measure_prior(config: Config, devices: Devices, steps: int) -> tuple[str, di
     codes = rng.integers(0, model.codebook_size, (2048, config.grid_size**2)).astype(np.int32)
     split = Split(codes, rng.integers(0, CLASSES, 2048).astype(np.int32))
     feed = ResidentFeed(split, settings.batch_size, 0, devices)
+    return model, feed, jax.device_get(init_transformer(config, model, jax.random.key(0)))
+
+
+def measure_prior(config: Config, devices: Devices, steps: int) -> tuple[str, dict[str, Any], Step]:
+    """Measures the step of stage 2 on random codes."""
+    model, feed, initial = build_prior_inputs(config, devices)
     function = functools.partial(train_step, config, model, 1000, devices.axis_name)
     compiled = devices.compile(function, donate=True)
-    state = copy_buffers(devices.replicate(init_transformer(config, model, jax.random.key(0))))
-    values, step = measure_step(compiled, state, feed, config, settings, steps)
+    state = copy_buffers(devices.replicate(initial))
+    values, step = measure_step(compiled, state, feed, config, config.prior, steps)
     return f"{config.config}, stage 2", values, step
+
+
+def run_dispatch(job: Job, preset: str, dtype: str) -> Iterator[Entry]:
+    """The row of several steps of stage 2 per dispatch: their speed, and how many arrays of the
+    state differ from those after single steps, which should be none."""
+    require_gpu(job, jax.default_backend() != "cpu")
+    config, devices = job.load_config(preset, {"dtype": dtype}), Devices(1)
+    model, feed, initial = build_prior_inputs(config, devices)
+    step = functools.partial(train_step, config, model, 1000, None)
+    sizes = (1, 2, 4) if job.tiny else (1, 8, 32)
+    reference: list[np.ndarray] = []
+    for size in sizes:
+        compiled = devices.compile(step if size == 1 else scan_steps(step), donate=True)
+        state = copy_buffers(devices.replicate(initial))
+        for start in range(0, sizes[-1], size):
+            state, metrics = compiled(state, feed.batch(start, size).arrays)
+        leaves = jax.tree.leaves(devices.fetch(state))
+        reference = reference or leaves
+        pairs = zip(leaves, reference, strict=True)
+        different = sum(not np.array_equal(one, other) for one, other in pairs)
+        dispatches = max(job.steps // size, 1)
+        started = time.perf_counter()
+        for number in range(dispatches):
+            state, metrics = compiled(state, feed.batch(number * size, size).arrays)
+        jax.block_until_ready(metrics)
+        seconds = (time.perf_counter() - started) / (dispatches * size)
+        values = {"milliseconds_per_step": 1e3 * seconds, "different_arrays": different}
+        yield f"{config.config}, stage 2, {size} per dispatch, {dtype}", values
 
 
 def describe_config(config: Config, settings: StageConfig) -> str:

@@ -1,0 +1,116 @@
+"""Tests of several steps per dispatch, which must be the same steps, bit for bit."""
+
+import shutil
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from taming_jax.parallel.devices import Devices
+from taming_jax.training.cadences import Cadences
+from taming_jax.training.dispatch import MEASURED_STEPS, Dispatcher, choose_size
+from taming_jax.training.prior import PriorStage
+from tests import small_runs
+
+CADENCES = Cadences(validate=30, distance=None, save=100, log=20, draw=50)
+EVERY_DROPOUT = {
+    "prior__dropout": 0.2, "prior__attention_dropout": 0.2, "prior__label_dropout": 0.5,
+    "prior__token_keep_prob": 0.8, "data__mirror": True, "prior__augmented_versions": 2,
+}  # fmt: skip
+
+
+def list_dispatches(dispatcher, start, stop):
+    counts, done = [], start
+    while done < stop:
+        counts.append(dispatcher.count(done))
+        done += counts[-1]
+    return counts
+
+
+def test_no_dispatch_crosses_a_cadence_or_the_end():
+    # Single steps up to 20 (the log), 30 (a validation), 40, and 44 (the end).
+    counts = list_dispatches(Dispatcher(8, CADENCES, (44,)), 10, 44)
+    assert counts == [8, 1, 1, 8, 1, 1, 8, 1, 1, 1, 1, 1, 1]
+    # A profile starts after step 23 and ends with step 31.
+    counts = list_dispatches(Dispatcher(4, CADENCES, (23, 31, 44)), 20, 40)
+    assert counts == [1, 1, 1, 4, 1, 1, 1, 1, 4, 4, 1]
+    assert list_dispatches(Dispatcher(1, CADENCES, (44,)), 0, 44) == [1] * 44
+
+
+def test_a_dispatch_of_small_steps_takes_20_milliseconds():
+    assert choose_size(0.03, 20) == 1
+    assert choose_size(0.005, 20) == 4
+    assert choose_size(0.0025, 20) == 5, "a row of the log is every 20 steps"
+    assert choose_size(0.0025, 1) == 1
+    assert choose_size(1e-5, 128) == 32
+
+
+def test_the_size_follows_from_the_measured_steps(monkeypatch):
+    dispatcher, clock = Dispatcher(None, CADENCES, (1000,)), [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    for step in range(1, MEASURED_STEPS.stop + 1):
+        # The first steps take longer, for example because they compile.
+        clock[0] += 0.004 if step > MEASURED_STEPS.start else 3
+        assert dispatcher.count(step - 1) == 1
+        dispatcher.observe(np.zeros(1))
+    assert dispatcher.count(20) == 5
+    dispatcher.observe(np.zeros(1))
+    assert dispatcher.count(20) == 5
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A run whose stage 1 has taken a step."""
+    folder = tmp_path_factory.mktemp("dispatch")
+    small_runs.train(folder, vqgan__steps=1, data__mirror=True)
+    return folder
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize(
+    "settings", [EVERY_DROPOUT, {"dtype": "bfloat16", "prior__micro_batches": 2}],
+    ids=["dropout", "bfloat16"],
+)  # fmt: skip
+def test_steps_of_one_dispatch_equal_single_steps(workdir, count, settings):
+    settings = {"data__mirror": True, "devices": count} | settings
+    stage = PriorStage(small_runs.make_config(workdir, **settings), Devices(count))
+    feed, _ = stage.build_feeds()
+    start = feed.size // 8 - 4  # the second dispatch begins another epoch
+    states, rows = {}, {}
+    for size in (1, 4):
+        state = stage.devices.replicate(stage.init(jax.random.key(0)))
+        rows[size] = []
+        for step in range(start, start + 8, size):
+            state, metrics = stage.train_step(state, feed.batch(step, size))
+            rows[size] += stage.devices.fetch(metrics).unpack()
+        states[size] = stage.devices.fetch(state)
+    assert rows[4] == rows[1] and len(rows[1]) == 8
+    jax.tree.map(np.testing.assert_array_equal, states[4], states[1])
+
+
+def test_a_killed_run_resumes_bit_for_bit_with_another_number(workdir, tmp_path):
+    settings = EVERY_DROPOUT | {
+        "prior__steps": 40, "prior__log_every": 10, "prior__eval_every": 20,
+        "prior__checkpoint_every": 15,
+    }  # fmt: skip
+    dispatched = []
+    for name in ("single", "several"):
+        shutil.copytree(workdir, tmp_path / name)
+    small_runs.train(tmp_path / "single", "prior", dispatched.append, **settings)
+    assert dispatched == list(range(40))
+    several, dispatched = tmp_path / "several", []
+
+    def on_step(done):
+        dispatched.append(done)
+        small_runs.kill_at(34)(done)
+
+    with pytest.raises(small_runs.Killed):
+        small_runs.train(
+            several, "prior", on_step, prior__steps_per_dispatch=4, **settings
+        )  # fmt: skip
+    assert dispatched == [0, 4, 8, 9, 10, 14, 15, 19, 20, 24, 28, 29, 30, 34]
+    dispatched = []
+    small_runs.train(several, "prior", dispatched.append, prior__steps_per_dispatch=3, **settings)
+    assert dispatched == [30, 33, 36, 39]
+    small_runs.assert_same_run(several, tmp_path / "single", 40, "prior")
