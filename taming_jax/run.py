@@ -220,7 +220,7 @@ class Run:
         the first class, then of the second, and so on.
 
         Image i of a class depends only on the settings, the seed, the class and i, because the size
-        of the micro-batches is fixed (8 on a CPU, 32 on other devices). Another type of device
+        of the micro-batches is fixed (8 on a CPU, 256 on other devices). Another type of device
         rounds differently, and may draw other codes. `prefix` int [p] holds the first codes in
         raster order. The `settings` are optional:
 
@@ -231,7 +231,9 @@ class Run:
         - `size`: height and width in pixels. If they are larger than the training images, the codes
           are drawn in windows (see `Prior.window`).
         - `seed`: default 0. `devices`: how many to use, default: all. `batch_size`: how many images
-          to draw at once, rounded up to whole micro-batches. `progress`: shows a progress bar.
+          to draw before the first ones are fetched, rounded up to whole micro-batches; default:
+          one micro-batch. The next micro-batch is drawn in the meantime. `progress`: shows a
+          progress bar.
 
         Raises UserError if a class does not exist, or if a setting is invalid.
         """

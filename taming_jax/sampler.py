@@ -1,6 +1,7 @@
 """Sampling of images from a run's prior on several devices, compiled once per combination of static
 settings."""
 
+import collections
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -197,8 +198,15 @@ class Sampler:
             "seed": np.uint32(seed), "temperature": np.float32(temperature),
             "top_p": None if top_p is None else np.float32(top_p), "scales": scales,
         })  # fmt: skip
-        max_pending, remaining = -(-(batch_size or 1) // batch), n
-        pending: list[jax.Array] = []
+        max_waiting, remaining = -(-(batch_size or 1) // batch), n
+        pending: collections.deque[jax.Array] = collections.deque()
+
+        def fetch() -> np.ndarray:
+            nonlocal remaining
+            outputs = device_group.gather(pending.popleft())[:remaining]
+            remaining -= len(outputs)
+            return outputs if grid == self.prior.grid else self._decode(outputs)
+
         with Progress("sampling", n, "images", enabled=progress) as bar:
             for start in range(0, n, batch):
                 rows = np.minimum(np.arange(start, start + batch), n - 1)
@@ -208,13 +216,11 @@ class Sampler:
                     "labels": labels[rows], "numbers": numbers[rows], "known": known_codes
                 })  # fmt: skip
                 pending.append(draw(params, shards | shared))
-                if len(pending) == max_pending or start + batch >= n:
-                    for outputs in map(device_group.gather, pending):
-                        outputs = outputs[:remaining]
-                        yield outputs if grid == self.prior.grid else self._decode(outputs)
-                        bar.update(len(outputs))
-                        remaining -= len(outputs)
-                    pending = []
+                # While the host fetches a micro-batch, the devices draw the next one.
+                is_last = start + batch >= n
+                while pending and (is_last or len(pending) > max_waiting):
+                    yield (outputs := fetch())
+                    bar.update(len(outputs))
 
     def _place(self, count: int | None) -> tuple[Devices, Any]:
         """Returns `count` devices, and the parameters replicated over them."""

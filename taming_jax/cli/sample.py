@@ -62,8 +62,8 @@ class Sample:
     devices: int | None = None
     """The number of devices to use. Default: all."""
     batch_size: int | None = None
-    """The number of images to draw at once. Default: one micro-batch per device, which needs the
-    least memory. It does not affect the images."""
+    """The number of images to draw before the first ones are fetched. Default: one micro-batch per
+    device. The next one is drawn in the meantime. It does not affect the images."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -93,6 +93,20 @@ def encode(model: VQGAN, params: Any, images: jax.Array) -> Quantized:
 
 
 def decode_indices(model: VQGAN, params: Any, indices: jax.Array) -> jax.Array:
-    """Decodes indices int [b,h',w'] to images float32 [b,h,w,c], clipped to [-1, 1]."""
-    images = model.apply({"params": params}, indices, method=VQGAN.decode_indices)
-    return jnp.clip(cast(jax.Array, images), -1, 1)
+    """Decodes indices int [b,h',w'] to images float32 [b,h,w,c], clipped to [-1, 1].
+
+    Images with more than `MAX_PIXELS` pixels together are decoded in several equal parts, one after
+    another.
+    """
+
+    def decode(indices: jax.Array) -> jax.Array:
+        images = model.apply({"params": params}, indices, method=VQGAN.decode_indices)
+        return jnp.clip(cast(jax.Array, images), -1, 1)
+
+    (n, *grid), factor = indices.shape, 2 ** (len(model.settings.multipliers) - 1)
+    limit = max_batch(grid[0] * grid[1] * factor**2, n)
+    size = max(part for part in range(1, limit + 1) if n % part == 0)
+    if size == n:
+        return decode(indices)
+    parts = jax.lax.map(decode, indices.reshape(-1, size, *grid))
+    return parts.reshape(n, *parts.shape[2:])

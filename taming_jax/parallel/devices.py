@@ -97,6 +97,11 @@ class Compiled:
             self._program = lowered.compile()
 
 
+def get_default_device() -> Any:
+    """Returns the device for which JAX compiles by default."""
+    return jax.config.values["jax_default_device"] or jax.local_devices()[0]
+
+
 def get_compute_capability(device: Any) -> tuple[int, int]:
     """Returns the compute capability of an NVIDIA GPU, or (0, 0) for any other device."""
     numbers = str(getattr(device, "compute_capability", "")).split(".")

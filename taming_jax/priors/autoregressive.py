@@ -20,13 +20,14 @@ from taming_jax.config.schema import Config, PriorConfig
 from taming_jax.errors import UserError
 from taming_jax.losses import next_token, per_example
 from taming_jax.models.layers import Dtype, float32_einsum
-from taming_jax.parallel.devices import resolve_dtype
+from taming_jax.parallel.devices import get_default_device, resolve_dtype
 from taming_jax.priors.decoding import (
     Inputs,
     TokenSampler,
     append_unconditional,
     apply_guidance,
     make_token_sampler,
+    sampling_pieces,
 )
 from taming_jax.priors.dropout import dropout
 from taming_jax.priors.transformer import Block, Cache, init, make_norm
@@ -254,7 +255,7 @@ class GPT(nn.Module):
           grid: Height and width. A grid larger than the window is sampled in windows, without a
             cache. Default: the grid of the training images.
           pieces: Number of consecutive scans over the positions. The cache grows between scans and
-            so stays as short as possible. Default: one per 32 positions, at most eight.
+            so stays as short as possible. Default: `sampling_pieces` of the default device.
         """
         height, width = grid = grid or self.grid
         choose = make_token_sampler(keys, temperature, top_k, top_p)
@@ -300,7 +301,7 @@ def scan_positions(
         tokens = codes if scale is None else jnp.concatenate([codes, codes])
         return (tokens, cache), codes
 
-    pieces = min(-(-length // 32), 8) if pieces is None else pieces
+    pieces = pieces or sampling_pieces(get_default_device(), length)
     bounds = [length * i // pieces for i in range(pieces + 1)]
     tokens, parts = model.labels_to_tokens(append_unconditional(model, labels, scales)), []
     cache = model.init_cache(len(tokens), 0)

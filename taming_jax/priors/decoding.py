@@ -20,9 +20,16 @@ def sampling_batch_size(device: Any) -> int:
 
     The number is fixed per kind of device, because another batch size rounds differently, and a
     rounding difference can change a code. It is small on a CPU, so that sampling a single image
-    does not take as long as sampling many.
+    does not take as long as sampling many, which a GPU does in about the same time.
     """
-    return 8 if device.platform == "cpu" else 32
+    return 8 if device.platform == "cpu" else 256
+
+
+def sampling_pieces(device: Any, length: int) -> int:
+    """Returns the number of scans into which the positions of a sequence are divided. The cache
+    grows from scan to scan, so that early positions do not read all of it. A GPU saves little by
+    that, but has to compile every scan."""
+    return min(-(-length // 32), 8 if device.platform == "cpu" else 4)
 
 
 def sample_keys(
@@ -34,20 +41,21 @@ def sample_keys(
     return jax.vmap(lambda c, i: jax.random.fold_in(jax.random.fold_in(key, c), i))(labels, numbers)
 
 
-def keep_top_k(logits: jax.Array, k: int) -> jax.Array:
-    """Sets all but the k largest of the logits [..., n] to -inf."""
-    smallest = lax.top_k(logits, k)[0][..., -1:]
-    return jnp.where(logits < smallest, -jnp.inf, logits)
-
-
-def keep_top_p(logits: jax.Array, p: jax.Array | float) -> jax.Array:
-    """Sets the logits [..., n] outside the nucleus to -inf. The nucleus is the smallest set of
-    tokens with a total probability of at least p (arXiv 1904.09751). It is never empty."""
-    descending = -jnp.sort(-logits, -1)
-    probabilities = jax.nn.softmax(descending)
-    preceding = jnp.cumsum(probabilities, -1) - probabilities
-    in_nucleus = preceding < jnp.maximum(p, 1e-9)
-    smallest = jnp.where(in_nucleus, descending, jnp.inf).min(-1, keepdims=True)
+def exclude_unlikely(
+    logits: jax.Array, top_k: int | None, top_p: jax.Array | float | None
+) -> jax.Array:
+    """Sets the logits [..., n] to -inf, except the `top_k` largest and, of these, the nucleus: the
+    smallest set of tokens with a total probability of at least `top_p` (arXiv 1904.09751), which is
+    never empty. Logits that equal the smallest one that is kept are kept as well."""
+    if top_k is None and top_p is None:
+        return logits
+    descending = -jnp.sort(-logits, -1) if top_k is None else lax.top_k(logits, top_k)[0]
+    smallest = descending[..., -1:]
+    if top_p is not None:
+        probabilities = jax.nn.softmax(descending)
+        preceding = jnp.cumsum(probabilities, -1) - probabilities
+        in_nucleus = preceding < jnp.maximum(top_p, 1e-9)
+        smallest = jnp.where(in_nucleus, descending, jnp.inf).min(-1, keepdims=True)
     return jnp.where(logits < smallest, -jnp.inf, logits)
 
 
@@ -89,11 +97,7 @@ def make_token_sampler(
     """
 
     def choose(logits: jax.Array, position: jax.Array) -> jax.Array:
-        if top_k is not None:
-            logits = keep_top_k(logits, top_k)
-        scaled = logits / jnp.maximum(temperature, 1e-6)
-        if top_p is not None:
-            scaled = keep_top_p(scaled, top_p)
+        scaled = exclude_unlikely(logits / jnp.maximum(temperature, 1e-6), top_k, top_p)
         sampled = jax.vmap(lambda k, x: jax.random.categorical(jax.random.fold_in(k, position), x))(
             keys, scaled
         )

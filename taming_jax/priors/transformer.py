@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from taming_jax.config.schema import PriorConfig
 from taming_jax.models.layers import Dense, Dtype, float32_einsum
-from taming_jax.parallel.devices import get_compute_capability
+from taming_jax.parallel.devices import get_compute_capability, get_default_device
 from taming_jax.priors.dropout import dropout
 
 # The keys and values of each layer, [b, heads, t, width / heads] each.
@@ -64,8 +64,7 @@ def rotate(x: jax.Array, coordinates: jax.Array) -> jax.Array:
 def supports_cudnn(dtype: Dtype, head_dim: int) -> bool:
     """Returns whether the default device can compute causal attention with cuDNN, which keeps no
     attention weights in memory."""
-    device = jax.config.values["jax_default_device"] or jax.local_devices()[0]
-    capability = get_compute_capability(device)
+    capability = get_compute_capability(get_default_device())
     limit = 256 if capability >= (9, 0) else 128
     fits = head_dim % 8 == 0 and head_dim <= limit
     return dtype == jnp.bfloat16 and capability >= (8, 0) and fits
@@ -135,9 +134,13 @@ class Block(nn.Module):
             valid = (coordinates >= 0).all(-1, keepdims=True)
             q, k = (jnp.where(valid, rotate(x, coordinates), 0) for x in (q, k))
         if cache is not None:
-            k, v = (
-                jax.lax.dynamic_update_slice_in_dim(old, new, position, 2)
-                for old, new in zip(cache, (k, v), strict=True)
+            # Without the barrier, XLA may update the cache once in place and again inside of an
+            # operation that reads it. For that, it copies the old cache at every position.
+            k, v = jax.lax.optimization_barrier(
+                tuple(
+                    jax.lax.dynamic_update_slice_in_dim(old, new, position, 2)
+                    for old, new in zip(cache, (k, v), strict=True)
+                )
             )
         drops_weights = keys is not None and settings.attention_dropout > 0
         if cache is None and not drops_weights and supports_cudnn(self.dtype, q.shape[-1]):

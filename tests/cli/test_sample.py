@@ -181,6 +181,24 @@ def test_few_images_are_drawn_in_small_batches_on_a_cpu(run, monkeypatch):
     assert batch_sizes == [8, 8, 8]
 
 
+def test_the_devices_draw_one_batch_ahead(run, monkeypatch):
+    draw, drawn = run.sampler._compile_once(1, None, run.prior.grid), []
+
+    def draw_and_record(params, arrays):
+        drawn.append(len(drawn))
+        return draw(params, arrays)
+
+    def draw_batches(batch_size):
+        drawn.clear()
+        drawing = run.sampler.plan_samples([0], 41)  # five batches of 8 and one image
+        for batch in run.sampler.draw(drawing, devices=1, batch_size=batch_size):
+            yield len(batch), len(drawn)
+
+    monkeypatch.setattr(run.sampler, "_compile_once", lambda *_: draw_and_record)
+    assert list(draw_batches(None)) == [(8, 2), (8, 3), (8, 4), (8, 5), (8, 6), (1, 6)]
+    assert list(draw_batches(17)) == [(8, 4), (8, 5), (8, 6), (8, 6), (8, 6), (1, 6)]
+
+
 def test_the_samples_in_training_figures_equal_those_of_the_run(
     run, prior_workdir, tmp_path, monkeypatch
 ):

@@ -8,7 +8,7 @@ import pytest
 from taming_jax.cli.report.parity import RECORDED
 from taming_jax.config.load import load_config
 from taming_jax.interop.compvis import build_vqgan_layout
-from taming_jax.models.vqgan import VQGAN, build_vqgan
+from taming_jax.models.vqgan import VQGAN, build_vqgan, decode_indices
 from tests import golden
 
 
@@ -69,3 +69,17 @@ def test_parameters_and_outputs_of_a_bfloat16_model_are_float32():
         for m in (model, build_vqgan(load_config("mnist_tiny")))
     )
     assert 0 < np.abs(decoded - exact).mean() < 0.03 * np.abs(exact).mean()
+
+
+def test_many_pixels_are_decoded_in_equal_parts(monkeypatch):
+    """Six images of 16x16 pixels, of which four fit at once, are decoded as two times three."""
+    config = load_config("mnist_tiny", {"data.image_size": 16})
+    model = build_vqgan(config)
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 1)))["params"]
+    indices = jax.random.randint(jax.random.key(1), (6, config.grid_size, config.grid_size), 0, 128)
+    images = decode_indices(model, params, indices)
+    monkeypatch.setattr("taming_jax.models.vqgan.MAX_PIXELS", 4 * 16 * 16)
+    in_parts = jax.jit(functools.partial(decode_indices, model))
+    np.testing.assert_allclose(in_parts(params, indices), images, atol=1e-5)
+    shapes = in_parts.lower(params, indices).as_text()
+    assert "tensor<3x16x16x" in shapes and "tensor<6x16x16x16x" not in shapes

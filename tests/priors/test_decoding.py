@@ -1,4 +1,5 @@
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -6,10 +7,17 @@ import numpy as np
 import optax
 import pytest
 
+from taming_jax.cli.report.trace import count_copies_in_loops
 from taming_jax.losses import next_token
 from taming_jax.priors import autoregressive, windows
 from taming_jax.priors.autoregressive import GPT
-from taming_jax.priors.decoding import guide_logits, keep_top_k, keep_top_p, make_token_sampler
+from taming_jax.priors.decoding import (
+    exclude_unlikely,
+    guide_logits,
+    make_token_sampler,
+    sampling_batch_size,
+    sampling_pieces,
+)
 from tests import golden
 from tests.priors.test_autoregressive import MODERN, make_small_model
 
@@ -169,15 +177,46 @@ def test_guidance_increases_the_agreement_with_a_classifier():
 def test_top_k_and_top_p_keep_the_most_likely_codes():
     logits = jnp.log(jnp.array([[0.5, 0.1, 0.3, 0.06, 0.04]]))
 
-    def kept_codes(filtered):
-        return np.flatnonzero(np.isfinite(filtered[0])).tolist()
+    def kept_codes(top_k, top_p):
+        return np.flatnonzero(np.isfinite(exclude_unlikely(logits, top_k, top_p)[0])).tolist()
 
-    assert kept_codes(keep_top_k(logits, 2)) == [0, 2]
-    assert kept_codes(keep_top_k(logits, 5)) == [0, 1, 2, 3, 4]
-    assert kept_codes(keep_top_p(logits, 0.79)) == [0, 2]
-    assert kept_codes(keep_top_p(logits, 0.81)) == [0, 1, 2]
-    assert kept_codes(keep_top_p(logits, 1.0)) == [0, 1, 2, 3, 4]
-    assert kept_codes(keep_top_p(logits, 0.0)) == [0]
+    assert kept_codes(2, None) == [0, 2]
+    assert kept_codes(5, None) == kept_codes(None, 1.0) == kept_codes(None, None) == [0, 1, 2, 3, 4]
+    assert kept_codes(None, 0.79) == [0, 2]
+    assert kept_codes(None, 0.81) == [0, 1, 2]
+    assert kept_codes(None, 0.0) == [0]
+    # Of the two most likely codes, the first has a probability of 0.625.
+    assert kept_codes(2, 0.62) == [0] and kept_codes(2, 0.63) == [0, 2]
+
+
+@pytest.mark.parametrize("top_k", [1, 7, 300, None])
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, None])
+def test_the_kept_codes_equal_a_plain_computation(top_k, top_p):
+    logits = np.random.default_rng(3).normal(0, 2, (40, 300)).astype(np.float32)
+    kept = np.isfinite(exclude_unlikely(jnp.asarray(logits), top_k, top_p))
+    for row, kept_row in zip(logits.astype(np.float64), kept, strict=True):
+        order = np.argsort(-row)[: top_k or 300]
+        probabilities = np.exp(row[order]) / np.exp(row[order]).sum()
+        if top_p is not None:
+            order = order[: 1 + np.searchsorted(probabilities.cumsum(), top_p)]
+        assert set(np.flatnonzero(kept_row)) == set(order)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("scale", [None, 2.0])
+def test_the_cache_has_the_models_dtype_and_is_updated_in_place(dtype, scale):
+    """The compiled loops over positions do not copy a layer's keys or values."""
+    model, params, _ = make_small_model(width=32)
+    model = model.clone(dtype=jnp.dtype(dtype))
+    assert {x.dtype for layer in model.init_cache(8, 12) for x in layer} == {model.dtype}
+    labels, keys = jnp.zeros(16, jnp.int32), jax.random.split(jax.random.key(0), 16)
+    arguments = model, params, labels, keys
+    text = compiled.lower(*arguments, guidance_scale=scale, pieces=2).compile().as_text()
+    # In the second piece, the cache of a layer has 12 positions.
+    sequences = 16 if scale is None else 32
+    sizes = {sequences * 32 * positions for positions in (6, 12)}
+    assert f"{sequences},2,12,16]" in text and " while(" in text
+    assert count_copies_in_loops(text, lambda elements: elements in sizes) == 0
 
 
 def test_known_codes_at_any_position_are_kept():
@@ -246,3 +285,11 @@ def test_a_window_as_large_as_the_grid_samples_the_same_codes_as_the_cache():
     codes = draw(model, params, LABELS, choose, inputs, (3, 4))
     expected = sample(model, params, LABELS, KEYS, top_p=0.9, guidance_scale=1.5)
     np.testing.assert_array_equal(codes, expected)
+
+
+def test_batches_and_pieces_depend_only_on_the_kind_of_device():
+    """So the codes of an image do not depend on what else is drawn."""
+    cpu, gpu = (types.SimpleNamespace(platform=name) for name in ("cpu", "gpu"))
+    assert (sampling_batch_size(cpu), sampling_batch_size(gpu)) == (8, 256)
+    assert [sampling_pieces(cpu, length) for length in (16, 64, 100, 256, 1024)] == [1, 2, 4, 8, 8]
+    assert [sampling_pieces(gpu, length) for length in (16, 64, 100, 256, 1024)] == [1, 2, 4, 4, 4]

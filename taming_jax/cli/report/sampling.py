@@ -29,9 +29,9 @@ def get_micro_batches(job: Job) -> tuple[int, ...]:
 
 
 def run_sampling(job: Job, preset: str, dtype: str) -> Iterator[Entry]:
-    """The row of sampling with guidance, as in `Sampler`. The decoder takes at most 32 images at a
-    time. `cache_copies` counts the copies of arrays as large as a layer's keys or values in the
-    compiled loops over positions; there should be none."""
+    """The row of sampling with guidance, and of decoding. `cache_copies` counts the copies of
+    arrays as large as a layer's keys or values in the compiled loops over positions; there should
+    be none."""
     require_gpu(job, jax.default_backend() != "cpu")
     config = job.load_config(preset, {"dtype": dtype})
     prior = build_prior(config, CLASSES)
@@ -53,11 +53,10 @@ def run_sampling(job: Job, preset: str, dtype: str) -> Iterator[Entry]:
         start = time.perf_counter()
         program = jax.jit(sample).lower(params, labels).compile()
         seconds, steps = time.perf_counter() - start, max(job.steps // 20, 1)
-        part = program(params, labels)[:32]
+        codes = program(params, labels)
         draw = functools.partial(program, params, labels)
         sampling = time_calls(draw, steps)["milliseconds"]
-        decoding = time_calls(functools.partial(decode, decoder, part), steps)["milliseconds"]
-        decoding *= batch / len(part)
+        decoding = time_calls(functools.partial(decode, decoder, codes), steps)["milliseconds"]
 
         # With guidance, each image is two sequences. Smaller arrays, such as the hidden layer of
         # the MLP, may also be multiples of a row.
