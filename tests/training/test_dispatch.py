@@ -89,8 +89,12 @@ def test_steps_of_one_dispatch_equal_single_steps(workdir, count, settings):
     jax.tree.map(np.testing.assert_array_equal, states[4], states[1])
 
 
-def test_a_killed_run_resumes_bit_for_bit_with_another_number(workdir, tmp_path):
+@pytest.mark.parametrize(
+    "count", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
+)
+def test_a_killed_run_resumes_bit_for_bit_with_another_number(workdir, tmp_path, count):
     settings = EVERY_DROPOUT | {
+        "devices": count,
         "prior__steps": 40, "prior__log_every": 10, "prior__eval_every": 20,
         "prior__checkpoint_every": 15,
     }  # fmt: skip
@@ -106,9 +110,7 @@ def test_a_killed_run_resumes_bit_for_bit_with_another_number(workdir, tmp_path)
         small_runs.kill_at(34)(done)
 
     with pytest.raises(small_runs.Killed):
-        small_runs.train(
-            several, "prior", on_step, prior__steps_per_dispatch=4, **settings
-        )  # fmt: skip
+        small_runs.train(several, "prior", on_step, prior__steps_per_dispatch=4, **settings)
     assert dispatched == [0, 4, 8, 9, 10, 14, 15, 19, 20, 24, 28, 29, 30, 34]
     dispatched = []
     small_runs.train(several, "prior", dispatched.append, prior__steps_per_dispatch=3, **settings)
