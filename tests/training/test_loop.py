@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import signal
+import threading
 import time
 
 import jax
@@ -16,7 +17,7 @@ from taming_jax.config.load import load_config, override, read_config, write_con
 from taming_jax.data.batches import ResidentFeed
 from taming_jax.data.datasets import Split
 from taming_jax.errors import Interrupted, RunFailed, UserError
-from taming_jax.training import loop
+from taming_jax.training import checkpoints, loop
 from taming_jax.training.checkpoints import Store
 from taming_jax.training.state import Metrics, Net, TrainState
 from taming_jax.training.writers import read_rows
@@ -142,6 +143,32 @@ def test_the_clock_adds_checkpoints_but_neither_validations_nor_rows(tmp_path, m
         rows.append(read_rows(tmp_path / name / "metrics" / "vqgan.jsonl"))
     # A checkpoint is due after every step, but only even steps are logged.
     assert saved == [[6, 10], [6, 8, 10]] and rows[0] == rows[1] and stage.evaluated == [6, 10]
+
+
+def test_the_run_trains_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    """The checkpoint of step 4 is written after step 6 and holds the state of step 4."""
+    may_write, write = threading.Event(), checkpoints.write_checkpoint
+
+    def wait_and_write(path, arrays, metadata):
+        assert may_write.wait(60)
+        write(path, arrays, metadata)
+
+    def on_step(step):
+        if step == 6:
+            may_write.set()
+
+    monkeypatch.setattr(checkpoints, "write_checkpoint", wait_and_write)
+    train(tmp_path, stage={"on_step": on_step}, eval_every=7, checkpoint_every=4, steps=7)
+    store = Store(tmp_path, "vqgan")
+    assert store.steps() == [4, 7] and store.read(4).arrays[("step",)] == 4
+
+
+def test_checkpoints_record_the_environment(tmp_path):
+    train(tmp_path, **CADENCES)
+    file = tmp_path / "checkpoints" / "vqgan" / "10" / "about" / "metadata"
+    environment = json.loads(file.read_text())["environment"]
+    assert (environment["devices"], environment["processes"]) == (1, 1)
+    assert environment["cores"] >= 1 and environment["versions"]["jax"] == jax.__version__
 
 
 def test_a_resume_remembers_the_best_step_and_a_restart_forgets_it(tmp_path, capsys):
