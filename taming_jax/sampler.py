@@ -199,6 +199,8 @@ class Sampler:
             "top_p": None if top_p is None else np.float32(top_p), "scales": scales,
         })  # fmt: skip
         max_waiting, remaining = -(-(batch_size or 1) // batch), n
+        if grid != self.prior.grid:
+            max_waiting -= 1  # else, the decoder would wait for the micro-batch that is drawn ahead
         pending: collections.deque[jax.Array] = collections.deque()
 
         def fetch() -> np.ndarray:

@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import pkgutil
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,15 @@ def diff_configs(
         return phrases
 
     return walk(left, right, ())
+
+
+def advise_on_settings(run: Path) -> str:
+    """Returns a sentence that tells you how to resume a run with its own settings."""
+    folder = shlex.quote(str(run))
+    return (
+        "Pass the settings that the run was created with, or load all of them with "
+        f"--config {shlex.quote(str(run / 'config.json'))} --workdir {folder}."
+    )
 
 
 def drop_unmatched_attention(config: Config) -> Config:

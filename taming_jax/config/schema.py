@@ -120,7 +120,8 @@ class StageConfig:
     checkpoint is then the one with the smallest distance. Default: never."""
     checkpoint_every: int | None = free(None, COUNT)
     """The number of steps between checkpoints. Default: a twentieth of the run, but at least one
-    epoch and 100 steps. A checkpoint is also written if the last one is ten minutes old."""
+    epoch and 100 steps. If the last checkpoint is ten minutes old, another is written at the next
+    line of the log."""
     log_every: int | None = free(None, COUNT)
     """The number of steps between lines of the log. Default: a thousandth of the run."""
     draw_every: int | None = free(None, COUNT)
@@ -247,6 +248,11 @@ class VQGANConfig(StageConfig):
     """The decay of the moving average (EMA) of the generator, which is then used for evaluation and
     figures. Default: no average."""
 
+    @property
+    def downsample_factor(self) -> int:
+        """The height and width of a code in pixels."""
+        return int(2 ** (len(self.multipliers) - 1))
+
     def start_step(self, examples: int) -> int | None:
         """Returns the step, counted from 0, at which the discriminator starts in a run on
         `examples` training images, or None if it never does."""
@@ -267,10 +273,10 @@ class PriorConfig(StageConfig):
     """The number of attention heads per block."""
     width: int = setting(256, COUNT)
     """The number of channels of the transformer."""
-    steps_per_dispatch: int | None = free(None, COUNT)
-    """The number of steps that the devices take per call from Python. The steps are the same, bit
-    for bit on a CPU. Default: 1 on a CPU. On a GPU, the first steps are measured, and as many steps
-    as take 20 milliseconds are taken at once, but at most 32, and none past a line of the log."""
+    steps_per_dispatch: int = free(1, COUNT)
+    """The number of steps that the devices take per call from Python. On a CPU, the result is the
+    same, bit for bit. No call crosses a line of the log, so it must be at most
+    --prior.log-every."""
     dropout: float = setting(0.1, FRACTION)
     """The dropout rate in training, of the embeddings and of what each layer adds to them."""
     attention_dropout: float = setting(0.0, FRACTION)
@@ -367,7 +373,7 @@ class Config:
     @property
     def downsample_factor(self) -> int:
         """The height and width of a code in pixels."""
-        return int(2 ** (len(self.vqgan.multipliers) - 1))
+        return self.vqgan.downsample_factor
 
     @property
     def grid_size(self) -> int:

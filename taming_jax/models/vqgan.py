@@ -103,8 +103,8 @@ def decode_indices(model: VQGAN, params: Any, indices: jax.Array) -> jax.Array:
         images = model.apply({"params": params}, indices, method=VQGAN.decode_indices)
         return jnp.clip(cast(jax.Array, images), -1, 1)
 
-    (n, *grid), factor = indices.shape, 2 ** (len(model.settings.multipliers) - 1)
-    limit = max_batch(grid[0] * grid[1] * factor**2, n)
+    n, *grid = indices.shape
+    limit = max_batch(grid[0] * grid[1] * model.settings.downsample_factor**2, n)
     size = max(part for part in range(1, limit + 1) if n % part == 0)
     if size == n:
         return decode(indices)

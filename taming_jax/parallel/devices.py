@@ -18,6 +18,10 @@ import numpy as np
 from taming_jax.errors import UserError
 from taming_jax.parallel import distributed
 
+# The most arrays that `Devices.fetch_rows` joins on a device. Each number is compiled once, and
+# compiling a large one takes seconds.
+MAX_JOINED = 64
+
 
 def maybe_pmean(tree: Any, axis_name: str | None) -> Any:
     """Returns the mean of a tree over the devices, or the tree itself if `axis_name` is None."""
@@ -54,11 +58,6 @@ def map_batches(apply: Callable[[Any], Any], arrays: Any, size: int) -> Any:
         batch = jax.tree.map(lambda x, rows=rows: x[rows], arrays)
         parts.append(jax.tree.map(np.asarray, apply(batch)))
     return jax.tree.map(lambda *batches: np.concatenate(batches)[:n], *parts)
-
-
-# The most arrays that `Devices.fetch_rows` joins on a device. Each number is compiled once, and
-# compiling a large one takes seconds.
-MAX_JOINED = 64
 
 
 @jax.jit
@@ -99,7 +98,10 @@ class Compiled:
 
 def get_default_device() -> Any:
     """Returns the device for which JAX compiles by default."""
-    return jax.config.values["jax_default_device"] or jax.local_devices()[0]
+    device = jax.config.values["jax_default_device"]
+    if isinstance(device, str):  # the name of a platform
+        return jax.local_devices(backend=device)[0]
+    return device or jax.local_devices()[0]
 
 
 def get_compute_capability(device: Any) -> tuple[int, int]:
@@ -175,8 +177,8 @@ class Devices:
         return machine // len(self.list)
 
     def describe(self) -> dict[str, Any]:
-        """Returns the environment of a run, on which rounding errors depend: the devices, the
-        processes, the cores that this process may use, and the versions of the packages."""
+        """Returns what rounding errors depend on: the devices, the processes, the cores that this
+        process may use, and the versions of the packages."""
         return {
             "devices": len(self), "device_kind": self.list[0].device_kind,
             "processes": distributed.process_count(), "cores": distributed.count_cores(),

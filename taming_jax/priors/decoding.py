@@ -20,7 +20,8 @@ def sampling_batch_size(device: Any) -> int:
 
     The number is fixed per kind of device, because another batch size rounds differently, and a
     rounding difference can change a code. It is small on a CPU, so that sampling a single image
-    does not take as long as sampling many, which a GPU does in about the same time.
+    does not take as long as sampling many. A GPU takes about as long for a large micro-batch as for
+    a small one.
     """
     return 8 if device.platform == "cpu" else 256
 
@@ -42,17 +43,20 @@ def sample_keys(
 
 
 def exclude_unlikely(
-    logits: jax.Array, top_k: int | None, top_p: jax.Array | float | None
+    logits: jax.Array,
+    temperature: jax.Array | float,
+    top_k: int | None,
+    top_p: jax.Array | float | None,
 ) -> jax.Array:
     """Sets the logits [..., n] to -inf, except the `top_k` largest and, of these, the nucleus: the
-    smallest set of tokens with a total probability of at least `top_p` (arXiv 1904.09751), which is
-    never empty. Logits that equal the smallest one that is kept are kept as well."""
+    smallest set of tokens with a total probability of at least `top_p` at the temperature (arXiv
+    1904.09751), which is never empty. Logits that equal the smallest kept one are kept as well."""
     if top_k is None and top_p is None:
         return logits
     descending = -jnp.sort(-logits, -1) if top_k is None else lax.top_k(logits, top_k)[0]
     smallest = descending[..., -1:]
     if top_p is not None:
-        probabilities = jax.nn.softmax(descending)
+        probabilities = jax.nn.softmax(descending / temperature)
         preceding = jnp.cumsum(probabilities, -1) - probabilities
         in_nucleus = preceding < jnp.maximum(top_p, 1e-9)
         smallest = jnp.where(in_nucleus, descending, jnp.inf).min(-1, keepdims=True)
@@ -97,7 +101,8 @@ def make_token_sampler(
     """
 
     def choose(logits: jax.Array, position: jax.Array) -> jax.Array:
-        scaled = exclude_unlikely(logits / jnp.maximum(temperature, 1e-6), top_k, top_p)
+        divisor = jnp.maximum(temperature, 1e-6)
+        scaled = exclude_unlikely(logits, divisor, top_k, top_p) / divisor
         sampled = jax.vmap(lambda k, x: jax.random.categorical(jax.random.fold_in(k, position), x))(
             keys, scaled
         )

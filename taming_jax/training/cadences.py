@@ -24,6 +24,11 @@ class Cadences:
     log: int
     draw: int
 
+    @property
+    def periods(self) -> list[int]:
+        """The cadences that end a call of several steps. Figures follow validations."""
+        return [n for n in (self.validate, self.distance, self.save, self.log) if n]
+
     @classmethod
     def choose(cls, settings: StageConfig, examples: int) -> "Cadences":
         """Returns the cadences that are set, and defaults for the others, which follow from the

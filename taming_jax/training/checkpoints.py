@@ -6,8 +6,8 @@ hash of each array, the config, the metrics, the fingerprint of the dataset, and
 commit is either complete or absent, but Orbax does not detect corrupted bytes when it restores
 arrays, so `read` compares the hashes.
 
-A network that the stage uses but does not train is the same in all its checkpoints. It is stored
-once, in `checkpoints/NAME/frozen/HASH.npz` (see frozen.py), and the metadata name the hash.
+Networks that the stage uses but does not train are stored once (see frozen.py); the metadata hold
+their hashes.
 """
 
 import concurrent.futures
@@ -15,16 +15,16 @@ import contextlib
 import dataclasses
 import json
 import math
-import shlex
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from flax import traverse_util
 
-from taming_jax.config.load import diff_configs, parse_settings
+from taming_jax.config.load import advise_on_settings, diff_configs, parse_settings
 from taming_jax.config.migrations import (
     ARRAY_MIGRATIONS,
     FORMAT,
@@ -39,20 +39,11 @@ from taming_jax.data.datasets import fingerprint_diff
 from taming_jax.errors import RunFailed, UserError, say
 from taming_jax.storage import hash_json
 from taming_jax.training.frozen import FrozenNetworks
-from taming_jax.training.orbax_handlers import describe_failure, read_state, write_checkpoint
-from taming_jax.training.weights import describe_loaded, load_matching_weights
+from taming_jax.training.orbax_io import describe_failure, read_state, write_checkpoint
+from taming_jax.training.weights import Name, describe_loaded, load_matching_weights
 from taming_jax.weights.arrays import digest, fill, flatten_arrays
 
 FD = "fd_vgg16"  # a Fréchet distance, which takes precedence over `best_metric`
-
-
-def advise_on_settings(run: Path) -> str:
-    """Returns a sentence that tells you how to resume a run with its own settings."""
-    folder = shlex.quote(str(run))
-    return (
-        "Pass the settings that the run was created with, or load all of them with "
-        f"--config {shlex.quote(str(run / 'config.json'))} --workdir {folder}."
-    )
 
 
 class Checkpoint(NamedTuple):
@@ -65,7 +56,7 @@ class Checkpoint(NamedTuple):
     """
 
     step: int
-    arrays: dict[tuple[str, ...], np.ndarray]
+    arrays: dict[Name, np.ndarray]
     config: Config
     dataset: dict[str, Any] | None
     weights_only: bool
@@ -169,13 +160,14 @@ class Store:
         }
         if weights_only:
             metadata["weights_only"] = True
-        self._writing = step, self._executor.submit(self._write, step, state, metadata)
+        leaves = flatten_arrays(state)
+        self._writing = step, self._executor.submit(self._write, step, leaves, metadata)
 
-    def _write(self, step: int, state: Any, metadata: dict[str, Any]) -> None:
-        """Writes a checkpoint, and deletes all others except the last two and the best. Fetching
-        the arrays from a device, hashing and writing them takes a large model a second or more,
-        during which the device can continue to train."""
-        arrays = {path: np.asarray(x) for path, x in flatten_arrays(state).items()}
+    def _write(self, step: int, leaves: dict[Name, Any], metadata: dict[str, Any]) -> None:
+        """Writes a checkpoint, and deletes all others except the last two and the best. For a large
+        model, this takes a second or more, during which training continues. Empties `leaves`, so
+        that each array leaves the memory of the device as soon as it is fetched."""
+        arrays = {path: np.asarray(leaves.pop(path)) for path in list(leaves)}
         metadata["hashes"] = {"/".join(path): digest(array) for path, array in arrays.items()}
         metadata["hash"] = hash_json(metadata)
         self.path.mkdir(parents=True, exist_ok=True)
@@ -193,6 +185,8 @@ class Store:
         (step, written), self._writing = self._writing, None
         try:
             written.result()
+        except jax.errors.JaxRuntimeError:  # the device failed, not the disk
+            raise
         except (OSError, ValueError, RuntimeError) as error:  # a full disk can raise any of these
             self._report_failure(step, error)
 

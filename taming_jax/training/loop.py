@@ -28,7 +28,7 @@ from taming_jax.progress import Progress
 from taming_jax.storage import create_run_folders, folder_lock
 from taming_jax.training.cadences import Cadences
 from taming_jax.training.checkpoints import FD, Store
-from taming_jax.training.dispatch import Dispatcher
+from taming_jax.training.dispatch import count_steps
 from taming_jax.training.log import Log
 from taming_jax.training.meter import Meter, Tracer
 from taming_jax.training.signals import Signals
@@ -168,7 +168,6 @@ class Loop:
         self.training, self.validation = stage.build_feeds()
         self.steps = self.settings.total_steps(self.training.size)
         self.cadences = Cadences.choose(self.settings, self.training.size)
-        self.last_saved = time.monotonic()
         self.restart = restart
         self.pending: list[tuple[range, Metrics]] = []
         self.signal_maxima: list[jax.Array] = []
@@ -215,7 +214,10 @@ class Loop:
             first = self.training.batch(start)
             with contextlib.closing(self.validation.iterate_once()) as validation:
                 batch = next(validation)
-            self.stage.compile(state, first, batch)
+            firsts = [first]
+            if (size := self.stage.steps_per_dispatch) > 1:
+                firsts.append(self.training.batch(start, size))
+            self.stage.compile(state, firsts, batch)
             self.log.start_progress()
             self._run_steps(state, start, first)
         return folder
@@ -223,11 +225,11 @@ class Loop:
     def _run_steps(self, state: TrainState, start: int, first: Batch) -> None:
         self.signals.listen()  # until now, ending the process loses nothing
         done = last_drawn = start
+        self.last_saved = time.monotonic()
         profile = self.settings.profile or (1, 0)
         stops = (profile[0] - 1, profile[1], self.steps)
-        dispatcher = Dispatcher(self.stage.steps_per_dispatch, self.cadences, stops)
         while done < self.steps:
-            count = dispatcher.count(done)
+            count = count_steps(done, self.stage.steps_per_dispatch, self.cadences.periods, stops)
             with self.log.measure_waiting():
                 batch = first if (done, count) == (start, 1) else self.training.batch(done, count)
             with self.tracer.step(done + 1):
@@ -235,10 +237,9 @@ class Loop:
             self.pending.append((range(done + 1, done + count + 1), metrics))
             done += count
             self.tracer.end_step(done, metrics)
-            dispatcher.observe(metrics)
             if len(self.pending) > 2:
-                # Let the device lag by two dispatches at most: that keeps it busy, and a longer
-                # queue would only delay the reaction to signals.
+                # Let the device lag by two calls at most: that keeps it busy, and a longer queue
+                # would only delay the reaction to signals.
                 jax.block_until_ready(self.pending[-3][1])
             self.log.advance(done)
             last = done == self.steps
@@ -371,22 +372,21 @@ class Loop:
     ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
         """Validates the state and logs the metrics. Returns the sums over the split and the
         metrics."""
-        size = self.validation.size
         sums: dict[str, np.ndarray] = {}
-        dispatched: list[dict[str, jax.Array]] = []
+        previous: dict[str, jax.Array] = {}
+        with Progress("validation", self.validation.size, "images") as progress:
 
-        def add(batch_sums: dict[str, jax.Array]) -> None:
-            for name, value in self.devices.fetch(batch_sums).items():
-                sums[name] = sums[name] + value if name in sums else value
+            def add(batch_sums: dict[str, jax.Array]) -> None:
+                for name, value in self.devices.fetch(batch_sums).items():
+                    sums[name] = sums[name] + value if name in sums else value
+                progress.update(self.settings.batch_size)
 
-        with Progress("validation", size, "images") as progress:
             for batch in self.validation.iterate_once():
-                dispatched.append(self.stage.eval_step(state, batch))
-                # Fetch the sums of the previous batch, while the device computes this one.
-                if len(dispatched) > 1:
-                    add(dispatched.pop(0))
-                    progress.update(self.settings.batch_size)
-            add(dispatched.pop())
+                batch_sums = self.stage.eval_step(state, batch)
+                if previous:  # fetch its sums while the device computes those of this batch
+                    add(previous)
+                previous = batch_sums
+            add(previous)
         metrics = self.stage.summarize(sums)
         if measure_fd:
             metrics[FD] = self.stage.compute_fd(state)

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from taming_jax.config.load import diff_configs
+from taming_jax.config.load import advise_on_settings, diff_configs
 from taming_jax.config.schema import Config
 from taming_jax.data import datasets
 from taming_jax.data.augment import uses_augmentation
-from taming_jax.data.batches import Batch, gather_batch
+from taming_jax.data.batches import gather_batch
 from taming_jax.data.pixels import to_uint8
 from taming_jax.errors import UserError
 from taming_jax.models.vqgan import build_vqgan, decode_indices
@@ -27,8 +27,8 @@ from taming_jax.parallel.devices import Compiled, Devices, map_batches, maybe_pm
 from taming_jax.priors.decoding import sample_keys, sampling_batch_size
 from taming_jax.priors.registry import Prior, build_prior
 from taming_jax.training.accumulate import average_micro_batches
-from taming_jax.training.checkpoints import Store, advise_on_settings
-from taming_jax.training.dispatch import scan_steps
+from taming_jax.training.checkpoints import Store
+from taming_jax.training.dispatch import check_dispatch, scan_steps
 from taming_jax.training.stage import Stage, select_dtype
 from taming_jax.training.state import (
     CODES,
@@ -145,6 +145,7 @@ class PriorStage(Stage):
             )
         config = select_dtype(config, generator_config)
         super().__init__(config, devices, {"generator": generator})
+        check_dispatch(config.prior, len(self.splits.train.images))
         data_changes = datasets.fingerprint_diff(self.dataset, generator_dataset)
         if data_changes:
             raise UserError(
@@ -177,15 +178,11 @@ class PriorStage(Stage):
         return init_transformer(self.config, self.model, key)
 
     @property
-    def steps_per_dispatch(self) -> int | None:
-        default = 1 if self.devices.list[0].platform == "cpu" else None
-        return self.config.prior.steps_per_dispatch or default
+    def steps_per_dispatch(self) -> int:
+        return self.config.prior.steps_per_dispatch
 
-    def select_step(self, step: int) -> Compiled:
-        return self._step
-
-    def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        return (self._step if batch.steps == 1 else self._steps)(state, batch.arrays)
+    def select_step(self, step: int, steps: int = 1) -> Compiled:
+        return self._step if steps == 1 else self._steps
 
     def _evaluate(self, state: TrainState, arrays: dict[str, Any]) -> dict[str, jax.Array]:
         """Returns sums over a batch of codes."""

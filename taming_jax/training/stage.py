@@ -3,7 +3,7 @@
 import abc
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -66,8 +66,8 @@ class Stage(abc.ABC):
         return self.devices.replicate(dict(self.frozen))
 
     @property
-    def steps_per_dispatch(self) -> int | None:
-        """The number of steps per call of `train_step`, or None to choose it by measurement."""
+    def steps_per_dispatch(self) -> int:
+        """The number of steps per call of `train_step`, unless something is due before."""
         return 1
 
     @abc.abstractmethod
@@ -79,10 +79,11 @@ class Stage(abc.ABC):
         """Returns a freshly initialized state on one device."""
 
     @abc.abstractmethod
-    def select_step(self, step: int) -> Compiled:
-        """Returns the compiled training step for step number `step`, counted from 0. Its metrics
-        include `skipped`, the number of steps skipped so far. All metrics appear in the log,
-        and all but `skipped` in the figures."""
+    def select_step(self, step: int, steps: int = 1) -> Compiled:
+        """Returns the compiled training step for step number `step`, counted from 0, or for `steps`
+        steps from there on if the stage takes several steps per dispatch. Its metrics include
+        `skipped`, the number of steps skipped so far. All metrics appear in the log, and all but
+        `skipped` in the figures."""
 
     @abc.abstractmethod
     def make_images(self, params: dict[str, Any], arrays: dict[str, jax.Array]) -> jax.Array:
@@ -100,10 +101,12 @@ class Stage(abc.ABC):
     ) -> None:
         """Writes the stage's figures from the state, a validation's sums, and the log's rows."""
 
-    def compile(self, state: TrainState, training: Batch, validation: Batch) -> None:
-        """Compiles the evaluation, and the steps that a run needs from this training batch on."""
-        for step in {self.select_step(training.step), self.select_step(self.steps - 1)}:
-            step.prepare(state, training.arrays)
+    def compile(self, state: TrainState, training: Sequence[Batch], validation: Batch) -> None:
+        """Compiles the evaluation, and the steps that a run needs from these training batches on:
+        one batch for each number of steps per dispatch."""
+        for batch in training:
+            for step in {self.select_step(n, batch.steps) for n in (batch.step, self.steps - 1)}:
+                step.prepare(state, batch.arrays)
         self.evaluation.prepare(state, validation.arrays)
 
     def count_flops(self, step: int) -> float | None:
@@ -115,7 +118,7 @@ class Stage(abc.ABC):
     def train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """Returns the state after the steps of a batch, and their metrics. The old state is
         donated."""
-        return self.select_step(batch.step)(state, batch.arrays)
+        return self.select_step(batch.step, batch.steps)(state, batch.arrays)
 
     def eval_step(self, state: TrainState, batch: Batch) -> dict[str, Any]:
         """Returns sums over a batch of the validation split for `summarize`."""

@@ -195,7 +195,7 @@ class VQGANStage(Stage):
         share = (1 + jnp.cos(jnp.pi * step / self.steps)) / 2
         return last + (first - last) * share
 
-    def select_step(self, step: int) -> Compiled:
+    def select_step(self, step: int, steps: int = 1) -> Compiled:
         return self._steps[step >= self.start]
 
     def _evaluate(self, state: TrainState, arrays: Any, lpips_params: Any) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from taming_jax.parallel.devices import (
     Devices,
     copy_buffers,
     get_compute_capability,
+    get_default_device,
     resolve_dtype,
 )
 from taming_jax.training.checkpoints import Store
@@ -62,6 +63,13 @@ def test_rows_are_fetched_in_order(count):
     expected = np.concatenate([x.reshape(-1, 2) for x in rows])
     fetched = devices.fetch_rows([devices.replicate(x) for x in rows], 2)
     np.testing.assert_array_equal(fetched, expected)
+
+
+def test_the_default_device_may_be_set_by_its_platform():
+    device = jax.local_devices()[1]
+    for value, expected in ((None, 0), ("cpu", 0), (device, 1)):
+        with jax.default_device(value):
+            assert get_default_device() == jax.local_devices()[expected]
 
 
 def test_auto_means_bfloat16_where_all_gpus_have_it(monkeypatch):

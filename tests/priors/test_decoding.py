@@ -178,7 +178,7 @@ def test_top_k_and_top_p_keep_the_most_likely_codes():
     logits = jnp.log(jnp.array([[0.5, 0.1, 0.3, 0.06, 0.04]]))
 
     def kept_codes(top_k, top_p):
-        return np.flatnonzero(np.isfinite(exclude_unlikely(logits, top_k, top_p)[0])).tolist()
+        return np.flatnonzero(np.isfinite(exclude_unlikely(logits, 1.0, top_k, top_p)[0])).tolist()
 
     assert kept_codes(2, None) == [0, 2]
     assert kept_codes(5, None) == kept_codes(None, 1.0) == kept_codes(None, None) == [0, 1, 2, 3, 4]
@@ -193,8 +193,8 @@ def test_top_k_and_top_p_keep_the_most_likely_codes():
 @pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, None])
 def test_the_kept_codes_equal_a_plain_computation(top_k, top_p):
     logits = np.random.default_rng(3).normal(0, 2, (40, 300)).astype(np.float32)
-    kept = np.isfinite(exclude_unlikely(jnp.asarray(logits), top_k, top_p))
-    for row, kept_row in zip(logits.astype(np.float64), kept, strict=True):
+    kept = np.isfinite(exclude_unlikely(jnp.asarray(logits), 0.7, top_k, top_p))
+    for row, kept_row in zip(logits.astype(np.float64) / 0.7, kept, strict=True):
         order = np.argsort(-row)[: top_k or 300]
         probabilities = np.exp(row[order]) / np.exp(row[order]).sum()
         if top_p is not None:

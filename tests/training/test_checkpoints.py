@@ -66,6 +66,19 @@ def test_a_state_is_restored_bit_for_bit(tmp_path):
     assert restore(Store(tmp_path, "other")) is None
 
 
+def test_a_failure_of_the_device_is_not_taken_for_one_of_the_disk(tmp_path):
+    class LostArray:
+        shape, dtype = (3,), np.dtype(np.float32)
+
+        def __array__(self, *_, **__):
+            raise jax.errors.JaxRuntimeError("INTERNAL: the device is lost")
+
+    store = Store(tmp_path, "vqgan")
+    store.save(1, {"kernel": LostArray()}, CONFIG, None)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="the device is lost"):
+        store.wait()
+
+
 def test_the_last_two_checkpoints_and_the_best_are_kept(tmp_path):
     store = save_checkpoints(tmp_path, {1: 0.5, 2: 0.1, 3: None, 4: 0.3, 5: None, 6: 0.2})
     assert store.steps() == [2, 5, 6]

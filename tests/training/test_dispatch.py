@@ -1,15 +1,15 @@
 """Tests of several steps per dispatch, which must be the same steps, bit for bit."""
 
 import shutil
-import time
 
 import jax
 import numpy as np
 import pytest
 
+from taming_jax.errors import UserError
 from taming_jax.parallel.devices import Devices
 from taming_jax.training.cadences import Cadences
-from taming_jax.training.dispatch import MEASURED_STEPS, Dispatcher, choose_size
+from taming_jax.training.dispatch import count_steps
 from taming_jax.training.prior import PriorStage
 from tests import small_runs
 
@@ -20,43 +20,32 @@ EVERY_DROPOUT = {
 }  # fmt: skip
 
 
-def list_dispatches(dispatcher, start, stop):
+def list_dispatches(size, stops, start):
+    """Returns the numbers of steps per call from a step to the last of the `stops`."""
     counts, done = [], start
-    while done < stop:
-        counts.append(dispatcher.count(done))
+    while done < stops[-1]:
+        counts.append(count_steps(done, size, CADENCES.periods, stops))
         done += counts[-1]
     return counts
 
 
 def test_no_dispatch_crosses_a_cadence_or_the_end():
     # Single steps up to 20 (the log), 30 (a validation), 40, and 44 (the end).
-    counts = list_dispatches(Dispatcher(8, CADENCES, (44,)), 10, 44)
+    counts = list_dispatches(8, (44,), 10)
     assert counts == [8, 1, 1, 8, 1, 1, 8, 1, 1, 1, 1, 1, 1]
     # A profile starts after step 23 and ends with step 31.
-    counts = list_dispatches(Dispatcher(4, CADENCES, (23, 31, 44)), 20, 40)
+    counts = list_dispatches(4, (23, 31, 40), 20)
     assert counts == [1, 1, 1, 4, 1, 1, 1, 1, 4, 4, 1]
-    assert list_dispatches(Dispatcher(1, CADENCES, (44,)), 0, 44) == [1] * 44
+    assert list_dispatches(1, (44,), 0) == [1] * 44
 
 
-def test_a_dispatch_of_small_steps_takes_20_milliseconds():
-    assert choose_size(0.03, 20) == 1
-    assert choose_size(0.005, 20) == 4
-    assert choose_size(0.0025, 20) == 5, "a row of the log is every 20 steps"
-    assert choose_size(0.0025, 1) == 1
-    assert choose_size(1e-5, 128) == 32
-
-
-def test_the_size_follows_from_the_measured_steps(monkeypatch):
-    dispatcher, clock = Dispatcher(None, CADENCES, (1000,)), [0.0]
-    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
-    for step in range(1, MEASURED_STEPS.stop + 1):
-        # The first steps take longer, for example because they compile.
-        clock[0] += 0.004 if step > MEASURED_STEPS.start else 3
-        assert dispatcher.count(step - 1) == 1
-        dispatcher.observe(np.zeros(1))
-    assert dispatcher.count(20) == 5
-    dispatcher.observe(np.zeros(1))
-    assert dispatcher.count(20) == 5
+def test_a_number_that_no_dispatch_can_reach_is_refused_before_anything_changes(workdir):
+    before = {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()}
+    settings = {"prior__steps": 40, "prior__steps_per_dispatch": 8, "data__mirror": True}
+    message = "steps-per-dispatch is 8, but a line of the log is due every 1 steps; set --prior.log"
+    with pytest.raises(UserError, match=message):
+        small_runs.train(workdir, "prior", **settings)
+    assert {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()} == before
 
 
 @pytest.fixture(scope="module")

@@ -77,6 +77,14 @@ def test_a_frozen_network_without_a_file_is_written_again_with_the_next_checkpoi
     assert_has_generator(store.read(1))
 
 
+def test_a_damaged_file_is_written_again_by_a_new_process(tmp_path):
+    """A restarted run may find the file that a damaged run has left."""
+    store = save_checkpoints(tmp_path, [1])
+    list_files(store)[0].write_bytes(b"PK")
+    store = save_checkpoints(tmp_path, [2])
+    assert_has_generator(store.read(1))
+
+
 def test_a_restart_deletes_a_frozen_network_unless_a_kept_checkpoint_needs_it(tmp_path):
     other = {"bias": np.zeros(2)}
     store = save_checkpoints(tmp_path, [0], weights_only=True)

@@ -46,7 +46,7 @@ class Parabola:
         return TrainState(jnp.int32(0), {"generator": Net({"w": jnp.zeros(3)}, ())})
 
     def compile(self, state, training, validation):
-        assert "place" in training.arrays and "weight" in validation.arrays
+        assert "place" in training[0].arrays and "weight" in validation.arrays
 
     def count_flops(self, step):
         return 3.0
