@@ -7,12 +7,14 @@ import typing
 from pathlib import Path
 
 from taming_jax.config import schema
+from taming_jax.config.quantizers import QUANTIZER_CONFIGS
 
 PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
 INTRODUCTION = """\
 # All settings
 
-This page is generated from `taming_jax/config/schema.py` by `python -m tests.settings_page`.
+This page is generated from the dataclasses in `taming_jax/config` by `python -m
+tests.settings_page`.
 
 Write a setting as a flag, `--vqgan.batch-size 64`, or as a key of a run's `config.json`. The
 defaults below are those of the dataclasses; a preset replaces many of them, and `python
@@ -20,26 +22,29 @@ train_vqgan.py --config NAME --help` shows the defaults of a preset. When you re
 change the settings marked *free*, except `--vqgan.discriminator-start-step`, which is fixed when
 the run is created. All others determine what is trained.
 """
-SECTIONS = {
-    "Run": ("", (schema.Config,)),
-    "Data": ("data.", (schema.DataConfig,)),
-    "Stage 1": ("vqgan.", (schema.StageConfig, schema.VQGANConfig)),
-    "Stage 2": ("prior.", (schema.StageConfig, schema.PriorConfig)),
+SECTIONS: dict[str, tuple[str, type]] = {
+    "Run": ("", schema.Config),
+    "Data": ("data.", schema.DataConfig),
+    "Stage 1": ("vqgan.", schema.VQGANConfig),
+    **{
+        f"Quantizer {name} of stage 1": (f"vqgan.{name}.", kind)
+        for name, kind in QUANTIZER_CONFIGS.items()
+    },
+    "Stage 2": ("prior.", schema.PriorConfig),
 }
 
 
 def read_help_texts(dataclass_type: type) -> dict[str, str]:
-    """Returns the help texts of a dataclass, by the names of the fields. The text of a field is the
-    string below it."""
-    (definition,) = ast.parse(inspect.getsource(dataclass_type)).body
-    assert isinstance(definition, ast.ClassDef)
+    """Returns the help texts of a dataclass and its bases, by the names of the fields. The text of
+    a field is the string below it."""
     texts = {}
-    for field, next_statement in zip(definition.body, definition.body[1:], strict=False):
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-            is_text = isinstance(next_statement, ast.Expr) and isinstance(
-                next_statement.value, ast.Constant
-            )
-            texts[field.target.id] = " ".join(next_statement.value.value.split()) if is_text else ""
+    for kind in filter(dataclasses.is_dataclass, reversed(dataclass_type.__mro__)):
+        (definition,) = ast.parse(inspect.getsource(kind)).body
+        assert isinstance(definition, ast.ClassDef)
+        for field, below in zip(definition.body, [*definition.body[1:], None], strict=True):
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+                is_text = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
+                texts[field.target.id] = " ".join(below.value.value.split()) if is_text else ""
     return texts
 
 
@@ -50,11 +55,10 @@ def format_type(hint: typing.Any) -> str:
     return (hint.__name__ if isinstance(hint, type) else str(hint)).replace("typing.", "")
 
 
-def build_table(prefix: str, kinds: tuple[type, ...]) -> list[str]:
-    texts = {name: text for kind in kinds for name, text in read_help_texts(kind).items()}
-    hints = typing.get_type_hints(kinds[-1])
+def build_table(prefix: str, dataclass_type: type) -> list[str]:
+    texts, hints = read_help_texts(dataclass_type), typing.get_type_hints(dataclass_type)
     lines = ["| setting | type | default | meaning |", "| --- | --- | --- | --- |"]
-    for field in dataclasses.fields(kinds[-1]):
+    for field in dataclasses.fields(dataclass_type):
         if dataclasses.is_dataclass(field.default):
             continue
         flag = f"`--{prefix}{field.name.replace('_', '-')}`"
@@ -67,8 +71,8 @@ def build_table(prefix: str, kinds: tuple[type, ...]) -> list[str]:
 
 def build_page() -> str:
     parts = [INTRODUCTION]
-    for title, (prefix, kinds) in SECTIONS.items():
-        parts += [f"\n## {title}\n", *build_table(prefix, kinds)]
+    for title, (prefix, kind) in SECTIONS.items():
+        parts += [f"\n## {title}\n", *build_table(prefix, kind)]
     return "\n".join(parts) + "\n"
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from taming_jax.config.load import load_config
 from taming_jax.models.discriminator import Discriminator
 from taming_jax.models.layers import conv
-from taming_jax.models.quantizers import GumbelQuantizer, VectorQuantizer
+from taming_jax.models.quantizers import QUANTIZERS
 from taming_jax.models.vqgan import VQGAN
 from taming_jax.training.state import Net
 from taming_jax.training.vqgan_step import VQGANObjective
@@ -41,11 +41,11 @@ def make_small_networks(overrides, parts=1, axis_name=None):
         "adaptive_weight": True,
     }
     config = load_config("mnist_tiny", {f"vqgan.{k}": v for k, v in (settings | overrides).items()})
-    quantizer_type = GumbelQuantizer if config.vqgan.quantizer == "gumbel" else VectorQuantizer
     small = dataclasses.replace(config.vqgan, codebook_size=16, code_dim=4, latent_channels=6)
-    generator = VQGAN(SmallEncoder(), quantizer_type(small), SmallDecoder(), small)
+    quantizer = QUANTIZERS[small.quantizer](small, axis_name)
+    generator = VQGAN(SmallEncoder(), quantizer, SmallDecoder(), small)
     discriminator = Discriminator(4, 1, axis_name)
-    return VQGANObjective(config.vqgan, generator, discriminator, jnp.float32, axis_name)
+    return VQGANObjective(small, generator, discriminator, jnp.float32, axis_name)
 
 
 @functools.cache

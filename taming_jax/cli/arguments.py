@@ -22,7 +22,10 @@ from taming_jax.config.load import (
     read_config,
 )
 from taming_jax.config.schema import Config, DataConfig
-from taming_jax.config.validation import validate_config
+from taming_jax.config.validation import (
+    refuse_settings_of_other_quantizers,
+    validate_config,
+)
 from taming_jax.errors import UserError
 from taming_jax.parallel.distributed import Processes
 from taming_jax.storage import check_writable, expand_user
@@ -138,7 +141,8 @@ def parse_training(
         )
     # Absolute paths, so that the run can be used from any working directory.
     config = convert_paths(parsed.config, lambda path: expand_user(path).absolute())
-    return dataclasses.replace(parsed, config=validate_config(config))
+    refuse_settings_of_other_quantizers(validate_config(config), base)
+    return dataclasses.replace(parsed, config=config)
 
 
 def load_default_config(name: str | None, workdir: str | None, wants_help: bool) -> Config:

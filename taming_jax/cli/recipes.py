@@ -58,7 +58,7 @@ MNIST_TINY = {
     "before": Row(BEFORE),
     "before, 32 codes": Row(BEFORE | {"vqgan.codebook_size": 32}),
     "before, 512 codes": Row(BEFORE | {"vqgan.codebook_size": 512}),
-    "before, not normalized": Row(BEFORE | {"vqgan.l2_normalise": False}),
+    "before, not normalized": Row(BEFORE | {"vqgan.vq.l2_normalise": False}),
     "prior": Row({}, "mnist_tiny"),
     "prior, adaptive": Row({}, "adaptive"),
     "prior before": Row({}, "before"),

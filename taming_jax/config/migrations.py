@@ -11,7 +11,7 @@ import numpy as np
 
 from taming_jax.errors import UserError
 
-FORMAT = 8
+FORMAT = 9
 
 Arrays = dict[tuple[str, ...], np.ndarray]
 
@@ -70,13 +70,35 @@ def add_attention_dropout(config: dict[str, Any]) -> dict[str, Any]:
     return config | {"prior": prior | {"attention_dropout": prior.get("dropout", 0.1)}}
 
 
+# Where format 9 moved the quantizers' settings in the section vqgan: the quantizer and the name.
+MOVED_SETTINGS = {
+    "commitment": ("vq", "commitment"), "legacy_commitment": ("vq", "legacy_commitment"),
+    "l2_normalise": ("vq", "l2_normalise"), "gumbel_temperature": ("gumbel", "temperature"),
+    "kl_weight": ("gumbel", "kl_weight"),
+}  # fmt: skip
+
+
+def group_quantizer_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """Moves the settings of quantizers to sections of their own, and renames nearest to vq."""
+    vqgan = config.get("vqgan")
+    if not isinstance(vqgan, dict):
+        return config
+    vqgan = dict(vqgan)
+    for old, (quantizer, new) in MOVED_SETTINGS.items():
+        if old in vqgan:
+            vqgan[quantizer] = vqgan.get(quantizer, {}) | {new: vqgan.pop(old)}
+    if vqgan.get("quantizer") == "nearest":
+        vqgan["quantizer"] = "vq"
+    return config | {"vqgan": vqgan}
+
+
 # Functions that migrate a config's settings and a checkpoint's arrays from each format to the next.
 SETTINGS_MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
     1: dict, 2: dict, 3: dict, 4: remove_used_codes, 5: rename_settings, 6: add_attention_dropout,
-    7: dict,
+    7: dict, 8: group_quantizer_settings,
 }  # fmt: skip
 ARRAY_MIGRATIONS: dict[int, Callable[[Arrays], Arrays]] = {
-    1: add_skipped, 2: dict, 3: dict, 4: dict, 5: dict, 6: dict, 7: dict
+    1: add_skipped, 2: dict, 3: dict, 4: dict, 5: dict, 6: dict, 7: dict, 8: dict,
 }  # fmt: skip
 
 MICRO_BATCH_FORMAT = 4  # the first with one adaptive weight per micro-batch in stage 1

@@ -6,42 +6,24 @@ often it reports or saves, where and how it runs, or how it samples. The excepti
 what is trained."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal
+
+from taming_jax.config.fields import (
+    COUNT,
+    FRACTION,
+    NOT_NEGATIVE,
+    POSITIVE,
+    PROPER_FRACTION,
+    SEED,
+    free,
+    setting,
+)
+from taming_jax.config.quantizers import QuantizerConfigs
 
 UNKNOWN = "unknown"  # the dataset of an imported run
 MACHINE_SETTINGS = ("workdir", "path", "cache", "workers")  # settings that differ between machines
-
-
-class Range(NamedTuple):
-    """The valid values of a setting, as a function and in words."""
-
-    contains: Callable[[Any], bool]
-    requirement: str
-
-
-COUNT = Range(lambda x: x >= 1, "must be 1 or more")
-NOT_NEGATIVE = Range(lambda x: 0 <= x < math.inf, "must be 0 or more")
-POSITIVE = Range(lambda x: 0 < x < math.inf, "must be above 0")
-FRACTION = Range(lambda x: 0 <= x <= 1, "must be from 0 to 1")
-PROPER_FRACTION = Range(lambda x: 0 < x < 1, "must be above 0 and below 1")
-SEED = Range(lambda x: 0 <= x < 2**32, f"must be from 0 to {2**32 - 1}")
-
-
-def setting(default: Any, values: Range | None = None, meaning: bool = False) -> Any:
-    """Returns a field whose value must be None or lie in the range `values`.
-
-    `meaning` declares that a change of the setting changes the meaning of trained weights, even if
-    their shapes stay the same.
-    """
-    return field(default=default, metadata={"range": values, "meaning": meaning})
-
-
-def free(default: Any, values: Range | None = None) -> Any:
-    """Returns a field that may change when a run is resumed."""
-    return field(default=default, metadata={"free": True, "range": values})
 
 
 @dataclass(frozen=True)
@@ -152,7 +134,7 @@ class StageConfig:
 
 
 @dataclass(frozen=True)
-class VQGANConfig(StageConfig):
+class VQGANConfig(QuantizerConfigs, StageConfig):
     """The settings of stage 1: encoder, quantizer, decoder and discriminator."""
 
     micro_batches: int = setting(1, COUNT)
@@ -175,35 +157,14 @@ class VQGANConfig(StageConfig):
     latent_channels: int = setting(256, COUNT)
     """The number of channels between the encoder and the 1x1 convolution to the code dimension."""
 
-    codebook_size: int = setting(1024, COUNT)
-    """The number of codes in the codebook."""
-    code_dim: int = setting(256, COUNT)
-    """The dimension of a code."""
-    commitment: float = setting(0.25, NOT_NEGATIVE)
-    """The weight of the commitment loss (beta in the papers)."""
-    legacy_commitment: bool = False
-    """Apply the commitment weight to the codebook loss instead, as the official code does by
-    default."""
-    l2_normalise: bool = setting(False, meaning=True)
-    """Normalize latents and codes to length one, so that only their directions are compared."""
-    quantizer: Literal["nearest", "gumbel"] = setting("nearest", meaning=True)
-    """nearest takes the nearest code. gumbel maps each latent to logits by a 1x1 convolution, and
-    takes a Gumbel-softmax sample in training and the most likely code otherwise."""
-    gumbel_temperature: tuple[float, float] = (1.0, 1 / 16)
-    """The temperature of the Gumbel-softmax at the first and the last step, with a cosine schedule
-    between them."""
-    kl_weight: float = setting(5e-4, NOT_NEGATIVE)
-    """The weight of the KL divergence between the gumbel quantizer's code distribution and the
-    uniform distribution."""
+    codebook_weight: float = setting(1.0, NOT_NEGATIVE)
+    """The weight of the quantizer's own loss, such as the codebook loss and the commitment loss."""
 
     l1_weight: float = setting(1.0, NOT_NEGATIVE)
     """The weight of the L1 reconstruction loss."""
     perceptual_weight: float = setting(1.0, NOT_NEGATIVE)
     """The weight of the perceptual loss, LPIPS on VGG16 features. 0 turns it off, and VGG16 is not
     loaded."""
-    codebook_weight: float = setting(1.0, NOT_NEGATIVE)
-    """The weight of the sum of the codebook loss and the commitment loss."""
-
     discriminator_filters: int = setting(64, COUNT)
     """The number of filters of the discriminator's first layer."""
     discriminator_layers: int = setting(3, COUNT)

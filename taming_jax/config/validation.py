@@ -1,12 +1,14 @@
 """Checks that settings are valid and do not conflict."""
 
 import dataclasses
+import difflib
 import math
 from typing import Any
 
 import numpy as np
 
-from taming_jax.config.schema import Config
+from taming_jax.config.quantizers import QUANTIZER_CONFIGS, QuantizerConfig
+from taming_jax.config.schema import Config, VQGANConfig
 from taming_jax.errors import UserError, say
 
 
@@ -64,8 +66,7 @@ def validate_config(config: Config) -> Config:
             f"--data.image-size {data.image_size} is too small for VGG16, which halves an image "
             "four times; use 16 or more, or --vqgan.perceptual-weight 0."
         )
-    if min(vqgan.gumbel_temperature) <= 0:
-        raise UserError("--vqgan.gumbel-temperature must be two numbers above 0.")
+    check_quantizer(vqgan)
     if prior.vocabulary is not None and prior.vocabulary < vqgan.codebook_size:
         raise UserError(
             f"--prior.vocabulary {prior.vocabulary} is smaller than the codebook; use at least "
@@ -85,6 +86,41 @@ def validate_config(config: Config) -> Config:
         )
     check_sampling(prior, vqgan.codebook_size, prior.label_dropout)
     return config
+
+
+def check_quantizer(settings: VQGANConfig) -> None:
+    """Raises UserError if the quantizer does not exist, or if its settings are invalid."""
+    name, kinds = settings.quantizer, list(QUANTIZER_CONFIGS)
+    if name not in kinds:
+        close = difflib.get_close_matches(name, kinds, 1)
+        hint = f" (did you mean '{close[0]}'?)" if close else ""
+        raise UserError(
+            f"there is no quantizer '{name}'{hint}; set --vqgan.quantizer to one of "
+            f"{', '.join(kinds)}."
+        )
+    getattr(settings, name, QuantizerConfig()).check(settings.codebook_size)
+
+
+def refuse_settings_of_other_quantizers(config: Config, base: Config) -> None:
+    """Raises UserError if a config differs from the one that it is based on in a setting that has
+    no effect, because it belongs to another quantizer."""
+    settings, name = config.vqgan, config.vqgan.quantizer
+    for section in dataclasses.fields(settings):
+        new, old = getattr(settings, section.name), getattr(base.vqgan, section.name)
+        if not isinstance(new, QuantizerConfig) or section.name == name:
+            continue
+        for field in dataclasses.fields(new):
+            if getattr(new, field.name) != getattr(old, field.name):
+                raise UserError(
+                    f"{format_flag('vqgan', section.name, field.name)} is a setting of the "
+                    f"quantizer {section.name}, but --vqgan.quantizer is {name}. Leave it out, or "
+                    f"set --vqgan.quantizer {section.name}."
+                )
+    if settings.code_dim != base.vqgan.code_dim and QUANTIZER_CONFIGS[name].sets_code_dim:
+        raise UserError(
+            f"--vqgan.code-dim has no effect on the quantizer {name}, which sets the dimension of "
+            "its codes itself. Leave it out."
+        )
 
 
 def warn_about_attention(config: Config) -> None:

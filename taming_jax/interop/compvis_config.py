@@ -7,6 +7,7 @@ from typing import Any
 
 from taming_jax.config.load import parse_settings
 from taming_jax.config.migrations import FORMAT, read_format
+from taming_jax.config.quantizers import GumbelConfig, VQConfig
 from taming_jax.config.schema import UNKNOWN, Config, DataConfig, PriorConfig, VQGANConfig
 from taming_jax.config.serialization import from_dict, to_dict
 from taming_jax.errors import UserError, say
@@ -158,18 +159,20 @@ def parse_stage1(section: dict[str, Any], file: Path, step: int) -> Config:
         for name, size in sizes.items()
     } | {
         "codebook_size": parse_size(params["n_embed"]),
-        "code_dim": parse_size(params["embed_dim"]), "commitment": float(params.get("beta", 0.25)),
-        # By default, the official VQModel puts the commitment weight on the codebook term.
-        "legacy_commitment": bool(params.get("legacy", True)),
+        "code_dim": parse_size(params["embed_dim"]),
+        "vq": VQConfig(
+            commitment=float(params.get("beta", 0.25)),
+            # By default, the official VQModel puts the commitment weight on the codebook term.
+            legacy_commitment=bool(params.get("legacy", True)),
+        ),
     }  # fmt: skip
     if get_target_class(section) == "GumbelVQ":
         if ddconfig["z_channels"] != params["embed_dim"]:
             raise UserError(f"{file}: the z_channels and embed_dim of a GumbelVQ must be equal.")
         temperature = compute_temperature(step, params.get("temperature_scheduler_config") or {})
-        values |= {
-            "quantizer": "gumbel", "kl_weight": float(params.get("kl_weight", 1e-8)),
-            "gumbel_temperature": (temperature, temperature),
-        }  # fmt: skip
+        kl_weight = float(params.get("kl_weight", 1e-8))
+        gumbel = GumbelConfig(temperature=(temperature, temperature), kl_weight=kl_weight)
+        values |= {"quantizer": "gumbel", "gumbel": gumbel}
     loss = get_discriminator_settings(params)
     if loss is not None:
         values |= {name: type(x)(loss.get(key, x)) for key, (name, x) in LOSS.items()}
@@ -265,7 +268,7 @@ def find_mismatches(vqgan: VQGANConfig, prior: PriorConfig | None) -> list[str]:
     quantizer, channels, latents = vqgan.quantizer, vqgan.channels, vqgan.latent_channels
     blocks, expected = vqgan.decoder_blocks or vqgan.blocks + 1, vqgan.blocks + 1
     mismatches = {
-        f"has no quantizer {quantizer}": quantizer not in ("nearest", "gumbel"),
+        f"has no quantizer {quantizer}": quantizer not in ("vq", "gumbel"),
         f"needs {expected} blocks per level of the decoder (--vqgan.decoder-blocks), but this run "
         f"has {blocks}": blocks != expected,
         f"needs a multiple of 32 channels, but this run has {channels}": any(
@@ -345,13 +348,13 @@ def build_stage1_section(model: Model) -> dict[str, Any]:
         }
     if vqgan.quantizer != "gumbel":
         return {"target": "taming.models.vqgan.VQModel", "params": params}
-    first, last = vqgan.gumbel_temperature
+    first, last = vqgan.gumbel.temperature
     schedule = {
         "warm_up_steps": 0, "max_decay_steps": 1_000_001, "lr_start": first, "lr_max": first,
         "lr_min": last,
     }  # fmt: skip
     params |= {
-        "kl_weight": vqgan.kl_weight,
+        "kl_weight": vqgan.gumbel.kl_weight,
         "temperature_scheduler_config": {
             "target": "taming.lr_scheduler.LambdaWarmUpCosineScheduler", "params": schedule,
         },

@@ -33,7 +33,7 @@ def export_run(folder: Path, out: Path, stage: str | None) -> int:
     model = Model(convert_config(config, len(names)), names, "discriminator" in checkpoint.nets)
     content = yaml.safe_dump(build_yaml(model))
     arrays = build_official_arrays(model, checkpoint) | build_other_arrays(model, checkpoint.step)
-    if config.vqgan.l2_normalise:
+    if config.vqgan.quantizer == "vq" and config.vqgan.vq.l2_normalise:
         say(
             "The exported codes have unit length. Indices and reconstructions stay the same, but "
             "the official code does not normalize latents, so it would train differently."
@@ -65,7 +65,7 @@ def build_official_arrays(model: Model, checkpoint: Checkpoint) -> dict[str, np.
     """Returns the networks' arrays by their official names. L2-normalized codes have unit length,
     and the logits cover all tokens, including classes."""
     nets, networks = checkpoint.nets, {"generator": dict(checkpoint.generator)}
-    if model.config.vqgan.l2_normalise:
+    if model.config.vqgan.quantizer == "vq" and model.config.vqgan.vq.l2_normalise:
         quantizer = networks["generator"]["quantizer"]
         lengths = np.linalg.norm(quantizer["codebook"], axis=-1, keepdims=True)
         codes = quantizer["codebook"] / lengths

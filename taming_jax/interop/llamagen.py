@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from taming_jax.config.quantizers import VQConfig
 from taming_jax.config.schema import UNKNOWN, Config, DataConfig, PriorConfig, VQGANConfig
 from taming_jax.errors import UserError
 from taming_jax.interop.imports import Model, Part
@@ -41,7 +42,7 @@ def parse_tokenizer(file: object, state_dict: StateDict) -> tuple[VQGANConfig, i
         channels=channels, multipliers=tuple(width // channels for width in widths),
         blocks=count_indices(state_dict, r"encoder\.conv_blocks\.0\.res\.(\d+)\."),
         latent_channels=shape("encoder.conv_out.weight", 4)[0], codebook_size=codebook_size,
-        code_dim=code_dim, l2_normalise=True, commitment=0.25, discriminator_weight=0.5,
+        code_dim=code_dim, vq=VQConfig(l2_normalise=True), discriminator_weight=0.5,
         learning_rate=1e-4, discriminator_learning_rate=1e-4, betas=(0.9, 0.95),
     )  # fmt: skip
     return settings, image_channels

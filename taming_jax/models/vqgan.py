@@ -10,7 +10,7 @@ from taming_jax.config.schema import Config, VQGANConfig
 from taming_jax.errors import UserError
 from taming_jax.models.autoencoder import Decoder, Encoder
 from taming_jax.models.layers import Dtype, conv
-from taming_jax.models.quantizers import QUANTIZERS, Noise, Quantized, Quantizer
+from taming_jax.models.quantizers import QUANTIZERS, Quantized, Quantizer, Training
 from taming_jax.parallel.devices import resolve_dtype
 
 MAX_PIXELS = 2**20  # the most pixels, over all images, that a device encodes or decodes at once
@@ -33,16 +33,16 @@ class VQGAN(nn.Module):
     dtype: Dtype = jnp.float32
 
     def setup(self) -> None:
-        self.quant_conv = conv(self.settings.code_dim, 1, self.dtype)
+        self.quant_conv = conv(self.quantizer.code_dim, 1, self.dtype)
         self.post_quant_conv = conv(self.settings.latent_channels, 1, self.dtype)
 
-    def __call__(self, images: jax.Array, noise: Noise | None = None) -> Reconstruction:
-        quantized = self.encode(images, noise)
+    def __call__(self, images: jax.Array, training: Training | None = None) -> Reconstruction:
+        quantized = self.encode(images, training)
         return Reconstruction(self.decode(quantized.vectors), quantized)
 
-    def encode(self, images: jax.Array, noise: Noise | None = None) -> Quantized:
+    def encode(self, images: jax.Array, training: Training | None = None) -> Quantized:
         """Encodes images float [b,h,w,c] as codes; see `Quantized`."""
-        return self.quantizer(self.quant_conv(self.encoder(images)), noise)
+        return self.quantizer(self.quant_conv(self.encoder(images)), training)
 
     def decode(self, vectors: jax.Array) -> jax.Array:
         """Decodes codes float [b,h',w',d] to images float32 [b,h,w,c]."""
@@ -53,14 +53,15 @@ class VQGAN(nn.Module):
         return self.decode(self.quantizer.lookup(indices))
 
 
-def build_vqgan(config: Config) -> VQGAN:
-    """Builds the generator that a config describes.
+def build_vqgan(config: Config, axis_name: str | None = None) -> VQGAN:
+    """Builds the generator that a config describes. `axis_name` is the mapped axis of devices in
+    training, or None.
 
     Raises UserError if the number of codes of the quantizer is not `codebook_size`.
     """
     settings, data = config.vqgan, config.data
     dtype = jnp.dtype(resolve_dtype(config.dtype))
-    quantizer = QUANTIZERS[settings.quantizer](settings)
+    quantizer = QUANTIZERS[settings.quantizer](settings, axis_name)
     if quantizer.num_codes != settings.codebook_size:
         raise UserError(
             f"--vqgan.codebook-size is {settings.codebook_size}, but these settings of the "

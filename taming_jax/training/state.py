@@ -16,10 +16,15 @@ from taming_jax.config.schema import StageConfig
 DROPOUT, LABELS, CODES, AUGMENTATION, REAL, FAKE = range(6)
 
 
+def make_step_key(seed: int, purpose: int, step: Any) -> jax.Array:
+    """Returns the random key of a step for a purpose."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), purpose), step)
+
+
 def make_example_keys(seed: int, purpose: int, step: Any, place: jax.Array) -> jax.Array:
     """Returns one key per example [b], derived from its position in the global batch, `place`
     int32 [b], so that keys do not depend on the number of devices."""
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), purpose), step)
+    key = make_step_key(seed, purpose, step)
     return jax.vmap(functools.partial(jax.random.fold_in, key))(place)
 
 

@@ -36,6 +36,7 @@ from taming_jax.training.state import (
     apply_if_finite,
     build_schedule,
     make_example_keys,
+    make_step_key,
 )
 from taming_jax.training.vqgan_step import Keys, VQGANObjective
 
@@ -130,6 +131,7 @@ class VQGANStage(Stage):
                 nets={
                     "generator": Net(
                         generator, self._optimizer.init(generator),
+                        self.objective.generator.quantizer.init_state(),
                         ema=None if settings.ema_decay is None else copy_buffers(generator),
                     ),
                     "discriminator": Net(
@@ -155,17 +157,17 @@ class VQGANStage(Stage):
             images = to_float(
                 augment(gather_batch(arrays)[0], make_keys(AUGMENTATION), self.config.data)
             )
-            keys = Keys()
+            step_key = make_step_key(self.config.seed, CODES, state.step)
+            keys = Keys(codes=make_keys(CODES), place=arrays["place"])
             if settings.diff_augment:
                 keys = keys._replace(real=make_keys(REAL), fake=make_keys(FAKE))
-            if self.objective.generator.quantizer.stochastic:
-                keys = keys._replace(codes=make_keys(CODES))
             gradients = self.objective.compute_gradients(
                 generator, discriminator, images, lpips_params, adversarial,
-                state.step - self.start, keys, self.gumbel_temperature(state.step),
+                state.step - self.start, keys, step_key, state.step / self.steps,
             )  # fmt: skip
             rate = self._schedules["generator"](state.step)
             generator = generator.apply_gradients(self._optimizer, gradients.generator, rate)
+            generator = self.objective.update_quantizer(generator, gradients.statistics)
             if settings.ema_decay is not None:
                 generator = generator.update_ema(settings.ema_decay, state.step)
             if adversarial:
@@ -187,13 +189,6 @@ class VQGANStage(Stage):
             return apply_if_finite(state, nets, gradients.metrics, must_be_finite)
 
         return step
-
-    def gumbel_temperature(self, step: jax.Array) -> jax.Array:
-        """Returns the Gumbel-softmax temperature at a step: a cosine from the first value of the
-        setting to the second over the run."""
-        first, last = self.config.vqgan.gumbel_temperature
-        share = (1 + jnp.cos(jnp.pi * step / self.steps)) / 2
-        return last + (first - last) * share
 
     def select_step(self, step: int, steps: int = 1) -> Compiled:
         return self._steps[step >= self.start]

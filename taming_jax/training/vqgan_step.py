@@ -26,7 +26,7 @@ from taming_jax.data.pixels import to_float, to_uint8
 from taming_jax.metrics.similarity import psnr
 from taming_jax.models.discriminator import Discriminator
 from taming_jax.models.lpips import lpips
-from taming_jax.models.quantizers import Noise
+from taming_jax.models.quantizers import Training
 from taming_jax.models.vqgan import VQGAN, build_vqgan, reconstruct
 from taming_jax.parallel.devices import maybe_pmean, maybe_psum
 from taming_jax.training.accumulate import average_micro_batches
@@ -34,12 +34,14 @@ from taming_jax.training.state import Net, TrainState, ema_update
 
 
 class Keys(NamedTuple):
-    """One random key per example [b] for each use of randomness, or None if the settings do not
-    need it: augmentation of the discriminator's real and fake images, and sampling of codes."""
+    """One random key per example [b] for each use of randomness, or None if there is none:
+    augmentation of the discriminator's real and fake images, and sampling of codes. `place` int32
+    [b] is the position of each example in the global batch."""
 
     real: jax.Array | None = None
     fake: jax.Array | None = None
     codes: jax.Array | None = None
+    place: jax.Array | None = None
 
 
 NO_KEYS = Keys()
@@ -48,12 +50,14 @@ NO_KEYS = Keys()
 class Gradients(NamedTuple):
     """The gradients and metrics of a step, averaged over the devices, or of a micro-batch on one
     device. `extra` is the new extra state of the discriminator. `discriminator` and `extra` are
-    None before the discriminator starts."""
+    None before the discriminator starts. `statistics` are the quantizer's, summed over the batch or
+    micro-batch, and `counts` [k], how often each code was used."""
 
     generator: Any
     discriminator: Any
     extra: Any
     metrics: dict[str, jax.Array]
+    statistics: dict[str, jax.Array]
 
 
 class DiscriminatorPass(NamedTuple):
@@ -73,14 +77,14 @@ class GeneratorPass(NamedTuple):
     `reconstruction` is float32 [b,h,w,c]; `last` is the input of the decoder's last convolution;
     `cotangent` is the gradient of `reconstruction_loss` with respect to the reconstruction; `vjp`
     maps a cotangent of the reconstruction to the gradient of the parameters, including that of the
-    codebook loss; `counts` [k] is how often each code was used; `metrics` holds the losses.
+    quantizer's loss; `statistics` are as in `Gradients`; `metrics` holds the losses.
     """
 
     reconstruction: jax.Array
     last: jax.Array
     cotangent: jax.Array
     vjp: Callable[[jax.Array], Any]
-    counts: jax.Array
+    statistics: dict[str, jax.Array]
     metrics: dict[str, jax.Array]
 
 
@@ -96,7 +100,7 @@ class VQGANObjective:
 
     @classmethod
     def build(cls, config: Config, axis_name: str | None = None) -> "VQGANObjective":
-        settings, generator = config.vqgan, build_vqgan(config)
+        settings, generator = config.vqgan, build_vqgan(config, axis_name)
         discriminator = Discriminator(
             settings.discriminator_filters, settings.discriminator_layers, axis_name,
             generator.dtype,
@@ -161,12 +165,15 @@ class VQGANObjective:
         adversarial: bool,
         discriminator_steps: jax.Array | int = 0,
         keys: Keys = NO_KEYS,
-        temperature: jax.Array | float = 1.0,
+        step_key: jax.Array | None = None,
+        progress: jax.Array | float = 0.0,
     ) -> Gradients:
         """Returns all losses and gradients of one step on images float [b,h,w,c] in [-1, 1].
 
         `discriminator_steps` is the number of steps since the discriminator started, which LeCam's
-        averages need. `keys` are the random keys, and `temperature` is that of the Gumbel-softmax.
+        averages need. `keys` and `step_key` are random keys, of the examples and of the step, and
+        `progress` is the fraction of the run that is done. Without keys for the codes, the
+        quantizer works as in evaluation.
 
         With the setting `micro_batches`, each micro-batch has its own adaptive weight and BatchNorm
         statistics, and the results are averaged.
@@ -175,17 +182,22 @@ class VQGANObjective:
         step = functools.partial(
             self.compute_micro_batch_gradients,
             generator.params, discriminator, lpips_params, adversarial,
-            jnp.asarray(discriminator_steps, jnp.int32), jnp.asarray(temperature, jnp.float32),
+            jnp.asarray(discriminator_steps, jnp.int32), step_key,
+            jnp.asarray(progress, jnp.float32),
         )  # fmt: skip
-        gradients, counts = average_micro_batches(step, (images, keys), settings.micro_batches)
+        parts = settings.micro_batches
+        gradients = average_micro_batches(step, (images, keys), parts)
+        statistics = self.sum(jax.tree.map(lambda x: x * parts, gradients.statistics))
         generator_gradient, discriminator_gradient, metrics = self.mean(
             (gradients.generator, gradients.discriminator, gradients.metrics)
         )
-        metrics["perplexity"] = losses.perplexity(self.sum(counts))
+        metrics["perplexity"] = losses.perplexity(statistics["counts"])
         metrics["generator_gradient"] = optax.tree.norm(generator_gradient)
         if adversarial:
             metrics["discriminator_gradient"] = optax.tree.norm(discriminator_gradient)
-        return Gradients(generator_gradient, discriminator_gradient, gradients.extra, metrics)
+        return Gradients(
+            generator_gradient, discriminator_gradient, gradients.extra, metrics, statistics
+        )
 
     def compute_micro_batch_gradients(
         self,
@@ -194,20 +206,23 @@ class VQGANObjective:
         lpips_params: Any,
         adversarial: bool,
         discriminator_steps: jax.Array,
-        temperature: jax.Array,
+        step_key: jax.Array | None,
+        progress: jax.Array,
         arrays: tuple[jax.Array, Keys],
-    ) -> tuple[Gradients, jax.Array]:
-        """Returns the gradients and losses of one micro-batch on this device, and how often it used
-        each code [k]. `arrays` holds the images and the keys."""
+    ) -> Gradients:
+        """Returns the gradients and losses of one micro-batch on this device. `arrays` holds the
+        images and the keys."""
         settings, (images, keys) = self.settings, arrays
-        noise = None if keys.codes is None else Noise(keys.codes, temperature)
-        forward = self.forward(generator, images, lpips_params, noise)
+        training = None
+        if keys.codes is not None and keys.place is not None and step_key is not None:
+            training = Training(keys.codes, keys.place, step_key, progress)
+        forward = self.forward(generator, images, lpips_params, training)
         cotangent, metrics = forward.cotangent, forward.metrics
         metrics["loss"] = (
             metrics["reconstruction_loss"] + settings.codebook_weight * metrics["codebook"]
         )
         if not adversarial:
-            return Gradients(forward.vjp(cotangent), None, None, metrics), forward.counts
+            return Gradients(forward.vjp(cotangent), None, None, metrics, forward.statistics)
         adversary = self.forward_discriminator(
             discriminator.params, discriminator.extra, images, forward.reconstruction,
             discriminator_steps, keys,
@@ -225,29 +240,28 @@ class VQGANObjective:
             metrics["adaptive_weight"] = weight
         metrics["loss"] += weight * metrics["adversarial"]
         gradient = forward.vjp(cotangent + weight * adversary.cotangent)
-        gradients = Gradients(gradient, adversary.gradient, adversary.extra, metrics)
-        return gradients, forward.counts
+        return Gradients(gradient, adversary.gradient, adversary.extra, metrics, forward.statistics)
 
     def forward(
-        self, params: Any, images: jax.Array, lpips_params: Any, noise: Noise | None = None
+        self, params: Any, images: jax.Array, lpips_params: Any, training: Training | None = None
     ) -> GeneratorPass:
         """Runs the generator's forward pass on images, and computes the losses between them and
         their reconstruction."""
 
         def generate(params: Any) -> tuple[Any, Any]:
             output, variables = self.generator.apply(
-                {"params": params}, images, noise, mutable=["intermediates"]
+                {"params": params}, images, training, mutable=["intermediates"]
             )
             last = variables["intermediates"]["decoder"]["last"][0]
             codebook = output.quantized.loss.mean()
-            return (output.images, codebook), (output.quantized.indices, last)
+            return (output.images, codebook), (output.quantized, last)
 
         def image_loss(reconstruction: jax.Array) -> tuple[jax.Array, Any]:
             terms = self.compute_image_losses(images, reconstruction, lpips_params)
             means = {key: values.mean() for key, values in terms.items()}
             return means["reconstruction_loss"], means
 
-        (reconstruction, codebook), pullback, (indices, last) = jax.vjp(
+        (reconstruction, codebook), pullback, (quantized, last) = jax.vjp(
             generate, params, has_aux=True
         )
 
@@ -257,15 +271,22 @@ class VQGANObjective:
 
         cotangent, metrics = jax.grad(image_loss, has_aux=True)(reconstruction)
         metrics |= {"codebook": codebook}
-        return GeneratorPass(
-            reconstruction, last, cotangent, vjp, self.count_codes(indices), metrics
-        )
+        counts = self.count_codes(quantized.indices)
+        statistics = (quantized.statistics or {}) | {"counts": counts}
+        return GeneratorPass(reconstruction, last, cotangent, vjp, statistics, metrics)
+
+    def update_quantizer(self, generator: Net, statistics: dict[str, jax.Array]) -> Net:
+        """Returns the generator after its optimizer step, with the quantizer's own changes."""
+        params = generator.params.get("quantizer", {})  # some quantizers have none
+        params, extra = self.generator.quantizer.update(params, generator.extra, statistics)
+        changed = {"quantizer": params} if params else {}
+        return generator.replace(params=generator.params | changed, extra=extra)
 
     def count_codes(self, indices: jax.Array, weight: jax.Array | float = 1.0) -> jax.Array:
         """Returns how often each code was used on this device, float32 [k], with each example
         weighted by `weight` [b,1,1]."""
-        one_hot = jax.nn.one_hot(indices, self.settings.codebook_size)
-        return (one_hot * jnp.asarray(weight)[..., None]).sum((0, 1, 2))
+        weights = jnp.broadcast_to(weight, indices.shape).astype(jnp.float32)
+        return jnp.zeros(self.settings.codebook_size).at[indices].add(weights)
 
     def forward_discriminator(
         self,

@@ -3,8 +3,15 @@ import json
 
 import pytest
 
-from taming_jax.config.load import diff_configs, list_presets, load_config, write_config
+from taming_jax.config.load import (
+    diff_configs,
+    list_presets,
+    load_config,
+    replace_section,
+    write_config,
+)
 from taming_jax.config.migrations import FORMAT
+from taming_jax.config.quantizers import GumbelConfig
 from taming_jax.config.schema import Config
 from taming_jax.config.serialization import to_dict
 from taming_jax.config.validation import warn_about_attention
@@ -129,7 +136,7 @@ def test_invalid_settings_are_refused_by_name(overrides, message):
         ("[]", "must be an object"),
         ('{"sed": 1}', "no setting 'sed'"),
         ('{"vqgan": {"steps": "three"}}', "'vqgan.steps' cannot be 'three'"),
-        ('{"vqgan": {"l2_normalise": 1}}', "'vqgan.l2_normalise' cannot be 1"),
+        ('{"vqgan": {"vq": {"l2_normalise": 1}}}', "'vqgan.vq.l2_normalise' cannot be 1"),
         ('{"dtype": "float16"}', "'dtype' cannot be 'float16'"),
         ('{"format": 99, "new": 1}', "newer taming_jax .format 99; this one reads up to"),
         ('{"format": "two"}', "has the format 'two', which is not a valid"),
@@ -178,7 +185,7 @@ def test_the_mnist_preset_has_the_settings_of_the_reference_project():
     vqgan = config.vqgan
     assert (config.data.image_size, config.data.channels, vqgan.channels) == (28, 1, 32)
     assert (vqgan.multipliers, vqgan.blocks, vqgan.codebook_size) == ((1, 2, 2), 2, 64)
-    assert (vqgan.code_dim, vqgan.commitment, vqgan.betas) == (64, 1.0, (0.5, 0.9))
+    assert (vqgan.code_dim, vqgan.vq.commitment, vqgan.betas) == (64, 1.0, (0.5, 0.9))
     assert (vqgan.learning_rate, vqgan.discriminator_learning_rate) == (4e-4, 1e-4)
     assert (vqgan.batch_size, vqgan.epochs) == (256, 200)
     assert (vqgan.discriminator_filters, vqgan.discriminator_layers) == (32, 2)
@@ -196,3 +203,33 @@ def test_a_tilde_in_a_path_is_the_home(monkeypatch):
     assert config.workdir == config.data.path == config.data.cache == "/home/someone/x"
     assert config.vqgan.init_from == config.prior.init_from == "/home/someone/x"
     assert load_config("mnist").workdir is None
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ({"vqgan.quantizer": "gumbl"}, r"no quantizer 'gumbl' \(did you mean 'gumbel'\?\); set"),
+        ({"vqgan.quantizer": "zzz"}, r"no quantizer 'zzz'; set --vqgan.quantizer to one of vq, "),
+        (
+            {"vqgan.gumbel.kl_weight": 1.0},
+            "--vqgan.gumbel.kl-weight is a setting of the quantizer gumbel, but "
+            "--vqgan.quantizer is vq. Leave it out",
+        ),
+        (
+            {"vqgan.quantizer": "gumbel", "vqgan.gumbel.temperature": (1.0, 0.0)},
+            "--vqgan.gumbel.temperature must be two numbers above 0",
+        ),
+    ],
+)
+def test_wrong_settings_of_quantizers_are_refused(overrides, message):
+    with pytest.raises(UserError, match=message):
+        load_config("mnist_tiny", overrides)
+
+
+def test_settings_of_quantizers_that_are_not_used_are_not_compared():
+    config = load_config("mnist_tiny")
+    other = replace_section(config, "vqgan", gumbel=GumbelConfig(kl_weight=1.0))
+    assert diff_configs(config, other, ("vqgan",)) == []
+    configs = [replace_section(c, "vqgan", quantizer="gumbel") for c in (config, other)]
+    (phrase,) = diff_configs(*configs, ("vqgan",))
+    assert phrase == "--vqgan.gumbel.kl-weight is 0.0005, not 1.0"

@@ -21,9 +21,9 @@ def test_every_older_format_has_a_migration():
 
 def test_newer_and_invalid_formats_are_refused(tmp_path):
     assert read_format({}, tmp_path) == 1 and read_format({"format": 2}, tmp_path) == 2
-    message = rf"{tmp_path} was written by a newer taming_jax \(format 9; this one reads up to"
+    message = rf"{tmp_path} was written by a newer taming_jax \(format 10; this one reads up to"
     with pytest.raises(UserError, match=message):
-        read_format({"format": 9}, tmp_path)
+        read_format({"format": 10}, tmp_path)
     for number in (0, "2", True, None):
         with pytest.raises(UserError, match="not a valid format number"):
             read_format({"format": number}, tmp_path)
@@ -63,3 +63,18 @@ def test_settings_have_other_names_before_format_6():
 def test_attention_had_the_dropout_of_the_other_layers_before_format_7():
     migrated = migrate({"prior": {"dropout": 0.3}}, 6, migrations.SETTINGS_MIGRATIONS)
     assert migrated == {"prior": {"dropout": 0.3, "attention_dropout": 0.3}}
+
+
+def test_settings_of_quantizers_are_in_one_section_before_format_9():
+    old = {"vqgan": {
+        "channels": 8, "commitment": 1.0, "legacy_commitment": True, "l2_normalise": True,
+        "quantizer": "nearest", "gumbel_temperature": [1.0, 0.5], "kl_weight": 1e-3,
+    }}  # fmt: skip
+    assert migrate(old, 8, migrations.SETTINGS_MIGRATIONS) == {"vqgan": {
+        "channels": 8, "quantizer": "vq",
+        "vq": {"commitment": 1.0, "legacy_commitment": True, "l2_normalise": True},
+        "gumbel": {"temperature": [1.0, 0.5], "kl_weight": 1e-3},
+    }}  # fmt: skip
+    assert migrate({"vqgan": {"quantizer": "gumbel"}}, 8, migrations.SETTINGS_MIGRATIONS) == {
+        "vqgan": {"quantizer": "gumbel"}
+    }

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 import taming_jax
+from taming_jax.config.quantizers import VQConfig
 from taming_jax.errors import UserError
 from taming_jax.models.lpips import load_lpips
 from taming_jax.weights.state_dict import open_state_dict
@@ -210,7 +211,7 @@ def test_official_settings_are_converted_to_our_config(command, tmp_path):
         and "discriminator; images of 32 px, 64 codes." in output
     )
     config = taming_jax.load_run(tmp_path / "run").config
-    assert config.vqgan.legacy_commitment and config.vqgan.commitment == 0.25
+    assert config.vqgan.vq == VQConfig(legacy_commitment=True)
     assert config.vqgan.discriminator_loss == "vanilla" and config.vqgan.batch_size == 4
     assert config.vqgan.discriminator_weight == pytest.approx(0.4)
     assert config.vqgan.learning_rate == pytest.approx(1.8e-5)
@@ -221,7 +222,7 @@ def test_official_settings_are_converted_to_our_config(command, tmp_path):
     standard = Files(tmp_path, replace(model, legacy=False, beta=0.5), files.weights)
     standard.import_into(command, tmp_path / "standard")
     config = taming_jax.load_run(tmp_path / "standard").config
-    assert not config.vqgan.legacy_commitment and config.vqgan.commitment == 0.5
+    assert config.vqgan.vq == VQConfig(commitment=0.5)
 
 
 @pytest.mark.slow

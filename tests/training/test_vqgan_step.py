@@ -21,7 +21,7 @@ OFFICIAL = {
     "data.image_size": 32, "data.channels": 3, "vqgan.channels": 32, "vqgan.multipliers": (1, 2),
     "vqgan.blocks": 1, "vqgan.decoder_blocks": None, "vqgan.attention_resolutions": (16,),
     "vqgan.latent_channels": 16, "vqgan.code_dim": 8, "vqgan.codebook_size": 32,
-    "vqgan.commitment": 0.25, "vqgan.discriminator_filters": 16, "vqgan.discriminator_layers": 2,
+    "vqgan.vq.commitment": 0.25, "vqgan.discriminator_filters": 16, "vqgan.discriminator_layers": 2,
     "vqgan.discriminator_weight": 0.8, "vqgan.adaptive_weight": True,
 }  # fmt: skip
 
@@ -97,7 +97,7 @@ def test_the_step_equals_the_plain_step_with_perceptual_loss_and_adaptive_weight
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_the_step_equals_the_plain_step(adaptive):
     networks = make_small_networks({
-        "discriminator_loss": "vanilla", "l2_normalise": False, "adaptive_weight": adaptive,
+        "discriminator_loss": "vanilla", "vq.l2_normalise": False, "adaptive_weight": adaptive,
         "codebook_weight": 0.5, "l1_weight": 2.0, "lecam_weight": 0.0,
     })  # fmt: skip
     assert_equals_the_plain_step(networks, *make_small_state(), {})

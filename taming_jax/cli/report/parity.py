@@ -63,7 +63,7 @@ RECORDED = {
     "data.image_size": 32, "data.channels": 3, "vqgan.channels": 32, "vqgan.multipliers": (1, 2, 2),
     "vqgan.blocks": 1, "vqgan.decoder_blocks": None, "vqgan.attention_resolutions": (16,),
     "vqgan.latent_channels": 32, "vqgan.code_dim": 16, "vqgan.codebook_size": 64,
-    "vqgan.commitment": 0.25, "vqgan.legacy_commitment": True,
+    "vqgan.vq.commitment": 0.25, "vqgan.vq.legacy_commitment": True,
 }  # fmt: skip
 
 
@@ -199,11 +199,11 @@ def make_quantizer(indices: np.ndarray) -> type[VectorQuantizer]:
     nearest. It computes the losses of `VectorQuantizer` without its options."""
 
     class GivenCodes(VectorQuantizer):
-        def __call__(self, z: jax.Array, noise: Any = None) -> Quantized:
+        def __call__(self, z: jax.Array, training: Any = None) -> Quantized:
             z, fixed = z.astype(jnp.float32), lax.stop_gradient
             vectors = self.codebook[jnp.asarray(indices)]
             loss = jnp.square(vectors - fixed(z)).mean(-1)
-            loss += self.settings.commitment * jnp.square(fixed(vectors) - z).mean(-1)
+            loss += self.options.commitment * jnp.square(fixed(vectors) - z).mean(-1)
             return Quantized(z + fixed(vectors - z), jnp.asarray(indices), loss)
 
     return GivenCodes

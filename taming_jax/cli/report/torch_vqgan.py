@@ -139,13 +139,13 @@ class Generator(nn.Module):
 
     def quantize(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         z, codes = z.permute(0, 2, 3, 1), self.codebook
-        if self.settings.l2_normalise:
+        if self.settings.vq.l2_normalise:
             z, codes = functional.normalize(z, dim=-1), functional.normalize(codes, dim=-1)
         with torch.autocast(z.device.type, enabled=False):
             distances = codes.square().sum(-1) - 2 * z @ codes.T
         vectors = functional.embedding(distances.argmin(-1), codes)
         loss = (vectors - z.detach()).square().mean()
-        loss = loss + self.settings.commitment * (vectors.detach() - z).square().mean()
+        loss = loss + self.settings.vq.commitment * (vectors.detach() - z).square().mean()
         return (z + (vectors - z).detach()).permute(0, 3, 1, 2), loss
 
 

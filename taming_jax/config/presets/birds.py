@@ -3,6 +3,7 @@
 If a value differs from the default of thibmonsel/taming_transformer, a comment gives that default.
 """
 
+from taming_jax.config.quantizers import VQConfig
 from taming_jax.config.schema import Config, DataConfig, PriorConfig, VQGANConfig
 
 CONFIG = Config(
@@ -25,8 +26,10 @@ CONFIG = Config(
         latent_channels=256,
         codebook_size=1024,  # reference: 128, too few for color
         code_dim=8,  # reference: 64; few dimensions and L2 normalization keep all codes in use
-        l2_normalise=True,  # reference: off
-        commitment=0.25,  # reference: 1.0
+        vq=VQConfig(
+            l2_normalise=True,  # reference: off
+            commitment=0.25,  # reference: 1.0
+        ),
         # Twice the learning rates that suit batches of four: those of Adam grow with the square
         # root of the batch size (arXiv 2205.10287).
         learning_rate=2e-4,

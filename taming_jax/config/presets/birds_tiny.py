@@ -1,5 +1,6 @@
 """CUB-200-2011 birds at 64 px, 16x16 codes, in twenty minutes on two CPU cores, without LPIPS."""
 
+from taming_jax.config.quantizers import VQConfig
 from taming_jax.config.schema import Config, DataConfig, PriorConfig, VQGANConfig
 
 CONFIG = Config(
@@ -24,8 +25,7 @@ CONFIG = Config(
         latent_channels=96,
         codebook_size=512,
         code_dim=4,
-        l2_normalise=True,
-        commitment=0.25,
+        vq=VQConfig(l2_normalise=True),
         codebook_weight=0.2,  # keeps more codes in use than 1
         perceptual_weight=0.0,
         learning_rate=2e-3,

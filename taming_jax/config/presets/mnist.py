@@ -1,5 +1,6 @@
 """MNIST with the settings of mnist_launch.sh in thibmonsel/taming_transformer."""
 
+from taming_jax.config.quantizers import VQConfig
 from taming_jax.config.schema import Config, DataConfig, PriorConfig, VQGANConfig
 
 CONFIG = Config(
@@ -18,7 +19,7 @@ CONFIG = Config(
         latent_channels=64,
         codebook_size=64,
         code_dim=64,
-        commitment=1.0,
+        vq=VQConfig(commitment=1.0),
         learning_rate=4e-4,
         discriminator_learning_rate=1e-4,
         betas=(0.5, 0.9),

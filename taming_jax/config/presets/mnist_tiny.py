@@ -1,5 +1,6 @@
 """MNIST in a few minutes on two CPU cores: a small generator, L2-normalized codes, no LPIPS."""
 
+from taming_jax.config.quantizers import VQConfig
 from taming_jax.config.schema import Config, DataConfig, PriorConfig, VQGANConfig
 
 CONFIG = Config(
@@ -19,8 +20,7 @@ CONFIG = Config(
         latent_channels=32,
         codebook_size=128,
         code_dim=4,  # uses all codes and gives sharper reconstructions (docs/recipes.md)
-        l2_normalise=True,
-        commitment=0.25,
+        vq=VQConfig(l2_normalise=True),
         perceptual_weight=0.0,
         learning_rate=2e-3,
         warmup_steps=40,

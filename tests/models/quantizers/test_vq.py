@@ -4,17 +4,19 @@ import numpy as np
 import pytest
 
 from taming_jax.config.load import load_config
+from taming_jax.config.quantizers import GumbelConfig, VQConfig
 from taming_jax.config.schema import VQGANConfig
 from taming_jax.errors import UserError
 from taming_jax.models import quantizers
-from taming_jax.models.quantizers import GumbelQuantizer, Noise, VectorQuantizer
+from taming_jax.models.quantizers import GumbelQuantizer, Training, VectorQuantizer
 from taming_jax.models.vqgan import build_vqgan
 from tests import golden
 from tests.training.test_precision import iterate_operations
 
 
 def make_quantizer(codebook_size, code_dim, **settings):
-    return VectorQuantizer(VQGANConfig(codebook_size=codebook_size, code_dim=code_dim, **settings))
+    vq = VQConfig(**settings)
+    return VectorQuantizer(VQGANConfig(codebook_size=codebook_size, code_dim=code_dim, vq=vq))
 
 
 @pytest.mark.parametrize("variant", ["legacy", "standard"])
@@ -92,10 +94,14 @@ def test_the_gumbel_quantizer_equals_its_definition():
     params = jax.tree.map(
         jnp.float32, {"codebook": codebook, "proj": {"kernel": kernel, "bias": bias}}
     )
-    quantizer = GumbelQuantizer(VQGANConfig(codebook_size=9, code_dim=5, kl_weight=0.3))
+    quantizer = GumbelQuantizer(
+        VQGANConfig(
+            codebook_size=9, code_dim=5, gumbel=GumbelConfig(temperature=(1.2, 0.2), kl_weight=0.3)
+        )
+    )
 
-    def quantize(params, z, noise=None):
-        return quantizer.apply({"params": params}, z, noise)
+    def quantize(params, z, training=None):
+        return quantizer.apply({"params": params}, z, training)
 
     logits, codes = z @ kernel[0, 0] + bias, codebook
     plain = quantize(params, jnp.float32(z))
@@ -108,8 +114,9 @@ def test_the_gumbel_quantizer_equals_its_definition():
     np.testing.assert_allclose(lookup, plain.vectors, rtol=1e-5)
 
     keys, temperature = jax.random.split(jax.random.key(1)), 0.7
-    noise = Noise(keys, jnp.float32(temperature))
-    sampled = quantize(params, jnp.float32(z), noise)
+    # Half of the run is done, so that the cosine schedule is in the middle of 1.2 and 0.2.
+    training = Training(keys, jnp.arange(2), jax.random.key(2), jnp.float32(0.5))
+    sampled = quantize(params, jnp.float32(z), training)
     gumbel = np.stack([jax.random.gumbel(key, logits.shape[1:]) for key in keys])
     scaled = (logits + gumbel) / temperature
     np.testing.assert_array_equal(sampled.indices, scaled.argmax(-1))
@@ -124,7 +131,7 @@ def test_the_gumbel_quantizer_equals_its_definition():
         return (soft_choice @ params["codebook"] * upstream).sum()
 
     def hard_objective(params, z):
-        return (quantize(params, z, noise).vectors * upstream).sum()
+        return (quantize(params, z, training).vectors * upstream).sum()
 
     gradients = jax.grad(hard_objective, (0, 1))(params, jnp.float32(z))
     expected = jax.grad(soft_objective, (0, 1))(params, jnp.float32(z))
@@ -141,8 +148,8 @@ def test_a_quantizer_with_another_number_of_codes_than_the_settings_is_refused(m
         def num_codes(self):
             return 2**self.settings.code_dim
 
-    monkeypatch.setitem(quantizers.QUANTIZERS, "nearest", Binary)
+    monkeypatch.setitem(quantizers.QUANTIZERS, "vq", Binary)
     settings = {"vqgan.code_dim": 6, "vqgan.codebook_size": 32}
-    with pytest.raises(UserError, match="codebook-size is 32, but .* nearest give 64 codes"):
+    with pytest.raises(UserError, match="codebook-size is 32, but .* vq give 64 codes"):
         build_vqgan(load_config("mnist_tiny", settings))
     assert build_vqgan(load_config("mnist_tiny", settings | {"vqgan.codebook_size": 64}))

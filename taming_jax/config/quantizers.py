@@ -1,0 +1,73 @@
+"""The settings of the quantizers: those that all share, and a small dataclass for each."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar
+
+from taming_jax.config.fields import COUNT, NOT_NEGATIVE, setting
+from taming_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class QuantizerConfig:
+    """The settings of one quantizer.
+
+    sets_code_dim: whether the quantizer itself determines the dimension of its codes, so that
+    --vqgan.code-dim has no effect.
+    """
+
+    sets_code_dim: ClassVar[bool] = False
+
+    def check(self, codebook_size: int) -> None:
+        """Raises UserError if the settings conflict, or do not fit the size of the codebook."""
+
+
+@dataclass(frozen=True)
+class VQConfig(QuantizerConfig):
+    """The nearest code of a learned codebook (VQ-VAE)."""
+
+    commitment: float = setting(0.25, NOT_NEGATIVE)
+    """The weight of the commitment loss (beta in the papers)."""
+    legacy_commitment: bool = False
+    """Apply the commitment weight to the codebook loss instead, as the official code does by
+    default."""
+    l2_normalise: bool = setting(False, meaning=True)
+    """Normalize latents and codes to length one, so that only their directions are compared."""
+
+
+@dataclass(frozen=True)
+class GumbelConfig(QuantizerConfig):
+    """A code drawn with the Gumbel-softmax trick."""
+
+    temperature: tuple[float, float] = (1.0, 1 / 16)
+    """The temperature of the Gumbel-softmax at the first and the last step, with a cosine schedule
+    between them."""
+    kl_weight: float = setting(5e-4, NOT_NEGATIVE)
+    """The weight of the KL divergence between the distribution of codes and the uniform
+    distribution."""
+
+    def check(self, codebook_size: int) -> None:
+        if min(self.temperature) <= 0:
+            raise UserError("--vqgan.gumbel.temperature must be two numbers above 0.")
+
+
+@dataclass(frozen=True)
+class QuantizerConfigs:
+    """The choice of a quantizer, and the settings of all quantizers."""
+
+    quantizer: str = setting("vq", meaning=True)
+    """The quantizer, which turns latents into codes: vq or gumbel. docs/quantizers.md explains
+    them."""
+    codebook_size: int = setting(1024, COUNT)
+    """The number of codes."""
+    code_dim: int = setting(256, COUNT)
+    """The dimension of a code."""
+    vq: VQConfig = VQConfig()
+    gumbel: GumbelConfig = GumbelConfig()
+
+
+# The settings class of each quantizer by its name.
+QUANTIZER_CONFIGS: dict[str, type[QuantizerConfig]] = {
+    field.name: type(field.default) for field in dataclasses.fields(QuantizerConfigs)
+    if isinstance(field.default, QuantizerConfig)
+}  # fmt: skip

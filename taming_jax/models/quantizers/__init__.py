@@ -1,0 +1,23 @@
+"""Quantizers, which map latents to codes, and indices back to codes. docs/quantizers.md compares
+them."""
+
+from taming_jax.models.quantizers.gumbel import GumbelQuantizer
+from taming_jax.models.quantizers.interface import (
+    Quantized,
+    Quantizer,
+    Training,
+    straight_through,
+)
+from taming_jax.models.quantizers.vq import VectorQuantizer
+
+QUANTIZERS: dict[str, type[Quantizer]] = {"vq": VectorQuantizer, "gumbel": GumbelQuantizer}
+
+__all__ = [
+    "QUANTIZERS",
+    "GumbelQuantizer",
+    "Quantized",
+    "Quantizer",
+    "Training",
+    "VectorQuantizer",
+    "straight_through",
+]
