@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
-from taming_jax.config.fields import COUNT, NOT_NEGATIVE, setting
+from taming_jax.config.fields import COUNT, NOT_NEGATIVE, POSITIVE, setting
 from taming_jax.errors import UserError
 
 
@@ -23,16 +23,47 @@ class QuantizerConfig:
 
 
 @dataclass(frozen=True)
-class VQConfig(QuantizerConfig):
-    """The nearest code of a learned codebook (VQ-VAE)."""
+class NearestConfig(QuantizerConfig):
+    """The settings of quantizers that choose the nearest code."""
 
     commitment: float = setting(0.25, NOT_NEGATIVE)
     """The weight of the commitment loss (beta in the papers)."""
+    l2_normalise: bool = setting(False, meaning=True)
+    """Normalize latents and codes to length one, so that only their directions are compared."""
+    rotation_trick: bool = False
+    """Pass the gradient to the latent through the rotation that maps it to its code, instead of
+    straight through."""
+
+
+@dataclass(frozen=True)
+class RestartConfig(NearestConfig):
+    """The settings of quantizers whose unused codes can be restarted."""
+
+    restart_after: int | None = setting(None, COUNT)
+    """The number of steps after which a code that no latent has used is replaced by a random latent
+    of the batch. Default: never."""
+
+
+@dataclass(frozen=True)
+class EntropyConfig(QuantizerConfig):
+    """The settings of the entropy penalty, E[H(p)] - diversity_weight * H(E[p])."""
+
+    entropy_weight: float = setting(0.0, NOT_NEGATIVE)
+    """The weight of the entropy penalty, which makes each choice of a code certain and all codes
+    used. It applies in training only."""
+    diversity_weight: float = setting(1.0, NOT_NEGATIVE)
+    """The weight, within the entropy penalty, of the entropy of the batch's mean distribution."""
+    entropy_temperature: float = setting(0.01, POSITIVE)
+    """The temperature of the softmax from which the entropy penalty takes its probabilities."""
+
+
+@dataclass(frozen=True)
+class VQConfig(RestartConfig, EntropyConfig):
+    """The nearest code of a learned codebook (VQ-VAE)."""
+
     legacy_commitment: bool = False
     """Apply the commitment weight to the codebook loss instead, as the official code does by
     default."""
-    l2_normalise: bool = setting(False, meaning=True)
-    """Normalize latents and codes to length one, so that only their directions are compared."""
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,38 @@ def straight_through(z: jax.Array, vectors: jax.Array) -> jax.Array:
     return z + lax.stop_gradient(vectors - z)
 
 
+def rotate(z: jax.Array, vectors: jax.Array) -> jax.Array:
+    """Returns the values of `vectors` [...,d] as if z [...,d] had been rotated and scaled to them,
+    by a transformation that is constant in the backward pass (the rotation trick, arXiv
+    2410.06424). The gradient keeps its angle to the vector that it belongs to."""
+    fixed_z, fixed = lax.stop_gradient(z), lax.stop_gradient(vectors)
+    start, end = l2_normalize(fixed_z), l2_normalize(fixed)
+    middle = l2_normalize(start + end)
+    scale = jnp.sqrt(jnp.square(fixed).sum(-1, keepdims=True)) * lax.rsqrt(
+        jnp.square(fixed_z).sum(-1, keepdims=True) + 1e-12
+    )
+
+    def project(direction: jax.Array) -> jax.Array:
+        return (z * direction).sum(-1, keepdims=True)
+
+    # The product of two reflections: at the plane of `middle`, and at that of `end`.
+    rotated = scale * (z - 2 * project(middle) * middle + 2 * project(start) * end)
+    return fixed + rotated - lax.stop_gradient(rotated)
+
+
+def draw_latents(z: jax.Array, training: Training, count: int, batch_size: int) -> jax.Array:
+    """Returns `count` latents [count,d], drawn at random from those of the global batch of
+    `batch_size` images, without repetition as far as possible. `z` [b,h,w,d] are those of this
+    device or micro-batch; the result is zero for latents elsewhere, so that a sum over devices and
+    micro-batches yields all."""
+    b, h, w, d = z.shape
+    chosen = jax.random.permutation(training.step_key, batch_size * h * w)
+    chosen = chosen[jnp.arange(count) % len(chosen)]
+    matches = chosen[:, None] // (h * w) == training.place  # [count,b]
+    latents = z.reshape(b, h * w, d)[jnp.argmax(matches, -1), chosen % (h * w)]
+    return jnp.where(matches.any(-1, keepdims=True), latents, 0)
+
+
 def l2_normalize(x: jax.Array) -> jax.Array:
     """Scales vectors [..., d] to unit length. The constant keeps the gradient finite at zero."""
     return x * lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-12)
