@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
-from taming_jax.config.fields import COUNT, NOT_NEGATIVE, POSITIVE, setting
+from taming_jax.config.fields import COUNT, FRACTION, NOT_NEGATIVE, POSITIVE, setting
 from taming_jax.errors import UserError
 
 
@@ -83,11 +83,19 @@ class GumbelConfig(QuantizerConfig):
 
 
 @dataclass(frozen=True)
+class EMAConfig(RestartConfig):
+    """The nearest code of a codebook of moving averages."""
+
+    decay: float = setting(0.99, FRACTION)
+    """The decay of the moving averages of the latents that use a code."""
+
+
+@dataclass(frozen=True)
 class QuantizerConfigs:
     """The choice of a quantizer, and the settings of all quantizers."""
 
     quantizer: str = setting("vq", meaning=True)
-    """The quantizer, which turns latents into codes: vq or gumbel. docs/quantizers.md explains
+    """The quantizer, which turns latents into codes: vq, gumbel or ema. docs/quantizers.md explains
     them."""
     codebook_size: int = setting(1024, COUNT)
     """The number of codes."""
@@ -95,6 +103,7 @@ class QuantizerConfigs:
     """The dimension of a code."""
     vq: VQConfig = VQConfig()
     gumbel: GumbelConfig = GumbelConfig()
+    ema: EMAConfig = EMAConfig()
 
 
 # The settings class of each quantizer by its name.

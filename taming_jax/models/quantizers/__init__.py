@@ -1,6 +1,7 @@
 """Quantizers, which map latents to codes, and indices back to codes. docs/quantizers.md compares
 them."""
 
+from taming_jax.models.quantizers.ema import EMAQuantizer
 from taming_jax.models.quantizers.gumbel import GumbelQuantizer
 from taming_jax.models.quantizers.interface import (
     Quantized,
@@ -10,10 +11,15 @@ from taming_jax.models.quantizers.interface import (
 )
 from taming_jax.models.quantizers.vq import VectorQuantizer
 
-QUANTIZERS: dict[str, type[Quantizer]] = {"vq": VectorQuantizer, "gumbel": GumbelQuantizer}
+QUANTIZERS: dict[str, type[Quantizer]] = {
+    "vq": VectorQuantizer,
+    "gumbel": GumbelQuantizer,
+    "ema": EMAQuantizer,
+}
 
 __all__ = [
     "QUANTIZERS",
+    "EMAQuantizer",
     "GumbelQuantizer",
     "Quantized",
     "Quantizer",
