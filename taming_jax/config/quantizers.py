@@ -1,6 +1,8 @@
 """The settings of the quantizers: those that all share, and a small dataclass for each."""
 
 import dataclasses
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -91,19 +93,64 @@ class EMAConfig(RestartConfig):
 
 
 @dataclass(frozen=True)
+class FSQConfig(QuantizerConfig):
+    """Finite scalar quantization: each dimension is rounded to a few levels."""
+
+    levels: tuple[int, ...] | None = setting(None, meaning=True)
+    """The number of levels of each dimension, whose product is --vqgan.codebook-size. Default: as
+    many levels of 5 or more as the size has factors."""
+
+    sets_code_dim: ClassVar[bool] = True
+
+    def resolve_levels(self, codebook_size: int) -> tuple[int, ...]:
+        """Returns the levels, or the default ones for a codebook of `codebook_size` codes."""
+        if self.levels is not None:
+            return self.levels
+        # The paper recommends levels of 5 or more, the largest first.
+        choices = list(factorize(codebook_size, 5))
+        return max(choices, key=lambda levels: (len(levels), -max(levels)))[::-1]
+
+    def check(self, codebook_size: int) -> None:
+        levels = self.resolve_levels(codebook_size)
+        given = " ".join(map(str, levels))
+        if not levels or min(levels) < 2:
+            raise UserError(
+                f"--vqgan.fsq.levels is {given or 'empty'}; give one number per dimension, each 2 "
+                "or more."
+            )
+        if math.prod(levels) != codebook_size:
+            raise UserError(
+                f"--vqgan.fsq.levels {given} give {math.prod(levels)} codes, but "
+                f"--vqgan.codebook-size is {codebook_size}. Set both to the same number of codes, "
+                "or leave out --vqgan.fsq.levels."
+            )
+
+
+def factorize(number: int, smallest: int) -> Iterator[tuple[int, ...]]:
+    """Yields the ways to write a number as a product of factors of at least `smallest`, in
+    ascending order. The number itself is always one of them."""
+    yield (number,)
+    for factor in range(smallest, math.isqrt(number) + 1):
+        if number % factor == 0:
+            for factors in factorize(number // factor, factor):
+                yield (factor, *factors)
+
+
+@dataclass(frozen=True)
 class QuantizerConfigs:
     """The choice of a quantizer, and the settings of all quantizers."""
 
     quantizer: str = setting("vq", meaning=True)
-    """The quantizer, which turns latents into codes: vq, gumbel or ema. docs/quantizers.md explains
-    them."""
+    """The quantizer, which turns latents into codes. docs/quantizers.md explains vq, gumbel, ema and
+    fsq."""
     codebook_size: int = setting(1024, COUNT)
     """The number of codes."""
     code_dim: int = setting(256, COUNT)
-    """The dimension of a code."""
+    """The dimension of a code, for quantizers that do not set it themselves, as fsq does."""
     vq: VQConfig = VQConfig()
     gumbel: GumbelConfig = GumbelConfig()
     ema: EMAConfig = EMAConfig()
+    fsq: FSQConfig = FSQConfig()
 
 
 # The settings class of each quantizer by its name.

@@ -65,8 +65,9 @@ def test_a_step_is_the_same_on_any_number_of_devices(name):
 def test_a_killed_run_with_restarts_and_averages_resumes_bit_for_bit(tmp_path):
     # Each step has 512 latents, so that at least half of the codes are unused.
     settings = {
-        "vqgan__codebook_size": 1024, "vqgan__quantizer": "ema", "vqgan__ema__restart_after": 2, "vqgan__ema__decay": 0.9,
-        "vqgan__steps": 20, "vqgan__checkpoint_every": 8, "vqgan__eval_every": 20,
+        "vqgan__codebook_size": 1024, "vqgan__quantizer": "ema", "vqgan__ema__restart_after": 2,
+        "vqgan__ema__decay": 0.9, "vqgan__steps": 20, "vqgan__checkpoint_every": 8,
+        "vqgan__eval_every": 20,
     }  # fmt: skip
     small_runs.train(tmp_path / "whole", **settings)
     with pytest.raises(small_runs.Killed):

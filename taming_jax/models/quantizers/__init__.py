@@ -2,6 +2,7 @@
 them."""
 
 from taming_jax.models.quantizers.ema import EMAQuantizer
+from taming_jax.models.quantizers.fsq import FSQQuantizer
 from taming_jax.models.quantizers.gumbel import GumbelQuantizer
 from taming_jax.models.quantizers.interface import (
     Quantized,
@@ -15,11 +16,13 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
     "vq": VectorQuantizer,
     "gumbel": GumbelQuantizer,
     "ema": EMAQuantizer,
+    "fsq": FSQQuantizer,
 }
 
 __all__ = [
     "QUANTIZERS",
     "EMAQuantizer",
+    "FSQQuantizer",
     "GumbelQuantizer",
     "Quantized",
     "Quantizer",
