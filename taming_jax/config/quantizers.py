@@ -6,8 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from taming_jax.config.fields import COUNT, FRACTION, NOT_NEGATIVE, POSITIVE, setting
+from taming_jax.config.fields import COUNT, FRACTION, NOT_NEGATIVE, POSITIVE, Range, setting
 from taming_jax.errors import UserError
+
+# 2^24 probabilities take 64 MiB.
+GROUP_BITS = Range(lambda x: 1 <= x <= 24, "must be from 1 to 24")
 
 
 @dataclass(frozen=True)
@@ -137,12 +140,35 @@ def factorize(number: int, smallest: int) -> Iterator[tuple[int, ...]]:
 
 
 @dataclass(frozen=True)
+class LFQConfig(EntropyConfig):
+    """Lookup-free quantization: one bit per dimension."""
+
+    entropy_weight: float = setting(0.1, NOT_NEGATIVE)
+    """The weight of the entropy penalty, which makes each bit certain and all codes used. It
+    applies in training only."""
+    commitment: float = setting(0.25, NOT_NEGATIVE)
+    """The weight of the commitment loss (beta in the papers)."""
+    entropy_group_bits: int = setting(18, GROUP_BITS)
+    """The largest number of bits whose joint distribution the entropy penalty computes. The
+    entropies of several groups of bits are summed."""
+
+    sets_code_dim: ClassVar[bool] = True
+
+    def check(self, codebook_size: int) -> None:
+        if codebook_size < 2 or codebook_size & (codebook_size - 1):
+            raise UserError(
+                f"--vqgan.codebook-size is {codebook_size}; lfq has one bit per dimension, so it "
+                "must be a power of two."
+            )
+
+
+@dataclass(frozen=True)
 class QuantizerConfigs:
     """The choice of a quantizer, and the settings of all quantizers."""
 
     quantizer: str = setting("vq", meaning=True)
-    """The quantizer, which turns latents into codes. docs/quantizers.md explains vq, gumbel, ema and
-    fsq."""
+    """The quantizer, which turns latents into codes. docs/quantizers.md explains vq, gumbel, ema,
+    fsq and lfq."""
     codebook_size: int = setting(1024, COUNT)
     """The number of codes."""
     code_dim: int = setting(256, COUNT)
@@ -151,6 +177,7 @@ class QuantizerConfigs:
     gumbel: GumbelConfig = GumbelConfig()
     ema: EMAConfig = EMAConfig()
     fsq: FSQConfig = FSQConfig()
+    lfq: LFQConfig = LFQConfig()
 
 
 # The settings class of each quantizer by its name.

@@ -10,6 +10,7 @@ from taming_jax.models.quantizers.interface import (
     Training,
     straight_through,
 )
+from taming_jax.models.quantizers.lfq import LFQQuantizer
 from taming_jax.models.quantizers.vq import VectorQuantizer
 
 QUANTIZERS: dict[str, type[Quantizer]] = {
@@ -17,6 +18,7 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
     "gumbel": GumbelQuantizer,
     "ema": EMAQuantizer,
     "fsq": FSQQuantizer,
+    "lfq": LFQQuantizer,
 }
 
 __all__ = [
@@ -24,6 +26,7 @@ __all__ = [
     "EMAQuantizer",
     "FSQQuantizer",
     "GumbelQuantizer",
+    "LFQQuantizer",
     "Quantized",
     "Quantizer",
     "Training",
