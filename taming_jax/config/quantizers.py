@@ -140,26 +140,43 @@ def factorize(number: int, smallest: int) -> Iterator[tuple[int, ...]]:
 
 
 @dataclass(frozen=True)
-class LFQConfig(EntropyConfig):
-    """Lookup-free quantization: one bit per dimension."""
+class BitsConfig(EntropyConfig):
+    """The settings of quantizers with one bit per dimension."""
 
     entropy_weight: float = setting(0.1, NOT_NEGATIVE)
     """The weight of the entropy penalty, which makes each bit certain and all codes used. It
     applies in training only."""
     commitment: float = setting(0.25, NOT_NEGATIVE)
     """The weight of the commitment loss (beta in the papers)."""
-    entropy_group_bits: int = setting(18, GROUP_BITS)
-    """The largest number of bits whose joint distribution the entropy penalty computes. The
-    entropies of several groups of bits are summed."""
 
     sets_code_dim: ClassVar[bool] = True
 
     def check(self, codebook_size: int) -> None:
         if codebook_size < 2 or codebook_size & (codebook_size - 1):
             raise UserError(
-                f"--vqgan.codebook-size is {codebook_size}; lfq has one bit per dimension, so it "
-                "must be a power of two."
+                f"--vqgan.codebook-size is {codebook_size}; lfq and bsq have one bit per "
+                "dimension, so it must be a power of two."
             )
+
+
+@dataclass(frozen=True)
+class LFQConfig(BitsConfig):
+    """Lookup-free quantization: the signs of the dimensions."""
+
+    entropy_group_bits: int = setting(18, GROUP_BITS)
+    """The largest number of bits whose joint distribution the entropy penalty computes. The
+    entropies of several groups of bits are summed."""
+
+
+@dataclass(frozen=True)
+class BSQConfig(BitsConfig):
+    """Binary spherical quantization: the signs of a vector of length one. The defaults are the
+    authors'."""
+
+    commitment: float = setting(0.0, NOT_NEGATIVE)
+    """The weight of the commitment loss, which bounded latents do not need."""
+    entropy_temperature: float = setting(1.0, POSITIVE)
+    """The temperature of the softmax from which the entropy penalty takes its probabilities."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +185,7 @@ class QuantizerConfigs:
 
     quantizer: str = setting("vq", meaning=True)
     """The quantizer, which turns latents into codes. docs/quantizers.md explains vq, gumbel, ema,
-    fsq and lfq."""
+    fsq, lfq and bsq."""
     codebook_size: int = setting(1024, COUNT)
     """The number of codes."""
     code_dim: int = setting(256, COUNT)
@@ -178,6 +195,7 @@ class QuantizerConfigs:
     ema: EMAConfig = EMAConfig()
     fsq: FSQConfig = FSQConfig()
     lfq: LFQConfig = LFQConfig()
+    bsq: BSQConfig = BSQConfig()
 
 
 # The settings class of each quantizer by its name.

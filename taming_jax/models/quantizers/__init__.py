@@ -1,6 +1,7 @@
 """Quantizers, which map latents to codes, and indices back to codes. docs/quantizers.md compares
 them."""
 
+from taming_jax.models.quantizers.bsq import BSQQuantizer
 from taming_jax.models.quantizers.ema import EMAQuantizer
 from taming_jax.models.quantizers.fsq import FSQQuantizer
 from taming_jax.models.quantizers.gumbel import GumbelQuantizer
@@ -19,10 +20,12 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
     "ema": EMAQuantizer,
     "fsq": FSQQuantizer,
     "lfq": LFQQuantizer,
+    "bsq": BSQQuantizer,
 }
 
 __all__ = [
     "QUANTIZERS",
+    "BSQQuantizer",
     "EMAQuantizer",
     "FSQQuantizer",
     "GumbelQuantizer",

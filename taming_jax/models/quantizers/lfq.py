@@ -1,10 +1,10 @@
-"""Lookup-free quantization."""
+"""Lookup-free quantization, and the base class of quantizers with one bit per dimension."""
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from taming_jax.config.quantizers import LFQConfig
+from taming_jax.config.quantizers import BitsConfig, LFQConfig
 from taming_jax.models.quantizers.entropy import binary_penalty
 from taming_jax.models.quantizers.interface import (
     Quantized,
@@ -15,20 +15,28 @@ from taming_jax.models.quantizers.interface import (
 )
 
 
-class LFQQuantizer(Quantizer):
-    """Lookup-free quantization (MAGVIT-v2, arXiv 2310.05737, section 3.1): each dimension of a
-    latent is a bit of the index, the first being the lowest, and the code has its signs.
+class BitsQuantizer(Quantizer):
+    """The base class of quantizers with one bit of the index per dimension, the first being the
+    lowest. A code has the signs of the latent, times `scale`.
 
-    loss = commitment * mean |z - sg(e)|^2 + the entropy penalty (entropy.py). The probabilities of
-    the codes are softmax(-|z - e|^2 / temperature), which are those of independent bits that are 1
-    with probability sigmoid(4 z / temperature).
+    The entropy penalty (entropy.py) has the probabilities softmax(-|z - e|^2 / temperature) of the
+    codes, which are those of independent bits that are 1 with probability sigmoid(4 scale z /
+    temperature). A subclass defines `options` and `compute_commitment_loss`.
     """
 
-    scale = 1.0
+    @property
+    def options(self) -> BitsConfig:
+        raise NotImplementedError
 
     @property
-    def options(self) -> LFQConfig:
-        return self.settings.lfq
+    def group_bits(self) -> int:
+        """The number of bits whose joint distribution the penalty computes."""
+        return 1
+
+    @property
+    def scale(self) -> float:
+        """The absolute value of a code in each dimension."""
+        return 1.0
 
     @property
     def code_dim(self) -> int:
@@ -37,21 +45,39 @@ class LFQQuantizer(Quantizer):
     def normalize(self, z: jax.Array) -> jax.Array:
         return z
 
-    def commit(self, z: jax.Array, vectors: jax.Array) -> jax.Array:
-        """Returns the commitment loss without its weight, [b,h,w]."""
-        return mean_square(z, vectors)
+    def compute_commitment_loss(self, z: jax.Array, vectors: jax.Array) -> jax.Array:
+        """Returns the commitment loss [b,h,w] without its weight."""
+        raise NotImplementedError
 
     def __call__(self, z: jax.Array, training: Training | None = None) -> Quantized:
-        z = self.normalize(z.astype(jnp.float32))
+        options, z = self.options, self.normalize(z.astype(jnp.float32))
         bits = (z > 0).astype(jnp.int32)
         indices = (bits << jnp.arange(self.code_dim)).sum(-1)
         vectors = self.lookup(indices)
-        loss = self.options.commitment * self.commit(z, lax.stop_gradient(vectors))
-        if training is not None and self.options.entropy_weight:
-            logits, group_bits = 4 * self.scale * z, self.options.entropy_group_bits
-            loss += binary_penalty(logits, group_bits, self.options, self.axis_name)
+        loss = options.commitment * self.compute_commitment_loss(z, lax.stop_gradient(vectors))
+        if training is not None and options.entropy_weight:
+            loss += binary_penalty(4 * self.scale * z, self.group_bits, options, self.axis_name)
         return Quantized(straight_through(z, vectors), indices, loss)
 
     def lookup(self, indices: jax.Array) -> jax.Array:
         bits = indices[..., None] >> jnp.arange(self.code_dim) & 1
         return self.scale * (2.0 * bits - 1.0)
+
+
+class LFQQuantizer(BitsQuantizer):
+    """Lookup-free quantization (MAGVIT-v2, arXiv 2310.05737, section 3.1): the code is the sign of
+    each dimension.
+
+    loss = commitment * |z - sg(e)|^2, averaged over the dimensions, + the entropy penalty.
+    """
+
+    @property
+    def options(self) -> LFQConfig:
+        return self.settings.lfq
+
+    @property
+    def group_bits(self) -> int:
+        return self.options.entropy_group_bits
+
+    def compute_commitment_loss(self, z: jax.Array, vectors: jax.Array) -> jax.Array:
+        return mean_square(z, vectors)
