@@ -180,12 +180,17 @@ class BSQConfig(BitsConfig):
 
 
 @dataclass(frozen=True)
+class SimVQConfig(NearestConfig):
+    """The nearest code of a fixed random codebook under a learned linear map."""
+
+
+@dataclass(frozen=True)
 class QuantizerConfigs:
     """The choice of a quantizer, and the settings of all quantizers."""
 
     quantizer: str = setting("vq", meaning=True)
     """The quantizer, which turns latents into codes. docs/quantizers.md explains vq, gumbel, ema,
-    fsq, lfq and bsq."""
+    fsq, lfq, bsq and simvq."""
     codebook_size: int = setting(1024, COUNT)
     """The number of codes."""
     code_dim: int = setting(256, COUNT)
@@ -196,6 +201,7 @@ class QuantizerConfigs:
     fsq: FSQConfig = FSQConfig()
     lfq: LFQConfig = LFQConfig()
     bsq: BSQConfig = BSQConfig()
+    simvq: SimVQConfig = SimVQConfig()
 
 
 # The settings class of each quantizer by its name.

@@ -12,6 +12,7 @@ from taming_jax.models.quantizers.interface import (
     straight_through,
 )
 from taming_jax.models.quantizers.lfq import LFQQuantizer
+from taming_jax.models.quantizers.simvq import SimVQQuantizer
 from taming_jax.models.quantizers.vq import VectorQuantizer
 
 QUANTIZERS: dict[str, type[Quantizer]] = {
@@ -21,6 +22,7 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
     "fsq": FSQQuantizer,
     "lfq": LFQQuantizer,
     "bsq": BSQQuantizer,
+    "simvq": SimVQQuantizer,
 }
 
 __all__ = [
@@ -32,6 +34,7 @@ __all__ = [
     "LFQQuantizer",
     "Quantized",
     "Quantizer",
+    "SimVQQuantizer",
     "Training",
     "VectorQuantizer",
     "straight_through",
