@@ -185,12 +185,26 @@ class SimVQConfig(NearestConfig):
 
 
 @dataclass(frozen=True)
+class IBQConfig(EntropyConfig):
+    """The code with the largest product with the latent, trained through the softmax of all."""
+
+    entropy_weight: float = setting(0.05, NOT_NEGATIVE)
+    """The weight of the entropy penalty, which makes each choice of a code certain and all codes
+    used. It applies in training only."""
+    commitment: float = setting(0.25, NOT_NEGATIVE)
+    """The weight of the term of the loss that moves the code to the latent (beta in the official
+    code)."""
+    l2_normalise: bool = setting(False, meaning=True)
+    """Normalize latents and codes to length one, so that only their directions are compared."""
+
+
+@dataclass(frozen=True)
 class QuantizerConfigs:
     """The choice of a quantizer, and the settings of all quantizers."""
 
     quantizer: str = setting("vq", meaning=True)
-    """The quantizer, which turns latents into codes. docs/quantizers.md explains vq, gumbel, ema,
-    fsq, lfq, bsq and simvq."""
+    """The quantizer, which turns latents into codes: vq, gumbel, ema, fsq, lfq, bsq, simvq or ibq.
+    docs/quantizers.md compares them."""
     codebook_size: int = setting(1024, COUNT)
     """The number of codes."""
     code_dim: int = setting(256, COUNT)
@@ -202,6 +216,7 @@ class QuantizerConfigs:
     lfq: LFQConfig = LFQConfig()
     bsq: BSQConfig = BSQConfig()
     simvq: SimVQConfig = SimVQConfig()
+    ibq: IBQConfig = IBQConfig()
 
 
 # The settings class of each quantizer by its name.

@@ -5,6 +5,7 @@ from taming_jax.models.quantizers.bsq import BSQQuantizer
 from taming_jax.models.quantizers.ema import EMAQuantizer
 from taming_jax.models.quantizers.fsq import FSQQuantizer
 from taming_jax.models.quantizers.gumbel import GumbelQuantizer
+from taming_jax.models.quantizers.ibq import IBQQuantizer
 from taming_jax.models.quantizers.interface import (
     Quantized,
     Quantizer,
@@ -23,6 +24,7 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
     "lfq": LFQQuantizer,
     "bsq": BSQQuantizer,
     "simvq": SimVQQuantizer,
+    "ibq": IBQQuantizer,
 }
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "EMAQuantizer",
     "FSQQuantizer",
     "GumbelQuantizer",
+    "IBQQuantizer",
     "LFQQuantizer",
     "Quantized",
     "Quantizer",
