@@ -30,7 +30,7 @@ TITLES = {
     "perceptual": "perceptual (LPIPS)",
     "reconstruction_loss": "reconstruction loss (weighted sum)",
     "nll": "negative log-likelihood (nats per code)",
-    "codebook": "codebook loss",
+    "codebook": "loss of the quantizer",
     "perplexity": "perplexity of the codes",
     "usage": "share of codes in use",
     "accuracy": "accuracy (share of codes)",
@@ -127,7 +127,8 @@ def plot_metric(axes: Axes, rows: Sequence[dict[str, Any]], metric: str) -> None
     axes.tick_params(labelsize=8)
     if metric == "usage":
         axes.set_ylim(0, 1.05)
-    if metric in LOG_SCALE:
+    # The losses of some quantizers are 0 or negative.
+    if metric in LOG_SCALE and all(row[metric] > 0 for row in rows if metric in row):
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
@@ -168,6 +169,26 @@ def plot_codebook_usage(counts: np.ndarray, path: Path, source: str) -> None:
         f"Codes of {source}: {len(used)} of {len(shares)} in use "
         f"({100 * len(used) / len(shares):.0f}%), perplexity {perplexity:.1f}",
     )
+    save(figure, path)
+
+
+def plot_curves(
+    curves: dict[str, Sequence[tuple[float, float]]], path: Path, title: str, quantity: str
+) -> None:
+    """Plots curves from 0 to 1, given as (step, value), with a legend."""
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    colors = colormaps["tab10"](range(10))
+    for i, (name, points) in enumerate(curves.items()):
+        x, y = np.array(points, float).T
+        style = ("-", "--", ":", "-.")[i % 4]  # shows both of two equal curves
+        axes.plot(x, y, style, color=colors[i % 10], marker="o", markersize=3, label=name)
+    axes.set_ylim(0, 1.05)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("step")
+    axes.set_ylabel(quantity)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
+    set_title(axes, title)
     save(figure, path)
 
 

@@ -29,6 +29,15 @@ def test_loss_curves_show_every_metric(tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["curves.png"], "no partial file is left"
 
 
+def test_losses_that_are_not_positive_have_a_linear_scale(tmp_path, monkeypatch):
+    scales = []
+    monkeypatch.setattr(Axes, "set_yscale", lambda axes, scale: scales.append(scale))
+    for values in ([1.0, 0.1], [1.0, -0.1], [0.0, 0.0]):
+        rows = [{"step": i, "split": "train", "codebook": x} for i, x in enumerate(values)]
+        figures.plot_loss_curves(rows, tmp_path / "curves.png", "title")
+    assert scales == ["log"]
+
+
 def test_long_class_names_are_not_cut_off():
     images = np.zeros((16, 64, 64, 3), np.float32)
     figure = figures.draw_grid(images, ["n01440764_tench", "n02835271_bicycle-built"], 8)

@@ -37,12 +37,25 @@ def parse(command: type[T], description: str | None) -> T:
     """Parses the command line into the dataclass `command`, whose docstrings are the help texts.
     tyro exits with status 2 and its own message if a flag is invalid."""
     args: Any = tyro.cli(command, description=description, args=sys.argv[1:])
+    return expand_user_paths(args)
+
+
+def parse_known(command: type[T], description: str | None) -> tuple[T, list[str]]:
+    """Does the same as `parse`, but also returns the arguments that the command does not know."""
+    known: Any = tyro.cli(
+        command, description=description, args=sys.argv[1:], return_unknown_args=True
+    )
+    return expand_user_paths(known[0]), known[1]
+
+
+def expand_user_paths(args: T) -> T:
+    """Returns arguments with ~ replaced in paths."""
     paths = {
         name: tuple(map(expand_user, x)) if isinstance(x, tuple) else expand_user(x)
         for name, x in vars(args).items()
         if isinstance(x, Path) or (isinstance(x, tuple) and x and isinstance(x[0], Path))
     }
-    return dataclasses.replace(args, **paths)
+    return dataclasses.replace(typing.cast(Any, args), **paths)
 
 
 # Data settings that the run's networks fix, or that affect only training.

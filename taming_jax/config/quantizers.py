@@ -116,10 +116,11 @@ class FSQConfig(QuantizerConfig):
     def check(self, codebook_size: int) -> None:
         levels = self.resolve_levels(codebook_size)
         given = " ".join(map(str, levels))
-        if not levels or min(levels) < 2:
+        # With two levels, the bound is flat at zero, so that the latents hardly have a gradient.
+        if not levels or min(levels) < 3:
             raise UserError(
-                f"--vqgan.fsq.levels is {given or 'empty'}; give one number per dimension, each 2 "
-                "or more."
+                f"--vqgan.fsq.levels is {given or 'empty'}; give one number per dimension, each 3 "
+                "or more. For two levels per dimension, use --vqgan.quantizer bsq."
             )
         if math.prod(levels) != codebook_size:
             raise UserError(

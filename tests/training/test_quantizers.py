@@ -5,8 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from taming_jax.data.pixels import to_uint8
+from taming_jax.errors import UserError
+from taming_jax.evaluation.report import evaluate
+from taming_jax.interop.compvis_export import export_run
 from taming_jax.models.quantizers import QUANTIZERS
 from taming_jax.parallel.devices import Devices
+from taming_jax.run import load_run
 from taming_jax.training.state import Net
 from taming_jax.training.vqgan_step import Keys
 from tests import golden, small_runs
@@ -77,3 +82,32 @@ def test_a_killed_run_with_restarts_and_averages_resumes_bit_for_bit(tmp_path):
     arrays = small_runs.read_arrays(tmp_path / "whole", 20)
     state = ("nets", "generator", "extra")
     assert set(arrays[*state, "unused_steps"]) == {0, 1} and arrays[*state, "usage"].max() > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_every_quantizer_works_from_training_to_samples(name, tmp_path):
+    """Both stages, figures, tokens, checkpoints, evaluation, completion, and `init_from`."""
+    settings = {"vqgan__quantizer": name, "vqgan__steps": 3, "vqgan__ema_decay": 0.9}
+    settings |= {"prior__steps": 3, "vqgan__micro_batches": 2, "vqgan__perceptual_weight": 0.0}
+    settings |= {"data__image_size": 16, "vqgan__multipliers": (1, 1)}
+    small_runs.train(tmp_path / "run", draw=True, **settings)
+    small_runs.train(tmp_path / "run", "prior", draw=True, **settings)
+    figures = {file.name for file in (tmp_path / "run" / "figures").iterdir()}
+    assert {"codebook.png", "codebook_usage.png", "random_latents.png"} <= figures
+    run = load_run(tmp_path / "run")
+    images = run.load_data().validation.images[:8]
+    codes = run.encode(images)
+    assert codes.shape == (8, 8, 8) and codes.max() < 16
+    np.testing.assert_array_equal(to_uint8(run.decode(codes)), run.reconstruct(images))
+    assert np.asarray(run.sample([0, 1])).shape[1:] == (16, 16, 1)
+    report = evaluate(run, features="vgg", images=8, samples=8)
+    assert len(report["reconstruction"]["code_counts"]) == 16
+    small_runs.train(
+        tmp_path / "next", **settings | {"vqgan__init_from": str(tmp_path / "run"), "seed": 1}
+    )
+    before, after = (small_runs.read_arrays(tmp_path / x, 3) for x in ("run", "next"))
+    assert before.keys() == after.keys()
+    if name not in ("vq", "gumbel"):
+        with pytest.raises(UserError, match=f"has no quantizer {name}"):
+            export_run(tmp_path / "run", tmp_path / "out.ckpt", "vqgan")

@@ -12,10 +12,10 @@ class FSQQuantizer(Quantizer):
     to one of L_i levels, without parameters and without a loss.
 
     The bound is that of the paper's listing, tanh(z + shift) * half - offset, where offset is 1/2
-    for an even L and 0 for an odd one, but with the two corrections of vector-quantize-pytorch:
-    shift = atanh(offset / half) instead of tan(offset / half), so that a latent of zero stays zero,
-    and half = (L - 1) * (1 + 0.001) / 2 instead of (1 - 0.001), so that two levels work. The
-    equation in the paper's text, floor(L / 2) * tanh(z), has L + 1 values for an even L.
+    for an even L and 0 for an odd one, but with the constants of vector-quantize-pytorch: shift =
+    atanh(offset / half) instead of tan(offset / half), so that a latent of zero stays zero, and
+    half = (L - 1) * (1 + 0.001) / 2 instead of (1 - 0.001). The equation in the paper's text,
+    floor(L / 2) * tanh(z), has L + 1 values for an even L.
 
     The codes are the rounded values divided by floor(L / 2), in [-1, 1]. The index counts the first
     dimension fastest.
