@@ -34,10 +34,13 @@ class Cadences:
         """Returns the cadences that are set, and defaults for the others, which follow from the
         length of the run and of an epoch with this many training examples."""
         steps, epoch = settings.total_steps(examples), math.ceil(examples / settings.batch_size)
+        # No call of several steps crosses a row of the log, so its default is a multiple of them.
+        dispatch = getattr(settings, "steps_per_dispatch", 1)
+        log = math.ceil(max(steps // 1000, 1) / dispatch) * dispatch
         return cls(
             settings.eval_every or space_evenly(50, epoch, steps),
             settings.fd_every,
             settings.checkpoint_every or space_evenly(20, epoch, steps),
-            settings.log_every or max(steps // 1000, 1),
+            settings.log_every or log,
             settings.draw_every or space_evenly(10, epoch, steps),
         )

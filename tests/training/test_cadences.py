@@ -1,4 +1,6 @@
-from taming_jax.config.schema import StageConfig
+import dataclasses
+
+from taming_jax.config.schema import PriorConfig, StageConfig
 from taming_jax.training.cadences import Cadences
 
 
@@ -16,3 +18,10 @@ def test_the_defaults_follow_from_the_length_of_the_run_and_of_an_epoch():
 def test_settings_replace_the_defaults():
     settings = StageConfig(steps=10, eval_every=3, fd_every=6, checkpoint_every=4, draw_every=5)
     assert Cadences.choose(settings, 200) == Cadences(3, 6, 4, 1, 5)
+
+
+def test_by_default_a_row_of_the_log_follows_a_call_of_several_steps():
+    settings = PriorConfig(steps=2500, batch_size=64, steps_per_dispatch=4)
+    assert Cadences.choose(settings, 6400).log == 4
+    assert Cadences.choose(dataclasses.replace(settings, steps=9999), 6400).log == 12
+    assert Cadences.choose(dataclasses.replace(settings, log_every=6), 6400).log == 6

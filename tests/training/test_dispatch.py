@@ -42,7 +42,8 @@ def test_no_dispatch_crosses_a_cadence_or_the_end():
 def test_a_number_that_no_dispatch_can_reach_is_refused_before_anything_changes(workdir):
     before = {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()}
     settings = {"prior__steps": 40, "prior__steps_per_dispatch": 8, "data__mirror": True}
-    message = "steps-per-dispatch is 8, but a line of the log is due every 1 steps; set --prior.log"
+    settings["prior__log_every"] = 5
+    message = "steps-per-dispatch is 8, but a line of the log is due every 5 steps; set --prior.log"
     with pytest.raises(UserError, match=message):
         small_runs.train(workdir, "prior", **settings)
     assert {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()} == before
