@@ -11,6 +11,7 @@ from taming_jax.errors import UserError
 
 # 2^24 probabilities take 64 MiB.
 GROUP_BITS = Range(lambda x: 1 <= x <= 24, "must be from 1 to 24")
+MAX_LEVELS = 256  # of a dimension of fsq
 
 
 @dataclass(frozen=True)
@@ -101,12 +102,12 @@ class FSQConfig(QuantizerConfig):
 
     levels: tuple[int, ...] | None = setting(None, meaning=True)
     """The number of levels of each dimension, whose product is --vqgan.codebook-size. Default: as
-    many levels of 5 or more as the size has factors."""
+    many levels of 5 or more as possible."""
 
     sets_code_dim: ClassVar[bool] = True
 
     def resolve_levels(self, codebook_size: int) -> tuple[int, ...]:
-        """Returns the levels, or the default ones for a codebook of `codebook_size` codes."""
+        """Returns the levels, which by default follow from the number of codes."""
         if self.levels is not None:
             return self.levels
         # The paper recommends levels of 5 or more, the largest first.
@@ -117,10 +118,17 @@ class FSQConfig(QuantizerConfig):
         levels = self.resolve_levels(codebook_size)
         given = " ".join(map(str, levels))
         # With two levels, the bound is flat at zero, so that the latents hardly have a gradient.
-        if not levels or min(levels) < 3:
+        # With 1,000 or more, it would reach beyond the last level.
+        is_valid = bool(levels) and min(levels) >= 3 and max(levels) <= MAX_LEVELS
+        if self.levels is None and not is_valid:
             raise UserError(
-                f"--vqgan.fsq.levels is {given or 'empty'}; give one number per dimension, each 3 "
-                "or more. For two levels per dimension, use --vqgan.quantizer bsq."
+                f"--vqgan.codebook-size {codebook_size} is not a product of numbers from 5 to "
+                f"{MAX_LEVELS}, which fsq requires; use another size, such as 1000 or 1024."
+            )
+        if not is_valid:
+            raise UserError(
+                f"--vqgan.fsq.levels is {given or 'empty'}; give one number per dimension, each "
+                f"from 3 to {MAX_LEVELS}."
             )
         if math.prod(levels) != codebook_size:
             raise UserError(
@@ -155,8 +163,8 @@ class BitsConfig(EntropyConfig):
     def check(self, codebook_size: int) -> None:
         if codebook_size < 2 or codebook_size & (codebook_size - 1):
             raise UserError(
-                f"--vqgan.codebook-size is {codebook_size}; lfq and bsq have one bit per "
-                "dimension, so it must be a power of two."
+                f"--vqgan.codebook-size is {codebook_size}; it must be a power of two, since lfq "
+                "and bsq have one bit per dimension."
             )
 
 
@@ -171,8 +179,8 @@ class LFQConfig(BitsConfig):
 
 @dataclass(frozen=True)
 class BSQConfig(BitsConfig):
-    """Binary spherical quantization: the signs of a vector of length one. The defaults are the
-    authors'."""
+    """Binary spherical quantization: the signs of a vector of length one. The defaults are those of
+    the authors' models of 18 bits."""
 
     commitment: float = setting(0.0, NOT_NEGATIVE)
     """The weight of the commitment loss, which bounded latents do not need."""
@@ -195,8 +203,6 @@ class IBQConfig(EntropyConfig):
     commitment: float = setting(0.25, NOT_NEGATIVE)
     """The weight of the term of the loss that moves the code to the latent (beta in the official
     code)."""
-    l2_normalise: bool = setting(False, meaning=True)
-    """Normalize latents and codes to length one, so that only their directions are compared."""
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,8 @@ class StageConfig:
     epoch and 100 steps. If the last checkpoint is ten minutes old, another is written at the next
     line of the log."""
     log_every: int | None = free(None, COUNT)
-    """The number of steps between lines of the log. Default: a thousandth of the run."""
+    """The number of steps between lines of the log. Default: a thousandth of the run, rounded up to
+    a multiple of --prior.steps-per-dispatch in stage 2."""
     draw_every: int | None = free(None, COUNT)
     """The minimum number of steps between updates of the figures, which follow a validation.
     Default: a tenth of the run, but at least one epoch and 100 steps."""
@@ -236,8 +237,8 @@ class PriorConfig(StageConfig):
     """The number of channels of the transformer."""
     steps_per_dispatch: int = free(1, COUNT)
     """The number of steps that the devices take per call from Python. On a CPU, the result is the
-    same, bit for bit. No call crosses a line of the log, so it must be at most
-    --prior.log-every."""
+    same, bit for bit. No call crosses a line of the log, so --prior.log-every, if you set it,
+    should be a multiple of it."""
     dropout: float = setting(0.1, FRACTION)
     """The dropout rate in training, of the embeddings and of what each layer adds to them."""
     attention_dropout: float = setting(0.0, FRACTION)

@@ -13,7 +13,7 @@ from flax import struct
 from taming_jax.config.schema import StageConfig
 
 # The purposes of random keys. Each purpose's number is folded into the run's seed.
-DROPOUT, LABELS, CODES, AUGMENTATION, REAL, FAKE = range(6)
+DROPOUT, LABELS, CODES, AUGMENTATION, REAL, FAKE, RESTARTS = range(7)
 
 
 def make_step_key(seed: int, purpose: int, step: Any) -> jax.Array:
@@ -30,8 +30,8 @@ def make_example_keys(seed: int, purpose: int, step: Any, place: jax.Array) -> j
 
 class Net(struct.PyTreeNode):
     """The state of one network. `extra` holds state that is neither a parameter nor an optimizer
-    state: BatchNorm's running statistics and LeCam's averages. `ema` is the exponential moving
-    average of the parameters, or None."""
+    state: BatchNorm's running statistics, LeCam's averages, and a quantizer's counts. `ema` is the
+    exponential moving average of the parameters, or None."""
 
     params: Any
     opt_state: Any

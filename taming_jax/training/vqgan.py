@@ -29,6 +29,7 @@ from taming_jax.training.state import (
     CODES,
     FAKE,
     REAL,
+    RESTARTS,
     Metrics,
     Net,
     TrainState,
@@ -157,7 +158,7 @@ class VQGANStage(Stage):
             images = to_float(
                 augment(gather_batch(arrays)[0], make_keys(AUGMENTATION), self.config.data)
             )
-            step_key = make_step_key(self.config.seed, CODES, state.step)
+            step_key = make_step_key(self.config.seed, RESTARTS, state.step)
             keys = Keys(codes=make_keys(CODES), place=arrays["place"])
             if settings.diff_augment:
                 keys = keys._replace(real=make_keys(REAL), fake=make_keys(FAKE))

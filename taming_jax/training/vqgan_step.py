@@ -276,11 +276,22 @@ class VQGANObjective:
         return GeneratorPass(reconstruction, last, cotangent, vjp, statistics, metrics)
 
     def update_quantizer(self, generator: Net, statistics: dict[str, jax.Array]) -> Net:
-        """Returns the generator after its optimizer step, with the quantizer's own changes."""
-        params = generator.params.get("quantizer", {})  # some quantizers have none
-        params, extra = self.generator.quantizer.update(params, generator.extra, statistics)
-        changed = {"quantizer": params} if params else {}
-        return generator.replace(params=generator.params | changed, extra=extra)
+        """Returns the generator after its optimizer step, with the quantizer's own changes. They
+        also apply to the EMA: an average of a restarted code and the one before would be neither.
+        """
+        if not generator.extra:
+            return generator
+        params = generator.params["quantizer"]
+        new_params, extra = self.generator.quantizer.update(params, generator.extra, statistics)
+        ema = generator.ema
+        if ema is not None:
+            averages = jax.tree.map(
+                lambda average, old, new: average + (new - old),
+                ema["quantizer"], params, new_params,
+            )  # fmt: skip
+            ema = ema | {"quantizer": averages}
+        new_params = generator.params | {"quantizer": new_params}
+        return generator.replace(params=new_params, extra=extra, ema=ema)
 
     def count_codes(self, indices: jax.Array, weight: jax.Array | float = 1.0) -> jax.Array:
         """Returns how often each code was used on this device, float32 [k], with each example

@@ -40,7 +40,10 @@ def load_matching_weights(
             source = ("nets", path[1], "ema", *path[3:])
             if source not in arrays:
                 source = ("nets", path[1], "params", *path[3:])
-        is_wanted = is_learned and (path[2] != "opt_state") and path[2:4] != ("extra", "lecam")
+        # Averages and counts of the other run, such as LeCam's or a quantizer's, start anew.
+        is_wanted = is_learned and (
+            path[2] in ("params", "ema") or path[2:4] == ("extra", "batch_stats")
+        )
         array = arrays.get(source) if is_wanted else None
         fits = array is not None and array.shape == leaf.shape
         if is_learned and path[2] == "params":

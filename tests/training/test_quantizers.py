@@ -80,6 +80,9 @@ def test_a_killed_run_with_restarts_and_averages_resumes_bit_for_bit(tmp_path):
     small_runs.train(tmp_path / "killed", **settings)
     small_runs.assert_same_run(tmp_path / "killed", tmp_path / "whole", 20)
     arrays = small_runs.read_arrays(tmp_path / "whole", 20)
+    generator = ("nets", "generator")
+    codebooks = [arrays[*generator, x, "quantizer", "codebook"] for x in ("params", "ema")]
+    np.testing.assert_allclose(*codebooks, atol=1e-5)  # the EMA follows restarts and averages
     state = ("nets", "generator", "extra")
     assert set(arrays[*state, "unused_steps"]) == {0, 1} and arrays[*state, "usage"].max() > 1
 

@@ -1,6 +1,6 @@
 """MNIST in a few minutes on two CPU cores: a small generator, L2-normalized codes, no LPIPS."""
 
-from taming_jax.config.quantizers import VQConfig
+from taming_jax.config.quantizers import EMAConfig, SimVQConfig, VQConfig
 from taming_jax.config.schema import Config, DataConfig, PriorConfig, VQGANConfig
 
 CONFIG = Config(
@@ -21,6 +21,8 @@ CONFIG = Config(
         codebook_size=128,
         code_dim=4,  # uses all codes and gives sharper reconstructions (docs/recipes.md)
         vq=VQConfig(l2_normalise=True),
+        ema=EMAConfig(l2_normalise=True),
+        simvq=SimVQConfig(l2_normalise=True),
         perceptual_weight=0.0,
         learning_rate=2e-3,
         warmup_steps=40,

@@ -8,10 +8,10 @@ from jax import lax
 
 from taming_jax.config.quantizers import EMAConfig
 from taming_jax.models.quantizers.interface import Training, mean_square
-from taming_jax.models.quantizers.vq import VectorQuantizer
+from taming_jax.models.quantizers.vq import CodebookQuantizer
 
 
-class EMAQuantizer(VectorQuantizer):
+class EMAQuantizer(CodebookQuantizer):
     """The nearest code, where each code is the moving average of the latents that use it (arXiv
     1711.00937, appendix A.1), instead of learned by gradients.
 
@@ -28,9 +28,6 @@ class EMAQuantizer(VectorQuantizer):
 
     def compute_loss(self, z: jax.Array, vectors: jax.Array) -> jax.Array:
         return self.options.commitment * mean_square(z, lax.stop_gradient(vectors))
-
-    def compute_penalty(self, scores: jax.Array) -> float:
-        return 0.0
 
     def collect_statistics(
         self, z: jax.Array, indices: jax.Array, training: Training

@@ -49,8 +49,9 @@ class GumbelQuantizer(Quantizer):
 
 
 def choose_codes(logits: jax.Array, indices: jax.Array, codes: jax.Array) -> jax.Array:
-    """Returns the codes [k,d] of the indices [b,h,w], with the gradient of an average of all codes
-    weighted by softmax(logits), for logits [b,h,w,k]."""
-    soft = nn.softmax(logits)
-    weights = jax.nn.one_hot(indices, len(codes)) + soft - lax.stop_gradient(soft)
-    return jnp.matmul(weights, codes, precision=lax.Precision.HIGHEST)
+    """Returns the codes [k,d] of the indices [b,h,w]. The gradient of the logits [b,h,w,k] is that
+    of the average of all codes, weighted by softmax(logits)."""
+    average = jnp.matmul(
+        nn.softmax(logits), lax.stop_gradient(codes), precision=lax.Precision.HIGHEST
+    )
+    return codes[indices] + average - lax.stop_gradient(average)

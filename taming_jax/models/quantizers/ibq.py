@@ -10,7 +10,6 @@ from taming_jax.models.quantizers.interface import (
     Quantized,
     Quantizer,
     Training,
-    l2_normalize,
     mean_square,
 )
 from taming_jax.models.quantizers.vq import uniform
@@ -30,25 +29,19 @@ class IBQQuantizer(Quantizer):
         k, d = self.num_codes, self.code_dim
         self.codebook = self.param("codebook", uniform(1 / k), (k, d))
 
-    def normalize(self, x: jax.Array) -> jax.Array:
-        return l2_normalize(x) if self.settings.ibq.l2_normalise else x
-
     def __call__(self, z: jax.Array, training: Training | None = None) -> Quantized:
-        z, codes, fixed = self.normalize(z.astype(jnp.float32)), self.get_codes(), lax.stop_gradient
-        options = self.settings.ibq
+        z, codes, options = z.astype(jnp.float32), self.codebook, self.settings.ibq
+        fixed = lax.stop_gradient
         scores = jnp.matmul(z, codes.T, precision=lax.Precision.HIGHEST)
         indices = jnp.argmax(scores, -1).astype(jnp.int32)
-        vectors = choose_codes(scores, indices, codes)
-        chosen = codes[indices]
+        vectors = chosen = codes[indices]
+        if training is not None:
+            vectors = choose_codes(scores, indices, codes)
         loss = mean_square(z, vectors) + mean_square(z, fixed(chosen))
         loss += options.commitment * mean_square(fixed(z), chosen)
         if training is not None and options.entropy_weight:
             loss += categorical_penalty(scores, "ibq", options, self.axis_name)
         return Quantized(vectors, indices, loss)
 
-    def get_codes(self) -> jax.Array:
-        """Returns the codes float32 [k,d]."""
-        return self.normalize(self.codebook)
-
     def lookup(self, indices: jax.Array) -> jax.Array:
-        return self.get_codes()[indices]
+        return self.codebook[indices]

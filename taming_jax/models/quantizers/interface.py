@@ -91,7 +91,8 @@ def straight_through(z: jax.Array, vectors: jax.Array) -> jax.Array:
 def rotate(z: jax.Array, vectors: jax.Array) -> jax.Array:
     """Returns the values of `vectors` [...,d] as if z [...,d] had been rotated and scaled to them,
     by a transformation that is constant in the backward pass (the rotation trick, arXiv
-    2410.06424). The gradient keeps its angle to the vector that it belongs to."""
+    2410.06424). The gradient keeps its angle to the vector that it belongs to, and is multiplied by
+    |vectors| / |z|."""
     fixed_z, fixed = lax.stop_gradient(z), lax.stop_gradient(vectors)
     start, end = l2_normalize(fixed_z), l2_normalize(fixed)
     middle = l2_normalize(start + end)

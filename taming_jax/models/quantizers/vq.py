@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from taming_jax.config.quantizers import NearestConfig, RestartConfig
+from taming_jax.config.quantizers import NearestConfig, RestartConfig, VQConfig
 from taming_jax.models.quantizers.entropy import categorical_penalty
 from taming_jax.models.quantizers.interface import (
     Quantized,
@@ -76,17 +76,14 @@ class NearestQuantizer(Quantizer):
         return self.get_codes()[indices]
 
 
-class VectorQuantizer(NearestQuantizer):
-    """The quantizer of VQ-VAE (arXiv 1711.00937, equation 3).
-
-    `legacy_commitment` puts the commitment weight on the codebook loss, as the official code does
-    by default. `l2_normalise` first scales the latents and the codes to unit length (arXiv
-    2110.04627, section 3.2). With `restart_after`, the state counts for how many steps in a row a
-    code has been unused."""
+class CodebookQuantizer(NearestQuantizer):
+    """The base class of quantizers with a codebook whose unused codes can be restarted. With
+    `restart_after`, the state counts for how many steps in a row each code has been unused. A
+    restart does not reset the optimizer's moments of the code."""
 
     @property
     def options(self) -> RestartConfig:
-        return self.settings.vq
+        raise NotImplementedError
 
     def setup(self) -> None:
         k, d = self.num_codes, self.code_dim
@@ -97,18 +94,6 @@ class VectorQuantizer(NearestQuantizer):
 
     def get_codes(self) -> jax.Array:
         return self.normalize(self.codebook)
-
-    def compute_loss(self, z: jax.Array, vectors: jax.Array) -> jax.Array:
-        if not self.settings.vq.legacy_commitment:
-            return super().compute_loss(z, vectors)
-        codebook_loss = mean_square(vectors, lax.stop_gradient(z))
-        return mean_square(z, lax.stop_gradient(vectors)) + self.options.commitment * codebook_loss
-
-    def compute_penalty(self, scores: jax.Array) -> jax.Array | float:
-        options = self.settings.vq
-        if not options.entropy_weight:
-            return 0.0
-        return categorical_penalty(scores, "vq", options, self.axis_name)
 
     def collect_statistics(
         self, z: jax.Array, indices: jax.Array, training: Training
@@ -133,6 +118,29 @@ class VectorQuantizer(NearestQuantizer):
         codebook = jnp.where(restarts[:, None], statistics["candidates"], params["codebook"])
         unused_steps = jnp.where(restarts, 0, unused_steps)
         return params | {"codebook": codebook}, state | {"unused_steps": unused_steps}
+
+
+class VectorQuantizer(CodebookQuantizer):
+    """The quantizer of VQ-VAE (arXiv 1711.00937, equation 3).
+
+    `legacy_commitment` puts the commitment weight on the codebook loss, as the official code does
+    by default. `l2_normalise` first scales the latents and the codes to unit length (arXiv
+    2110.04627, section 3.2)."""
+
+    @property
+    def options(self) -> VQConfig:
+        return self.settings.vq
+
+    def compute_loss(self, z: jax.Array, vectors: jax.Array) -> jax.Array:
+        if not self.options.legacy_commitment:
+            return super().compute_loss(z, vectors)
+        codebook_loss = mean_square(vectors, lax.stop_gradient(z))
+        return mean_square(z, lax.stop_gradient(vectors)) + self.options.commitment * codebook_loss
+
+    def compute_penalty(self, scores: jax.Array) -> jax.Array | float:
+        if not self.options.entropy_weight:
+            return 0.0
+        return categorical_penalty(scores, "vq", self.options, self.axis_name)
 
 
 def uniform(bound: float) -> nn.initializers.Initializer:

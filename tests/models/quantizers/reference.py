@@ -10,7 +10,8 @@ from taming_jax.models.quantizers import QUANTIZERS, Training
 from tests import golden
 
 fixed = lax.stop_gradient
-NOT_NORMALIZED = {"vq": {"l2_normalise": False}}  # mnist_tiny normalizes
+# mnist_tiny normalizes.
+NOT_NORMALIZED = {name: {"l2_normalise": False} for name in ("vq", "ema", "simvq")}
 
 
 def make_quantizer(name, codes, dim=None, axis_name=None, **settings):

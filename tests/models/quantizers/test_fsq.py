@@ -9,7 +9,7 @@ from tests.models.quantizers import reference
 from tests.models.quantizers.reference import fixed, make_quantizer
 
 
-@pytest.mark.parametrize("levels", [(8, 5, 5, 5), (4, 3), (7,)])
+@pytest.mark.parametrize("levels", [(8, 5, 5, 5), (4, 3), (7,), (256,)])
 def test_values_and_gradients_equal_the_definition(levels):
     quantizer = make_quantizer("fsq", int(np.prod(levels)), levels=levels)
 
@@ -28,7 +28,7 @@ def test_values_and_gradients_equal_the_definition(levels):
     reference.compare(quantizer, quantize, scale=3)
 
 
-@pytest.mark.parametrize("levels", [(8, 5, 5, 5), (4, 3)])
+@pytest.mark.parametrize("levels", [(8, 5, 5, 5), (4, 3), (256,), (255,)])
 def test_every_code_is_reached_and_zero_stays_zero(levels):
     size = int(np.prod(levels))
     quantizer = make_quantizer("fsq", size, levels=levels)
@@ -59,11 +59,16 @@ def test_the_default_levels_multiply_to_the_size_of_the_codebook(size, levels):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"vqgan.fsq.levels": (64, 2)}, "levels is 64 2; give one number per dimension, each 3"),
+        (
+            {"vqgan.fsq.levels": (64, 2)},
+            "levels is 64 2; give one number per dimension, each from 3",
+        ),
         ({"vqgan.fsq.levels": ()}, "levels is empty; give"),
         ({"vqgan.fsq.levels": (8, 5, 5, 5)}, "8 5 5 5 give 1000 codes, but .* is 128"),
         ({"vqgan.code_dim": 8}, "code-dim has no effect on the quantizer fsq"),
-        ({"vqgan.codebook_size": 1}, "levels is 1; give"),
+        ({"vqgan.fsq.levels": (300,)}, "levels is 300; give"),
+        ({"vqgan.codebook_size": 2}, "codebook-size 2 is not a product of numbers from 5 to 256"),
+        ({"vqgan.codebook_size": 1009}, "codebook-size 1009 is not a product"),
     ],
 )
 def test_levels_that_make_no_sense_are_refused(overrides, message):
