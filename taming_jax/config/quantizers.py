@@ -203,6 +203,9 @@ class IBQConfig(EntropyConfig):
     commitment: float = setting(0.25, NOT_NEGATIVE)
     """The weight of the term of the loss that moves the code to the latent (beta in the official
     code)."""
+    l2_normalise: bool = setting(False, meaning=True)
+    """Normalize latents and codes to length one. Use it for codes of few dimensions, among which
+    the longest have the largest product with most latents."""
 
 
 @dataclass(frozen=True)

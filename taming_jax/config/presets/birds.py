@@ -3,7 +3,7 @@
 If a value differs from the default of thibmonsel/taming_transformer, a comment gives that default.
 """
 
-from taming_jax.config.quantizers import EMAConfig, SimVQConfig, VQConfig
+from taming_jax.config.quantizers import EMAConfig, IBQConfig, SimVQConfig, VQConfig
 from taming_jax.config.schema import Config, DataConfig, PriorConfig, VQGANConfig
 
 CONFIG = Config(
@@ -32,6 +32,7 @@ CONFIG = Config(
         ),
         ema=EMAConfig(l2_normalise=True),
         simvq=SimVQConfig(l2_normalise=True),
+        ibq=IBQConfig(l2_normalise=True),
         # Twice the learning rates that suit batches of four: those of Adam grow with the square
         # root of the batch size (arXiv 2205.10287).
         learning_rate=2e-4,

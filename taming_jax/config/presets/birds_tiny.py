@@ -1,6 +1,6 @@
 """CUB-200-2011 birds at 64 px, 16x16 codes, in twenty minutes on two CPU cores, without LPIPS."""
 
-from taming_jax.config.quantizers import EMAConfig, SimVQConfig, VQConfig
+from taming_jax.config.quantizers import EMAConfig, IBQConfig, SimVQConfig, VQConfig
 from taming_jax.config.schema import Config, DataConfig, PriorConfig, VQGANConfig
 
 CONFIG = Config(
@@ -28,6 +28,7 @@ CONFIG = Config(
         vq=VQConfig(l2_normalise=True),
         ema=EMAConfig(l2_normalise=True),
         simvq=SimVQConfig(l2_normalise=True),
+        ibq=IBQConfig(l2_normalise=True),
         codebook_weight=0.2,  # keeps more codes in use than 1
         perceptual_weight=0.0,
         learning_rate=2e-3,

@@ -1,6 +1,6 @@
 """MNIST in a few minutes on two CPU cores: a small generator, L2-normalized codes, no LPIPS."""
 
-from taming_jax.config.quantizers import EMAConfig, SimVQConfig, VQConfig
+from taming_jax.config.quantizers import EMAConfig, IBQConfig, SimVQConfig, VQConfig
 from taming_jax.config.schema import Config, DataConfig, PriorConfig, VQGANConfig
 
 CONFIG = Config(
@@ -23,6 +23,7 @@ CONFIG = Config(
         vq=VQConfig(l2_normalise=True),
         ema=EMAConfig(l2_normalise=True),
         simvq=SimVQConfig(l2_normalise=True),
+        ibq=IBQConfig(l2_normalise=True),
         perceptual_weight=0.0,
         learning_rate=2e-3,
         warmup_steps=40,

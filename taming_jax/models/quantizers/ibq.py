@@ -1,5 +1,6 @@
 """Index backpropagation quantization."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -10,9 +11,12 @@ from taming_jax.models.quantizers.interface import (
     Quantized,
     Quantizer,
     Training,
+    l2_normalize,
     mean_square,
 )
-from taming_jax.models.quantizers.vq import uniform
+
+# Cosines are at most 1, for which the softmax over many codes would be almost uniform.
+COSINE_SCALE = 10.0
 
 
 class IBQQuantizer(Quantizer):
@@ -23,16 +27,24 @@ class IBQQuantizer(Quantizer):
     loss = |z - q|^2 + |z - sg(e)|^2 + commitment * |sg(z) - e|^2, averaged over the d dimensions, +
     the entropy penalty (entropy.py). q is the code with the gradient through the softmax. This is
     the double quantization loss of the official code.
+
+    `l2_normalise` scales latents and codes to unit length, and the products by `COSINE_SCALE`.
+    Codes start normally distributed. The official uniform distribution in [-1/k, 1/k] makes the
+    softmax uniform, so that the codes hardly move apart in the first hundreds of steps.
     """
 
     def setup(self) -> None:
         k, d = self.num_codes, self.code_dim
-        self.codebook = self.param("codebook", uniform(1 / k), (k, d))
+        self.codebook = self.param("codebook", nn.initializers.normal(1.0), (k, d))
+
+    def normalize(self, x: jax.Array) -> jax.Array:
+        return l2_normalize(x) if self.settings.ibq.l2_normalise else x
 
     def __call__(self, z: jax.Array, training: Training | None = None) -> Quantized:
-        z, codes, options = z.astype(jnp.float32), self.codebook, self.settings.ibq
-        fixed = lax.stop_gradient
+        options, fixed = self.settings.ibq, lax.stop_gradient
+        z, codes = self.normalize(z.astype(jnp.float32)), self.normalize(self.codebook)
         scores = jnp.matmul(z, codes.T, precision=lax.Precision.HIGHEST)
+        scores *= COSINE_SCALE if options.l2_normalise else 1
         indices = jnp.argmax(scores, -1).astype(jnp.int32)
         vectors = chosen = codes[indices]
         if training is not None:
@@ -44,4 +56,4 @@ class IBQQuantizer(Quantizer):
         return Quantized(vectors, indices, loss)
 
     def lookup(self, indices: jax.Array) -> jax.Array:
-        return self.codebook[indices]
+        return self.normalize(self.codebook)[indices]

@@ -11,7 +11,7 @@ from tests import golden
 
 fixed = lax.stop_gradient
 # mnist_tiny normalizes.
-NOT_NORMALIZED = {name: {"l2_normalise": False} for name in ("vq", "ema", "simvq")}
+NOT_NORMALIZED = {name: {"l2_normalise": False} for name in ("vq", "ema", "simvq", "ibq")}
 
 
 def make_quantizer(name, codes, dim=None, axis_name=None, **settings):

@@ -1,19 +1,23 @@
 import jax
 import jax.numpy as jnp
+import pytest
 
 from tests.models.quantizers import reference
-from tests.models.quantizers.reference import fixed, make_quantizer, make_training
+from tests.models.quantizers.reference import fixed, make_quantizer, make_training, unit
 
 
-def test_values_and_gradients_equal_the_definition():
+@pytest.mark.parametrize("l2_normalise", [False, True])
+def test_values_and_gradients_equal_the_definition(l2_normalise):
     quantizer = make_quantizer(
         "ibq", 16, 5, commitment=0.4, entropy_weight=0.7, diversity_weight=0.4,
-        entropy_temperature=0.5,
+        entropy_temperature=0.5, l2_normalise=l2_normalise,
     )  # fmt: skip
 
     def quantize(z, params):
         codes = params["codebook"]
-        scores = jnp.einsum("bhwd,kd->bhwk", z, codes)
+        if l2_normalise:
+            z, codes = unit(z), unit(codes)
+        scores = jnp.einsum("bhwd,kd->bhwk", z, codes) * (10 if l2_normalise else 1)
         soft = jnp.exp(scores) / jnp.exp(scores).sum(-1, keepdims=True)
         hard = jax.nn.one_hot(scores.argmax(-1), 16)
         q, e = (hard + soft - fixed(soft)) @ codes, hard @ codes
