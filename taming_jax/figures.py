@@ -176,7 +176,7 @@ def plot_curves(
     curves: dict[str, Sequence[tuple[float, float]]], path: Path, title: str, quantity: str
 ) -> None:
     """Plots curves from 0 to 1, given as (step, value), with a legend."""
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    figure = Figure(figsize=(8, 4.4), layout="constrained")
     axes = figure.add_subplot()
     colors = colormaps["tab10"](range(10))
     for i, (name, points) in enumerate(curves.items()):
@@ -187,7 +187,7 @@ def plot_curves(
     axes.set_xlim(left=0)
     axes.set_xlabel("step")
     axes.set_ylabel(quantity)
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
+    figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=8)
     set_title(axes, title)
     save(figure, path)
 
