@@ -60,19 +60,20 @@ def test_a_step_is_the_same_on_any_number_of_devices(name):
         restarted = expected_generator.params["quantizer"]["codebook"][unused]
         np.testing.assert_allclose(restarted, expected.statistics["candidates"][unused], rtol=1e-6)
         assert 0 < unused.sum() < 16
-    for count in (2, 4):
+    for count in (2, 4) if name != "ema" else (4,):
         result, generator = take_step(name, count, 2)
         np.testing.assert_array_equal(result.statistics["counts"], expected.statistics["counts"])
         golden.assert_trees_close(result, expected, f"{name} on {count}", 1e-5, 1e-6)
         golden.assert_trees_close(generator, expected_generator, f"{name} on {count}", 1e-5, 1e-6)
 
 
+@pytest.mark.slow
 def test_a_killed_run_with_restarts_and_averages_resumes_bit_for_bit(tmp_path):
     # Each step has 512 latents, so that at least half of the codes are unused.
     settings = {
         "vqgan__codebook_size": 1024, "vqgan__quantizer": "ema", "vqgan__ema__restart_after": 2,
         "vqgan__ema__decay": 0.9, "vqgan__steps": 20, "vqgan__checkpoint_every": 8,
-        "vqgan__eval_every": 20,
+        "vqgan__eval_every": 20, "vqgan__discriminator_start": 1.0,
     }  # fmt: skip
     small_runs.train(tmp_path / "whole", **settings)
     with pytest.raises(small_runs.Killed):

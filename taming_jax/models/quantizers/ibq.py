@@ -43,8 +43,8 @@ class IBQQuantizer(Quantizer):
     def __call__(self, z: jax.Array, training: Training | None = None) -> Quantized:
         options, fixed = self.settings.ibq, lax.stop_gradient
         z, codes = self.normalize(z.astype(jnp.float32)), self.normalize(self.codebook)
-        scores = jnp.matmul(z, codes.T, precision=lax.Precision.HIGHEST)
-        scores *= COSINE_SCALE if options.l2_normalise else 1
+        products = jnp.matmul(z, codes.T, precision=lax.Precision.HIGHEST)
+        scores = products * (COSINE_SCALE if options.l2_normalise else 1)
         indices = jnp.argmax(scores, -1).astype(jnp.int32)
         vectors = chosen = codes[indices]
         if training is not None:
@@ -52,7 +52,7 @@ class IBQQuantizer(Quantizer):
         loss = mean_square(z, vectors) + mean_square(z, fixed(chosen))
         loss += options.commitment * mean_square(fixed(z), chosen)
         if training is not None and options.entropy_weight:
-            loss += categorical_penalty(scores, "ibq", options, self.axis_name)
+            loss += categorical_penalty(products, "ibq", options, self.axis_name)
         return Quantized(vectors, indices, loss)
 
     def lookup(self, indices: jax.Array) -> jax.Array:

@@ -8,6 +8,7 @@ from jax import lax
 from taming_jax.config.load import load_config
 from taming_jax.models.quantizers import QUANTIZERS, Training
 from tests import golden
+from tests.small_networks import QUICKLY
 
 fixed = lax.stop_gradient
 # mnist_tiny normalizes.
@@ -33,8 +34,8 @@ def make_arrays(quantizer, scale=1.0):
     """Returns latents [6,3,4,d], parameters and a cotangent of the codes, as float32 numpy."""
     rng = np.random.default_rng(0)
     z = (scale * rng.normal(size=(6, 3, 4, quantizer.code_dim))).astype(np.float32)
-    params = quantizer.init(jax.random.key(3), z).get("params", {})
-    params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), params)
+    shapes = jax.eval_shape(quantizer.init, jax.random.key(3), z).get("params", {})
+    params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
     return z, params, rng.normal(size=z.shape).astype(np.float32)
 
 
@@ -46,7 +47,9 @@ def differentiate(function, z, params, cotangent):
         vectors, indices, loss, *_ = function(z, params)
         return loss.mean() + (vectors * cotangent).sum(), (vectors, indices, loss)
 
-    (_, outputs), gradients = jax.value_and_grad(objective, (0, 1), has_aux=True)(z, params)
+    # Compiling one program is faster than compiling each operation.
+    gradient = jax.value_and_grad(objective, (0, 1), has_aux=True)
+    (_, outputs), gradients = jax.jit(gradient, compiler_options=QUICKLY)(z, params)
     return jax.device_get((outputs, gradients))
 
 

@@ -17,12 +17,13 @@ def test_values_and_gradients_equal_the_definition(l2_normalise):
         codes = params["codebook"]
         if l2_normalise:
             z, codes = unit(z), unit(codes)
-        scores = jnp.einsum("bhwd,kd->bhwk", z, codes) * (10 if l2_normalise else 1)
+        products = jnp.einsum("bhwd,kd->bhwk", z, codes)
+        scores = products * (10 if l2_normalise else 1)
         soft = jnp.exp(scores) / jnp.exp(scores).sum(-1, keepdims=True)
         hard = jax.nn.one_hot(scores.argmax(-1), 16)
         q, e = (hard + soft - fixed(soft)) @ codes, hard @ codes
         terms = (q - z) ** 2 + (fixed(e) - z) ** 2 + 0.4 * (e - fixed(z)) ** 2
-        loss = terms.mean(-1) + reference.penalty(scores / 0.5, 0.7, 0.4)
+        loss = terms.mean(-1) + reference.penalty(products / 0.5, 0.7, 0.4)
         return q, scores.argmax(-1), loss
 
     reference.compare(quantizer, quantize, training=make_training())
