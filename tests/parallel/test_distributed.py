@@ -109,6 +109,7 @@ def wait_for_checkpoint(checkpoint, processes):
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_two_processes_train_like_one_and_a_signal_to_one_saves_both(tmp_path):
     """Checks that the first rows of the log equal those of one process, and that both processes
     save and stop at the same step."""
