@@ -31,7 +31,7 @@ COLUMNS = (
     "codes", "psnr", "ssim", "lpips", "fd", "usage", "perplexity", "bits per image",
     "seconds per step",
 )  # fmt: skip
-RESULT = "comparison.json"  # in the folder of each row that is trained and evaluated
+RESULT = "result.json"  # in the folder of each row that is trained and evaluated
 # Flags that neither a row nor all rows may set.
 RESERVED = ("--config", "--workdir", "--restart", "--vqgan.quantizer", "--vqgan.steps",
             "--vqgan.epochs", "--distributed")  # fmt: skip
@@ -74,7 +74,10 @@ def load_row(args: Compare, label: str, settings: Sequence[str]) -> Row:
         flags = [*settings, *flags]
         reserved = {flag.split("=")[0] for flag in flags} & set(RESERVED)
         if reserved:
-            raise UserError(f"{min(reserved)} is the same for all rows; it is not a setting here.")
+            raise UserError(
+                f"{min(reserved)} must be the same for all rows. Leave it out, or set it with "
+                "--config, --workdir, --quantizers or --steps of this command."
+            )
         budget = [] if args.steps is None else ["--vqgan.steps", str(args.steps)]
         folder = str(args.workdir / name_folder(label))
         first = ["--config", args.config, "--workdir", folder, "--vqgan.quantizer", quantizer]
@@ -85,15 +88,15 @@ def load_row(args: Compare, label: str, settings: Sequence[str]) -> Row:
 
 def check_protocol(args: Compare, settings: Sequence[str]) -> None:
     """Writes what all rows of a workdir share into it. Raises UserError if earlier rows differ."""
-    file = args.workdir / "compare.json"
+    file = args.workdir / "protocol.json"
     protocol = {"config": args.config, "steps": args.steps, "images": args.images}
-    protocol |= {"settings of all rows": " ".join(settings)}
+    protocol |= {"settings": " ".join(settings)}
     earlier = json.loads(file.read_text()) if file.exists() else protocol
     for name, value in protocol.items():
         if earlier.get(name) != value:
             raise UserError(
-                f"the rows in {args.workdir} have another {name}: {earlier.get(name)}, not "
-                f"{value}. Use the same, or another --workdir."
+                f"the rows in {args.workdir} were made with {name} {earlier.get(name)}, not "
+                f"{value}. Use the same value, or another --workdir."
             )
     atomic_write(file, json.dumps(protocol).encode())
 

@@ -34,19 +34,19 @@ def run_compare(tmp_path, monkeypatch, capsys):
 def test_rows_are_trained_once_and_added_to_the_table(run_compare, tmp_path, monkeypatch):
     first = run_compare("--quantizers", "fsq", "--steps", "2")
     assert (tmp_path / "fsq" / "config.json").exists() and len(first) == 3
-    trained = (tmp_path / "fsq" / "comparison.json").read_bytes()
+    trained = (tmp_path / "fsq" / "result.json").read_bytes()
     row = "vq --vqgan.vq.restart-after 1"
     both = run_compare("--quantizers", row, "--steps", "2")
     assert both[3] == first[2] and both[2].startswith(f"| {row} | 128 | ")
     assert (tmp_path / "comparison.md").read_text().splitlines() == both
     assert (tmp_path / "usage.png").stat().st_size > 1000
-    assert (tmp_path / "fsq" / "comparison.json").read_bytes() == trained
+    assert (tmp_path / "fsq" / "result.json").read_bytes() == trained
     values = json.loads(trained)
     assert values["bits per image"] == 7 * 16  # 4 x 4 codes of 7 bits
     log = small_runs.read_rows(tmp_path / "fsq")
     usage = [[x["step"], x["usage"]] for x in log if x["split"] == "validation"]
     assert values["usage_by_step"] == usage != []
-    with pytest.raises(UserError, match="have another steps: 2, not 3. Use the same, or another"):
+    with pytest.raises(UserError, match="were made with steps 2, not 3. Use the same value"):
         run_compare("--quantizers", "ibq", "--steps", "3")
 
 
@@ -66,8 +66,8 @@ def test_a_row_that_fails_does_not_stop_the_others(run_compare, tmp_path, monkey
     [
         ("simvk", "in the row 'simvk': there is no quantizer 'simvk' .did you mean 'simvq'"),
         ("fsq --vqgan.ema.decay 0.5", "--vqgan.ema.decay is a setting of the quantizer ema"),
-        ("vq --vqgan.quantizer fsq", "--vqgan.quantizer is the same for all rows"),
-        ("vq --vqgan.steps=9", "--vqgan.steps is the same for all rows"),
+        ("vq --vqgan.quantizer fsq", "--vqgan.quantizer must be the same for all rows"),
+        ("vq --vqgan.steps=9", "--vqgan.steps must be the same for all rows"),
         ("vq '", "in the row 'vq '': No closing quotation"),
     ],
 )

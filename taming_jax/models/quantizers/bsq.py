@@ -5,7 +5,6 @@ import math
 import jax
 import jax.numpy as jnp
 
-from taming_jax.config.quantizers import BSQConfig
 from taming_jax.models.quantizers.interface import l2_normalize
 from taming_jax.models.quantizers.lfq import BitsQuantizer
 
@@ -18,10 +17,6 @@ class BSQQuantizer(BitsQuantizer):
     second term treats bits as independent, as in the paper: it is the sum of the entropies of the
     mean bits. The paper's tau is 2 / temperature.
     """
-
-    @property
-    def options(self) -> BSQConfig:
-        return self.settings.bsq
 
     @property
     def scale(self) -> float:

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from taming_jax.config.quantizers import EMAConfig
 from taming_jax.models.quantizers.interface import Training, mean_square
 from taming_jax.models.quantizers.vq import CodebookQuantizer
 
@@ -21,10 +20,6 @@ class EMAQuantizer(CodebookQuantizer):
 
     loss = commitment * |z - sg(e)|^2, averaged over the d dimensions.
     """
-
-    @property
-    def options(self) -> EMAConfig:
-        return self.settings.ema
 
     def compute_loss(self, z: jax.Array, vectors: jax.Array) -> jax.Array:
         return self.options.commitment * mean_square(z, lax.stop_gradient(vectors))

@@ -24,7 +24,7 @@ class FSQQuantizer(Quantizer):
     @property
     def levels(self) -> np.ndarray:
         """The number of levels of each dimension, int32 [d]."""
-        levels = self.settings.fsq.resolve_levels(self.settings.codebook_size)
+        levels = self.options.resolve_levels(self.settings.codebook_size)
         return np.array(levels, np.int32)
 
     @property

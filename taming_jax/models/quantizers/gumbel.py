@@ -29,7 +29,7 @@ class GumbelQuantizer(Quantizer):
             logits = self.proj(z.astype(jnp.float32))
         probabilities = nn.softmax(logits)
         divergence = (probabilities * jnp.log(probabilities * self.num_codes + 1e-10)).sum(-1)
-        loss = divergence * self.settings.gumbel.kl_weight
+        loss = divergence * self.options.kl_weight
         if training is None:
             indices = jnp.argmax(logits, -1).astype(jnp.int32)
             return Quantized(self.codebook[indices], indices, loss)
@@ -41,7 +41,7 @@ class GumbelQuantizer(Quantizer):
     def get_temperature(self, progress: jax.Array) -> jax.Array:
         """Returns the temperature after a fraction of the run: a cosine from the first value of the
         setting to the second."""
-        first, last = self.settings.gumbel.temperature
+        first, last = self.options.temperature
         return last + (first - last) * (1 + jnp.cos(jnp.pi * progress)) / 2
 
     def lookup(self, indices: jax.Array) -> jax.Array:

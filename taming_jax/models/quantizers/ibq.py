@@ -38,10 +38,10 @@ class IBQQuantizer(Quantizer):
         self.codebook = self.param("codebook", nn.initializers.normal(1.0), (k, d))
 
     def normalize(self, x: jax.Array) -> jax.Array:
-        return l2_normalize(x) if self.settings.ibq.l2_normalise else x
+        return l2_normalize(x) if self.options.l2_normalise else x
 
     def __call__(self, z: jax.Array, training: Training | None = None) -> Quantized:
-        options, fixed = self.settings.ibq, lax.stop_gradient
+        options, fixed = self.options, lax.stop_gradient
         z, codes = self.normalize(z.astype(jnp.float32)), self.normalize(self.codebook)
         products = jnp.matmul(z, codes.T, precision=lax.Precision.HIGHEST)
         scores = products * (COSINE_SCALE if options.l2_normalise else 1)

@@ -48,6 +48,11 @@ class Quantizer(nn.Module):
     axis_name: str | None = None
 
     @property
+    def options(self) -> Any:
+        """The quantizer's own settings, a dataclass of config/quantizers.py."""
+        return getattr(self.settings, self.settings.quantizer)
+
+    @property
     def num_codes(self) -> int:
         """The number of codes, which must equal `codebook_size` (see models/vqgan.py)."""
         return self.settings.codebook_size

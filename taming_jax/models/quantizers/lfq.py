@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from taming_jax.config.quantizers import BitsConfig, LFQConfig
 from taming_jax.models.quantizers.entropy import binary_penalty
 from taming_jax.models.quantizers.interface import (
     Quantized,
@@ -21,12 +20,8 @@ class BitsQuantizer(Quantizer):
 
     The entropy penalty (entropy.py) has the probabilities softmax(-|z - e|^2 / temperature) of the
     codes, which are those of independent bits that are 1 with probability sigmoid(4 scale z /
-    temperature). A subclass defines `options` and `compute_commitment_loss`.
+    temperature). A subclass defines `compute_commitment_loss`.
     """
-
-    @property
-    def options(self) -> BitsConfig:
-        raise NotImplementedError
 
     @property
     def group_bits(self) -> int:
@@ -70,10 +65,6 @@ class LFQQuantizer(BitsQuantizer):
 
     loss = commitment * |z - sg(e)|^2, averaged over the dimensions, + the entropy penalty.
     """
-
-    @property
-    def options(self) -> LFQConfig:
-        return self.settings.lfq
 
     @property
     def group_bits(self) -> int:

@@ -5,7 +5,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from taming_jax.config.quantizers import SimVQConfig
 from taming_jax.models.layers import kernel_init
 from taming_jax.models.quantizers.vq import NearestQuantizer
 
@@ -17,10 +16,6 @@ class SimVQQuantizer(NearestQuantizer):
 
     loss = |sg(z) - e|^2 + commitment * |z - sg(e)|^2, averaged over the d dimensions.
     """
-
-    @property
-    def options(self) -> SimVQConfig:
-        return self.settings.simvq
 
     def setup(self) -> None:
         k, d = self.num_codes, self.code_dim

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from taming_jax.config.quantizers import NearestConfig, RestartConfig, VQConfig
 from taming_jax.models.quantizers.entropy import categorical_penalty
 from taming_jax.models.quantizers.interface import (
     Quantized,
@@ -31,11 +30,7 @@ def score_codes(z: jax.Array, codes: jax.Array) -> jax.Array:
 
 class NearestQuantizer(Quantizer):
     """The base class of quantizers that choose the nearest code, in float32. A subclass defines
-    `options` and `get_codes`."""
-
-    @property
-    def options(self) -> NearestConfig:
-        raise NotImplementedError
+    `get_codes`."""
 
     def get_codes(self) -> jax.Array:
         """Returns the codes float32 [k,d]."""
@@ -81,10 +76,6 @@ class CodebookQuantizer(NearestQuantizer):
     `restart_after`, the state counts for how many steps in a row each code has been unused. A
     restart does not reset the optimizer's moments of the code."""
 
-    @property
-    def options(self) -> RestartConfig:
-        raise NotImplementedError
-
     def setup(self) -> None:
         k, d = self.num_codes, self.code_dim
         # The directions of normally distributed codes are uniformly distributed. Without
@@ -126,10 +117,6 @@ class VectorQuantizer(CodebookQuantizer):
     `legacy_commitment` puts the commitment weight on the codebook loss, as the official code does
     by default. `l2_normalise` first scales the latents and the codes to unit length (arXiv
     2110.04627, section 3.2)."""
-
-    @property
-    def options(self) -> VQConfig:
-        return self.settings.vq
 
     def compute_loss(self, z: jax.Array, vectors: jax.Array) -> jax.Array:
         if not self.options.legacy_commitment:

@@ -17,7 +17,10 @@ def test_the_gumbel_quantizer_equals_its_definition():
     )
     quantizer = GumbelQuantizer(
         VQGANConfig(
-            codebook_size=9, code_dim=5, gumbel=GumbelConfig(temperature=(1.2, 0.2), kl_weight=0.3)
+            quantizer="gumbel",
+            codebook_size=9,
+            code_dim=5,
+            gumbel=GumbelConfig(temperature=(1.2, 0.2), kl_weight=0.3),
         )
     )
 
