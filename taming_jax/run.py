@@ -271,20 +271,14 @@ class Run:
         """Computes the log-likelihood under the prior, in nats, of the codes of images [n,h,w,c]
         given their classes (numbers or names; one for all images, or one per image): float32 [n].
 
-        Raises UserError if the images' grids of codes are not as large as the prior's window.
+        Raises UserError if the prior has no likelihood, or not for images of this size.
         """
         labels = self.sampler.resolve_labels(labels, len(images))
         return self.code_log_likelihood(self.encode(images), labels)
 
     def code_log_likelihood(self, indices: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """Like `log_likelihood`, but takes code indices int32 [n,h',w'] and labels int32 [n]."""
-        grid, expected = indices.shape[1:], self.prior.window
-        if grid != expected:
-            raise UserError(
-                f"the images have a grid of {grid} codes, but the prior computes likelihoods only "
-                f"for grids of {expected}; pass images of {expected[0] * self.factor}x"
-                f"{expected[1] * self.factor} pixels."
-            )
+        self.prior.check_likelihood(indices.shape[1:])
         return self._apply_in_batches(self._likelihood, (labels, indices), 1, self.transformer)
 
     def tokens(self, split: str = "train") -> Split:

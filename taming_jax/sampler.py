@@ -2,6 +2,7 @@
 settings."""
 
 import collections
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ import jax
 import numpy as np
 
 from taming_jax.config.schema import Config
-from taming_jax.config.validation import check_sampling
+from taming_jax.config.validation import check_ranges, check_sampling
 from taming_jax.data.datasets import parse_classes
 from taming_jax.errors import UserError
 from taming_jax.models.vqgan import VQGAN, decode_indices, max_batch
@@ -19,16 +20,9 @@ from taming_jax.priors.decoding import sample_keys, sampling_batch_size
 from taming_jax.priors.registry import Prior
 from taming_jax.progress import Progress
 
+# The sampling settings of all kinds of priors.
+SAMPLING = ("temperature", "top_k", "top_p", "guidance_scale")
 Classes = int | str | Iterable[int | str]
-
-
-class SamplingSettings(NamedTuple):
-    """The settings for sampling codes; see `Run.sample`."""
-
-    temperature: float
-    top_k: int | None
-    top_p: float | None
-    guidance_scale: float | Sequence[float] | None
 
 
 class Drawing(NamedTuple):
@@ -68,25 +62,30 @@ class Sampler:
         self._place_once = functools.cache(self._place)
         self._compile_once = functools.cache(self._compile)
 
-    def resolve_settings(
-        self,
-        seed: int = 0,
-        *,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        guidance_scale: float | Sequence[float] | None = None,
-    ) -> SamplingSettings:
+    def resolve_settings(self, seed: int = 0, **settings: Any) -> dict[str, Any]:
         """Returns the sampling settings, with those of the run's config instead of None. Raises
-        UserError if one of them or the seed is invalid."""
-        defaults = (getattr(self._defaults, name) for name in SamplingSettings._fields)
-        pairs = zip((temperature, top_k, top_p, guidance_scale), defaults, strict=True)
-        values: list[Any] = [default if value is None else value for value, default in pairs]
-        settings = SamplingSettings(*values)
-        check_sampling(settings, self.prior.codebook_size, self._defaults.label_dropout)
+        UserError if one of them or the seed is invalid, or does not apply to this kind of prior."""
+        prior, kind = self._defaults, self._defaults.kind_settings
+        names = kind.decoding if kind is not None else ()
+        values = {name: getattr(prior, name) for name in SAMPLING}
+        values |= {name: getattr(kind, name) for name in names}
+        for name, value in settings.items():
+            if value is None:
+                continue
+            if name not in values:
+                names = ", ".join(name.replace("_", "-") for name in values)
+                raise UserError(
+                    f"the prior {prior.kind} has no sampling setting {name.replace('_', '-')}; it "
+                    f"has {names}."
+                )
+            is_real = name != "guidance_scale" and isinstance(values[name], float)
+            values[name] = float(value) if is_real or name == "top_p" else value
+        check_sampling(values, self.prior.codebook_size, prior.label_dropout)
+        if kind is not None:
+            check_ranges(dataclasses.replace(kind, **{name: values[name] for name in names}))
         if not 0 <= seed < 2**32:
             raise UserError(f"the seed is {seed}; it must be from 0 to {2**32 - 1}.")
-        return settings
+        return values
 
     def compute_grid(self, size: tuple[int, int] | None) -> tuple[int, int]:
         """Returns the grid of codes for images of a size in pixels, or of the training size if it
@@ -177,27 +176,28 @@ class Sampler:
         """Yields the images in batches; see `Run.sample` for the settings."""
         if batch_size is not None and batch_size < 1:
             raise UserError(f"the batch size is {batch_size}; it must be 1 or more.")
-        temperature, top_k, top_p, guidance_scale = self.resolve_settings(**settings, seed=seed)
+        values = self.resolve_settings(**settings, seed=seed)
         labels, numbers, known, size = drawing
         grid, n = self.compute_grid(size), len(labels)
         length, codes = grid[0] * grid[1], self.prior.codebook_size
         known = np.empty((n, 0), np.int32) if known is None else known
         if known.shape[1] > length or not all(-1 <= x < codes for x in np.unique(known)):
             raise UserError(f"a prefix must hold at most {length} codes from 0 to {codes - 1}.")
+        self.prior.check_drawing(grid, known)
         device_group, params = self._place_once(devices)
-        draw = self._compile_once(devices, top_k, grid)
+        scales = values.pop("guidance_scale")
+        if scales is not None:
+            ends = np.ravel(scales)
+            scales = np.linspace(ends[0], ends[-1], length, dtype=np.float32)
+        # Real numbers are arguments of the compiled program. Other settings are compiled into it.
+        reals = {name: np.float32(x) for name, x in values.items() if isinstance(x, float)}
+        static = tuple((name, x) for name, x in values.items() if name not in reals)
+        draw = self._compile_once(devices, grid, static)
         micro_batch_size = sampling_batch_size(device_group.list[0])
         if grid != self.prior.grid:
             micro_batch_size = max_batch(length * self.factor**2, micro_batch_size)
         batch = micro_batch_size * len(device_group)
-        scales = None
-        if guidance_scale is not None:
-            ends = np.ravel(guidance_scale)
-            scales = np.linspace(ends[0], ends[-1], length, dtype=np.float32)
-        shared = device_group.replicate({
-            "seed": np.uint32(seed), "temperature": np.float32(temperature),
-            "top_p": None if top_p is None else np.float32(top_p), "scales": scales,
-        })  # fmt: skip
+        shared = device_group.replicate({"seed": np.uint32(seed), "scales": scales, "reals": reals})
         max_waiting, remaining = -(-(batch_size or 1) // batch), n
         if grid != self.prior.grid:
             max_waiting -= 1  # else, the decoder would wait for the micro-batch that is drawn ahead
@@ -229,18 +229,19 @@ class Sampler:
         devices = Devices(count)
         return devices, devices.replicate(jax.tree.map(np.asarray, self.params))
 
-    def _compile(self, count: int | None, top_k: int | None, grid: tuple[int, int]) -> Compiled:
+    def _compile(
+        self, count: int | None, grid: tuple[int, int], settings: tuple[tuple[str, Any], ...]
+    ) -> Compiled:
         """Compiles a function that draws images [b,h,w,c] or, for a grid larger than the training
-        images', codes [b,h',w']."""
+        images', codes [b,h',w'], with sampling settings that are not real numbers."""
         prior, generator = self.prior, self.generator
 
         def draw(params: Any, arrays: dict[str, Any]) -> jax.Array:
             labels = arrays["labels"]
             keys = sample_keys(arrays["seed"], labels, arrays["numbers"])
             codes = prior.sample(
-                params["transformer"], labels, keys, temperature=arrays["temperature"],
-                top_k=top_k, top_p=arrays["top_p"], guidance_scale=arrays["scales"],
-                known=arrays["known"], grid=grid,
+                params["transformer"], labels, keys, guidance_scale=arrays["scales"],
+                known=arrays["known"], grid=grid, **arrays["reals"], **dict(settings),
             )  # fmt: skip
             if grid != prior.grid:
                 return codes

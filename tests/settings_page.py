@@ -7,6 +7,7 @@ import typing
 from pathlib import Path
 
 from taming_jax.config import schema
+from taming_jax.config.priors import PRIOR_CONFIGS
 from taming_jax.config.quantizers import QUANTIZER_CONFIGS
 
 PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
@@ -31,6 +32,11 @@ SECTIONS: dict[str, tuple[str, type]] = {
         for name, kind in QUANTIZER_CONFIGS.items()
     },
     "Stage 2": ("prior.", schema.PriorConfig),
+    **{
+        f"Prior {name} of stage 2": (f"prior.{name}.", kind)
+        for name, kind in PRIOR_CONFIGS.items()
+        if dataclasses.fields(kind)
+    },
 }
 
 

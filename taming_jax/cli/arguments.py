@@ -23,7 +23,7 @@ from taming_jax.config.load import (
 )
 from taming_jax.config.schema import Config, DataConfig
 from taming_jax.config.validation import (
-    refuse_settings_of_other_quantizers,
+    refuse_settings_without_effect,
     validate_config,
 )
 from taming_jax.errors import UserError
@@ -154,7 +154,7 @@ def parse_training(
         )
     # Absolute paths, so that the run can be used from any working directory.
     config = convert_paths(parsed.config, lambda path: expand_user(path).absolute())
-    refuse_settings_of_other_quantizers(validate_config(config), base)
+    refuse_settings_without_effect(validate_config(config), base)
     return dataclasses.replace(parsed, config=config)
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import tyro
 
 from taming_jax.cli.arguments import check_output, parse
+from taming_jax.config.sampling import SamplingSettings
 from taming_jax.errors import RunFailed, UserError
 from taming_jax.storage import check_writable, expand_user, folder_lock
 
@@ -30,7 +31,7 @@ MAX_ROWS = 10  # in a grid, if --classes is not set
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample:
+class Output:
     workdir: Path
     """The run's folder."""
     out: Path
@@ -40,14 +41,10 @@ class Sample:
     a grid), or none for completions."""
     per_class: int = 8
     """The number of images per class, or of completions per picture."""
-    temperature: float | None = None
-    """The sampling temperature; 0 takes the most likely codes."""
-    top_k: int | None = None
-    """The number of most likely codes to draw from."""
-    top_p: float | None = None
-    """Draw from the smallest set of most likely codes whose probabilities sum to at least this."""
-    guidance_scale: tuple[float, ...] = ()
-    """1 is no guidance, 2 is strong; two numbers are the scales of the first and the last code."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample(SamplingSettings, Output):
     size: str | None = None
     """WIDTHxHEIGHT in pixels, at least the training size. Larger images are drawn in windows."""
     complete: tuple[str, ...] = ()
@@ -57,8 +54,6 @@ class Sample:
     fraction of rows to keep from the top."""
     mask: Path | None = None
     """Instead of --keep: a picture that is white where pixels are kept."""
-    seed: int = 0
-    """The random seed."""
     devices: int | None = None
     """The number of devices to use. Default: all."""
     batch_size: int | None = None
@@ -118,10 +113,7 @@ def draw_and_write(args: Sample) -> None:
     from taming_jax.run import load_run
 
     run = load_run(args.workdir)
-    settings: dict[str, Any] = {
-        "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p,
-        "guidance_scale": args.guidance_scale or None, "seed": args.seed,
-    }  # fmt: skip
+    settings = args.sampling
     how: dict[str, Any] = {"devices": args.devices, "batch_size": args.batch_size, "progress": True}
     if args.complete:
         plan = plan_completions(run, args, size)
@@ -207,7 +199,7 @@ def draw_to_files(
     shape = (*(drawing.size or (config.image_size, config.image_size)), config.channels)
     sampling = run.sampler.resolve_settings(**settings)
     manifest = {
-        "weights": run.hash_weights(), **sampling._asdict(), "seed": settings["seed"],
+        "weights": run.hash_weights(), **sampling, "seed": settings["seed"],
         "shape": shape,
     }  # fmt: skip
     if plan.originals is not None or out.suffix == ".npz":  # all images together, in their order

@@ -14,13 +14,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from taming_jax.config.fields import KindSettings
 from taming_jax.config.migrations import FORMAT, SETTINGS_MIGRATIONS, migrate, read_format
-from taming_jax.config.quantizers import QUANTIZER_CONFIGS
 from taming_jax.config.schema import UNKNOWN, Config
 from taming_jax.config.serialization import from_dict, to_dict
 from taming_jax.config.validation import (
     format_flag,
-    refuse_settings_of_other_quantizers,
+    refuse_settings_without_effect,
     validate_config,
 )
 from taming_jax.errors import UserError
@@ -77,7 +77,7 @@ def override(config: Config, overrides: Mapping[str, Any]) -> Config:
             raise UserError(f"'{name}' is a group of settings; name one of them: '{name}.…'.")
         section[last] = value
     changed = validate_config(expand_paths(from_dict(Config, values)))
-    refuse_settings_of_other_quantizers(changed, config)
+    refuse_settings_without_effect(changed, config)
     return changed
 
 
@@ -131,8 +131,8 @@ def diff_configs(
                 continue
             if unknown and names == ("data",) and f.name not in ("image_size", "channels"):
                 continue
-            if names == ("vqgan",) and f.name in QUANTIZER_CONFIGS and f.name != a.quantizer:
-                continue  # the settings of another quantizer have no effect
+            if isinstance(x, KindSettings) and f.name != a.selected:
+                continue  # the settings of another kind have no effect
             if dataclasses.is_dataclass(x):
                 phrases += walk(x, y, (*names, f.name))
             elif x != y and is_compared(f):

@@ -6,7 +6,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from taming_jax.config.fields import COUNT, FRACTION, NOT_NEGATIVE, POSITIVE, Range, setting
+from taming_jax.config.fields import (
+    COUNT,
+    FRACTION,
+    NOT_NEGATIVE,
+    POSITIVE,
+    HasKinds,
+    KindSettings,
+    Range,
+    setting,
+)
 from taming_jax.errors import UserError
 
 # 2^24 probabilities take 64 MiB.
@@ -15,14 +24,8 @@ MAX_LEVELS = 256  # of a dimension of fsq
 
 
 @dataclass(frozen=True)
-class QuantizerConfig:
-    """The settings of one quantizer.
-
-    sets_code_dim: whether the quantizer itself determines the dimension of its codes, so that
-    --vqgan.code-dim has no effect.
-    """
-
-    sets_code_dim: ClassVar[bool] = False
+class QuantizerConfig(KindSettings):
+    """The settings of one quantizer."""
 
     def check(self, codebook_size: int) -> None:
         """Raises UserError if the settings conflict, or do not fit the size of the codebook."""
@@ -104,7 +107,8 @@ class FSQConfig(QuantizerConfig):
     """The number of levels of each dimension, whose product is --vqgan.codebook-size. Default: as
     many levels of 5 or more as possible."""
 
-    sets_code_dim: ClassVar[bool] = True
+    # The quantizer itself determines the dimension of its codes.
+    unused: ClassVar[tuple[str, ...]] = ("code_dim",)
 
     def resolve_levels(self, codebook_size: int) -> tuple[int, ...]:
         """Returns the levels, which by default follow from the number of codes."""
@@ -158,7 +162,8 @@ class BitsConfig(EntropyConfig):
     commitment: float = setting(0.25, NOT_NEGATIVE)
     """The weight of the commitment loss (beta in the papers)."""
 
-    sets_code_dim: ClassVar[bool] = True
+    # The quantizer itself determines the dimension of its codes.
+    unused: ClassVar[tuple[str, ...]] = ("code_dim",)
 
     def check(self, codebook_size: int) -> None:
         if codebook_size < 2 or codebook_size & (codebook_size - 1):
@@ -209,8 +214,11 @@ class IBQConfig(EntropyConfig):
 
 
 @dataclass(frozen=True)
-class QuantizerConfigs:
+class QuantizerConfigs(HasKinds):
     """The choice of a quantizer, and the settings of all quantizers."""
+
+    selector: ClassVar[str] = "quantizer"
+    noun: ClassVar[str] = "quantizer"
 
     quantizer: str = setting("vq", meaning=True)
     """The quantizer, which turns latents into codes: vq, gumbel, ema, fsq, lfq, bsq, simvq or ibq.

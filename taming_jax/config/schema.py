@@ -20,6 +20,7 @@ from taming_jax.config.fields import (
     free,
     setting,
 )
+from taming_jax.config.priors import PriorConfigs
 from taming_jax.config.quantizers import QuantizerConfigs
 
 UNKNOWN = "unknown"  # the dataset of an imported run
@@ -224,11 +225,9 @@ class VQGANConfig(QuantizerConfigs, StageConfig):
 
 
 @dataclass(frozen=True)
-class PriorConfig(StageConfig):
+class PriorConfig(PriorConfigs, StageConfig):
     """The settings of stage 2: the prior over grids of codes."""
 
-    kind: Literal["autoregressive"] = setting("autoregressive", meaning=True)
-    """The kind of prior. An autoregressive prior predicts codes one by one in raster order."""
     layers: int = setting(6, COUNT)
     """The number of transformer blocks."""
     heads: int = setting(8, COUNT, meaning=True)

@@ -3,12 +3,15 @@
 import dataclasses
 import difflib
 import math
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
 
-from taming_jax.config.quantizers import QUANTIZER_CONFIGS, QuantizerConfig
-from taming_jax.config.schema import Config, VQGANConfig
+from taming_jax.config.fields import HasKinds, KindSettings
+from taming_jax.config.priors import PRIOR_CONFIGS
+from taming_jax.config.quantizers import QUANTIZER_CONFIGS
+from taming_jax.config.schema import Config
 from taming_jax.errors import UserError, say
 
 
@@ -66,7 +69,10 @@ def validate_config(config: Config) -> Config:
             f"--data.image-size {data.image_size} is too small for VGG16, which halves an image "
             "four times; use 16 or more, or --vqgan.perceptual-weight 0."
         )
-    check_quantizer(vqgan)
+    check_kind("vqgan", vqgan, QUANTIZER_CONFIGS)
+    if vqgan.kind_settings is not None:
+        vqgan.kind_settings.check(vqgan.codebook_size)
+    check_kind("prior", prior, PRIOR_CONFIGS)
     if prior.vocabulary is not None and prior.vocabulary < vqgan.codebook_size:
         raise UserError(
             f"--prior.vocabulary {prior.vocabulary} is smaller than the codebook; use at least "
@@ -84,43 +90,49 @@ def validate_config(config: Config) -> Config:
             "--prior.warmup-steps requires --prior.schedule cosine; set it to 0 for one-cycle, "
             "which has its own warm-up."
         )
-    check_sampling(prior, vqgan.codebook_size, prior.label_dropout)
+    check_sampling(vars(prior), vqgan.codebook_size, prior.label_dropout)
     return config
 
 
-def check_quantizer(settings: VQGANConfig) -> None:
-    """Raises UserError if the quantizer does not exist, or if its settings are invalid."""
-    name, kinds = settings.quantizer, list(QUANTIZER_CONFIGS)
+def check_kind(section: str, settings: HasKinds, kinds: Collection[str]) -> None:
+    """Raises UserError if the kind that a section chooses does not exist."""
+    name = getattr(settings, settings.selector)
     if name not in kinds:
         close = difflib.get_close_matches(name, kinds, 1)
         hint = f" (did you mean '{close[0]}'?)" if close else ""
         raise UserError(
-            f"there is no quantizer '{name}'{hint}; set --vqgan.quantizer to one of "
-            f"{', '.join(kinds)}."
+            f"there is no {settings.noun} '{name}'{hint}; set "
+            f"{format_flag(section, settings.selector)} to one of {', '.join(kinds)}."
         )
-    getattr(settings, name, QuantizerConfig()).check(settings.codebook_size)
 
 
-def refuse_settings_of_other_quantizers(config: Config, base: Config) -> None:
+def refuse_settings_without_effect(config: Config, base: Config) -> None:
     """Raises UserError if a config differs from the one that it is based on in a setting that has
-    no effect, because it belongs to another quantizer."""
-    settings, name = config.vqgan, config.vqgan.quantizer
-    for section in dataclasses.fields(settings):
-        new, old = getattr(settings, section.name), getattr(base.vqgan, section.name)
-        if not isinstance(new, QuantizerConfig) or section.name == name:
-            continue
-        for field in dataclasses.fields(new):
-            if getattr(new, field.name) != getattr(old, field.name):
+    no effect with the kinds that it chooses, such as a setting of another quantizer."""
+    for section in ("vqgan", "prior"):
+        settings, base_settings = getattr(config, section), getattr(base, section)
+        selector, noun = format_flag(section, settings.selector), settings.noun
+        name = getattr(settings, settings.selector)
+        unused = settings.kind_settings.unused if settings.kind_settings else ()
+        for field in dataclasses.fields(settings):
+            new, old = getattr(settings, field.name), getattr(base_settings, field.name)
+            if new == old:
+                continue
+            if field.name in unused:
                 raise UserError(
-                    f"{format_flag('vqgan', section.name, field.name)} is a setting of the "
-                    f"quantizer {section.name}, but --vqgan.quantizer is {name}. Leave it out, or "
-                    f"set --vqgan.quantizer {section.name}."
+                    f"{format_flag(section, field.name)} has no effect on the {noun} {name}. "
+                    "Leave it out."
                 )
-    if settings.code_dim != base.vqgan.code_dim and QUANTIZER_CONFIGS[name].sets_code_dim:
-        raise UserError(
-            f"--vqgan.code-dim has no effect on the quantizer {name}, which sets the dimension of "
-            "its codes itself. Leave it out."
-        )
+            if isinstance(new, KindSettings) and field.name != settings.selected:
+                other = field.name.replace("_", "-")
+                changed = next(
+                    x.name for x in dataclasses.fields(new)
+                    if getattr(new, x.name) != getattr(old, x.name)
+                )  # fmt: skip
+                raise UserError(
+                    f"{format_flag(section, field.name, changed)} is a setting of the {noun} "
+                    f"{other}, but {selector} is {name}. Leave it out, or set {selector} {other}."
+                )
 
 
 def warn_about_attention(config: Config) -> None:
@@ -136,16 +148,15 @@ def warn_about_attention(config: Config) -> None:
         )
 
 
-def check_sampling(settings: Any, codebook_size: int, label_dropout: float) -> None:
+def check_sampling(settings: Mapping[str, Any], codebook_size: int, label_dropout: float) -> None:
     """Raises UserError if the `temperature`, `top_k`, `top_p` or `guidance_scale` is invalid.
 
     `label_dropout` is the fraction of examples on which the prior was trained without their class.
     """
-    top_k, top_p, scale = settings.top_k, settings.top_p, settings.guidance_scale
-    if not 0 <= settings.temperature < math.inf:
-        raise UserError(
-            f"the temperature is {settings.temperature}; it must be 0 (greedy) or more."
-        )
+    temperature, top_k, top_p = (settings[name] for name in ("temperature", "top_k", "top_p"))
+    scale = settings["guidance_scale"]
+    if not 0 <= temperature < math.inf:
+        raise UserError(f"the temperature is {temperature}; it must be 0 (greedy) or more.")
     if top_k is not None and not 1 <= top_k <= codebook_size:
         raise UserError(
             f"top-k is {top_k}; it must be from 1 to {codebook_size}, the number of codes."

@@ -42,11 +42,13 @@ def evaluate_reconstructions(evaluator: Evaluator) -> dict[str, Any]:
     size = max_batch(pixels, MICRO_BATCH) * len(devices)
     sums: dict[str, float] = defaultdict(float)
     counts, moments, bits = np.zeros(config.vqgan.codebook_size, np.int64), Moments(), 0.0
-    has_likelihood = evaluator.prior_fits and run.prior.window == run.prior.grid
-    if evaluator.prior_fits and not has_likelihood:
-        evaluator.warnings.append(
-            "No likelihood: an image has more codes than the prior's block_size."
-        )
+    has_likelihood = evaluator.prior_fits
+    if has_likelihood:
+        try:
+            run.prior.check_likelihood(run.prior.grid)
+        except UserError as error:
+            has_likelihood = False
+            evaluator.warnings.append(f"No likelihood: {error}")
     for rows, batch in evaluator.read_batches(images, "reconstructions"):
         decoded, indices, values = devices.map_batches(
             lambda part: measure(params, devices.shard(part)), batch, size

@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from taming_jax.config.sampling import SamplingSettings
 from taming_jax.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Protocol:
+class Protocol(SamplingSettings):
     """The settings of an evaluation. Raises UserError if a number or the split is invalid."""
 
     split: str = "test"
@@ -31,22 +31,6 @@ class Protocol:
     search for nearest training images."""
     neighbours: int = 5
     """The number of nearest neighbors for precision, recall, density and coverage."""
-    seed: int = 0
-    """The seed of the samples, and of the random subsets for KD and the Inception Score."""
-    temperature: float | None = None
-    """The sampling temperature; 0 is greedy. Default: the run's."""
-    top_k: int | None = None
-    """Draw from this many of the most likely codes. Default: the run's."""
-    top_p: float | None = None
-    """Draw from the fewest codes whose probabilities sum to at least this. Default: the run's."""
-    guidance_scale: float | tuple[float, float] | None = None
-    """One number, or two: the scales of the first and the last code. Default: the run's."""
-
-    @property
-    def sampling(self) -> dict[str, Any]:
-        """The settings for `Sampler.resolve_settings`; None means the value in the run's config."""
-        names = ("temperature", "top_k", "top_p", "guidance_scale", "seed")
-        return {name: getattr(self, name) for name in names}
 
     def __post_init__(self) -> None:
         for name, least in (("samples", 2), ("images", 1), ("kept", 2), ("neighbours", 1)):

@@ -94,7 +94,7 @@ def describe_protocol(evaluator: Evaluator) -> dict[str, Any]:
         "samples": protocol.samples if has_samples else 0,
         "classes": "as frequent as in the split",
         "seed": protocol.seed,
-        **(run.sampler.resolve_settings(**protocol.sampling)._asdict() if has_samples else {}),
+        **(run.sampler.resolve_settings(**protocol.sampling) if has_samples else {}),
     }
 
 

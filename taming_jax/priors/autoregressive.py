@@ -16,11 +16,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from taming_jax.config.schema import Config, PriorConfig
 from taming_jax.errors import UserError
 from taming_jax.losses import next_token, per_example
-from taming_jax.models.layers import Dtype, float32_einsum
-from taming_jax.parallel.devices import get_default_device, resolve_dtype
+from taming_jax.parallel.devices import get_default_device
 from taming_jax.priors.decoding import (
     Inputs,
     TokenSampler,
@@ -29,38 +27,19 @@ from taming_jax.priors.decoding import (
     make_token_sampler,
     sampling_pieces,
 )
-from taming_jax.priors.dropout import dropout
-from taming_jax.priors.transformer import Block, Cache, init, make_norm
+from taming_jax.priors.transformer import Cache, Transformer
 from taming_jax.priors.windows import scan_windows
 
 
-class GPT(nn.Module):
+class GPT(Transformer):
     """A transformer that maps tokens int32 [b,t] to logits float32 [b,t,num_logits].
 
     A token is a code, a class (from `first_class_token` on), or the null token, which comes last.
     Of `settings`, the model ignores those for optimization and for sampling.
     """
 
-    codebook_size: int
-    classes: int
-    grid: tuple[int, int]
-    settings: PriorConfig
-    dtype: Dtype = jnp.float32
-
-    @classmethod
-    def build(cls, config: Config, classes: int) -> "GPT":
-        """Builds the prior that a config describes, for a dataset with `classes` classes."""
-        grid = config.grid_size, config.grid_size
-        dtype = jnp.dtype(resolve_dtype(config.dtype))
-        return cls(config.vqgan.codebook_size, classes, grid, config.prior, dtype)
-
     @property
-    def length(self) -> int:
-        """The number of codes of a training image."""
-        return self.grid[0] * self.grid[1]
-
-    @property
-    def max_length(self) -> int:
+    def num_positions(self) -> int:
         """The maximum length of a sequence."""
         return self.settings.block_size or self.length
 
@@ -68,8 +47,8 @@ class GPT(nn.Module):
     def window(self) -> tuple[int, int]:
         """The height and width of the grid that the model reads at once: the grid of the training
         images if it fits in a sequence, otherwise the largest square that fits."""
-        side = math.isqrt(self.max_length)
-        return self.grid if self.length <= self.max_length else (side, side)
+        side = math.isqrt(self.num_positions)
+        return self.grid if self.length <= self.num_positions else (side, side)
 
     @property
     def first_class_token(self) -> int:
@@ -86,65 +65,34 @@ class GPT(nn.Module):
         """The number of logits per position: for the codes, then for other tokens, if any."""
         return self.settings.vocabulary or self.codebook_size
 
-    def labels_to_tokens(self, labels: jax.Array) -> jax.Array:
-        """Returns the tokens of labels int [...], where the label `classes` means no class."""
-        return jnp.where(labels == self.classes, self.null_token, self.first_class_token + labels)
-
-    def setup(self) -> None:
-        settings, width = self.settings, self.settings.width
-        self.embedding = self.param("embedding", init, (self.null_token + 1, width))
-        if settings.positions == "learned":
-            self.position_embedding = self.param("positions", init, (self.max_length, width))
-        block = nn.remat(Block) if settings.remat else Block
-        self.blocks = [
-            block(settings, self.dtype, i, name=f"block_{i}") for i in range(settings.layers)
-        ]
-        self.norm_out = make_norm(settings.norm, self.dtype)
-        self.head = self.param("head", init, (width, self.num_logits))
-
     def __call__(self, tokens: jax.Array, keys: jax.Array | None = None) -> jax.Array:
         """Returns the logits at every position. `keys` uint32 [b,2] are the keys for dropout, or
         None outside training."""
-        return self._forward(tokens, None, 0, keys)[0]
+        return self.run_blocks(*self.embed(tokens, 0), keys)[0]
 
     def decode(
         self, tokens: jax.Array, cache: Cache, position: jax.Array | int
     ) -> tuple[jax.Array, Cache]:
         """Returns the logits [b,s,num_logits] for tokens [b,s] at the positions from `position` on,
         which attend to the earlier tokens through `cache`, and the updated cache."""
-        return self._forward(tokens, cache, position, None)
+        return self.run_blocks(*self.embed(tokens, position), None, cache, position)
 
-    def _forward(
-        self,
-        tokens: jax.Array,
-        cache: Cache | None,
-        position: jax.Array | int,
-        keys: jax.Array | None,
-    ) -> tuple[jax.Array, Cache]:
-        if isinstance(position, int) and position + tokens.shape[1] > self.max_length:
+    def embed(
+        self, tokens: jax.Array, position: jax.Array | int
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Returns the embeddings [b,s,width] of tokens [b,s] at the positions from `position` on,
+        and their coordinates for rotary embeddings."""
+        if isinstance(position, int) and position + tokens.shape[1] > self.num_positions:
             raise ValueError(
                 f"{tokens.shape[1]} tokens from position {position} on exceed the maximum length "
-                f"{self.max_length}"
+                f"{self.num_positions}"
             )
         x = self.embedding[tokens]
-        coordinates = None
-        if self.settings.positions == "learned":
-            x = x + lax.dynamic_slice_in_dim(self.position_embedding, position, tokens.shape[1])
-        else:
-            positions = position + jnp.arange(tokens.shape[1])
-            # Rows and columns of codes start at 1. The class has 0, or -1 in LlamaGen's positions.
-            row, column = jnp.divmod(positions - 1, self.window[1])
-            code_coordinates = jnp.stack([row, column], -1) + 1
-            class_coordinate = 0 if self.settings.positions == "rotary" else -1
-            coordinates = jnp.where(positions[:, None] > 0, code_coordinates, class_coordinate)
-        x = dropout(x.astype(self.dtype), self.settings.dropout, keys, 0)
-        new_cache: Cache = []
-        for i, block in enumerate(self.blocks):
-            layer_cache = cache[i] if cache is not None else None
-            x, layer_cache = block(x, layer_cache, position, coordinates, keys)
-            new_cache.append(layer_cache)
-        head = self.head.astype(self.dtype)
-        return float32_einsum("btw,wk->btk", self.norm_out(x), head), new_cache
+        if self.settings.positions != "learned":
+            return x, self.locate(position + jnp.arange(tokens.shape[1]))
+        return x + lax.dynamic_slice_in_dim(
+            self.position_embedding, position, tokens.shape[1]
+        ), None
 
     def init_cache(self, batch: int, length: int) -> Cache:
         """Returns an empty cache for sequences of up to `length` tokens."""
@@ -162,11 +110,11 @@ class GPT(nn.Module):
                 f"token {self.first_class_token}. Set a larger vocabulary or a lower "
                 "--prior.first-class."
             )
-        if self.length > self.max_length:
+        if self.length > self.num_positions:
             raise UserError(
-                f"--prior.block-size {self.max_length} is smaller than the {self.length} codes of "
-                "an image, so this prior can sample in windows but cannot be trained. Set a larger "
-                "--prior.block-size."
+                f"--prior.block-size {self.num_positions} is smaller than the {self.length} codes "
+                "of an image, so this prior can sample in windows but cannot be trained. Set a "
+                "larger --prior.block-size."
             )
 
     @nn.nowrap
@@ -184,28 +132,31 @@ class GPT(nn.Module):
 
     @nn.nowrap
     def loss(
-        self, params: Any, labels: jax.Array, codes: jax.Array, keys: Mapping[str, jax.Array]
+        self,
+        params: Any,
+        labels: jax.Array,
+        codes: jax.Array,
+        keys: Mapping[str, jax.Array],
+        progress: jax.Array | float,
     ) -> jax.Array:
         """Returns the training loss, float32 [b], for codes int [b,t] and labels int [b].
 
         `keys` maps "dropout" and "codes" (for the corruption of codes) to one key per example [b],
-        so that neither depends on the rest of the batch or on the device.
+        so that neither depends on the rest of the batch or on the device. `progress`, the fraction
+        of the run that is over, has no effect.
         """
-        tokens = self.shift_right(labels, codes)
-        if self.settings.token_keep_prob < 1:
-            corrupt = functools.partial(
-                corrupt_codes, self.settings.token_keep_prob, self.codebook_size
-            )
-            corrupted = jax.vmap(corrupt)(keys["codes"], tokens[:, 1:])
-            tokens = jnp.concatenate([tokens[:, :1], corrupted], 1)
+        tokens = self.shift_right(labels, self.corrupt_inputs(codes, keys))
         return next_token(self.train_logits(params, tokens, keys["dropout"]), codes)
 
     @nn.nowrap
-    def train_logits(self, params: Any, tokens: jax.Array, keys: jax.Array) -> jax.Array:
-        """Returns the logits [b,t,num_logits] for tokens [b,t] with dropout, which uses one key per
-        example in `keys` [b]."""
-        words = jax.random.key_data(keys)[:, :2]
-        return cast(jax.Array, self.apply({"params": params}, tokens, words))
+    def corrupt_inputs(self, codes: jax.Array, keys: Mapping[str, jax.Array]) -> jax.Array:
+        """Replaces some of the codes [b,t] as --prior.token-keep-prob requires."""
+        keep_prob = self.settings.token_keep_prob
+        if keep_prob == 1:
+            return codes
+        corrupt = functools.partial(corrupt_codes, keep_prob, self.codebook_size)
+        # The last code is not an input.
+        return jnp.concatenate([jax.vmap(corrupt)(keys["codes"], codes[:, :-1]), codes[:, -1:]], 1)
 
     @nn.nowrap
     def evaluate(self, params: Any, labels: jax.Array, codes: jax.Array) -> dict[str, jax.Array]:
@@ -214,6 +165,15 @@ class GPT(nn.Module):
         logits = self.logits(params, labels, codes)
         correct = (logits.argmax(-1) == codes).astype(jnp.float32)
         return {"nll": next_token(logits, codes), "accuracy": per_example(correct)}
+
+    @nn.nowrap
+    def check_likelihood(self, grid: tuple[int, int]) -> None:
+        """Raises UserError unless grids of codes are as large as the window."""
+        if grid != self.window:
+            raise UserError(
+                f"the images have a grid of {grid} codes, but the prior computes likelihoods only "
+                f"for grids of {self.window}; pass images of that size."
+            )
 
     @nn.nowrap
     def log_likelihood(self, params: Any, labels: jax.Array, codes: jax.Array) -> jax.Array:
@@ -267,10 +227,22 @@ class GPT(nn.Module):
             scales = jnp.broadcast_to(scales, (height * width,))
         inputs = jnp.arange(height * width), scales, fixed.T
         if grid == self.window:
-            codes = scan_positions(self, params, labels, choose, inputs, pieces)
+            codes = self.sample_window(params, labels, choose, inputs, pieces)
         else:
             codes = scan_windows(self, params, labels, choose, inputs, grid)
         return codes.reshape(-1, height, width)
+
+    @nn.nowrap
+    def sample_window(
+        self,
+        params: Any,
+        labels: jax.Array,
+        choose: TokenSampler,
+        inputs: Inputs,
+        pieces: int | None,
+    ) -> jax.Array:
+        """Samples the codes int32 [b,t] of a grid that is as large as the window."""
+        return scan_positions(self, params, labels, choose, inputs, pieces)
 
 
 def corrupt_codes(
@@ -290,13 +262,17 @@ def scan_positions(
     choose: TokenSampler,
     inputs: Inputs,
     pieces: int | None = None,
+    *arguments: Any,
 ) -> jax.Array:
-    """Samples the codes int32 [b,t] of a grid that is as large as the window, with a cache."""
+    """Samples the codes int32 [b,t] of a grid that is as large as the window, with a cache.
+    `arguments` are further arguments of `model.decode`."""
     length, scales = len(inputs[0]), inputs[1]
 
     def step(carry: tuple[jax.Array, Cache], x: Any) -> tuple[tuple[jax.Array, Cache], jax.Array]:
         (tokens, cache), (position, scale, known) = carry, x
-        logits, cache = compute_next_logits(model, params, tokens, cache, position, scale)
+        logits, cache = compute_next_logits(
+            model, params, tokens, cache, position, scale, *arguments
+        )
         codes = jnp.where(known < 0, choose(logits[:, : model.codebook_size], position), known)
         tokens = codes if scale is None else jnp.concatenate([codes, codes])
         return (tokens, cache), codes
@@ -321,12 +297,13 @@ def compute_next_logits(
     cache: Cache,
     position: jax.Array | int,
     scale: jax.Array | float | None,
+    *arguments: Any,
 ) -> tuple[jax.Array, Cache]:
     """Returns the logits [b,num_logits] of the code at a position, given the previous tokens [b],
     and the updated cache. With a guidance scale, the tokens [2b] and the cache hold the conditional
     sequences, followed by the unconditional ones."""
+    decode = functools.partial(model.apply, {"params": params}, method=type(model).decode)
     logits, cache = cast(
-        tuple[jax.Array, Cache],
-        model.apply({"params": params}, tokens[:, None], cache, position, method=GPT.decode),
+        tuple[jax.Array, Cache], decode(tokens[:, None], cache, position, *arguments)
     )
     return apply_guidance(logits[:, 0], scale), cache

@@ -36,11 +36,23 @@ class Prior(Protocol):
     def check_trainable(self) -> None:
         """Raises UserError if this prior cannot be trained."""
 
+    def check_likelihood(self, grid: tuple[int, int]) -> None:
+        """Raises UserError if `log_likelihood` is not defined for grids of codes of this size."""
+
+    def check_drawing(self, grid: tuple[int, int], known: Any) -> None:
+        """Raises UserError if `sample` cannot draw grids of this size with these known codes, int
+        [n,p] in raster order, -1 for codes to sample."""
+
     def loss(
-        self, params: Any, labels: jax.Array, codes: jax.Array, keys: Mapping[str, jax.Array]
+        self,
+        params: Any,
+        labels: jax.Array,
+        codes: jax.Array,
+        keys: Mapping[str, jax.Array],
+        progress: jax.Array | float,
     ) -> jax.Array:
         """Returns the training loss, float32 [b], for codes [b,t]. `keys` maps "dropout" and
-        "codes" to one key per example [b]."""
+        "codes" to one key per example [b]. `progress` is the fraction of the run that is over."""
 
     def evaluate(self, params: Any, labels: jax.Array, codes: jax.Array) -> dict[str, jax.Array]:
         """Returns the validation metrics of codes [b,t], float32 [b] each. One of them is "nll" in
@@ -59,11 +71,13 @@ class Prior(Protocol):
         known: jax.Array | None = None,
         grid: tuple[int, int] | None = None,
     ) -> jax.Array:
-        """Samples grids of codes [b,h,w], with one key per image [b]; see `GPT.sample`."""
+        """Samples grids of codes [b,h,w], with one key per image [b]; see `GPT.sample`. The
+        settings that `PriorKindConfig.decoding` names are further keyword arguments, by default
+        those of the config."""
 
     def log_likelihood(self, params: Any, labels: jax.Array, codes: jax.Array) -> jax.Array:
         """Returns the log-likelihood in nats, float32 [b], of grids of codes [b,h,w] that are as
-        large as the window."""
+        large as the window. Not called if `check_likelihood` raises UserError."""
 
 
 PRIORS: dict[str, type[Prior]] = {"autoregressive": GPT}

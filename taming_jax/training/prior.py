@@ -95,10 +95,15 @@ def train_step(
     }
     draw_is_dropped = functools.partial(jax.random.bernoulli, p=prior.label_dropout)
     labels = jnp.where(jax.vmap(draw_is_dropped)(keys.pop("labels")), model.classes, labels)
-    net = state.nets["transformer"]
+    net, progress = state.nets["transformer"], state.step / steps
 
     def loss_and_gradient(arrays: Any) -> tuple[jax.Array, Any]:
-        return jax.value_and_grad(lambda params: model.loss(params, *arrays).mean())(net.params)
+        labels, codes, keys = arrays
+
+        def loss(params: Any) -> jax.Array:
+            return model.loss(params, labels, codes, keys, progress).mean()
+
+        return jax.value_and_grad(loss)(net.params)
 
     means = average_micro_batches(loss_and_gradient, (labels, codes, keys), prior.micro_batches)
     nll, gradient = maybe_pmean(means, axis_name)

@@ -22,6 +22,8 @@ from taming_jax.training.prior import PriorStage
 from taming_jax.training.state import Net, TrainState
 from tests import commands
 
+STATIC = (("top_k", None), ("top_p", None))  # the sampling settings compiled into the program
+
 
 @pytest.fixture(scope="module")
 def run(prior_workdir):
@@ -169,7 +171,7 @@ def test_image_n_of_a_class_depends_only_on_the_seed(run):
 
 def test_few_images_are_drawn_in_small_batches_on_a_cpu(run, monkeypatch):
     batch_sizes = []
-    draw = run.sampler._compile_once(1, None, (8, 8))
+    draw = run.sampler._compile_once(1, (8, 8), STATIC)
 
     def draw_and_count(params, arrays):
         batch_sizes.append(len(arrays["labels"]))
@@ -182,7 +184,7 @@ def test_few_images_are_drawn_in_small_batches_on_a_cpu(run, monkeypatch):
 
 
 def test_the_devices_draw_one_batch_ahead(run, monkeypatch):
-    draw, drawn = run.sampler._compile_once(1, None, run.prior.grid), []
+    draw, drawn = run.sampler._compile_once(1, run.prior.grid, STATIC), []
 
     def draw_and_record(params, arrays):
         drawn.append(len(drawn))
@@ -420,7 +422,7 @@ def test_invalid_completions_are_refused(run):
         ({"keep": 0.01}, "keep is 0.01; it must be a fraction"),
         ({"mask": np.ones((3, 3))}, "the mask is 3x3; it must be 8x8 codes, or 16x16"),
         ({"per_image": 0}, "there is nothing to draw: 0 completions"),
-        ({"size": (16, 16)}, "keyword argument 'size'"),
+        ({"size": (16, 16)}, "has no sampling setting size"),
     ):
         with pytest.raises((UserError, TypeError), match=message):
             run.complete(images, **arguments)

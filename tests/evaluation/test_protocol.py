@@ -23,10 +23,10 @@ def test_flags_have_the_defaults_of_the_protocol(monkeypatch):
 
 
 def test_a_guidance_scale_is_one_number_or_two(monkeypatch):
-    assert parse_flags(monkeypatch, "--guidance-scale", "1.5").guidance_scale == 1.5
-    assert parse_flags(monkeypatch, "--guidance-scale", "1", "3").guidance_scale == (1.0, 3.0)
-    with pytest.raises(SystemExit):
-        parse_flags(monkeypatch, "--guidance-scale", "1", "2", "3")
+    for flags, expected in ((["1.5"], 1.5), (["1", "3"], (1.0, 3.0)), ([], None)):
+        settings = parse_flags(monkeypatch, *(["--guidance-scale", *flags] if flags else []))
+        assert settings.sampling["guidance_scale"] == expected
+    assert Protocol(guidance_scale=0.0).sampling["guidance_scale"] == 0
 
 
 def test_flags_are_validated_like_the_protocol(monkeypatch):

@@ -19,7 +19,7 @@ def make_small_model(**settings):
     dtype = settings.pop("dtype", jnp.float32)
     model = GPT(11, 3, (3, 4), PriorConfig(**settings), dtype)
     tokens = jax.random.randint(jax.random.key(1), (4, 12), 0, 15)
-    params = jax.jit(model.init)(jax.random.key(0), tokens[:, : model.max_length])["params"]
+    params = jax.jit(model.init)(jax.random.key(0), tokens[:, : model.num_positions])["params"]
     # Larger weights than the initial ones make the logits depend strongly on the earlier tokens.
     return model, jax.tree.map(lambda p: 8 * p if p.ndim > 1 else p, params), tokens
 
