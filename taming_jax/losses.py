@@ -70,9 +70,19 @@ def perplexity(counts: jax.Array) -> jax.Array:
     )
 
 
+def cross_entropy(logits: jax.Array, codes: jax.Array, label_smoothing: float = 0.0) -> jax.Array:
+    """Returns the cross-entropy [b,t], in nats, of codes int [b,t] under logits float32 [b,t,k].
+    Label smoothing mixes this share of a uniform distribution into the targets."""
+    log_probs = jax.nn.log_softmax(logits)
+    # A sum over a mask instead of an indexed lookup, whose gradient would be a scatter.
+    is_code = jnp.arange(logits.shape[-1]) == codes[..., None]
+    loss = -jnp.where(is_code, log_probs, 0).sum(-1)
+    if not label_smoothing:
+        return loss
+    return (1 - label_smoothing) * loss - label_smoothing * log_probs.mean(-1)
+
+
 def next_token(logits: jax.Array, codes: jax.Array) -> jax.Array:
     """Returns the mean negative log-likelihood [b], in nats per code, of codes int [b,t] under
     logits float32 [b,t,k]."""
-    # A sum over a mask instead of an indexed lookup, whose gradient would be a scatter.
-    is_code = jnp.arange(logits.shape[-1]) == codes[..., None]
-    return -per_example(jnp.where(is_code, jax.nn.log_softmax(logits), 0).sum(-1))
+    return per_example(cross_entropy(logits, codes))

@@ -226,8 +226,9 @@ class Run:
 
         - `temperature`: 0 takes the most likely codes. `top_k` and `top_p` exclude unlikely codes.
           A `guidance_scale` above 1 emphasizes the class; a pair of scales is interpolated linearly
-          from the first code to the last. None means the value of the run's config; to turn off
-          guidance or top-p, pass 1.
+          from the first code to the last. A masked prior also has `decoding_steps`,
+          `decoding_order` and `choice_temperature`; see docs/priors.md. None means the value of the
+          run's config; to turn off guidance or top-p, pass 1.
         - `size`: height and width in pixels. If they are larger than the training images, the codes
           are drawn in windows (see `Prior.window`).
         - `seed`: default 0. `devices`: how many to use, default: all. `batch_size`: how many images
@@ -255,11 +256,11 @@ class Run:
         Returns float32 [n*per_image,h,w,c] in [-1, 1].
 
         `keep` is the share of rows to keep, from the top. A bool `mask`, [h',w'] for codes or [h,w]
-        for pixels, replaces `keep` and is true where codes are kept. Codes are drawn in raster
-        order, so a code depends on the codes before it, but not on kept codes after it. `classes`
-        is one class for all images or one per image. None means no class, which requires a prior
-        with a single class or one trained with --prior.label-dropout. `settings` are those of
-        `sample`.
+        for pixels, replaces `keep` and is true where codes are kept. An autoregressive prior draws
+        codes in raster order, so a code depends on the codes before it, but not on kept codes after
+        it. `classes` is one class for all images or one per image. None means no class, which
+        requires a prior with a single class or one trained with --prior.label-dropout. `settings`
+        are those of `sample`.
 
         Raises UserError if an argument is invalid.
         """

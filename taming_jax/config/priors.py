@@ -1,9 +1,17 @@
 """The choice of a prior, and a small dataclass with the settings of each kind that has its own."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
-from taming_jax.config.fields import HasKinds, KindSettings, setting
+from taming_jax.config.fields import (
+    COUNT,
+    FRACTION,
+    NOT_NEGATIVE,
+    HasKinds,
+    KindSettings,
+    free,
+    setting,
+)
 
 
 @dataclass(frozen=True)
@@ -17,6 +25,29 @@ class PriorKindConfig(KindSettings):
 
 
 @dataclass(frozen=True)
+class MaskedConfig(PriorKindConfig):
+    """The settings of the masked prior."""
+
+    label_smoothing: float = setting(0.1, FRACTION)
+    """The share of a uniform distribution in the targets, as in MaskGIT."""
+    decoding_steps: int = free(8, COUNT)
+    """The number of passes in which the codes of an image are drawn."""
+    decoding_order: Literal["confidence", "halton"] = free("confidence")
+    """The codes to keep in each pass: those that the prior is surest of, or the next ones of a
+    Halton sequence, which spreads over the image."""
+    choice_temperature: float = free(4.5, NOT_NEGATIVE)
+    """The factor of the random noise that is added to confidences. It falls to 0 over the passes.
+    More noise means more variety."""
+
+    unused: ClassVar[tuple[str, ...]] = (
+        "block_size", "vocabulary", "first_class", "token_keep_prob",
+    )  # fmt: skip
+    decoding: ClassVar[tuple[str, ...]] = (
+        "decoding_steps", "decoding_order", "choice_temperature",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class PriorConfigs(HasKinds):
     """The choice of a prior, and the settings of all kinds."""
 
@@ -24,8 +55,11 @@ class PriorConfigs(HasKinds):
     noun: ClassVar[str] = "prior"
 
     kind: str = setting("autoregressive", meaning=True)
-    """The kind of prior: autoregressive. docs/priors.md compares them."""
+    """The kind of prior: autoregressive or masked. docs/priors.md compares them."""
+    masked: MaskedConfig = MaskedConfig()
 
 
 # The settings class of each kind of prior by its name.
-PRIOR_CONFIGS: dict[str, type[PriorKindConfig]] = {"autoregressive": PriorKindConfig}
+PRIOR_CONFIGS: dict[str, type[PriorKindConfig]] = {
+    "autoregressive": PriorKindConfig, "masked": MaskedConfig,
+}  # fmt: skip

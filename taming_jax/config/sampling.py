@@ -1,7 +1,7 @@
 """The settings for sampling, as commands take them. This module has no heavy imports."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +18,12 @@ class SamplingSettings:
     guidance_scale: tuple[float, ...] = ()
     """1 is no guidance, 2 is strong; two numbers are the scales of the first and the last code.
     Default: the run's."""
+    decoding_steps: int | None = None
+    """The number of passes of a masked prior. Default: the run's."""
+    decoding_order: Literal["confidence", "halton"] | None = None
+    """The codes that a masked prior keeps first. Default: the run's."""
+    choice_temperature: float | None = None
+    """The noise of a masked prior's confidences. Default: the run's."""
     seed: int = 0
     """The random seed."""
 

@@ -7,6 +7,7 @@ import jax
 
 from taming_jax.config.schema import Config
 from taming_jax.priors.autoregressive import GPT
+from taming_jax.priors.masked import MaskedTransformer
 
 
 class Prior(Protocol):
@@ -80,7 +81,7 @@ class Prior(Protocol):
         large as the window. Not called if `check_likelihood` raises UserError."""
 
 
-PRIORS: dict[str, type[Prior]] = {"autoregressive": GPT}
+PRIORS: dict[str, type[Prior]] = {"autoregressive": GPT, "masked": MaskedTransformer}
 
 
 def build_prior(config: Config, classes: int) -> Prior:
