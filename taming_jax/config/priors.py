@@ -12,6 +12,7 @@ from taming_jax.config.fields import (
     free,
     setting,
 )
+from taming_jax.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,9 @@ class PriorKindConfig(KindSettings):
     """
 
     decoding: ClassVar[tuple[str, ...]] = ()
+
+    def check(self) -> None:
+        """Raises UserError if the settings conflict."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,29 @@ class MaskedConfig(PriorKindConfig):
 
 
 @dataclass(frozen=True)
+class RandomOrderConfig(PriorKindConfig):
+    """The settings of the random-order prior."""
+
+    anneal_start: float = setting(0.5, FRACTION)
+    """The fraction of the run until which all examples have a random order."""
+    anneal_end: float = setting(0.75, FRACTION)
+    """The fraction of the run from which on only --prior.random-order.final-share of the examples
+    has a random order, and the others the raster order."""
+    final_share: float = setting(0.0, FRACTION)
+    """The share of examples in random order at the end. Above 0, the prior can complete pictures
+    whose kept parts are anywhere."""
+
+    unused: ClassVar[tuple[str, ...]] = ("block_size",)
+
+    def check(self) -> None:
+        if self.anneal_start > self.anneal_end:
+            raise UserError(
+                f"--prior.random-order.anneal-start {self.anneal_start} is after "
+                f"--prior.random-order.anneal-end {self.anneal_end}; set it to at most that."
+            )
+
+
+@dataclass(frozen=True)
 class PriorConfigs(HasKinds):
     """The choice of a prior, and the settings of all kinds."""
 
@@ -55,11 +82,13 @@ class PriorConfigs(HasKinds):
     noun: ClassVar[str] = "prior"
 
     kind: str = setting("autoregressive", meaning=True)
-    """The kind of prior: autoregressive or masked. docs/priors.md compares them."""
+    """The kind of prior: autoregressive, masked or random-order. docs/priors.md compares them."""
     masked: MaskedConfig = MaskedConfig()
+    random_order: RandomOrderConfig = RandomOrderConfig()
 
 
 # The settings class of each kind of prior by its name.
 PRIOR_CONFIGS: dict[str, type[PriorKindConfig]] = {
     "autoregressive": PriorKindConfig, "masked": MaskedConfig,
+    "random-order": RandomOrderConfig,
 }  # fmt: skip

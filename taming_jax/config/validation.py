@@ -73,6 +73,8 @@ def validate_config(config: Config) -> Config:
     if vqgan.kind_settings is not None:
         vqgan.kind_settings.check(vqgan.codebook_size)
     check_kind("prior", prior, PRIOR_CONFIGS)
+    if prior.kind_settings is not None:
+        prior.kind_settings.check()
     if prior.vocabulary is not None and prior.vocabulary < vqgan.codebook_size:
         raise UserError(
             f"--prior.vocabulary {prior.vocabulary} is smaller than the codebook; use at least "

@@ -8,6 +8,7 @@ import jax
 from taming_jax.config.schema import Config
 from taming_jax.priors.autoregressive import GPT
 from taming_jax.priors.masked import MaskedTransformer
+from taming_jax.priors.random_order import RandomOrderGPT
 
 
 class Prior(Protocol):
@@ -81,7 +82,9 @@ class Prior(Protocol):
         large as the window. Not called if `check_likelihood` raises UserError."""
 
 
-PRIORS: dict[str, type[Prior]] = {"autoregressive": GPT, "masked": MaskedTransformer}
+PRIORS: dict[str, type[Prior]] = {
+    "autoregressive": GPT, "masked": MaskedTransformer, "random-order": RandomOrderGPT,
+}  # fmt: skip
 
 
 def build_prior(config: Config, classes: int) -> Prior:
