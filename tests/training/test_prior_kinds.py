@@ -16,6 +16,8 @@ from taming_jax.training.prior import PriorStage
 from tests import golden, small_runs
 
 KINDS = [kind for kind in PRIORS if kind != "autoregressive"]  # test_prior.py tests that one
+# Settings with which a prior can complete any part of a picture.
+COMPLETING = {"random-order": {"prior__random_order__final_share": 0.2}}
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +75,7 @@ def run(request, workdir, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param) / "run"
     shutil.copytree(workdir, folder)
     settings = {"prior__kind": request.param, "prior__steps": 2}
+    settings |= COMPLETING.get(request.param, {})
     small_runs.train(folder, "prior", draw=True, **settings)
     return load_run(folder)
 
@@ -85,6 +88,20 @@ def test_samples_depend_only_on_seed_class_and_number(run):
     assert samples.shape == (18, 8, 8, 1)
     np.testing.assert_array_equal(run.sample([1], 9, devices=1), samples[9:])
     assert (run.sample([1], 9, seed=1) != samples[9:]).any()
+
+
+def test_a_completion_keeps_codes_on_all_sides_of_a_hole(run):
+    images = run.load_data().test.images[:3]
+    mask = np.ones(run.prior.grid, bool)
+    mask[2:6, 2:6] = False
+    codes = run.encode(images)
+    drawing = run.sampler.plan_completions(codes, [0, 1, 0], 2, 0.5, mask)
+    assert run.complete(images, [0, 1, 0], 2, mask=mask).shape == (6, 8, 8, 1)
+    labels = np.array([0, 0, 1, 1, 0, 0])
+    keys = jax.random.split(jax.random.key(0), 6)
+    completed = jax.jit(run.prior.sample)(run.transformer, labels, keys, known=drawing.known)
+    np.testing.assert_array_equal(completed[:, mask], np.repeat(codes, 2, 0)[:, mask])
+    assert (np.asarray(completed) >= 0).all()
 
 
 def test_evaluation_reports_the_likelihood_or_why_there_is_none(run):
