@@ -125,7 +125,8 @@ def test_settings_of_another_kind_are_refused_by_name(run):
             flag = name.replace("_", "-")
             with pytest.raises(UserError, match=f"{kind} has no sampling setting {flag}"):
                 run.sample([0], **{name: getattr(settings(), name)})
-            changed = {f"prior__{other.replace('-', '_')}__{name}": 1}
+            value = "halton" if name == "decoding_order" else 1
+            changed = {f"prior__{other.replace('-', '_')}__{name}": value}
             with pytest.raises(UserError, match=f"is a setting of the prior {other}, but"):
                 small_runs.make_config(None, prior__kind=kind, **changed)
     for name in PRIOR_CONFIGS[kind].unused:
