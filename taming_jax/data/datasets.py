@@ -21,6 +21,9 @@ from taming_jax.data.augment import center_crop, get_stored_size
 from taming_jax.data.images import EncodedImages, Table, decode_split
 from taming_jax.errors import UserError, say
 from taming_jax.parallel import distributed
+from taming_jax.weights.arrays import hash_arrays
+
+MAX_HASHED_BYTES = 2**32  # of the images of a split; hashing them takes a few seconds
 
 
 class Split(NamedTuple):
@@ -115,8 +118,13 @@ def fingerprint(splits: Splits) -> dict[str, Any]:
     """Returns JSON-serializable values by which a resumed run recognizes its dataset.
 
     `means` holds the mean pixel values of some training and validation images. They differ between
-    datasets, but a decoder version that rounds differently changes them by less than 1.
+    datasets, but a decoder version that rounds differently changes them by less than 1. `hashes`
+    holds the hashes of all images and labels, or None for a split of more than 4 GiB. They do not
+    matter for resuming, but show whether a single image has changed.
     """
+
+    def compute_hash(split: Split) -> str | None:
+        return hash_arrays(split) if split.images.nbytes <= MAX_HASHED_BYTES else None
 
     def compute_means(images: np.ndarray) -> list[float]:
         return [round(float(images[i].mean()), 2) for i in evenly_spaced(len(images), 64)]
@@ -125,6 +133,7 @@ def fingerprint(splits: Splits) -> dict[str, Any]:
     return {
         "images": {name: len(split.images) for name, split in parts.items()},
         "means": {name: compute_means(split.images) for name, split in parts.items()},
+        "hashes": {name: compute_hash(split) for name, split in parts.items()},
         "class_names": list(splits.class_names),
         "untrained_classes": find_untrained(splits),
     }

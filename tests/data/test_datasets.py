@@ -112,6 +112,12 @@ def test_synthetic_images_have_any_size():
 def test_a_fingerprint_recognizes_a_dataset_and_describes_differences():
     splits = datasets.load(DataConfig(name="synthetic", image_size=16))
     stored = json.loads(json.dumps(datasets.fingerprint(splits)))
+    images = splits.train.images.copy()
+    images[0, 0, 0] ^= 1
+    changed = datasets.fingerprint(splits._replace(train=splits.train._replace(images=images)))
+    assert datasets.fingerprint_diff(changed, stored) == []
+    assert changed["hashes"]["training"] != stored["hashes"]["training"]
+    assert changed["hashes"]["validation"] == stored["hashes"]["validation"]
     assert datasets.fingerprint_diff(datasets.fingerprint(splits), stored) == []
 
     def describe_differences(**parts):
