@@ -192,6 +192,24 @@ def plot_curves(
     save(figure, path)
 
 
+def plot_points(
+    points: dict[str, tuple[float, float]], path: Path, title: str, labels: tuple[str, str]
+) -> None:
+    """Plots named points (x, y), with the labels of the two axes."""
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    axes = figure.add_subplot()
+    colors = colormaps["tab10"](range(10))
+    for i, (name, (x, y)) in enumerate(points.items()):
+        marker = "osD^v"[i // 10 % 5]
+        axes.plot(x, y, marker, color=colors[i % 10], markersize=7, label=name)
+    axes.margins(0.15)
+    axes.set_xlabel(labels[0])
+    axes.set_ylabel(labels[1])
+    figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=8)
+    set_title(axes, title)
+    save(figure, path)
+
+
 def draw_grid(
     images: np.ndarray,
     names: Sequence[str],

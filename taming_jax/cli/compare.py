@@ -1,96 +1,128 @@
-"""Trains stage 1 with several quantizers for equally many steps, and compares them in a table.
+"""Trains quantizers and priors for equally many steps, and compares them in tables and figures.
 
-    taming-jax compare --workdir runs/compare --config mnist_tiny --quantizers vq ema fsq
+    taming-jax compare --workdir runs/compare --config mnist_tiny --seeds 2
+    taming-jax compare --workdir runs/compare --quantizers vq ema fsq --priors
     taming-jax compare --workdir runs/compare --quantizers "vq --vqgan.vq.restart-after 20"
 
-Each row is a quantizer, optionally with settings. Settings that are not part of a row, such as
---vqgan.codebook-size 4096, apply to all rows. Rows that are already in the workdir are not trained
-again but stay in the table, and interrupted rows are resumed. If a row fails, the others continue.
-The workdir gets the table comparison.md, the figure usage.png, and one folder per row with its run.
+Each name of a quantizer or prior may be followed by settings. Settings that are not part of a name,
+such as --vqgan.codebook-size 4096, apply to all runs. Each prior is trained on each quantizer. Runs
+that are already in the workdir are not trained again but stay in the tables, and interrupted runs
+are resumed. If a run fails, the others continue. The workdir gets comparison.md, its figures, and
+one folder per quantizer, prior and seed.
 """
 
 import contextlib
 import json
-import math
 import re
 import shlex
-import statistics
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from taming_jax.cli.arguments import Training, parse_known, parse_training
-from taming_jax.config.quantizers import QUANTIZER_CONFIGS
+from taming_jax.config.load import load_config
+from taming_jax.config.priors import PRIOR_CONFIGS
 from taming_jax.config.schema import Config
 from taming_jax.errors import RunFailed, UserError, say
 from taming_jax.storage import atomic_write, folder_lock, report_unwritable
 
-COLUMNS = (
-    "codes", "psnr", "ssim", "lpips", "fd", "usage", "perplexity", "bits per image",
-    "seconds per step",
-)  # fmt: skip
-RESULT = "result.json"  # in the folder of each row that is trained and evaluated
-# Flags that neither a row nor all rows may set.
-RESERVED = ("--config", "--workdir", "--restart", "--vqgan.quantizer", "--vqgan.steps",
-            "--vqgan.epochs", "--distributed")  # fmt: skip
+# Flags that must be the same for all runs, or that belong to this command.
+RESERVED = ("--config", "--workdir", "--restart", "--seed", "--vqgan.quantizer", "--vqgan.steps",
+            "--vqgan.epochs", "--prior.kind", "--prior.steps", "--prior.epochs",
+            "--distributed")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Compare:
     workdir: Path
-    """The folder for the table and the runs of all rows."""
+    """The folder for the tables and all runs."""
     config: str = "mnist_tiny"
     """The preset, or the path of a config.json."""
-    quantizers: tuple[str, ...] = tuple(QUANTIZER_CONFIGS)
-    """The rows: names of quantizers, each optionally followed by settings, as in "vq
-    --vqgan.vq.restart-after 20". Default: all quantizers."""
+    quantizers: tuple[str, ...] = ()
+    """Names of quantizers, each optionally followed by settings, as in "vq
+    --vqgan.vq.restart-after 20". Default: the quantizer of the preset."""
+    priors: tuple[str, ...] = tuple(PRIOR_CONFIGS)
+    """Kinds of priors, each optionally followed by settings, as in "masked --prior.layers 2".
+    Without a value: no priors. Default: all kinds."""
+    seeds: int = 1
+    """The number of seeds, from 0, that everything is trained with."""
     steps: int | None = None
-    """The number of steps of each row. Default: as in the preset."""
+    """The number of steps of stage 1. Default: as in the preset."""
+    prior_steps: int | None = None
+    """The number of steps of each prior. Default: as in the preset."""
     images: int | None = None
-    """The number of images of the test split to evaluate each row on. Default: all."""
+    """The number of images of the test split to evaluate each run on. Default: all."""
+    samples: int = 5000
+    """The number of samples to evaluate each prior on."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table: its label as on the command line, and its config."""
+    """A run to train: a quantizer or, with a prior, a prior on this quantizer. Both are as on the
+    command line; `prior` is empty without a prior."""
 
-    label: str
+    quantizer: str
+    prior: str
+    seed: int
     config: Config
+    command: str
+
+    @property
+    def name(self) -> str:
+        prior = f"{self.prior} on " if self.prior else ""
+        return f"{prior}{self.quantizer}, seed {self.seed}"
+
+    @property
+    def stage(self) -> str:
+        return "prior" if self.prior else "vqgan"
 
 
-def name_folder(label: str) -> str:
-    """Returns the name of a row's folder: "vq --seed 1" becomes "vq-seed-1"."""
-    return re.sub(r"[^\w.]+", "-", label).strip("-")
+def name_folder(quantizer: str, prior: str, seed: int) -> str:
+    """Returns the folder of a run within the workdir: "vq --vqgan.channels 8" with seed 1 becomes
+    "vq-vqgan.channels-8/seed-1"."""
+    name = re.sub(r"[^\w.]+", "-", f"{quantizer} {prior}").strip("-")
+    return f"{name}/seed-{seed}"
 
 
-def load_row(args: Compare, label: str, settings: Sequence[str]) -> Row:
+def load_row(args: Compare, quantizer: str, prior: str, seed: int, settings: Sequence[str]) -> Row:
     """Returns a row. `settings` are the flags of all rows. Raises UserError, which names the row,
     if settings are reserved, invalid or in conflict. For a flag that does not exist, the parser
     prints a message and ends the process with status 2."""
     try:
-        quantizer, *flags = shlex.split(label) or [""]
-        flags = [*settings, *flags]
-        reserved = {flag.split("=")[0] for flag in flags} & set(RESERVED)
+        (name, *flags), (kind, *prior_flags) = (shlex.split(x) or [""] for x in (quantizer, prior))
+        reserved = {flag.split("=")[0] for flag in (*settings, *flags, *prior_flags)} & {*RESERVED}
         if reserved:
             raise UserError(
-                f"{min(reserved)} must be the same for all rows. Leave it out, or set it with "
-                "--config, --workdir, --quantizers or --steps of this command."
+                f"{min(reserved)} must be the same for all rows. Leave it out, or set it with the "
+                "flags of this command."
             )
-        budget = [] if args.steps is None else ["--vqgan.steps", str(args.steps)]
-        folder = str(args.workdir / name_folder(label))
-        first = ["--config", args.config, "--workdir", folder, "--vqgan.quantizer", quantizer]
-        return Row(label, parse_training(Training, [*first, *budget, *flags]).config)
+        if other := [x for x in prior_flags if x.startswith("--") and x[:8] != "--prior."]:
+            raise UserError(f"{other[0]} is not a setting of the prior; add it to a quantizer.")
+        folder = args.workdir / name_folder(quantizer, prior, seed)
+        common = [f"--config={args.config}", f"--seed={seed}", *settings]
+        first = [f"--vqgan.quantizer={name}", *flags]
+        second = [f"--prior.kind={kind}", *prior_flags] if prior else []
+        if args.steps is not None:
+            first.append(f"--vqgan.steps={args.steps}")
+        if args.prior_steps is not None and prior:
+            second.append(f"--prior.steps={args.prior_steps}")
+        words = [*common, *first, *second]
+        config = parse_training(Training, [*words, "--workdir", str(folder)]).config
+        script = "train_prior.py" if prior else "train_vqgan.py"
+        command = shlex.join(["python", script, *words])
+        return Row(quantizer, prior, seed, config, command)
     except (UserError, ValueError) as error:  # shlex raises ValueError for an open quotation mark
-        raise UserError(f"in the row '{label}': {error}") from error
+        row = f"{prior} on {quantizer}" if prior else quantizer
+        raise UserError(f"in the row '{row}': {error}") from error
 
 
 def check_protocol(args: Compare, settings: Sequence[str]) -> None:
     """Writes what all rows of a workdir share into it. Raises UserError if earlier rows differ."""
     file = args.workdir / "protocol.json"
-    protocol = {"config": args.config, "steps": args.steps, "images": args.images}
-    protocol |= {"settings": " ".join(settings)}
+    names = ("config", "steps", "prior_steps", "images", "samples")
+    protocol = {name: getattr(args, name) for name in names} | {"settings": " ".join(settings)}
     earlier = json.loads(file.read_text()) if file.exists() else protocol
     for name, value in protocol.items():
         if earlier.get(name) != value:
@@ -101,78 +133,75 @@ def check_protocol(args: Compare, settings: Sequence[str]) -> None:
     atomic_write(file, json.dumps(protocol).encode())
 
 
-def measure(row: Row, images: int | None) -> None:
+def copy_stage_1(source: Path, target: Path) -> None:
+    """Copies the trained stage 1 of a run into another folder, where a prior is trained on it."""
+    if (target / "config.json").exists():
+        return
+    target.mkdir(parents=True, exist_ok=True)
+    copied = target / "checkpoints" / "vqgan"
+    shutil.rmtree(copied, ignore_errors=True)  # from an interrupted copy
+    shutil.copytree(source / "checkpoints" / "vqgan", copied)
+    shutil.copy2(source / "config.json", target / "config.json")
+
+
+def measure(row: Row, args: Compare) -> None:
     """Trains and evaluates a row, and writes its results into its folder."""
-    from taming_jax.evaluation.report import evaluate
+    from taming_jax.evaluation.comparison import RESULT, measure_run
+    from taming_jax.parallel.devices import Devices
     from taming_jax.run import load_run
     from taming_jax.training import train
-    from taming_jax.training.writers import read_rows
 
     config, folder = row.config, row.config.folder
-    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the table
-        train(config)
-        report = evaluate(load_run(folder), features="vgg", images=images, samples=0)
-    log, speeds = (read_rows(folder / "metrics" / f"{x}.jsonl") for x in ("vqgan", "vqgan_speed"))
-    result = report["reconstruction"] | {
-        "row": row.label,
-        "quantizer": config.vqgan.quantizer,
-        "codes": config.vqgan.codebook_size,
-        "bits per image": report["reconstruction"]["bits_per_pixel"] * config.data.image_size**2,
-        "seconds per step": 1 / statistics.median(x["steps_per_second"] for x in speeds),
-        "usage_by_step": [(x["step"], x["usage"]) for x in log if x["split"] == "validation"],
-    }
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the tables
+        if row.prior:
+            base = args.workdir / name_folder(row.quantizer, "", row.seed)
+            if not (base / RESULT).exists():
+                raise RunFailed("there is no stage 1 to train it on.")
+            copy_stage_1(base, folder)
+        train(config, row.stage)
+        result = measure_run(load_run(folder), row.stage, args.images, args.samples)
+    devices = Devices(config.devices).describe()
+    versions = devices["versions"]
+    result |= {
+        "quantizer": row.quantizer, "prior": row.prior, "seed": row.seed,
+        "folder": str(folder.relative_to(args.workdir)), "command": row.command,
+        "machine": f"{devices['devices']} x {devices['device_kind']}, {devices['cores']} cores, "
+        f"jax {versions['jax']}",
+    }  # fmt: skip
     atomic_write(folder / RESULT, json.dumps(result).encode())
-
-
-def read_results(workdir: Path) -> list[dict[str, Any]]:
-    """Returns the results of all rows in a workdir, in the order of the quantizers."""
-    results = [json.loads(file.read_text()) for file in workdir.glob(f"*/{RESULT}")]
-    order = list(QUANTIZER_CONFIGS)
-    return sorted(results, key=lambda x: (order.index(x["quantizer"]), x["row"]))
-
-
-def format_table(results: list[dict[str, Any]]) -> str:
-    """Formats the results of rows as a Markdown table."""
-    lines = [
-        f"| quantizer | {' | '.join(COLUMNS)} |",
-        f"| --- | {' | '.join('---:' for _ in COLUMNS)} |",
-    ]
-    for result in results:
-        # Small images have neither SSIM nor LPIPS.
-        values = [f"{result.get(column, math.nan):.4g}" for column in COLUMNS]
-        lines.append(f"| {result['row']} | {' | '.join(values)} |")
-    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     args, settings = parse_known(Compare, __doc__)
-    rows = [load_row(args, label, settings) for label in args.quantizers]
-    if not rows:
-        raise UserError("--quantizers needs at least one row.")
+    if args.seeds < 1:
+        raise UserError(f"--seeds is {args.seeds}; it must be 1 or more.")
+    quantizers = args.quantizers or (load_config(args.config).vqgan.quantizer,)
+    rows = [
+        load_row(args, quantizer, prior, seed, settings)
+        for seed in range(args.seeds)
+        for quantizer in quantizers
+        for prior in ("", *args.priors)
+    ]
     with folder_lock(args.workdir, "comparing"), report_unwritable(args.workdir, "--workdir"):
         check_protocol(args, settings)
-        failed = [row.label for row in rows if not try_row(row, args)]
-        results = read_results(args.workdir)
-        if results:
-            from taming_jax import figures  # slow to import
-
-            curves = {result["row"]: result["usage_by_step"] for result in results}
-            title = "Share of codes in use on the validation split"
-            figures.plot_curves(curves, args.workdir / "usage.png", title, "share of codes")
-            print(format_table(results), end="")
+        failed = [row.name for row in rows if not try_row(row, args)]
+        table = args.workdir / "comparison.md"
+        if table.exists():
+            print(table.read_text(), end="")
     if failed:
-        raise RunFailed(f"these rows failed: {', '.join(failed)}. The others are in the table.")
+        raise RunFailed(f"these rows failed: {'; '.join(failed)}. The others are in the tables.")
 
 
 def try_row(row: Row, args: Compare) -> bool:
-    """Trains and evaluates a row unless it is finished, and updates the table. If it fails, prints
+    """Trains and evaluates a row unless it is finished, and updates the tables. If it fails, prints
     why and returns false."""
+    from taming_jax.evaluation.comparison import RESULT, write_comparison
+
     try:
         if not (row.config.folder / RESULT).exists():
-            measure(row, args.images)
+            measure(row, args)
     except (UserError, RunFailed) as error:
-        say(f"The row '{row.label}' failed: {error}", sys.stderr)
+        say(f"The row '{row.name}' failed: {error}", sys.stderr)
         return False
-    table = format_table(read_results(args.workdir))
-    atomic_write(args.workdir / "comparison.md", table.encode())
+    write_comparison(args.workdir, f"Comparison with {args.config}")
     return True
