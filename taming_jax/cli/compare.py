@@ -32,6 +32,7 @@ from taming_jax.storage import atomic_write, folder_lock, report_unwritable
 RESERVED = ("--config", "--workdir", "--restart", "--seed", "--vqgan.quantizer", "--vqgan.steps",
             "--vqgan.epochs", "--prior.kind", "--prior.steps", "--prior.epochs",
             "--distributed")  # fmt: skip
+TITLE = "Comparison with {}"
 
 
 @dataclass(frozen=True)
@@ -185,9 +186,12 @@ def main() -> None:
     with folder_lock(args.workdir, "comparing"), report_unwritable(args.workdir, "--workdir"):
         check_protocol(args, settings)
         failed = [row.name for row in rows if not try_row(row, args)]
-        table = args.workdir / "comparison.md"
-        if table.exists():
-            print(table.read_text(), end="")
+        if len(failed) < len(rows):
+            from taming_jax.evaluation import comparison
+
+            comparison.measure_speeds(args.workdir)
+            comparison.draw_figures(args.workdir)
+            print(comparison.write_page(args.workdir, TITLE.format(args.config)), end="")
     if failed:
         raise RunFailed(f"these rows failed: {'; '.join(failed)}. The others are in the tables.")
 
@@ -195,13 +199,14 @@ def main() -> None:
 def try_row(row: Row, args: Compare) -> bool:
     """Trains and evaluates a row unless it is finished, and updates the tables. If it fails, prints
     why and returns false."""
-    from taming_jax.evaluation.comparison import RESULT, write_comparison
+    from taming_jax.evaluation.comparison import RESULT, write_page
 
     try:
-        if not (row.config.folder / RESULT).exists():
-            measure(row, args)
+        if (row.config.folder / RESULT).exists():
+            return True
+        measure(row, args)
     except (UserError, RunFailed) as error:
         say(f"The row '{row.name}' failed: {error}", sys.stderr)
         return False
-    write_comparison(args.workdir, f"Comparison with {args.config}")
+    write_page(args.workdir, TITLE.format(args.config))
     return True

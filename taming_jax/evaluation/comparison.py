@@ -17,7 +17,7 @@ from taming_jax.data.datasets import evenly_spaced
 from taming_jax.data.pixels import to_uint8
 from taming_jax.errors import UserError
 from taming_jax.evaluation.report import evaluate
-from taming_jax.run import Run
+from taming_jax.run import Run, load_run
 from taming_jax.storage import atomic_write, write_arrays
 from taming_jax.training.writers import read_rows
 
@@ -60,7 +60,7 @@ def measure_run(run: Run, stage: str, images: int | None, samples: int) -> dict[
     }
     test = run.load_data().test.images
     if stage == "prior":
-        result |= report["samples"] | measure_sampling(run)
+        result |= report["samples"]
         if "likelihood_bits_per_code" in reconstruction:
             result["nats_per_code"] = reconstruction["likelihood_bits_per_code"] * math.log(2)
         classes = run.trained_classes
@@ -82,20 +82,32 @@ def measure_run(run: Run, stage: str, images: int | None, samples: int) -> dict[
     return result
 
 
-def measure_sampling(run: Run) -> dict[str, float]:
-    """Returns the `latency` of one image in seconds, and the `throughput` of 64 images in images
-    per second: medians of five calls, without compilation."""
+def measure_speeds(workdir: Path) -> None:
+    """Measures how fast all priors in a workdir draw images, unless this is known for all of them.
+    They take turns, so that a busy machine slows all of them.
 
-    def time_call(count: int) -> float:
+    Adds the `latency` of one image in seconds, and the `throughput` of 64 images in images per
+    second, to the results: medians of five calls, without compilation.
+    """
+    results = [result for result in read_results(workdir) if result["prior"]]
+    if all("latency" in result for result in results):
+        return
+    runs = [load_run(workdir / result["folder"]) for result in results]
+
+    def time_call(run: Run, count: int) -> float:
         start = time.perf_counter()
         run.sample(run.trained_classes[0], count)
         return time.perf_counter() - start
 
     seconds = {}
     for count in (1, 64):
-        time_call(count)  # compiles
-        seconds[count] = statistics.median(time_call(count) for _ in range(5))
-    return {"latency": seconds[1], "throughput": 64 / seconds[64]}
+        for run in runs:
+            time_call(run, count)  # compiles
+        rounds = [[time_call(run, count) for run in runs] for _ in range(5)]
+        seconds[count] = [statistics.median(times) for times in zip(*rounds, strict=True)]
+    for result, one, many in zip(results, seconds[1], seconds[64], strict=True):
+        result |= {"latency": one, "throughput": 64 / many}
+        atomic_write(workdir / result["folder"] / RESULT, json.dumps(result).encode())
 
 
 def read_results(workdir: Path) -> list[dict[str, Any]]:
@@ -191,15 +203,20 @@ def read_runs(file: Path) -> dict[Path, str]:
     return {file.parent / row[0]: row[1] for row in rows if len(row) >= 3}
 
 
-def write_comparison(workdir: Path, title: str) -> str:
-    """Writes the page and the figures of all results in a workdir, and returns the page."""
+def write_page(workdir: Path, title: str) -> str:
+    """Writes the page of all results in a workdir, and returns it."""
+    page = format_comparison(read_results(workdir), title)
+    atomic_write(workdir / TABLE, page.encode())
+    return page
+
+
+def draw_figures(workdir: Path) -> None:
+    """Writes the figures of a page. The speeds of priors must have been measured."""
     from taming_jax import figures  # slow to import
 
-    results = read_results(workdir)
-    page = format_comparison(results, title)
-    atomic_write(workdir / TABLE, page.encode())
-    tokenizers = {q: runs for (q, p), runs in group(results).items() if not p}
-    priors = {f"{p} ({q})": runs for (q, p), runs in group(results).items() if p}
+    groups = group(read_results(workdir))
+    tokenizers = {q: runs for (q, p), runs in groups.items() if not p}
+    priors = {f"{p} ({q})": runs for (q, p), runs in groups.items() if p}
 
     def mean(runs: list[dict[str, Any]], name: str) -> float:
         return statistics.mean(run[name] for run in runs)
@@ -234,4 +251,3 @@ def write_comparison(workdir: Path, title: str) -> str:
             ("seconds per image, 64 at once", "FD-VGG16"),
         )  # fmt: skip
         draw_pictures(priors, "samples.png", "One sample per class, seed 0")
-    return page
