@@ -1,6 +1,5 @@
 """The Python interface to a finished or unfinished run, for example for notebooks."""
 
-import contextlib
 import copy
 import dataclasses
 import functools
@@ -14,7 +13,7 @@ import jax
 import numpy as np
 
 from taming_jax import tiled_inference
-from taming_jax.config.load import diff_configs, override, read_config, replace_section
+from taming_jax.config.load import override, replace_section, update_data_settings
 from taming_jax.config.schema import Config
 from taming_jax.config.validation import format_flag
 from taming_jax.data import datasets
@@ -61,19 +60,8 @@ def _load_checkpoint(folder: Path) -> tuple[Config, int, dict[str, Any] | None, 
         transformer = checkpoint.nets["transformer"]["params"]
     else:
         checkpoint, transformer = Store(folder, "vqgan").load_best(), None
-    config = _update_data_settings(checkpoint.config, folder)
+    config = update_data_settings(checkpoint.config, folder)
     return config, checkpoint.step, checkpoint.dataset, checkpoint.generator, transformer
-
-
-def _update_data_settings(config: Config, folder: Path) -> Config:
-    """Returns the config with the data settings of the run's config.json, where the user may have
-    changed the path, or named the dataset of an imported run. Keeps the checkpoint's data settings
-    if config.json describes other data."""
-    with contextlib.suppress(UserError):
-        current = read_config(folder / "config.json")
-        if not diff_configs(current, config, ("data",)):
-            return dataclasses.replace(config, data=current.data)
-    return config
 
 
 class Run:

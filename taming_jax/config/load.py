@@ -3,6 +3,7 @@
 The command line is in cli/.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import importlib
@@ -176,6 +177,17 @@ def read_config(path: Path) -> Config:
         return parse_settings(values, number)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+
+
+def update_data_settings(config: Config, folder: Path) -> Config:
+    """Returns a checkpoint's config with the data settings of the run's config.json, where the user
+    may have changed the path, or named the dataset of an imported run. Keeps those of the
+    checkpoint if config.json describes other data."""
+    with contextlib.suppress(UserError):
+        current = read_config(folder / "config.json")
+        if not diff_configs(current, config, ("data",)):
+            return dataclasses.replace(config, data=current.data)
+    return config
 
 
 def parse_settings(values: Any, number: int) -> Config:

@@ -52,7 +52,8 @@ class Checkpoint(NamedTuple):
     `arrays` are named by their paths and include those of frozen networks. `config` is that of the
     run. `dataset` is the fingerprint of the training data (data/datasets.py), or None if that is
     not known. `weights_only` is true if there are no optimizer states. `format` is the format
-    number (config/migrations.py).
+    number (config/migrations.py). `environment` describes the devices, or is None in checkpoints of
+    older versions and of imported weights.
     """
 
     step: int
@@ -61,6 +62,7 @@ class Checkpoint(NamedTuple):
     dataset: dict[str, Any] | None
     weights_only: bool
     format: int
+    environment: dict[str, Any] | None
 
     @property
     def nets(self) -> dict[str, Any]:
@@ -271,7 +273,7 @@ class Store:
         return Checkpoint(
             step, arrays,
             self._read_config(metadata, step), metadata.get("dataset"),
-            metadata.get("weights_only", False), format_number,
+            metadata.get("weights_only", False), format_number, metadata.get("environment"),
         )  # fmt: skip
 
     def read_undamaged(self, steps: Iterable[int]) -> Iterator[Checkpoint]:
