@@ -20,7 +20,6 @@ COMMANDS = {
     "export compvis": ("export_compvis:main", "export a run as an official checkpoint"),
     "verify": ("verify:main", "verify that a run is what its settings and data produce"),
     "compare": ("compare:main", "train quantizers and priors, and compare them in a table"),
-    "recipes": ("recipes:main", "train and evaluate the rows of docs/recipes.md"),
     "benchmark": ("benchmark:main", "measure how fast a preset trains on this machine"),
 }
 
