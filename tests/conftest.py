@@ -43,6 +43,7 @@ gc.set_threshold(100_000, 50, 100)
 
 LONGEST = [
     "test_torture", "test_pictures", "test_decoding", "test_compvis", "test_prior", "test_resume",
+    "test_prior_kinds", "test_dispatch", "test_replay",
     "test_vqgan_step", "test_distributed", "test_sample", "test_weights", "test_report",
     "test_features", "test_precision", "test_devices", "test_run", "test_bad_input",
 ]  # fmt: skip

@@ -127,9 +127,8 @@ def small_resident(root):
     return root / "small"
 
 
-@pytest.mark.parametrize(
-    "devices", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 4]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 2, 4])
 def test_a_killed_streaming_run_resumes_bit_for_bit(root, small_resident, tmp_path, devices):
     streaming = {"data__resident_share": 0.0, "devices": devices}
     train_small(root, tmp_path / "uninterrupted", **streaming)

@@ -203,7 +203,8 @@ def small_workdir(tmp_path_factory):
 on_several_devices = pytest.mark.parametrize("count", [pytest.param(2, marks=pytest.mark.slow), 4])
 
 
-@on_several_devices
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
 def test_a_small_run_logs_the_same_rows_on_several_devices(small_workdir, tmp_path, count):
     small_runs.train(tmp_path, devices=count, **SMALL)
     expected = small_runs.read_rows(small_workdir)

@@ -47,9 +47,12 @@ KEYS = jax.random.split(jax.random.key(7), 4)
 
 @pytest.mark.parametrize(
     ("settings", "scale", "pieces"),
-    [({}, None, 1), ({}, 2.0, 5), ({}, 2.0, 12), (MODERN, 2.0, 5)],
+    [
+        ({}, None, 1), ({}, 2.0, 5), pytest.param({}, 2.0, 12, marks=pytest.mark.slow),
+        (MODERN, 2.0, 5),
+    ],
     ids=["one piece", "guided", "one piece per position", "modern"],
-)
+)  # fmt: skip
 def test_greedy_codes_are_the_most_likely_codes_of_a_full_forward_pass(settings, scale, pieces):
     model, params, _ = make_small_model(**settings)
     codes = sample(

@@ -57,10 +57,20 @@ def workdir(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("count", [1, 2, 4])
+BFLOAT16 = {"dtype": "bfloat16", "prior__micro_batches": 2}
+
+
 @pytest.mark.parametrize(
-    "settings", [EVERY_DROPOUT, {"dtype": "bfloat16", "prior__micro_batches": 2}],
-    ids=["dropout", "bfloat16"],
+    "settings, count",
+    [
+        (EVERY_DROPOUT, 1), (BFLOAT16, 4),
+        *[
+            pytest.param(settings, count, marks=pytest.mark.slow)
+            for settings in (EVERY_DROPOUT, BFLOAT16) for count in (1, 2, 4)
+            if (settings, count) not in ((EVERY_DROPOUT, 1), (BFLOAT16, 4))
+        ],
+    ],
+    ids=lambda x: x if isinstance(x, int) else x.get("dtype", "dropout"),
 )  # fmt: skip
 def test_steps_of_one_dispatch_equal_single_steps(workdir, count, settings):
     settings = {"data__mirror": True, "devices": count} | settings

@@ -104,6 +104,7 @@ def test_a_completion_keeps_codes_on_all_sides_of_a_hole(run):
     assert (np.asarray(completed) >= 0).all()
 
 
+@pytest.mark.slow
 def test_evaluation_reports_the_likelihood_or_why_there_is_none(run):
     report = evaluate(run, features="vgg", images=8, samples=8)
     grid = run.prior.grid

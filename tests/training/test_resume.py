@@ -73,6 +73,7 @@ def killed(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_a_killed_command_resumes_bit_for_bit(killed, uninterrupted, tmp_path):
     workdir = shutil.copytree(killed, tmp_path / "run")
     status, out, err = commands.run(*COMMAND, workdir, devices=HOST_DEVICES)
