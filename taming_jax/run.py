@@ -64,6 +64,13 @@ def _load_checkpoint(folder: Path) -> tuple[Config, int, dict[str, Any] | None, 
     return config, checkpoint.step, checkpoint.dataset, checkpoint.generator, transformer
 
 
+def hash_run(workdir: Path) -> str:
+    """Returns the hash of the weights that `load_run` loads; see `Run.hash_weights`. Does not start
+    JAX."""
+    _, _, _, generator, transformer = _load_checkpoint(workdir)
+    return hash_arrays((generator, transformer))
+
+
 class Run:
     """A run's config, generator (its EMA if the run keeps one) and prior, if it has one.
 

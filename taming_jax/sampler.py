@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from taming_jax.config.schema import Config
+from taming_jax.config.serialization import from_dict
 from taming_jax.config.validation import check_ranges, check_sampling
 from taming_jax.data.datasets import parse_classes
 from taming_jax.errors import UserError
@@ -73,16 +74,17 @@ class Sampler:
             if value is None:
                 continue
             if name not in values:
-                names = ", ".join(name.replace("_", "-") for name in values)
+                known = ", ".join(known.replace("_", "-") for known in values)
                 raise UserError(
                     f"the prior {prior.kind} has no sampling setting {name.replace('_', '-')}; it "
-                    f"has {names}."
+                    f"has {known}."
                 )
             is_real = name != "guidance_scale" and isinstance(values[name], float)
             values[name] = float(value) if is_real or name == "top_p" else value
         check_sampling(values, self.prior.codebook_size, prior.label_dropout)
         if kind is not None:
-            check_ranges(dataclasses.replace(kind, **{name: values[name] for name in names}))
+            own = dataclasses.asdict(kind) | {name: values[name] for name in names}
+            check_ranges(from_dict(type(kind), own))  # raises UserError for wrong types, too
         if not 0 <= seed < 2**32:
             raise UserError(f"the seed is {seed}; it must be from 0 to {2**32 - 1}.")
         return values
@@ -193,7 +195,7 @@ class Sampler:
         reals = {name: np.float32(x) for name, x in values.items() if isinstance(x, float)}
         static = tuple((name, x) for name, x in values.items() if name not in reals)
         draw = self._compile_once(devices, grid, static)
-        micro_batch_size = sampling_batch_size(device_group.list[0])
+        micro_batch_size = sampling_batch_size(device_group.list[0], self.prior.logits_per_image)
         if grid != self.prior.grid:
             micro_batch_size = max_batch(length * self.factor**2, micro_batch_size)
         batch = micro_batch_size * len(device_group)

@@ -26,6 +26,7 @@ from taming_jax.config.load import load_config
 from taming_jax.config.priors import PRIOR_CONFIGS
 from taming_jax.config.schema import Config
 from taming_jax.errors import RunFailed, UserError, say
+from taming_jax.evaluation.protocol import Protocol
 from taming_jax.storage import atomic_write, folder_lock, report_unwritable
 
 # Flags that must be the same for all runs, or that belong to this command.
@@ -99,6 +100,8 @@ def load_row(args: Compare, quantizer: str, prior: str, seed: int, settings: Seq
                 f"{min(reserved)} must be the same for all rows. Leave it out, or set it with the "
                 "flags of this command."
             )
+        if data := [x for x in flags if x.startswith("--data.")]:
+            raise UserError(f"{data[0]} must be the same for all rows; set it outside of the row.")
         if other := [x for x in prior_flags if x.startswith("--") and x[:8] != "--prior."]:
             raise UserError(f"{other[0]} is not a setting of the prior; add it to a quantizer.")
         folder = args.workdir / name_folder(quantizer, prior, seed)
@@ -160,6 +163,8 @@ def measure(row: Row, args: Compare) -> None:
                 raise RunFailed("there is no stage 1 to train it on.")
             copy_stage_1(base, folder)
         train(config, row.stage)
+        if row.prior:  # the prior's checkpoints refer to a copy of the generator
+            shutil.rmtree(folder / "checkpoints" / "vqgan", ignore_errors=True)
         result = measure_run(load_run(folder), row.stage, args.images, args.samples)
     devices = Devices(config.devices).describe()
     versions = devices["versions"]
@@ -176,6 +181,9 @@ def main() -> None:
     args, settings = parse_known(Compare, __doc__)
     if args.seeds < 1:
         raise UserError(f"--seeds is {args.seeds}; it must be 1 or more.")
+    if args.priors and not args.samples:
+        raise UserError("--samples is 0, but priors are evaluated on samples; use at least 2.")
+    Protocol(images=args.images, samples=args.samples)  # raises UserError for invalid numbers
     quantizers = args.quantizers or (load_config(args.config).vqgan.quantizer,)
     rows = [
         load_row(args, quantizer, prior, seed, settings)

@@ -5,8 +5,9 @@
 
 Compares the hashes of all checkpoints and of the data, and repeats the steps between the last two
 checkpoints (from the start if there is only one). On a machine like that of the run, they must give
-the last checkpoint, bit for bit. Elsewhere, and on a GPU without --deterministic, the steps of one
-line of the log must have its metrics, up to rounding. The exit status is 0 or 1.
+the last checkpoint, bit for bit. Elsewhere, and on a GPU without --deterministic, the metrics of
+the steps up to the next line of the log must agree with it, up to rounding. The exit status is 0, 1
+if something differs, or 2 if the arguments are wrong.
 """
 
 from dataclasses import dataclass
@@ -39,15 +40,14 @@ def main() -> None:
 def verify_table(file: Path) -> None:
     """Verifies the runs of a table. Raises RunFailed with the names of those that fail."""
     from taming_jax.evaluation.comparison import read_runs
-    from taming_jax.run import load_run
+    from taming_jax.run import hash_run
     from taming_jax.training.replay import verify_run
 
     failed = []
-    for folder, expected in read_runs(file).items():
+    for folder, expected in read_runs(file):
         say(f"{folder}")
         try:
-            actual = load_run(folder).hash_weights()
-            if actual != expected:
+            if (actual := hash_run(folder)) != expected:
                 raise RunFailed(f"its weights have the hash {actual}, not {expected}.")
             verify_run(folder)
         except (UserError, RunFailed) as error:

@@ -16,7 +16,7 @@ from taming_jax.errors import UserError, say
 
 
 def check_ranges(settings: Any, *names: str) -> None:
-    """Raises UserError for the first setting that is neither None nor in its range (schema.py)."""
+    """Raises UserError for the first setting that is neither None nor in its range."""
     for field in dataclasses.fields(settings):
         value, values = getattr(settings, field.name), field.metadata.get("range")
         if dataclasses.is_dataclass(value):

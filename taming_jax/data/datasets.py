@@ -118,13 +118,8 @@ def fingerprint(splits: Splits) -> dict[str, Any]:
     """Returns JSON-serializable values by which a resumed run recognizes its dataset.
 
     `means` holds the mean pixel values of some training and validation images. They differ between
-    datasets, but a decoder version that rounds differently changes them by less than 1. `hashes`
-    holds the hashes of all images and labels, or None for a split of more than 4 GiB. They do not
-    matter for resuming, but show whether a single image has changed.
+    datasets, but a decoder version that rounds differently changes them by less than 1.
     """
-
-    def compute_hash(split: Split) -> str | None:
-        return hash_arrays(split) if split.images.nbytes <= MAX_HASHED_BYTES else None
 
     def compute_means(images: np.ndarray) -> list[float]:
         return [round(float(images[i].mean()), 2) for i in evenly_spaced(len(images), 64)]
@@ -133,9 +128,18 @@ def fingerprint(splits: Splits) -> dict[str, Any]:
     return {
         "images": {name: len(split.images) for name, split in parts.items()},
         "means": {name: compute_means(split.images) for name, split in parts.items()},
-        "hashes": {name: compute_hash(split) for name, split in parts.items()},
         "class_names": list(splits.class_names),
         "untrained_classes": find_untrained(splits),
+    }
+
+
+def hash_splits(splits: Splits) -> dict[str, str | None]:
+    """Returns the hashes of all training and validation images with their labels, which show
+    whether a single image has changed. A split of more than 4 GiB has None."""
+    parts = {"training": splits.train, "validation": splits.validation}
+    return {
+        name: hash_arrays(split) if split.images.nbytes <= MAX_HASHED_BYTES else None
+        for name, split in parts.items()
     }
 
 

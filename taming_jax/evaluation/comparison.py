@@ -29,13 +29,13 @@ TOKENIZER_COLUMNS = {
     "codes": "codes", "bits per image": "bits_per_image", "psnr": "psnr", "ssim": "ssim",
     "lpips": "lpips", "fd": "fd", "usage": "usage", "perplexity": "perplexity",
     "parameters": "parameters", "seconds per step": "seconds_per_step",
-    "training minutes": "training_minutes",
+    "minutes of steps": "step_minutes",
 }  # fmt: skip
 PRIOR_COLUMNS = {
     "fd": "fd", "precision": "precision", "recall": "recall", "accuracy": "accuracy",
     "nats per code": "nats_per_code", "seconds for 1 image": "latency",
     "images per second (of 64)": "throughput", "parameters": "parameters",
-    "seconds per step": "seconds_per_step", "training minutes": "training_minutes",
+    "seconds per step": "seconds_per_step", "minutes of steps": "step_minutes",
 }  # fmt: skip
 
 
@@ -56,7 +56,7 @@ def measure_run(run: Run, stage: str, images: int | None, samples: int) -> dict[
         "protocol": report["protocol"],
         "parameters": sum(x.size for x in jax.tree.leaves(trained)),
         "seconds_per_step": seconds,
-        "training_minutes": log[-1]["step"] * seconds / 60,
+        "step_minutes": log[-1]["step"] * seconds / 60,
     }
     test = run.load_data().test.images
     if stage == "prior":
@@ -172,7 +172,8 @@ def format_comparison(results: list[dict[str, Any]], title: str) -> str:
         + (f" and {protocol['samples']} samples" if protocol["samples"] else "")
         + f", with the features of {protocol['features']}. "
         + ("Values are means over the seeds ± half of their range. " if len(seeds) > 1 else "")
-        + f"Trained and measured on: {results[-1]['machine']}.",
+        + f"Trained and measured on: {'; '.join(dict.fromkeys(x['machine'] for x in results))}. "
+        "Minutes of steps are those of all training steps, without validation and encoding.",
     ]  # fmt: skip
     if tokenizers:
         lines += ["", "## Tokenizers", ""]
@@ -183,24 +184,27 @@ def format_comparison(results: list[dict[str, Any]], title: str) -> str:
         lines += ["", "## Priors", ""]
         lines += format_table(["quantizer", "prior"], priors, PRIOR_COLUMNS)
         lines += ["", "![Distance and speed](speed.png)", "", "![Samples](samples.png)"]
-    lines += ["", "## Runs", "", "`taming-jax verify` checks these runs.", ""]
+    lines += ["", "## Runs", "", "`taming-jax verify` checks these runs in the workdir.", ""]
     lines += ["| folder | hash | command |", "| --- | --- | --- |"]
     lines += [f"| {x['folder']} | {x['hash']} | `{x['command']}` |" for x in results]
     return "\n".join(lines) + "\n"
 
 
-def read_runs(file: Path) -> dict[Path, str]:
-    """Returns the hashes of the runs in a page by their folders. Raises UserError if the file holds
-    no table of runs."""
+def read_runs(file: Path) -> list[tuple[Path, str]]:
+    """Returns the folders of the runs in a page, and their hashes. Raises UserError if the file
+    holds no table of runs, or a damaged one."""
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file} cannot be read ({error}); name a {TABLE}.") from error
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    if ["folder", "hash", "command"] not in cells:
-        raise UserError(f"{file} has no table of runs; name a {TABLE} of `taming-jax compare`.")
-    rows = cells[cells.index(["folder", "hash", "command"]) + 2 :]
-    return {file.parent / row[0]: row[1] for row in rows if len(row) >= 3}
+    heading = "| folder | hash | command |"
+    rows = lines[lines.index(heading) + 2 :] if heading in lines else []
+    cells = [[cell.strip() for cell in row.split("|")[1:]] for row in rows if row]
+    if not cells or min(map(len, cells)) < 3:
+        raise UserError(
+            f"{file} has no complete table of runs; name a {TABLE} of `taming-jax compare`."
+        )
+    return [(file.parent / row[0], row[1]) for row in cells]
 
 
 def write_page(workdir: Path, title: str) -> str:
@@ -241,7 +245,9 @@ def draw_figures(workdir: Path) -> None:
         curves = {name: runs[0]["usage_by_step"] for name, runs in tokenizers.items()}
         title = "Share of codes in use on the validation split"
         figures.plot_curves(curves, workdir / "usage.png", title, "share of codes")
-        draw_pictures(tokenizers, "reconstructions.png", "Reconstructions of test images")
+        draw_pictures(
+            tokenizers, "reconstructions.png", "Reconstructions of test images, first seed"
+        )
     if priors:
         points = {
             name: (1 / mean(runs, "throughput"), mean(runs, "fd")) for name, runs in priors.items()
@@ -250,4 +256,4 @@ def draw_figures(workdir: Path) -> None:
             points, workdir / "speed.png", "Distance and speed of samples",
             ("seconds per image, 64 at once", "FD-VGG16"),
         )  # fmt: skip
-        draw_pictures(priors, "samples.png", "One sample per class, seed 0")
+        draw_pictures(priors, "samples.png", "Samples of up to ten classes, first seed")

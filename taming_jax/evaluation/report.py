@@ -77,7 +77,7 @@ def describe_protocol(evaluator: Evaluator) -> dict[str, Any]:
         "prior_step": None if run.transformer is None else run.step,
         "generator": hash_arrays(run.params),
         "dataset": config.data.name,
-        "dataset_hash": hash_fingerprint(evaluator.fingerprint),
+        "dataset_hash": hash_json(evaluator.fingerprint)[:16],
         "split": protocol.split,
         "images": len(evaluator.images),
         "images_hash": evaluator.images.hash(),
@@ -96,12 +96,6 @@ def describe_protocol(evaluator: Evaluator) -> dict[str, Any]:
         "seed": protocol.seed,
         **(run.sampler.resolve_settings(**protocol.sampling) if has_samples else {}),
     }
-
-
-def hash_fingerprint(fingerprint: dict[str, Any]) -> str:
-    """Returns a hash of a dataset's fingerprint without the hashes of the images, which a decoder
-    version that rounds differently would change."""
-    return hash_json({k: x for k, x in fingerprint.items() if k != "hashes"})[:16]
 
 
 def describe_small_sets(evaluator: Evaluator) -> list[str]:

@@ -177,12 +177,12 @@ class Devices:
         return machine // len(self.list)
 
     def describe(self) -> dict[str, Any]:
-        """Returns what rounding errors depend on: the devices, the processes, the cores that this
-        process may use, and the versions of the packages."""
+        """Returns what rounding errors depend on: the devices, the processes, the CPU and the cores
+        of it that this process may use, and the versions of the packages."""
         return {
             "devices": len(self), "device_kind": self.list[0].device_kind,
-            "processes": distributed.process_count(), "cores": distributed.count_cores(),
-            "versions": distributed.get_versions(),
+            "processes": distributed.process_count(), "cpu": distributed.hash_cpu(),
+            "cores": distributed.count_cores(), "versions": distributed.get_versions(),
         }  # fmt: skip
 
     def get_local_rows(self, batch_size: int) -> slice:

@@ -4,6 +4,7 @@ consistent.
 If a process dies, JAX ends the others with a message. A single process does not communicate.
 """
 
+import hashlib
 import importlib.metadata
 import os
 import pickle
@@ -13,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -203,6 +205,17 @@ def count_cores() -> int | None:
     """Returns the number of cores that this process may use."""
     has_affinity = hasattr(os, "sched_getaffinity")
     return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
+
+
+def hash_cpu() -> str:
+    """Returns a hash of the model and features of the CPU, which affect compiled programs."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        names = ("model name", "flags", "CPU part", "Features")  # x86-64, then Arm
+        cpu = sorted({line for line in lines if line.startswith(names)})
+    except OSError:
+        cpu = [platform.machine(), platform.processor()]
+    return hashlib.sha256("\n".join(cpu).encode()).hexdigest()[:12]
 
 
 def get_versions() -> dict[str, str]:

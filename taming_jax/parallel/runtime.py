@@ -2,8 +2,6 @@
 
 import hashlib
 import os
-import platform
-from pathlib import Path
 
 import jax
 
@@ -73,12 +71,6 @@ def get_machine_key() -> str:
     """Returns a name for the machine properties that affect compiled programs but are not part of
     JAX's cache keys: the CPU model, and the number of cores that this process may use, among which
     a CPU program divides its work, so that rounding depends on it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        names = ("model name", "flags", "CPU part", "Features")  # x86-64, then Arm
-        cpu = sorted({line for line in lines if line.startswith(names)})
-    except OSError:
-        cpu = [platform.machine(), platform.processor()]
-    properties = "\n".join([*cpu, str(distributed.count_cores())])
+    properties = f"{distributed.hash_cpu()} {distributed.count_cores()}"
     key = hashlib.sha256(properties.encode()).hexdigest()[:12]
     return f"jax-{jax.__version__}-{key}"

@@ -8,22 +8,27 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-# A function that chooses codes int32 [b] from logits [b,n] at a position.
+# A function that chooses codes int32 [b] or [b,t] from logits [b,n] or [b,t,n], and from the number
+# of the position or pass.
 TokenSampler = Callable[[jax.Array, jax.Array], jax.Array]
 # The inputs of the scans over positions: the positions [t], their guidance scales [t] or None, and
 # the known codes [t,b], where -1 marks a code to sample.
 Inputs = tuple[jax.Array, jax.Array | None, jax.Array]
 
 
-def sampling_batch_size(device: Any) -> int:
-    """Returns the number of images that a device samples at once.
+MAX_LOGITS = 2**28  # of a micro-batch, 1 GiB in float32; guidance and sampling need copies
 
-    The number is fixed per kind of device, because another batch size rounds differently, and a
-    rounding difference can change a code. It is small on a CPU, so that sampling a single image
-    does not take as long as sampling many. A GPU takes about as long for a large micro-batch as for
-    a small one.
+
+def sampling_batch_size(device: Any, logits_per_image: int) -> int:
+    """Returns the number of images that a device samples at once with a prior that computes so many
+    logits per image at once.
+
+    The number is fixed per kind of device and prior, because another batch size rounds differently,
+    and a rounding difference can change a code. It is small on a CPU, so that sampling a single
+    image does not take as long as sampling many. A GPU takes about as long for a large micro-batch
+    as for a small one.
     """
-    return 8 if device.platform == "cpu" else 256
+    return min(8 if device.platform == "cpu" else 256, max(1, MAX_LOGITS // logits_per_image))
 
 
 def sampling_pieces(device: Any, length: int) -> int:
@@ -80,8 +85,9 @@ def append_unconditional(model: Any, labels: jax.Array, scale: Any) -> jax.Array
 
 
 def apply_guidance(logits: jax.Array, scale: jax.Array | float | None) -> jax.Array:
-    """Returns the logits [b,n] unchanged if the scale is None. Otherwise, combines logits [2b,n],
-    the first half conditional and the second unconditional, into guided logits [b,n]."""
+    """Returns the logits [b,...] unchanged if the scale is None. Otherwise, combines logits
+    [2b,...], the first half conditional and the second unconditional, into guided logits [b,...].
+    """
     if scale is None:
         return logits
     conditional, unconditional = jnp.split(logits, 2)
@@ -94,7 +100,7 @@ def make_token_sampler(
     top_k: int | None,
     top_p: jax.Array | float | None,
 ) -> TokenSampler:
-    """Returns a function that samples the codes of a position from their logits.
+    """Returns a function that samples codes from their logits.
 
     It uses one key per image [b], so that the codes of an image do not depend on the rest of the
     batch. At temperature 0, it chooses the most likely codes.

@@ -20,6 +20,11 @@ from taming_jax.losses import cross_entropy
 from taming_jax.priors.decoding import append_unconditional, apply_guidance, make_token_sampler
 from taming_jax.priors.transformer import Transformer
 
+NO_LIKELIHOOD = (
+    "a masked prior has no likelihood, since it draws many codes at once; use an autoregressive or "
+    "a random-order prior."
+)
+
 
 class MaskedTransformer(Transformer):
     """A transformer without causal masking, over the class of an image followed by its codes, some
@@ -41,6 +46,11 @@ class MaskedTransformer(Transformer):
     def num_positions(self) -> int:
         """The number of learned positions, for the class and the codes."""
         return self.length + 1
+
+    @property
+    def logits_per_image(self) -> int:
+        """The number of logits per image that sampling computes at once."""
+        return self.length * self.codebook_size
 
     def __call__(self, tokens: jax.Array, keys: jax.Array | None = None) -> jax.Array:
         """Returns the logits float32 [b,t,codebook_size] at each position of tokens int32 [b,t], of
@@ -129,16 +139,12 @@ class MaskedTransformer(Transformer):
     def check_likelihood(self, grid: tuple[int, int]) -> None:
         """Raises UserError, since the probability of an image under parallel decoding is not
         known."""
-        raise UserError(
-            "a masked prior has no likelihood, since it draws many codes at once; use an "
-            "autoregressive or a random-order prior."
-        )
+        raise UserError(NO_LIKELIHOOD)
 
     @nn.nowrap
     def log_likelihood(self, params: Any, labels: jax.Array, codes: jax.Array) -> jax.Array:
         """Raises UserError; see `check_likelihood`."""
-        self.check_likelihood(self.grid)
-        raise AssertionError
+        raise UserError(NO_LIKELIHOOD)
 
     @nn.nowrap
     def check_drawing(self, grid: tuple[int, int], known: Any) -> None:
@@ -146,7 +152,7 @@ class MaskedTransformer(Transformer):
         if grid != self.grid:
             raise UserError(
                 f"a masked prior draws only images of the training size, a grid of {self.grid} "
-                f"codes, not {grid}; use an autoregressive prior for larger ones."
+                f"codes, not {grid}; use another kind of prior for larger ones."
             )
 
     @nn.nowrap

@@ -28,6 +28,11 @@ class Prior(Protocol):
     def window(self) -> tuple[int, int]:
         """The height and width of the smallest grid that the prior samples."""
 
+    @property
+    def logits_per_image(self) -> int:
+        """The number of logits that `sample` computes at once per image, which limits the number of
+        images that are sampled at once."""
+
     @classmethod
     def build(cls, config: Config, classes: int) -> "Prior":
         """Builds the prior that a config describes, for a dataset with `classes` classes."""

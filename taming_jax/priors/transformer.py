@@ -68,8 +68,8 @@ def rotate(x: jax.Array, coordinates: jax.Array) -> jax.Array:
 
 
 def supports_cudnn(dtype: Dtype, head_dim: int) -> bool:
-    """Returns whether the default device can compute causal attention with cuDNN, which keeps no
-    attention weights in memory."""
+    """Returns whether the default device can compute attention with cuDNN, which keeps no attention
+    weights in memory."""
     capability = get_compute_capability(get_default_device())
     limit = 256 if capability >= (9, 0) else 128
     fits = head_dim % 8 == 0 and head_dim <= limit
@@ -235,6 +235,11 @@ class Transformer(nn.Module):
     def num_logits(self) -> int:
         """The number of logits per position: for the codes, then for other tokens, if any."""
         return self.codebook_size
+
+    @property
+    def logits_per_image(self) -> int:
+        """The number of logits per image that sampling computes at once."""
+        return self.num_logits
 
     def labels_to_tokens(self, labels: jax.Array) -> jax.Array:
         """Returns the tokens of labels int [...], where the label `classes` means no class."""

@@ -242,7 +242,7 @@ class PriorStage(Stage):
         images = map_batches(
             functools.partial(self._draw_images, params),
             arrays,
-            sampling_batch_size(self.devices.list[0]),
+            sampling_batch_size(self.devices.list[0], self.model.logits_per_image),
         )
         step = int(self.devices.fetch(state.step))
         figures.plot_loss_curves(rows, folder / "prior_loss.png", "Prior")

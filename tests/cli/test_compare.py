@@ -70,7 +70,7 @@ def test_priors_of_two_seeds_are_compared_and_verified(run_compare, tmp_path, mo
     assert names <= {file.name for file in tmp_path.iterdir()}
     runs = read_runs(tmp_path / "comparison.md")
     assert len(runs) == 6
-    for folder, expected in runs.items():
+    for folder, expected in runs:
         assert load_run(folder).hash_weights() == expected
     # Both priors of a seed are trained on the same generator.
     generators = [load_run(tmp_path / x / "seed-1").params for x in ("vq-masked", "vq")]
@@ -79,9 +79,9 @@ def test_priors_of_two_seeds_are_compared_and_verified(run_compare, tmp_path, mo
 
     monkeypatch.setattr(sys, "argv", ["verify", str(tmp_path / "comparison.md")])
     verify.main()
-    assert capsys.readouterr().out.count("bit for bit") == 10  # two stages of four priors
+    assert capsys.readouterr().out.count("bit for bit") == 6
     page_file = tmp_path / "comparison.md"
-    folder, value = next(iter(runs.items()))
+    folder, value = runs[0]
     page_file.write_text(page_file.read_text().replace(value, "0" * 16))
     with pytest.raises(RunFailed, match=f"these runs could not be verified: {folder}\\."):
         verify.main()
@@ -110,6 +110,7 @@ def test_a_run_that_fails_does_not_stop_the_others(run_compare, tmp_path, monkey
         ("quantizers", "vq --vqgan.quantizer fsq", "--vqgan.quantizer must be the same for all"),
         ("quantizers", "vq --vqgan.steps=9", "--vqgan.steps must be the same for all rows"),
         ("quantizers", "vq --seed 3", "--seed must be the same for all rows"),
+        ("quantizers", "vq --data.image-size 32", "--data.image-size must be the same for all"),
         ("quantizers", "vq '", "in the row 'vq '': No closing quotation"),
         ("priors", "mask", "in the row 'mask on vq': there is no prior 'mask'"),
         ("priors", "masked --vqgan.channels 8", "--vqgan.channels is not a setting of the prior"),
@@ -124,6 +125,10 @@ def test_wrong_rows_are_refused_before_any_is_trained(run_compare, tmp_path, fla
 def test_a_comparison_needs_a_seed_and_a_folder_that_can_be_written(run_compare, tmp_path):
     with pytest.raises(UserError, match="--seeds is 0; it must be 1 or more"):
         run_compare("--seeds", "0")
+    with pytest.raises(UserError, match="samples is 1; it must be 0, or 2 or more"):
+        run_compare("--samples", "1")
+    with pytest.raises(UserError, match="--samples is 0, but priors are evaluated on samples"):
+        run_compare("--samples", "0")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="workdir .*file cannot be written"):
         run_compare("--quantizers", "vq", "--priors", "--workdir", str(tmp_path / "file"))
@@ -139,7 +144,7 @@ def test_verify_names_what_it_cannot_verify(tmp_path, monkeypatch):
     page = tmp_path / "comparison.md"
     page.write_text("# A page\n\n| a | b |\n")
     for path, message in (
-        (page, "has no table of runs"),
+        (page, "has no complete table of runs"),
         (tmp_path / "none", "there is no .*none"),
     ):
         monkeypatch.setattr(sys, "argv", ["verify", str(path)])

@@ -23,7 +23,7 @@ def make_results(workdir):
                 "quantizer": quantizer, "prior": prior, "seed": seed, "folder": folder,
                 "hash": f"{len(quantizer)}{len(prior)}{seed}", "command": f"train {quantizer}",
                 "machine": "a cpu", "protocol": PROTOCOL, "parameters": 12345, "fd": 2.0 + seed,
-                "seconds_per_step": 0.5, "training_minutes": 1.0,
+                "seconds_per_step": 0.5, "step_minutes": 1.0,
             }  # fmt: skip
             if prior:
                 result |= {"latency": 0.1, "throughput": 10.0 + 2 * seed}
@@ -54,7 +54,7 @@ def test_a_page_has_means_over_seeds_and_the_hash_of_each_run(tmp_path):
     ]
     runs = comparison.read_runs(tmp_path / "comparison.md")
     assert len(runs) == 8
-    for folder, value in runs.items():
+    for folder, value in runs:
         assert json.loads((folder / "result.json").read_text())["hash"] == value
 
 

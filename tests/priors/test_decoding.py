@@ -293,6 +293,7 @@ def test_a_window_as_large_as_the_grid_samples_the_same_codes_as_the_cache():
 def test_batches_and_pieces_depend_only_on_the_kind_of_device():
     """So the codes of an image do not depend on what else is drawn."""
     cpu, gpu = (types.SimpleNamespace(platform=name) for name in ("cpu", "gpu"))
-    assert (sampling_batch_size(cpu), sampling_batch_size(gpu)) == (8, 256)
+    assert (sampling_batch_size(cpu, 1024), sampling_batch_size(gpu, 1024)) == (8, 256)
+    assert sampling_batch_size(gpu, 256 * 16384) == 64
     assert [sampling_pieces(cpu, length) for length in (16, 64, 100, 256, 1024)] == [1, 2, 4, 8, 8]
     assert [sampling_pieces(gpu, length) for length in (16, 64, 100, 256, 1024)] == [1, 2, 4, 4, 4]

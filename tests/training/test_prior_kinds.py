@@ -130,6 +130,9 @@ def test_settings_of_another_kind_are_refused_by_name(run):
             changed = {f"prior__{other.replace('-', '_')}__{name}": value}
             with pytest.raises(UserError, match=f"is a setting of the prior {other}, but"):
                 small_runs.make_config(None, prior__kind=kind, **changed)
+    if kind == "masked":
+        with pytest.raises(UserError, match="'decoding_order' cannot be 'Halton'"):
+            run.sample([0], decoding_order="Halton")
     for name in PRIOR_CONFIGS[kind].unused:
         value = 0.5 if name == "token_keep_prob" else 64
         flag = "--prior." + name.replace("_", "-")

@@ -44,7 +44,7 @@ def flip_byte(file):
 def test_an_honest_run_is_repeated_bit_for_bit(workdir, capsys):
     replay.verify_run(workdir)
     assert capsys.readouterr().out.splitlines() == [
-        "vqgan: the hashes of the checkpoints of steps 4 and 6 are right.",
+        "vqgan: the hashes of the checkpoints of steps 4 and 6 match.",
         "vqgan: steps 5 to 6 were repeated, and every array is that of the last checkpoint, bit "
         "for bit: it is what these settings and data produce.",
     ]
@@ -99,16 +99,48 @@ def test_on_another_machine_the_metrics_of_the_log_are_compared(workdir, monkeyp
     monkeypatch.setattr(distributed, "count_cores", lambda: cores + 1)
     replay.verify_run(workdir)
     assert (
-        "vqgan: steps 5 to 6 were repeated, with the metrics of the log, up to rounding. The state "
-        f"was not compared bit for bit: cores {cores + 1} here, {cores} in the run."
+        "vqgan: steps 5 to 6 were repeated, and the metrics agree with the log up to rounding. The "
+        f"state was not compared bit for bit: cores {cores + 1} here, {cores} in the run."
     ) in capsys.readouterr().out
     log = workdir / "metrics" / "vqgan.jsonl"
     rows = small_runs.read_rows(workdir)
     changed = next(row for row in rows if row["split"] == "train" and row["step"] == 6)
+    honest = dict(changed)
     changed["l1"] *= 1.01
     log.write_text("\n".join(map(json.dumps, rows)) + "\n")
     with pytest.raises(RunFailed, match="do not produce the log of step 6: l1 is"):
         replay.verify_run(workdir)
+    rows[rows.index(changed)] = {name: honest[name] for name in ("step", "split", "epoch")}
+    log.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    with pytest.raises(RunFailed, match="has none of the metrics of these steps"):
+        replay.verify_run(workdir)
+    rows[-2:] = []
+    log.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    replay.verify_run(workdir)
+    assert "no line within 20 steps of step 4, and cores" in capsys.readouterr().out
+
+
+def test_changed_settings_are_refused(workdir):
+    file = workdir / "config.json"
+    config = json.loads(file.read_text())
+    config["vqgan"]["learning_rate"] *= 2
+    file.write_text(json.dumps(config))
+    with pytest.raises(RunFailed, match="config.json differs from the checkpoints: --vqgan.learn"):
+        replay.verify_run(workdir)
+
+
+def test_the_best_checkpoint_is_named_if_it_is_not_repeated(trained, tmp_path, capsys):
+    """The validation after the last step is worse than the one before."""
+    store = Store(trained, "vqgan", "reconstruction_loss")
+    shutil.copytree(trained, tmp_path / "run")
+    other = Store(tmp_path / "run", "vqgan", "reconstruction_loss")
+    shutil.rmtree(other.path / "4")
+    checkpoint = store.read(4)
+    arrays = traverse_util.unflatten_dict(checkpoint.arrays)
+    other.save(4, arrays, checkpoint.config, {"reconstruction_loss": 0.0})
+    other.wait()
+    replay.verify_run(tmp_path / "run")
+    assert "sampling uses the best checkpoint, 4, which was not repeated" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -118,7 +150,7 @@ def test_a_run_resumed_on_other_devices_is_repeated_on_as_many(workdir, monkeypa
     assert "steps 7 to 8 were repeated, and every array" in capsys.readouterr().out
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     replay.verify_run(workdir)
-    assert "steps 7 to 8 were repeated, with the metrics" in (out := capsys.readouterr().out)
+    assert "steps 7 to 8 were repeated, and the metrics" in (out := capsys.readouterr().out)
     assert "bit for bit: devices 1 here, 2 in the run." in out
 
 
@@ -133,7 +165,7 @@ def prior_run(workdir):
 def test_a_prior_is_verified_with_its_generator_and_tokens(prior_run, capsys):
     replay.verify_run(prior_run)
     out = capsys.readouterr().out
-    assert "prior: the hashes of the checkpoints of steps 2 and 4 are right." in out
+    assert "prior: the hashes of the checkpoints of steps 2 and 4 match." in out
     assert "prior: steps 3 to 4 were repeated, and every array" in out
     for pattern, message in (
         ("tokens/*/train/*.npz", r"tokens/.*npz is damaged. Delete it"),
