@@ -18,6 +18,7 @@ from taming_jax.config.schema import Config
 from taming_jax.config.validation import format_flag
 from taming_jax.data import datasets
 from taming_jax.data.datasets import Split, Splits
+from taming_jax.data.fingerprints import compute_fingerprint, diff_fingerprints
 from taming_jax.data.pixels import to_float, to_uint8
 from taming_jax.errors import UserError, say
 from taming_jax.models.vqgan import build_vqgan, decode_indices, encode, max_batch
@@ -157,7 +158,7 @@ class Run:
         trained on and `with_data` did not set its name.
         """
         splits = datasets.load(self.config.data)
-        changes = datasets.fingerprint_diff(datasets.fingerprint(splits), self.dataset)
+        changes = diff_fingerprints(compute_fingerprint(splits), self.dataset)
         if changes and not self.data_named:
             raise UserError(
                 f"the run in {self.workdir} was trained on other data: {'; '.join(changes)}. Pass "
@@ -173,7 +174,7 @@ class Run:
         else an empty string."""
         if self.dataset is None or "images" not in self.dataset:
             return "It is not known whether the run was trained on this data."
-        changes = datasets.fingerprint_diff(datasets.fingerprint(splits), self.dataset)
+        changes = diff_fingerprints(compute_fingerprint(splits), self.dataset)
         return f"The run was trained on other data: {'; '.join(changes)}." if changes else ""
 
     def to_labels(self, classes: Classes) -> np.ndarray:

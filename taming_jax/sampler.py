@@ -74,10 +74,10 @@ class Sampler:
             if value is None:
                 continue
             if name not in values:
-                known = ", ".join(known.replace("_", "-") for known in values)
+                others = ", ".join(other.replace("_", "-") for other in values)
                 raise UserError(
                     f"the prior {prior.kind} has no sampling setting {name.replace('_', '-')}; it "
-                    f"has {known}."
+                    f"has {others}."
                 )
             is_real = name != "guidance_scale" and isinstance(values[name], float)
             values[name] = float(value) if is_real or name == "top_p" else value

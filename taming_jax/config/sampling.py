@@ -25,7 +25,7 @@ class SamplingSettings:
     choice_temperature: float | None = None
     """The noise of a masked prior's confidences. Default: the run's."""
     seed: int = 0
-    """The random seed of the samples."""
+    """The seed of all random numbers."""
 
     @property
     def sampling(self) -> dict[str, Any]:

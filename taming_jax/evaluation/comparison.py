@@ -58,7 +58,6 @@ def measure_run(run: Run, stage: str, images: int | None, samples: int) -> dict[
         "seconds_per_step": seconds,
         "step_minutes": log[-1]["step"] * seconds / 60,
     }
-    test = run.load_data().test.images
     if stage == "prior":
         result |= report["samples"]
         if "likelihood_bits_per_code" in reconstruction:
@@ -76,6 +75,7 @@ def measure_run(run: Run, stage: str, images: int | None, samples: int) -> dict[
                 (row["step"], row["usage"]) for row in log if row["split"] == "validation"
             ],
         }
+        test = run.load_data().test.images
         originals = test[evenly_spaced(len(test), PICTURE_COUNT)]
         pictures = {"pictures": run.reconstruct(originals), "originals": originals}
     write_arrays(folder / PICTURES, pictures)

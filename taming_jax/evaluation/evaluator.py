@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from taming_jax.data import datasets
 from taming_jax.data.augment import center_crop
 from taming_jax.data.datasets import Split, evenly_spaced
+from taming_jax.data.fingerprints import load_and_check
 from taming_jax.data.pixels import to_uint8
 from taming_jax.errors import UserError
 from taming_jax.evaluation.protocol import Protocol
@@ -74,7 +74,7 @@ class Evaluator:
             run.sampler.resolve_settings(
                 **protocol.sampling
             )  # raises UserError before the data is loaded
-        self.splits, self.fingerprint = datasets.load_and_check(run.load_data)
+        self.splits, self.fingerprint = load_and_check(run.load_data)
         classes = len(self.splits.class_names)
         self.prior_fits = run.transformer is not None and run.prior.classes == classes
         self.images = self.select_images(protocol.split, protocol.images)

@@ -32,10 +32,9 @@ from taming_jax.priors.windows import scan_windows
 
 
 class GPT(Transformer):
-    """A transformer that maps tokens int32 [b,t] to logits float32 [b,t,num_logits].
+    """A causal transformer that maps tokens int32 [b,t] to logits float32 [b,t,num_logits].
 
-    A token is a code, a class (from `first_class_token` on), or the null token, which comes last.
-    Of `settings`, the model ignores those for optimization and for sampling.
+    `order` int [b,t] is the order in which a subclass predicts the codes. Here it has no effect.
     """
 
     @property
@@ -65,20 +64,26 @@ class GPT(Transformer):
         """The number of logits per position: for the codes, then for other tokens, if any."""
         return self.settings.vocabulary or self.codebook_size
 
-    def __call__(self, tokens: jax.Array, keys: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, tokens: jax.Array, keys: jax.Array | None = None, order: jax.Array | None = None
+    ) -> jax.Array:
         """Returns the logits at every position. `keys` uint32 [b,2] are the keys for dropout, or
         None outside training."""
-        return self.run_blocks(*self.embed(tokens, 0), keys)[0]
+        return self.run_blocks(*self.embed(tokens, 0, order), keys)[0]
 
     def decode(
-        self, tokens: jax.Array, cache: Cache, position: jax.Array | int
+        self,
+        tokens: jax.Array,
+        cache: Cache,
+        position: jax.Array | int,
+        order: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache]:
         """Returns the logits [b,s,num_logits] for tokens [b,s] at the positions from `position` on,
         which attend to the earlier tokens through `cache`, and the updated cache."""
-        return self.run_blocks(*self.embed(tokens, position), None, cache, position)
+        return self.run_blocks(*self.embed(tokens, position, order), None, cache, position)
 
     def embed(
-        self, tokens: jax.Array, position: jax.Array | int
+        self, tokens: jax.Array, position: jax.Array | int, order: jax.Array | None
     ) -> tuple[jax.Array, jax.Array | None]:
         """Returns the embeddings [b,s,width] of tokens [b,s] at the positions from `position` on,
         and their coordinates for rotary embeddings."""
@@ -90,9 +95,8 @@ class GPT(Transformer):
         x = self.embedding[tokens]
         if self.settings.positions != "learned":
             return x, self.locate(position + jnp.arange(tokens.shape[1]))
-        return x + lax.dynamic_slice_in_dim(
-            self.position_embedding, position, tokens.shape[1]
-        ), None
+        offsets = lax.dynamic_slice_in_dim(self.position_embedding, position, tokens.shape[1])
+        return x + offsets, None
 
     def init_cache(self, batch: int, length: int) -> Cache:
         """Returns an empty cache for sequences of up to `length` tokens."""
@@ -262,17 +266,16 @@ def scan_positions(
     choose: TokenSampler,
     inputs: Inputs,
     pieces: int | None = None,
-    *arguments: Any,
+    order: jax.Array | None = None,
 ) -> jax.Array:
-    """Samples the codes int32 [b,t] of a grid that is as large as the window, with a cache.
-    `arguments` are further arguments of `model.decode`."""
+    """Samples the codes int32 [b,t] of a grid that is as large as the window, with a cache. The
+    known codes in `inputs` and the result are in the given order, int [b,t] or, with guidance,
+    [2b,t]. Default: the raster order."""
     length, scales = len(inputs[0]), inputs[1]
 
     def step(carry: tuple[jax.Array, Cache], x: Any) -> tuple[tuple[jax.Array, Cache], jax.Array]:
         (tokens, cache), (position, scale, known) = carry, x
-        logits, cache = compute_next_logits(
-            model, params, tokens, cache, position, scale, *arguments
-        )
+        logits, cache = compute_next_logits(model, params, tokens, cache, position, scale, order)
         codes = jnp.where(known < 0, choose(logits[:, : model.codebook_size], position), known)
         tokens = codes if scale is None else jnp.concatenate([codes, codes])
         return (tokens, cache), codes
@@ -297,13 +300,11 @@ def compute_next_logits(
     cache: Cache,
     position: jax.Array | int,
     scale: jax.Array | float | None,
-    *arguments: Any,
+    order: jax.Array | None = None,
 ) -> tuple[jax.Array, Cache]:
     """Returns the logits [b,num_logits] of the code at a position, given the previous tokens [b],
     and the updated cache. With a guidance scale, the tokens [2b] and the cache hold the conditional
     sequences, followed by the unconditional ones."""
-    decode = functools.partial(model.apply, {"params": params}, method=type(model).decode)
-    logits, cache = cast(
-        tuple[jax.Array, Cache], decode(tokens[:, None], cache, position, *arguments)
-    )
+    decode = functools.partial(model.apply, {"params": params}, method=GPT.decode)
+    logits, cache = cast(tuple[jax.Array, Cache], decode(tokens[:, None], cache, position, order))
     return apply_guidance(logits[:, 0], scale), cache

@@ -17,14 +17,15 @@ from taming_jax.errors import UserError
 from taming_jax.losses import next_token
 from taming_jax.priors.autoregressive import GPT, scan_positions
 from taming_jax.priors.decoding import Inputs, TokenSampler
-from taming_jax.priors.transformer import Cache, init
+from taming_jax.priors.transformer import init
 
 
 class RandomOrderGPT(GPT):
     """A GPT whose codes may come in any order.
 
-    An order int [b,t] holds the places of the codes, in raster order, in the order in which they
-    are predicted. None is the raster order.
+    `order` int [b,t] holds the places of the codes in the grid, in the order in which they are
+    predicted: the inputs are the class and all codes but the last, and the logits are those of the
+    codes, in this order. None is the raster order.
     """
 
     @property
@@ -36,25 +37,8 @@ class RandomOrderGPT(GPT):
         super().setup()
         self.target_embedding = self.param("targets", init, (self.length, self.settings.width))
 
-    def __call__(
-        self, tokens: jax.Array, keys: jax.Array | None = None, order: jax.Array | None = None
-    ) -> jax.Array:
-        """Returns the logits [b,t,num_logits] of the codes, given the class and the codes before
-        them in the order. `tokens` [b,t] are the class and all codes but the last in this order."""
-        return self.run_blocks(*self.embed(tokens, 0, order), keys)[0]
-
-    def decode(
-        self,
-        tokens: jax.Array,
-        cache: Cache,
-        position: jax.Array | int,
-        order: jax.Array | None = None,
-    ) -> tuple[jax.Array, Cache]:
-        """Like `GPT.decode`, for positions in the order."""
-        return self.run_blocks(*self.embed(tokens, position, order), None, cache, position)
-
     def embed(
-        self, tokens: jax.Array, position: jax.Array | int, order: jax.Array | None = None
+        self, tokens: jax.Array, position: jax.Array | int, order: jax.Array | None
     ) -> tuple[jax.Array, jax.Array | None]:
         """Like `GPT.embed`, for positions in the order."""
         targets = jnp.arange(self.length)[None] if order is None else order

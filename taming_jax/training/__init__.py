@@ -5,6 +5,15 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from taming_jax.config.schema import Config
+    from taming_jax.training.stage import Stage
+
+
+def get_stages() -> "dict[str, type[Stage]]":
+    """Returns the stages by name, in the order in which they are trained."""
+    from taming_jax.training.prior import PriorStage
+    from taming_jax.training.vqgan import VQGANStage
+
+    return {"vqgan": VQGANStage, "prior": PriorStage}
 
 
 def train(config: "Config | str", stage: str = "vqgan", *, restart: bool = False) -> Path:
@@ -19,11 +28,8 @@ def train(config: "Config | str", stage: str = "vqgan", *, restart: bool = False
     from taming_jax.config.load import load_config
     from taming_jax.errors import UserError
     from taming_jax.training import loop
-    from taming_jax.training.prior import PriorStage
-    from taming_jax.training.stage import Stage
-    from taming_jax.training.vqgan import VQGANStage
 
-    stages: dict[str, type[Stage]] = {"vqgan": VQGANStage, "prior": PriorStage}
+    stages = get_stages()
     if stage not in stages:
         raise UserError(f"there is no stage '{stage}'; choose one of {', '.join(stages)}.")
     config = load_config(config) if isinstance(config, str) else config

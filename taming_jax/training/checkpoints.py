@@ -35,7 +35,7 @@ from taming_jax.config.migrations import (
 )
 from taming_jax.config.schema import Config
 from taming_jax.config.serialization import to_dict
-from taming_jax.data.datasets import fingerprint_diff
+from taming_jax.data.fingerprints import diff_fingerprints
 from taming_jax.errors import RunFailed, UserError, say
 from taming_jax.storage import hash_json
 from taming_jax.training.frozen import FrozenNetworks
@@ -50,7 +50,7 @@ class Checkpoint(NamedTuple):
     """The content of a checkpoint.
 
     `arrays` are named by their paths and include those of frozen networks. `config` is that of the
-    run. `dataset` is the fingerprint of the training data (data/datasets.py), or None if that is
+    run. `dataset` is the fingerprint of the training data (fingerprints.py), or None if that is
     not known. `weights_only` is true if there are no optimizer states. `format` is the format
     number (config/migrations.py). `environment` describes the devices, or is None in checkpoints of
     older versions and of imported weights.
@@ -80,7 +80,7 @@ class Store:
     """The checkpoints of one stage in a run's folder: the last two and the best. The best one has
     the lowest Fréchet distance if the run measures it, else the lowest `best_metric`.
 
-    `dataset` is the fingerprint (data/datasets.py) of the training data. Each checkpoint stores it,
+    `dataset` is the fingerprint (fingerprints.py) of the training data. Each checkpoint stores it,
     and a resumed run must have the same one. `frozen` holds the parameters of networks that are not
     trained, by the networks' names. Checkpoints also store the `environment`, a description of the
     devices. `say` is called with a sentence if a checkpoint is damaged or cannot be written.
@@ -356,7 +356,7 @@ class Store:
                 "which computed one adaptive weight per batch; this version computes one per "
                 "micro-batch. Choose another --workdir, or start over with --restart."
             )
-        data_changes = fingerprint_diff(self._dataset, checkpoint.dataset)
+        data_changes = diff_fingerprints(self._dataset, checkpoint.dataset)
         if data_changes:
             raise UserError(
                 f"{self.path} holds a run trained on other data: {'; '.join(data_changes)}. Set "

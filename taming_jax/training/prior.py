@@ -19,6 +19,7 @@ from taming_jax.config.schema import Config
 from taming_jax.data import datasets
 from taming_jax.data.augment import uses_augmentation
 from taming_jax.data.batches import gather_batch
+from taming_jax.data.fingerprints import diff_fingerprints
 from taming_jax.data.pixels import to_uint8
 from taming_jax.errors import UserError
 from taming_jax.models.vqgan import build_vqgan, decode_indices
@@ -151,7 +152,7 @@ class PriorStage(Stage):
         config = select_dtype(config, generator_config)
         super().__init__(config, devices, {"generator": generator})
         check_dispatch(config.prior, len(self.splits.train.images))
-        data_changes = datasets.fingerprint_diff(self.dataset, generator_dataset)
+        data_changes = diff_fingerprints(self.dataset, generator_dataset)
         if data_changes:
             raise UserError(
                 f"the generator in {config.folder} was trained on other data: "

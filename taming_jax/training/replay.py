@@ -10,33 +10,30 @@ import numpy as np
 
 from taming_jax.config.load import diff_configs, read_config, update_data_settings
 from taming_jax.config.migrations import RENAMED_METRICS, rename_keys
-from taming_jax.data import datasets
+from taming_jax.data.fingerprints import diff_fingerprints
 from taming_jax.errors import RunFailed, UserError, say
 from taming_jax.parallel.devices import Devices, copy_buffers
 from taming_jax.parallel.runtime import prepare
 from taming_jax.progress import Progress
 from taming_jax.storage import folder_lock, read_arrays
+from taming_jax.training import get_stages
 from taming_jax.training.checkpoints import Checkpoint, Store
 from taming_jax.training.loop import average_metrics
-from taming_jax.training.prior import PriorStage
 from taming_jax.training.stage import Stage
 from taming_jax.training.state import TrainState
-from taming_jax.training.vqgan import VQGANStage
 from taming_jax.training.writers import read_rows
 from taming_jax.weights.arrays import fill, flatten_arrays
 
-STAGES: dict[str, type[Stage]] = {"vqgan": VQGANStage, "prior": PriorStage}
 MAX_WINDOW = 20  # the most steps of a line of the log to repeat; rounding grows from step to step
 
 
-def verify_run(folder: Path, only: str | None = None) -> None:
-    """Verifies each stage of a run, or only one, and says what it found.
+def verify_run(folder: Path) -> None:
+    """Verifies each stage of a run, and says what it found.
 
     Raises RunFailed at the first thing that is not what it should be, and UserError if the folder
     holds no run.
     """
-    names = STAGES if only is None else (only,)
-    stores = [store for name in names if (store := Store(folder, name)).steps()]
+    stores = [store for name in get_stages() if (store := Store(folder, name)).steps()]
     if not stores:
         raise UserError(f"{folder} holds no checkpoints; name the folder of a run.")
     with folder_lock(folder, "verifying"):
@@ -51,7 +48,10 @@ def verify_run(folder: Path, only: str | None = None) -> None:
             name, best = store.path.name, store.best()[0]
             verify_stage(folder, name, last[name])
             if best not in (None, last[name][-1].step):
-                say(f"{name}: sampling uses the best checkpoint, {best}, which was not repeated.")
+                say(
+                    f"{name}: sampling uses the best checkpoint, that of step {best}, whose steps "
+                    "were not repeated."
+                )
 
 
 def format_steps(steps: list[int]) -> str:
@@ -104,7 +104,7 @@ def verify_stage(folder: Path, name: str, checkpoints: list[Checkpoint]) -> None
     count = (last.environment or {}).get("devices", 1)
     devices = Devices(count if count <= jax.device_count() else 1)
     try:
-        stage = STAGES[name](config, devices)
+        stage = get_stages()[name](config, devices)
     except UserError as error:  # such as other data, or data that cannot be read
         raise RunFailed(str(error)) from error
     check_data(stage, last)
@@ -140,7 +140,7 @@ def verify_stage(folder: Path, name: str, checkpoints: list[Checkpoint]) -> None
 def check_data(stage: Stage, checkpoint: Checkpoint) -> None:
     """Raises RunFailed if the images or labels are not those that a run was trained on."""
     now, then = stage.dataset, checkpoint.dataset
-    if changes := datasets.fingerprint_diff(now, then):
+    if changes := diff_fingerprints(now, then):
         raise RunFailed(f"the run was trained on other data: {'; '.join(changes)}.")
     for name, expected in ((then or {}).get("hashes") or {}).items():
         if expected is not None and now["hashes"][name] != expected:

@@ -13,6 +13,7 @@ import numpy as np
 from taming_jax.config.schema import Config, StageConfig
 from taming_jax.data import datasets
 from taming_jax.data.batches import Batch, Feed
+from taming_jax.data.fingerprints import hash_splits, load_and_check
 from taming_jax.metrics.monitor import ValidationFD
 from taming_jax.parallel import distributed
 from taming_jax.parallel.devices import Compiled, Devices, resolve_dtype
@@ -33,7 +34,7 @@ class Stage(abc.ABC):
 
     `learned` names the networks that the stage trains. `best_metric` names the validation metric
     that chooses the best checkpoint; lower is better. `dataset` is the fingerprint of the data
-    (data/datasets.py) with the hashes of the images. `config` is the run's config, including the
+    (fingerprints.py) with the hashes of the images. `config` is the run's config, including the
     values that are fixed when a run is created. `frozen` holds the parameters of the networks that
     the stage uses, but does not train, and that its checkpoints refer to. `evaluation` computes
     sums over a batch of the validation split for `summarize`.
@@ -49,8 +50,8 @@ class Stage(abc.ABC):
         self.config, self.devices = config, devices
         settings = self.settings
         devices.check_batch(self.name, settings.batch_size, settings.micro_batches)
-        self.splits, fingerprint = datasets.load_and_check(lambda: datasets.load(config.data))
-        self.dataset = fingerprint | {"hashes": datasets.hash_splits(self.splits)}
+        self.splits, fingerprint = load_and_check(lambda: datasets.load(config.data))
+        self.dataset = fingerprint | {"hashes": hash_splits(self.splits)}
         self.steps = settings.total_steps(len(self.splits.train.images))
         self._monitor: ValidationFD | None = None
         if settings.fd_every:

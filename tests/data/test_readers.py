@@ -8,6 +8,7 @@ import pytest
 
 from taming_jax.config.schema import DataConfig
 from taming_jax.data import datasets
+from taming_jax.data.fingerprints import compute_fingerprint
 from taming_jax.errors import UserError
 from tests.data import pictures
 
@@ -350,7 +351,7 @@ def test_class_numbers_that_do_not_occur_are_reported_as_untrained(tmp_path, cap
     )
     splits = datasets.load(make_config(tmp_path, "a/b", root))
     assert "there are no training pictures for 3 of 6 classes: 0, 3, 4." in capsys.readouterr().out
-    assert datasets.fingerprint(splits)["untrained_classes"] == [0, 3, 4]
+    assert compute_fingerprint(splits)["untrained_classes"] == [0, 3, 4]
 
 
 def test_names_of_configurations_in_files(tmp_path):

@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 from taming_jax.cli.arguments import Processes
 from taming_jax.config.load import load_config
 from taming_jax.data import datasets
+from taming_jax.data.fingerprints import load_and_check
 from taming_jax.errors import RunFailed, UserError
 from taming_jax.parallel import distributed
 from taming_jax.parallel.devices import Devices
@@ -362,13 +363,10 @@ def test_different_settings_packages_data_and_devices_are_refused(
     )
 
     splits = [datasets.load(load_config("mnist_tiny").data)] * 2
-    assert (
-        in_two_threads(lambda process: datasets.load_and_check(lambda: splits[process])[0])
-        == splits
-    )
+    assert in_two_threads(lambda process: load_and_check(lambda: splits[process])[0]) == splits
     splits[1] = splits[0]._replace(train=splits[0].validation)
     assert_both_refuse(
-        in_two_threads(lambda process: datasets.load_and_check(lambda: splits[process])),
+        in_two_threads(lambda process: load_and_check(lambda: splits[process])),
         "process 1 differs from process 0: there are 3000 training images, not 57000. Give all",
     )
 

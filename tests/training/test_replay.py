@@ -140,7 +140,8 @@ def test_the_best_checkpoint_is_named_if_it_is_not_repeated(trained, tmp_path, c
     other.save(4, arrays, checkpoint.config, {"reconstruction_loss": 0.0})
     other.wait()
     replay.verify_run(tmp_path / "run")
-    assert "sampling uses the best checkpoint, 4, which was not repeated" in capsys.readouterr().out
+    message = "sampling uses the best checkpoint, that of step 4, whose steps were not repeated"
+    assert message in capsys.readouterr().out
 
 
 @pytest.mark.slow
