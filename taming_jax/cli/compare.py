@@ -191,15 +191,17 @@ def main() -> None:
         for quantizer in quantizers
         for prior in ("", *args.priors)
     ]
-    with folder_lock(args.workdir, "comparing"), report_unwritable(args.workdir, "--workdir"):
-        check_protocol(args, settings)
+    with folder_lock(args.workdir, "comparing"):
+        with report_unwritable(args.workdir):
+            check_protocol(args, settings)
         failed = [row.name for row in rows if not try_row(row, args)]
         if len(failed) < len(rows):
             from taming_jax.evaluation import comparison
 
-            comparison.measure_speeds(args.workdir)
-            comparison.draw_figures(args.workdir)
-            print(comparison.write_page(args.workdir, TITLE.format(args.config)), end="")
+            with report_unwritable(args.workdir):
+                comparison.measure_speeds(args.workdir)
+                comparison.draw_figures(args.workdir)
+                print(comparison.write_page(args.workdir, TITLE.format(args.config)), end="")
     if failed:
         raise RunFailed(f"these rows failed: {'; '.join(failed)}. The others are in the tables.")
 
@@ -207,14 +209,16 @@ def main() -> None:
 def try_row(row: Row, args: Compare) -> bool:
     """Trains and evaluates a row unless it is finished, and updates the tables. If it fails, prints
     why and returns false."""
+    from jax.errors import JaxRuntimeError
+
     from taming_jax.evaluation.comparison import RESULT, write_page
 
+    if (row.config.folder / RESULT).exists():
+        return True
     try:
-        if (row.config.folder / RESULT).exists():
-            return True
         measure(row, args)
-    except (UserError, RunFailed) as error:
+        write_page(args.workdir, TITLE.format(args.config))
+    except (UserError, RunFailed, OSError, JaxRuntimeError) as error:  # such as too little memory
         say(f"The row '{row.name}' failed: {error}", sys.stderr)
         return False
-    write_page(args.workdir, TITLE.format(args.config))
     return True

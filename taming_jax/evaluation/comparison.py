@@ -15,7 +15,7 @@ from taming_jax.config.priors import PRIOR_CONFIGS
 from taming_jax.config.quantizers import QUANTIZER_CONFIGS
 from taming_jax.data.datasets import evenly_spaced
 from taming_jax.data.pixels import to_uint8
-from taming_jax.errors import UserError
+from taming_jax.errors import RunFailed, UserError
 from taming_jax.evaluation.report import evaluate
 from taming_jax.run import Run, load_run
 from taming_jax.storage import atomic_write, write_arrays
@@ -164,7 +164,7 @@ def format_comparison(results: list[dict[str, Any]], title: str) -> str:
     groups = group(results)
     tokenizers = {(q,): runs for (q, p), runs in groups.items() if not p}
     priors = {key: runs for key, runs in groups.items() if key[1]}
-    protocol = results[-1]["protocol"]
+    protocol = max((result["protocol"] for result in results), key=lambda x: x["samples"])
     seeds = sorted({result["seed"] for result in results})
     lines = [
         f"# {title}", "",
@@ -184,7 +184,12 @@ def format_comparison(results: list[dict[str, Any]], title: str) -> str:
         lines += ["", "## Priors", ""]
         lines += format_table(["quantizer", "prior"], priors, PRIOR_COLUMNS)
         lines += ["", "![Distance and speed](speed.png)", "", "![Samples](samples.png)"]
-    lines += ["", "## Runs", "", "`taming-jax verify` checks these runs in the workdir.", ""]
+    lines += [
+        "", "## Runs", "",
+        "`taming-jax verify` checks these runs in the workdir. To train one again, run its command "
+        "with a new `--workdir`; for a prior, run that of its quantizer first, with the same one.",
+        "",
+    ]  # fmt: skip
     lines += ["| folder | hash | command |", "| --- | --- | --- |"]
     lines += [f"| {x['folder']} | {x['hash']} | `{x['command']}` |" for x in results]
     return "\n".join(lines) + "\n"
@@ -205,6 +210,23 @@ def read_runs(file: Path) -> list[tuple[Path, str]]:
             f"{file} has no complete table of runs; name a {TABLE} of `taming-jax compare`."
         )
     return [(file.parent / row[0], row[1]) for row in cells]
+
+
+def check_page(file: Path) -> None:
+    """Raises RunFailed if a page is not what the results in its folder give, or if a prior was not
+    trained on the tokenizer beside it."""
+    page, results = file.read_text(encoding="utf-8"), read_results(file.parent)
+    title = page.split("\n", 1)[0].removeprefix("# ")
+    if not results or page != format_comparison(results, title):
+        raise RunFailed(f"{file} is not what the results in its folder give.")
+    generators = {
+        (x["quantizer"], x["seed"]): x["protocol"]["generator"] for x in results if not x["prior"]
+    }
+    for result in results:
+        if generators.get((result["quantizer"], result["seed"])) != result["protocol"]["generator"]:
+            raise RunFailed(
+                f"{result['folder']} was not trained on the tokenizer of the same seed in {file}."
+            )
 
 
 def write_page(workdir: Path, title: str) -> str:

@@ -177,10 +177,13 @@ class Devices:
         return machine // len(self.list)
 
     def describe(self) -> dict[str, Any]:
-        """Returns what rounding errors depend on: the devices, the processes, the CPU and the cores
-        of it that this process may use, and the versions of the packages."""
+        """Returns what rounding errors depend on: the devices and, for GPUs, the version of their
+        runtime; the processes, the CPU and the cores of it that this process may use; and the
+        versions of the packages."""
+        device = self.list[0]
+        runtime = {} if device.platform == "cpu" else {"runtime": device.client.platform_version}
         return {
-            "devices": len(self), "device_kind": self.list[0].device_kind,
+            "devices": len(self), "device_kind": device.device_kind, **runtime,
             "processes": distributed.process_count(), "cpu": distributed.hash_cpu(),
             "cores": distributed.count_cores(), "versions": distributed.get_versions(),
         }  # fmt: skip

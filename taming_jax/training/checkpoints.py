@@ -52,8 +52,9 @@ class Checkpoint(NamedTuple):
     `arrays` are named by their paths and include those of frozen networks. `config` is that of the
     run. `dataset` is the fingerprint of the training data (fingerprints.py), or None if that is
     not known. `weights_only` is true if there are no optimizer states. `format` is the format
-    number (config/migrations.py). `environment` describes the devices, or is None in checkpoints of
-    older versions and of imported weights.
+    number (config/migrations.py). `environment` describes the devices, and `first_step` holds the
+    number and the metrics of the first step after the previous checkpoint; they are None in
+    checkpoints of older versions and of imported weights.
     """
 
     step: int
@@ -63,6 +64,7 @@ class Checkpoint(NamedTuple):
     weights_only: bool
     format: int
     environment: dict[str, Any] | None
+    first_step: dict[str, float] | None
 
     @property
     def nets(self) -> dict[str, Any]:
@@ -140,13 +142,14 @@ class Store:
         config: Config,
         metrics: dict[str, float] | None,
         weights_only: bool = False,
+        first_step: dict[str, float] | None = None,
     ) -> None:
         """Starts writing a checkpoint in a thread. `wait` and the next save wait for it.
 
         Does nothing if the step has a checkpoint already. `state` holds arrays of numpy or JAX,
         which must not change until the checkpoint is written. `weights_only` marks a checkpoint
-        without optimizer states. If the checkpoint cannot be written, `say` reports it, and earlier
-        checkpoints stay.
+        without optimizer states; for `first_step` see `Checkpoint`. If the checkpoint cannot be
+        written, `say` reports it, and earlier checkpoints stay.
         """
         self.wait()
         if step in self.steps():
@@ -159,6 +162,7 @@ class Store:
             "dataset": self._dataset,
             "frozen": self._frozen.hashes,
             "environment": self._environment,
+            "first_step": first_step,
         }
         if weights_only:
             metadata["weights_only"] = True
@@ -274,6 +278,7 @@ class Store:
             step, arrays,
             self._read_config(metadata, step), metadata.get("dataset"),
             metadata.get("weights_only", False), format_number, metadata.get("environment"),
+            metadata.get("first_step"),
         )  # fmt: skip
 
     def read_undamaged(self, steps: Iterable[int]) -> Iterator[Checkpoint]:

@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -91,7 +91,7 @@ def train(build_stage: Callable[..., Stage], config: Config, restart: bool = Fal
                 store.clear(config, sections)
             return initial or store.restore(template, config, sections, stage.learned)
 
-        try:
+        with report_failures(folder, stage):
             state = stage.init(jax.random.key(config.seed))
             # All processes use the primary's state even if it is fresh, since another kind of
             # device may round differently. Copy it because the first step donates its buffers,
@@ -99,17 +99,25 @@ def train(build_stage: Callable[..., Stage], config: Config, restart: bool = Fal
             state = distributed.run_on_primary(lambda: load_state(state) or state)
             state = copy_buffers(devices.replicate(state))
             return Loop(stage, store, signals, restart).run(state)
-        except OSError as error:
-            raise RunFailed(f"{error.filename or folder}: {error.strerror or error}.") from error
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            batch = getattr(config, stage.name).batch_size
-            raise RunFailed(
-                f"a step of {batch} images does not fit in the device's memory; lower "
-                f"--{stage.name}.batch-size, raise --{stage.name}.micro-batches, or use more "
-                "devices."
-            ) from error
+
+
+@contextlib.contextmanager
+def report_failures(folder: Path, stage: Stage) -> Iterator[None]:
+    """A context for the steps of a stage that converts errors of the disk, and a lack of memory on
+    the device, to RunFailed."""
+    try:
+        yield
+    except OSError as error:
+        raise RunFailed(f"{error.filename or folder}: {error.strerror or error}.") from error
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        batch = getattr(stage.config, stage.name).batch_size
+        raise RunFailed(
+            f"a step of {batch} images does not fit in the device's memory; "
+            f"lower --{stage.name}.batch-size, raise --{stage.name}.micro-batches, or use more "
+            "devices."
+        ) from error
 
 
 def load_initial_weights(
@@ -170,6 +178,7 @@ class Loop:
         self.cadences = Cadences.choose(self.settings, self.training.size)
         self.restart = restart
         self.pending: list[tuple[range, Metrics]] = []
+        self.first_step: dict[str, float] | None = None  # since the last checkpoint; for `verify`
         self.signal_maxima: list[jax.Array] = []
         self.skipped = self.skipped_in_a_row = 0
 
@@ -224,7 +233,7 @@ class Loop:
 
     def _run_steps(self, state: TrainState, start: int, first: Batch) -> None:
         self.signals.listen()  # until now, ending the process loses nothing
-        done = last_drawn = start
+        done = last_drawn = self.saved_step = start
         self.last_saved = time.monotonic()
         profile = self.settings.profile or (1, 0)
         stops = (profile[0] - 1, profile[1], self.steps)
@@ -302,9 +311,11 @@ class Loop:
         return int(self.devices.fetch(self.signal_maxima.pop(0))) or None
 
     def _save(self, state: TrainState, done: int, metrics: dict[str, float] | None) -> None:
-        self.last_saved = time.monotonic()
+        """Saves a checkpoint. All metrics up to its step must have been logged."""
+        self.last_saved, self.saved_step = time.monotonic(), done
         if distributed.is_primary():
-            self.store.save(done, self.devices.snapshot(state), self.config, metrics)
+            snapshot = self.devices.snapshot(state)
+            self.store.save(done, snapshot, self.config, metrics, first_step=self.first_step)
 
     def _require_checkpoint(self, step: int) -> None:
         """Waits, in every process, for a step's checkpoint. Raises RunFailed if it is missing."""
@@ -324,6 +335,9 @@ class Loop:
         finite: list[dict[str, Any]] = []
         skipped: list[tuple[int, str]] = []
         for step, metrics in window:
+            if step == self.saved_step + 1:
+                finite_values = {k: float(x) for k, x in metrics.items() if np.isfinite(x)}
+                self.first_step = {"step": step, **finite_values}
             previous, self.skipped = self.skipped, int(metrics["skipped"])
             if self.skipped == previous:
                 self.skipped_in_a_row = 0

@@ -3,11 +3,15 @@
 import json
 
 import numpy as np
+import pytest
 from PIL import Image
 
+from taming_jax.errors import RunFailed
 from taming_jax.evaluation import comparison
 
-PROTOCOL = {"images": 100, "split": "test", "samples": 50, "features": "VGG16"}
+PROTOCOL = {
+    "images": 100, "split": "test", "samples": 50, "features": "VGG16", "generator": "abc",
+}  # fmt: skip
 
 
 def make_results(workdir):
@@ -56,6 +60,22 @@ def test_a_page_has_means_over_seeds_and_the_hash_of_each_run(tmp_path):
     assert len(runs) == 8
     for folder, value in runs:
         assert json.loads((folder / "result.json").read_text())["hash"] == value
+
+
+def test_a_page_is_checked_against_the_results(tmp_path):
+    make_results(tmp_path)
+    comparison.write_page(tmp_path, "Title")
+    page, file = tmp_path / "comparison.md", tmp_path / "vq-masked" / "seed-1" / "result.json"
+    comparison.check_page(page)
+    text = page.read_text()
+    page.write_text(text.replace("2.5 ± 0.5", "1.5 ± 0.5"))
+    with pytest.raises(RunFailed, match=r"comparison.md is not what the results in its folder"):
+        comparison.check_page(page)
+    page.write_text(text)
+    result = json.loads(file.read_text())
+    file.write_text(json.dumps(result | {"protocol": PROTOCOL | {"generator": "another"}}))
+    with pytest.raises(RunFailed, match="vq-masked/seed-1 was not trained on the tokenizer"):
+        comparison.check_page(page)
 
 
 def test_the_figures_show_every_group(tmp_path):

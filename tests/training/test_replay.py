@@ -13,7 +13,7 @@ from taming_jax.errors import RunFailed, UserError
 from taming_jax.parallel import distributed
 from taming_jax.training import replay
 from taming_jax.training.checkpoints import Store
-from tests import small_runs
+from tests import commands, small_runs
 
 SETTINGS = {
     "vqgan__steps": 6, "vqgan__checkpoint_every": 2, "vqgan__log_every": 2, "vqgan__eval_every": 6,
@@ -57,19 +57,16 @@ def test_a_run_with_one_checkpoint_is_repeated_from_the_start(workdir, capsys):
 
 
 def test_a_checkpoint_that_the_settings_do_not_produce_is_refused(workdir):
-    """The last checkpoint is replaced by one with right hashes but another array."""
-    store = Store(workdir, "vqgan", "reconstruction_loss")
-    checkpoint = store.read(6)
+    """The last checkpoint is replaced by one with right hashes but other arrays."""
     path = ("nets", "generator", "params", "decoder", "conv_in", "bias")
-    arrays = dict(checkpoint.arrays)
-    arrays[path] = arrays[path] + np.float32(1e-3)
-    forged = Store(workdir, "vqgan", "reconstruction_loss", checkpoint.dataset)
-    forged._environment = checkpoint.environment
-    shutil.rmtree(store.path / "6")
-    forged.save(6, traverse_util.unflatten_dict(arrays), checkpoint.config, None)
-    forged.wait()
-    message = r"do not produce the checkpoint of step 6: the array nets.generator.params.decoder."
-    with pytest.raises(RunFailed, match=message + r"conv_in.bias differs by up to 0.001"):
+    bias = Store(workdir, "vqgan").read(6).arrays[path]
+    message = "do not produce the checkpoint of step 6: "
+    rewrite_last_checkpoint(workdir, {path: bias + np.float32(1e-3)})
+    name = "the array nets.generator.params.decoder.conv_in.bias"
+    with pytest.raises(RunFailed, match=f"{message}{name} differs by up to 0.001"):
+        replay.verify_run(workdir)
+    rewrite_last_checkpoint(workdir, {path: bias, ("nets", "other"): bias})
+    with pytest.raises(RunFailed, match=f"{message}only the checkpoint has the array nets.other"):
         replay.verify_run(workdir)
 
 
@@ -94,30 +91,51 @@ def test_a_single_changed_pixel_of_the_data_is_noticed(workdir, monkeypatch):
         replay.verify_run(workdir)
 
 
-def test_on_another_machine_the_metrics_of_the_log_are_compared(workdir, monkeypatch, capsys):
+def rewrite_last_checkpoint(workdir, arrays=None, **changes):
+    """Replaces the last checkpoint by one with other arrays or metadata, and right hashes."""
+    store = Store(workdir, "vqgan", "reconstruction_loss")
+    checkpoint = store.read(6)._replace(**changes)
+    arrays = checkpoint.arrays | (arrays or {})
+    forged = Store(
+        workdir, "vqgan", "reconstruction_loss", checkpoint.dataset,
+        environment=checkpoint.environment,
+    )  # fmt: skip
+    shutil.rmtree(store.path / "6")
+    nets = traverse_util.unflatten_dict(arrays)
+    forged.save(6, nets, checkpoint.config, None, first_step=checkpoint.first_step)
+    forged.wait()
+
+
+def test_on_another_machine_the_metrics_of_one_step_are_compared(workdir, monkeypatch, capsys):
     cores = distributed.count_cores()
     monkeypatch.setattr(distributed, "count_cores", lambda: cores + 1)
     replay.verify_run(workdir)
+    reason = f"the number of cores is another ({cores + 1}, not {cores})."
     assert (
-        "vqgan: steps 5 to 6 were repeated, and the metrics agree with the log up to rounding. The "
-        f"state was not compared bit for bit: cores {cores + 1} here, {cores} in the run."
+        "vqgan: step 5 was repeated, and its metrics agree with those of the run up to rounding. "
+        f"The last checkpoint was not compared bit for bit, since {reason}"
     ) in capsys.readouterr().out
-    log = workdir / "metrics" / "vqgan.jsonl"
-    rows = small_runs.read_rows(workdir)
-    changed = next(row for row in rows if row["split"] == "train" and row["step"] == 6)
-    honest = dict(changed)
-    changed["l1"] *= 1.01
-    log.write_text("\n".join(map(json.dumps, rows)) + "\n")
-    with pytest.raises(RunFailed, match="do not produce the log of step 6: l1 is"):
+    saved = Store(workdir, "vqgan").read(6).first_step
+    rewrite_last_checkpoint(workdir, first_step=saved | {"l1": saved["l1"] * 1.01})
+    with pytest.raises(RunFailed, match="do not produce step 5: l1 is"):
         replay.verify_run(workdir)
-    rows[rows.index(changed)] = {name: honest[name] for name in ("step", "split", "epoch")}
-    log.write_text("\n".join(map(json.dumps, rows)) + "\n")
-    with pytest.raises(RunFailed, match="has none of the metrics of these steps"):
+    rewrite_last_checkpoint(workdir, first_step=saved | {"another": 1.0})
+    with pytest.raises(RunFailed, match="do not produce step 5: another is nan, not 1"):
         replay.verify_run(workdir)
-    rows[-2:] = []
-    log.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    rewrite_last_checkpoint(workdir, first_step=None)
     replay.verify_run(workdir)
-    assert "no line within 20 steps of step 4, and cores" in capsys.readouterr().out
+    assert f"since the metrics of step 5 were not saved, and {reason}" in capsys.readouterr().out
+
+
+def test_metrics_of_the_first_step_after_a_checkpoint_are_saved(workdir):
+    """Also in a session that resumes, and if a line of the log covers several steps."""
+    first = Store(workdir, "vqgan").read(6).first_step
+    assert first["step"] == 5 and first["skipped"] == 0
+    small_runs.train(workdir, **SETTINGS | {"vqgan__steps": 7, "vqgan__log_every": 1})
+    resumed = Store(workdir, "vqgan").read(7).first_step
+    row = small_runs.read_rows(workdir)[-2]
+    assert row["step"] == resumed["step"] == 7
+    assert {name: row[name] for name in resumed} == resumed
 
 
 def test_changed_settings_are_refused(workdir):
@@ -151,8 +169,8 @@ def test_a_run_resumed_on_other_devices_is_repeated_on_as_many(workdir, monkeypa
     assert "steps 7 to 8 were repeated, and every array" in capsys.readouterr().out
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     replay.verify_run(workdir)
-    assert "steps 7 to 8 were repeated, and the metrics" in (out := capsys.readouterr().out)
-    assert "bit for bit: devices 1 here, 2 in the run." in out
+    assert "step 7 was repeated, and its metrics" in (out := capsys.readouterr().out)
+    assert "bit for bit, since the number of devices is another (1, not 2)." in out
 
 
 @pytest.fixture
@@ -178,6 +196,28 @@ def test_a_prior_is_verified_with_its_generator_and_tokens(prior_run, capsys):
         with pytest.raises(RunFailed, match=message):
             replay.verify_run(prior_run)
         file.write_bytes(before)
+
+
+def test_a_prior_may_have_another_seed(workdir):
+    small_runs.train(workdir, "prior", prior__steps=2, seed=3)
+    replay.verify_run(workdir)
+    config = json.loads((workdir / "config.json").read_text())
+    assert config["seed"] == 3
+    (workdir / "config.json").write_text(json.dumps(config | {"seed": 4}))
+    with pytest.raises(RunFailed, match="--seed is 4, not 3"):
+        replay.verify_run(workdir)
+
+
+@pytest.mark.slow
+def test_a_deterministic_run_can_be_verified(tmp_path):
+    """Reading checkpoints starts JAX, which must have its flags by then."""
+    settings = ["--config", "mnist_tiny", "--data.name", "synthetic", "--data.image-size", 8]
+    settings += ["--vqgan.steps", 2, "--vqgan.channels", 4, "--vqgan.multipliers", 1]
+    settings += ["--vqgan.batch-size", 8, "--deterministic", "--workdir", tmp_path / "run"]
+    status, _, err = commands.run("train_vqgan.py", *settings, "--vqgan.discriminator-start", 1)
+    assert status == 0, err
+    status, out, err = commands.run("taming_jax/cli/__main__.py", "verify", tmp_path / "run")
+    assert status == 0 and "every array is that of the last checkpoint" in out, err
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
