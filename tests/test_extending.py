@@ -101,6 +101,7 @@ def test_the_dataset_quantizer_loss_and_log_destination_work_together(tmp_path, 
     monkeypatch.setattr(loop, "open_writers", patched_writers.open_writers)
     config = small_runs.make_config(tmp_path / "run", data__name="stripes", vqgan__steps=3)
     config = replace_section(config, "vqgan", quantizer="sign", code_dim=4, codebook_size=16)
+    config = dataclasses.replace(config, log=("tensorboard", "csv"))
     loop.train(vqgan.VQGANStage, config)
     rows = read_rows(tmp_path / "run" / "metrics" / "vqgan.jsonl")
     train_rows = [row for row in rows if row["split"] == "train"]

@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from taming_jax.progress import Progress, say_above
@@ -38,6 +39,16 @@ class Log:
         self._progress: Progress | None = None
         self._seconds_waited, self._timer_start = 0.0, time.monotonic()
         self._call_writers("resume", start)
+
+    def log_text(self, name: str, text: str) -> None:
+        """Logs a text that describes the run."""
+        self._call_writers("text", self._last_row_step, name, text)
+
+    def log_figures(self, step: int, files: Sequence[Path]) -> None:
+        """Logs figures from their PNG files. Leaves out files that do not exist."""
+        for file in files:
+            if file.exists():
+                self._call_writers("image", step, file.stem, file)
 
     def start_progress(self) -> None:
         """Starts the clock and the progress bar. Call this after compilation, so that the speed of

@@ -6,6 +6,7 @@ The loop uses a stage only through the interface in stage.py.
 import contextlib
 import dataclasses
 import itertools
+import json
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ import numpy as np
 from taming_jax.config.load import diff_configs, read_config, write_config
 from taming_jax.config.migrations import RENAMED_METRICS, rename_keys
 from taming_jax.config.schema import MACHINE_SETTINGS, Config, StageConfig
+from taming_jax.config.serialization import to_dict
 from taming_jax.config.validation import validate_config
 from taming_jax.data.batches import Batch
 from taming_jax.errors import Interrupted, RunFailed, UserError, say
@@ -39,7 +41,7 @@ from taming_jax.training.weights import (
     describe_mismatches,
     load_matching_weights,
 )
-from taming_jax.training.writers import open_writers, read_rows
+from taming_jax.training.writers import check_destinations, open_writers, read_rows
 
 CHECKPOINT_SECONDS = 600  # a checkpoint is written if the last one is older
 
@@ -64,6 +66,7 @@ def train(build_stage: Callable[..., Stage], config: Config, restart: bool = Fal
     saves a checkpoint and raises Interrupted.
     """
     validate_config(config)
+    check_destinations(config)
     folder = config.folder
     with contextlib.ExitStack() as stack:
         signals = Signals()
@@ -194,8 +197,9 @@ class Loop:
             rename_keys(row, RENAMED_METRICS[name])
             for row in read_rows(folder / "metrics" / f"{name}.jsonl")
         ]
-        writers = open_writers(folder, name) if distributed.is_primary() else []
+        writers = open_writers(self.config, name) if distributed.is_primary() else []
         self.log = Log(name, start, self.steps, rows, writers, meter)
+        self.log.log_text("config", json.dumps(to_dict(self.config), indent=1))
         self.store.say = self.log.say
         if distributed.is_primary():
             write_config(keep_other_stage(self.config, name, self.restart), folder / "config.json")
@@ -273,7 +277,7 @@ class Loop:
                     last_drawn = done
                     if self.signals.received is not None:
                         self._save(state, done, score_metrics)
-                    self._draw_figures(state, sums)
+                    self._draw_figures(state, done, sums)
             # Check for signals last, since they can arrive at any time before this.
             stop = self._agree_on_signal()
             if save or stop is not None:
@@ -321,10 +325,12 @@ class Loop:
         """Waits, in every process, for a step's checkpoint. Raises RunFailed if it is missing."""
         distributed.run_on_primary(lambda: self.store.require(step))
 
-    def _draw_figures(self, state: TrainState, sums: dict[str, np.ndarray]) -> None:
+    def _draw_figures(self, state: TrainState, done: int, sums: dict[str, np.ndarray]) -> None:
         if distributed.is_primary():
-            with self.log.tolerate_write_errors(f"The figures in {self.folder / 'figures'}"):
-                self.stage.draw_figures(state, self.folder / "figures", sums, self.log.rows)
+            folder = self.folder / "figures"
+            with self.log.tolerate_write_errors(f"The figures in {folder}"):
+                self.stage.draw_figures(state, folder, sums, self.log.rows)
+            self.log.log_figures(done, [folder / name for name in self.stage.figures])
 
     def _log_pending(self) -> None:
         """Fetches the metrics of the steps since the last row of the log, and logs their means.

@@ -136,6 +136,7 @@ class PriorStage(Stage):
 
     name = "prior"
     best_metric = "nll"
+    figures = ("prior_loss.png", "samples.png")
     learned = ("transformer",)
 
     def __init__(self, config: Config, devices: Devices, restart: bool = False):

@@ -32,8 +32,9 @@ def select_dtype(config: Config, created: Config | None) -> Config:
 class Stage(abc.ABC):
     """A training stage.
 
-    `learned` names the networks that the stage trains. `best_metric` names the validation metric
-    that chooses the best checkpoint; lower is better. `dataset` is the fingerprint of the data
+    `learned` names the networks that the stage trains, and `figures` the files that `draw_figures`
+    writes. `best_metric` names the validation metric that chooses the best checkpoint; lower is
+    better. `dataset` is the fingerprint of the data
     (fingerprints.py) with the hashes of the images. `config` is the run's config, including the
     values that are fixed when a run is created. `frozen` holds the parameters of the networks that
     the stage uses, but does not train, and that its checkpoints refer to. `evaluation` computes
@@ -43,6 +44,7 @@ class Stage(abc.ABC):
     name: ClassVar[str]
     best_metric: ClassVar[str]
     learned: ClassVar[tuple[str, ...]]
+    figures: ClassVar[tuple[str, ...]]
     evaluation: Compiled
 
     def __init__(self, config: Config, devices: Devices, frozen: Mapping[str, Any] | None = None):
@@ -101,7 +103,7 @@ class Stage(abc.ABC):
     def draw_figures(
         self, state: TrainState, folder: Path, sums: dict[str, np.ndarray], rows: list[dict]
     ) -> None:
-        """Writes the stage's figures from the state, a validation's sums, and the log's rows."""
+        """Writes the stage's `figures` from the state, a validation's sums, and the log's rows."""
 
     def compile(self, state: TrainState, training: Sequence[Batch], validation: Batch) -> None:
         """Compiles the evaluation, and the steps that a run needs from these training batches on:

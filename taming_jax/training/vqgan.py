@@ -69,6 +69,10 @@ class VQGANStage(Stage):
 
     name = "vqgan"
     best_metric = "reconstruction_loss"
+    figures = (
+        "loss_curves.png", "reconstructions.png", "codebook_usage.png", "random_latents.png",
+        "codebook.png",
+    )  # fmt: skip
     learned = ("generator", "discriminator")
 
     def __init__(self, config: Config, devices: Devices, restart: bool = False):

@@ -1,47 +1,76 @@
-"""Metric writers. To add a destination, write a class with the methods of `Writer`, and add it to
-`open_writers`."""
+"""Log destinations. To add one, write a subclass of `Writer`, and add it to `DESTINATIONS` and to
+the setting `--log`."""
 
 import contextlib
+import functools
+import importlib
+import importlib.util
 import json
 import os
+import secrets
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from PIL import Image
+from tensorboardX import summary
 from tensorboardX.proto import event_pb2, summary_pb2
 from tensorboardX.record_writer import RecordWriter
 
+from taming_jax.config.schema import Config
+from taming_jax.config.serialization import to_dict
+from taming_jax.errors import UserError
+from taming_jax.storage import atomic_write
 
-class Writer(Protocol):
-    """A destination for the metrics of one stage. Methods raise OSError if they cannot write; the
-    run continues, and calls them again for the next metrics."""
+PROJECT = "taming_jax"  # of the runs at Weights & Biases and in trackio
+
+
+class Writer:
+    """A destination for the log of one stage. Methods raise OSError if they cannot write; the run
+    continues, and calls them again for the next metrics."""
 
     def resume(self, step: int) -> None:
-        """Discards the rows after `step`: the run resumes from there and logs them again. A new run
-        calls this with step 0."""
+        """Discards what was logged after `step`: the run resumes from there and logs it again. A
+        new run calls this with step 0. Raises UserError if the destination cannot be opened."""
 
     def scalars(self, step: int, group: str, values: dict[str, float]) -> None:
         """Writes the metrics of a step. Their names may differ between steps. `group` is "train",
         "validation", or "speed"."""
 
+    def text(self, step: int, name: str, text: str) -> None:
+        """Writes a text."""
+
+    def image(self, step: int, name: str, file: Path) -> None:
+        """Writes a figure from its PNG file."""
+
     def close(self) -> None:
         """Writes any buffered metrics and closes the destination."""
 
 
-def open_writers(folder: Path, name: str) -> list[Writer]:
-    """Opens the metric writers of a stage in a run's folder."""
-    return [JsonLines(folder / "metrics", name), TensorBoard(folder / "tensorboard" / name)]
+def check_destinations(config: Config) -> None:
+    """Raises UserError if a destination of `--log` needs a package that is not installed."""
+    for name in config.log:
+        if name in SERVICES and importlib.util.find_spec(name) is None:
+            raise UserError(
+                f"--log {name} needs the package {name}, which is not installed; run `pip install "
+                f"{name}`."
+            )
 
 
-class JsonLines:
+def open_writers(config: Config, stage: str) -> list[Writer]:
+    """Opens the log destinations of a stage: the JSON lines, and those of `--log`."""
+    return [JsonLines(config, stage), *(DESTINATIONS[name](config, stage) for name in config.log)]
+
+
+class JsonLines(Writer):
     """A writer of one JSON object per line. NAME.jsonl holds the metrics, which are reproducible,
     and NAME_speed.jsonl holds the training speed, which is not."""
 
-    def __init__(self, folder: Path, name: str):
-        self._folder = folder
-        self._paths = {False: folder / f"{name}.jsonl", True: folder / f"{name}_speed.jsonl"}
+    def __init__(self, config: Config, stage: str):
+        self._folder = folder = config.folder / "metrics"
+        self._paths = {False: folder / f"{stage}.jsonl", True: folder / f"{stage}_speed.jsonl"}
         self._unwritten = dict.fromkeys(self._paths.values(), "")
         self._sizes = dict.fromkeys(self._unwritten, 0)
 
@@ -93,13 +122,13 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [row for row, _ in parse_rows(path.read_bytes())] if path.exists() else []
 
 
-class TensorBoard:
+class TensorBoard(Writer):
     """A writer of TensorBoard event files. It uses tensorboardX's synchronous record writer,
     because the thread of SummaryWriter dies on a full disk and the next call then blocks forever.
     """
 
-    def __init__(self, folder: Path):
-        self._folder = folder
+    def __init__(self, config: Config, stage: str):
+        self._folder = config.folder / "tensorboard" / stage
         self._records: RecordWriter | None = None
         self._start: int | None = None  # the step to resume from, until an event records it
 
@@ -137,7 +166,92 @@ class TensorBoard:
         ]
         self._write(step, summary=summary_pb2.Summary(value=scalars))
 
+    def text(self, step: int, name: str, text: str) -> None:
+        self._write(step, summary=summary.text(name, text))
+
+    def image(self, step: int, name: str, file: Path) -> None:
+        with Image.open(file) as picture:
+            width, height, channels = *picture.size, len(picture.getbands())
+        image = summary_pb2.Summary.Image(
+            height=height, width=width, colorspace=channels, encoded_image_string=file.read_bytes()
+        )
+        value = summary_pb2.Summary.Value(tag=f"figures/{name}", image=image)
+        self._write(step, summary=summary_pb2.Summary(value=[value]))
+
     def close(self) -> None:
         if self._records is not None:
             self._records.close()
             self._records = None
+
+
+class Service(Writer):
+    """A writer to Weights & Biases or trackio, whose interfaces are nearly the same.
+
+    A service cannot discard what it received. Therefore a file holds the id of the run there, and
+    the last step that was sent of each group. A run that resumes from an earlier step continues the
+    run there, and leaves out what it sent before: it would be the same.
+    """
+
+    def __init__(self, name: str, config: Config, stage: str):
+        self._service, self._module = name, importlib.import_module(name)
+        self._config, self._stage = config, stage
+        self._file = config.folder / "metrics" / f"{stage}_{name}.json"
+        self._state: dict[str, Any] = {}
+        self._run: Any = None
+
+    @contextlib.contextmanager
+    def _convert_errors(self, kind: Callable[[str], Exception]) -> Iterator[None]:
+        """Raises `kind` in place of the exceptions of the service."""
+        own_error = getattr(self._module, "Error", RuntimeError)
+        try:
+            yield
+        except (own_error, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise kind(f"{self._service}: {reason}.") from error
+
+    def resume(self, step: int) -> None:
+        if step and self._file.exists():
+            self._state = json.loads(self._file.read_text(encoding="utf-8"))
+        else:
+            self._state = {"id": secrets.token_hex(4), "steps": {}}
+        folder, settings = self._config.folder, to_dict(self._config)
+        name = f"{folder.name} {self._stage} {self._state['id']}"
+        common = {"project": PROJECT, "name": name, "config": settings, "resume": "allow"}
+        with self._convert_errors(UserError):
+            if self._service == "wandb":
+                self._run = self._module.init(
+                    **common, id=self._state["id"], dir=folder,
+                    settings=self._module.Settings(console="off"),
+                )  # fmt: skip
+            else:
+                self._run = self._module.init(**common, embed=False)
+
+    def _send(self, step: int, group: str, values: dict[str, Any]) -> None:
+        if step <= self._state["steps"].get(group, 0):
+            return
+        with self._convert_errors(OSError):
+            self._run.log(values, step=step)
+        self._state["steps"][group] = step
+        self._file.parent.mkdir(exist_ok=True)
+        atomic_write(self._file, json.dumps(self._state).encode())
+
+    def scalars(self, step: int, group: str, values: dict[str, float]) -> None:
+        self._send(step, group, {f"{group}/{key}": value for key, value in values.items()})
+
+    def image(self, step: int, name: str, file: Path) -> None:
+        name = f"figures/{name}"
+        self._send(step, name, {name: self._module.Image(str(file))})
+
+    def close(self) -> None:
+        if self._run is not None:
+            with self._convert_errors(OSError):
+                self._module.finish()
+            self._run = None
+
+
+SERVICES = ("wandb", "trackio")
+DESTINATIONS: dict[str, Callable[[Config, str], Writer]] = {
+    "tensorboard": TensorBoard,
+    "wandb": functools.partial(Service, "wandb"),
+    "trackio": functools.partial(Service, "trackio"),
+}

@@ -29,7 +29,7 @@ class Parabola:
     """A stage whose state counts its steps. Its validation metric is best at step `best`."""
 
     name, best_metric, learned, dataset, frozen = "vqgan", "nll", (), None, {}
-    steps_per_dispatch = 1
+    steps_per_dispatch, figures = 1, ()
 
     def __init__(
         self, config, devices, restart=False, best=6, nearest=0, broken=(),
