@@ -14,7 +14,7 @@ import pytest
 from taming_jax.config.load import load_config
 from taming_jax.errors import RunFailed
 from taming_jax.training.checkpoints import Store
-from taming_jax.training.writers import read_rows
+from taming_jax.training.writers import DESTINATIONS, read_rows
 from tests import disks
 from tests.training.test_loop import Parabola, train
 
@@ -120,7 +120,7 @@ def test_a_run_survives_a_disk_that_fails_temporarily(disk, tmp_path, capsys, mo
     # Open files would prevent the disk from becoming read-only.
     monkeypatch.setattr("taming_jax.training.loop.folder_lock", lambda *_: contextlib.nullcontext())
     if failure == "read-only":
-        monkeypatch.setattr("taming_jax.training.writers.TensorBoard", lambda folder: mock.Mock())
+        monkeypatch.setitem(DESTINATIONS, "tensorboard", lambda config, stage: mock.Mock())
         logs.remove("TensorBoard")
     train(tmp_path / "uninterrupted", **SETTINGS)
     assert "cannot be written" not in capsys.readouterr().out
