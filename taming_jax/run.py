@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from taming_jax import tiled_inference
+from taming_jax import hub, tiled_inference
 from taming_jax.config.load import override, replace_section, update_data_settings
 from taming_jax.config.schema import Config
 from taming_jax.config.validation import format_flag
@@ -24,6 +24,7 @@ from taming_jax.errors import UserError, say
 from taming_jax.models.vqgan import build_vqgan, decode_indices, encode, max_batch
 from taming_jax.parallel.devices import Devices, map_batches
 from taming_jax.parallel.runtime import enable_compile_cache
+from taming_jax.pretrained import FILES, is_pretrained, read_pretrained
 from taming_jax.priors.registry import Prior, build_prior
 from taming_jax.sampler import Classes, Sampler
 from taming_jax.storage import expand_user
@@ -39,12 +40,19 @@ def load_run(workdir: str | Path, data: Mapping[str, Any] | None = None) -> "Run
     """Loads a run from the best checkpoint in its folder, or from the newest if none was validated.
     If the run has a prior, loads the prior and the generator that it was trained on, else stage 1.
 
+    Also loads the folders that `save_pretrained` writes, and, as `hf://user/name` or
+    `hf://user/name@revision`, those on the Hugging Face hub, which it downloads.
+
     `data` overrides data settings of the run's config.json, such as `{"path": "elsewhere/birds"}`
     for data that has moved; see `Run.with_data`.
 
-    Raises UserError if the folder holds no run, or if none of its checkpoints can be read.
+    Raises UserError if the folder or repository does not exist or holds no run, or if none of its
+    checkpoints can be read.
     """
-    folder = expand_user(workdir)
+    if str(workdir).startswith(hub.PREFIX):
+        folder = hub.download(str(workdir), FILES)
+    else:
+        folder = expand_user(workdir)
     run = Run(folder, *_load_checkpoint(folder))
     return run.with_data(data) if data else run
 
@@ -55,6 +63,10 @@ def _load_checkpoint(folder: Path) -> tuple[Config, int, dict[str, Any] | None, 
         raise UserError(
             f"there is no folder {folder}; name the folder of a run, such as runs/mnist_tiny."
         )
+    if is_pretrained(folder):
+        content = read_pretrained(folder)
+        networks = content.networks
+        return *content[:3], networks["generator"], networks.get("transformer")
     prior_store = Store(folder, "prior")
     if prior_store.steps():
         checkpoint = prior_store.load_best()

@@ -8,9 +8,9 @@ from tests import commands
 
 # From the top to the bottom. A module imports only from lower floors or from its own folder.
 FLOORS = (
-    {"cli"}, {"evaluation"}, {"interop"}, {"run", "sampler", "tiled_inference"}, {"training"},
-    {"metrics"}, {"priors"}, {"models"}, {"figures"}, {"data"}, {"parallel"}, {"weights"},
-    {"config"},
+    {"cli"}, {"sharing"}, {"evaluation"}, {"interop"},
+    {"run", "sampler", "tiled_inference", "pretrained", "hub"}, {"training"}, {"metrics"},
+    {"priors"}, {"models"}, {"figures"}, {"data"}, {"parallel"}, {"weights"}, {"config"},
     {"progress", "storage"}, {"losses"}, {"errors"},
 )  # fmt: skip
 LEVELS = {name: level for level, floor in enumerate(FLOORS) for name in floor}

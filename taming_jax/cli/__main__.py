@@ -18,6 +18,8 @@ COMMANDS = {
     "import compvis": ("import_compvis:main", "import an official checkpoint as a run"),
     "import llamagen": ("import_llamagen:main", "import LlamaGen checkpoints as a run"),
     "export compvis": ("export_compvis:main", "export a run as an official checkpoint"),
+    "push": ("push:main", "upload a run to the Hugging Face hub"),
+    "pull": ("pull:main", "download a run from the Hugging Face hub"),
     "verify": ("verify:main", "verify that a run is what its settings and data produce"),
     "compare": ("compare:main", "train quantizers and priors, and compare them in a table"),
     "benchmark": ("benchmark:main", "measure how fast a preset trains on this machine"),

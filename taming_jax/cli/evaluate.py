@@ -1,6 +1,6 @@
 """Evaluates a run: its reconstructions and, if it has a prior, its samples.
 
-    taming-jax evaluate --workdir runs/mnist --samples 5000 --out eval.json
+    taming-jax evaluate --workdir runs/mnist --samples 5000
     taming-jax evaluate --compare one.json other.json
 
 docs/evaluation.md explains the metrics.
@@ -10,7 +10,6 @@ import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from taming_jax.cli.arguments import DataFlags, check_output, collect_data_settings, parse
 from taming_jax.errors import RunFailed, UserError
@@ -29,9 +28,9 @@ class Evaluate(Protocol):
     devices: int | None = None
     """The number of devices to use. Default: all."""
     out: Path | None = None
-    """The FILE.json for the report."""
+    """The FILE.json for the report. Default: evaluation.json in the run's folder."""
     figures: Path | None = None
-    """The folder for figures. Default: the folder of --out."""
+    """The folder for figures. Default: the folder of --out, or else that of the run's figures."""
     data: DataFlags = field(default_factory=DataFlags)
 
 
@@ -45,24 +44,9 @@ def main() -> None:
         evaluate_run(args, args.workdir)
 
 
-def read_report(file: Path) -> dict[str, Any]:
-    """Reads a report. Raises UserError if the file is missing or is not a report."""
-    try:
-        contents = json.loads(file.read_text(encoding="utf-8"))
-        if not {"features", "reconstruction", "samples", "protocol"} <= set(contents):
-            raise ValueError("keys are missing")
-        return contents
-    except FileNotFoundError:
-        raise UserError(f"there is no file {file}; name a report.") from None
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(
-            f"{file} is not a report written by `taming-jax evaluate` ({error})."
-        ) from error
-
-
 def compare(left: Path, right: Path) -> None:
     """Prints two reports side by side. Raises RunFailed if their protocols differ."""
-    from taming_jax.evaluation.table import find_differences, format_comparison
+    from taming_jax.evaluation.table import find_differences, format_comparison, read_report
 
     reports = read_report(left), read_report(right)
     print(format_comparison(*reports))
@@ -73,15 +57,18 @@ def compare(left: Path, right: Path) -> None:
 
 
 def evaluate_run(args: Evaluate, workdir: Path) -> None:
-    """Evaluates a run, prints the report, and writes the files that the flags name."""
-    for name, file in (("--out", args.out), ("--save-reference", args.save_reference)):
-        if file is not None:
+    """Evaluates a run, prints the report, and writes it, its figures, and the reference."""
+    from taming_jax.evaluation.table import REPORT, format_report
+
+    out = args.out or workdir / REPORT
+    figures = args.figures or (out.absolute().parent if args.out else workdir / "figures")
+    for name, file in (("--out", out), ("--save-reference", args.save_reference)):
+        if file is not None and workdir.is_dir():
             check_output(name, file)
     if args.figures is not None:
         check_writable("--figures", args.figures)
     from taming_jax.evaluation.evaluator import Evaluator
     from taming_jax.evaluation.report import build_report, save_figures
-    from taming_jax.evaluation.table import format_report
     from taming_jax.metrics.distances import save_moments
     from taming_jax.run import load_run
     from taming_jax.training.meter import peak_memory
@@ -91,19 +78,16 @@ def evaluate_run(args: Evaluate, workdir: Path) -> None:
     evaluator = Evaluator(run, args, args.devices, progress=True)
     report = build_report(evaluator)
     print(format_report(report))
-    folder = args.figures or (args.out and args.out.absolute().parent)
     try:
-        if args.out is not None:
-            content = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
-            atomic_write(args.out, content.encode())
+        content = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
+        atomic_write(out, content.encode())
         if args.save_reference is not None:
             if len(evaluator.images) < 2:
                 raise UserError("--save-reference needs at least two images; increase --images.")
             save_moments(args.save_reference, evaluator.reference.moments)
-        if folder is not None:
-            folder.mkdir(exist_ok=True)
-            save_figures(evaluator, folder, report)
+        figures.mkdir(exist_ok=True)
+        save_figures(evaluator, figures, report)
     except OSError as error:
-        raise RunFailed(f"{error.filename or args.out}: {error.strerror or error}.") from error
+        raise RunFailed(f"{error.filename or out}: {error.strerror or error}.") from error
     memory = peak_memory(evaluator.devices.list[0]) / 2**20
     print(f"{time.monotonic() - start:.0f} s, peak memory {memory:.0f} MiB.")

@@ -1,6 +1,12 @@
-"""Text tables of one report, or of two reports side by side."""
+"""Reads reports, and formats one of them, or two side by side, as text tables."""
 
+import json
+from pathlib import Path
 from typing import Any
+
+from taming_jax.errors import UserError
+
+REPORT = "evaluation.json"  # the file of a report in the run's folder
 
 SUBJECT = ("run", "config", "vqgan_step", "prior_step", "generator", "reference_file")
 """The protocol's entries that identify the run. Two reports can be compared only if all other
@@ -71,3 +77,18 @@ def format_comparison(left: dict[str, Any], right: dict[str, Any]) -> str:
         settings = [f"{name} {value}" for name, value in subject.items() if value is not None]
         lines.append(f"{letter}: {', '.join(settings)}")
     return "\n".join(lines)
+
+
+def read_report(file: Path) -> dict[str, Any]:
+    """Reads a report. Raises UserError if the file is missing or is not a report."""
+    try:
+        contents = json.loads(file.read_text(encoding="utf-8"))
+        if not {"features", "reconstruction", "samples", "protocol"} <= set(contents):
+            raise ValueError("keys are missing")
+        return contents
+    except FileNotFoundError:
+        raise UserError(f"there is no file {file}; name a report.") from None
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(
+            f"{file} is not a report written by `taming-jax evaluate` ({error})."
+        ) from error

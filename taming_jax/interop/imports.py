@@ -7,18 +7,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
 from taming_jax.config.load import write_config
-from taming_jax.config.schema import Config
 from taming_jax.config.validation import validate_config
 from taming_jax.errors import RunFailed, UserError, say
-from taming_jax.models.discriminator import Discriminator
-from taming_jax.models.vqgan import build_vqgan
-from taming_jax.priors.registry import build_prior
+from taming_jax.pretrained import Model, compute_shapes
 from taming_jax.progress import Progress
 from taming_jax.storage import check_writable
 from taming_jax.training.checkpoints import Store
@@ -30,15 +26,6 @@ WARMUP = 200  # steps, so that the new optimizers do not disturb the trained wei
 # For each network: a function that returns the layout of its arrays in a file, given their paths,
 # and the prefix of their names in the file.
 Layouts = Mapping[str, tuple[Callable[..., Layout], str]]
-
-
-class Model(NamedTuple):
-    """A model of another program, described as a run: its config, the class names of its prior
-    (empty without a prior), and whether it has a discriminator."""
-
-    config: Config
-    class_names: tuple[str, ...]
-    discriminator: bool = False
 
 
 class Part(NamedTuple):
@@ -78,7 +65,9 @@ def prepare_for_training(model: Model) -> Model:
     perceptual loss is off if the images are too small for it. Raises UserError for invalid
     settings."""
     size, vqgan, prior = model.config.data.image_size, model.config.vqgan, model.config.prior
-    vqgan = dataclasses.replace(vqgan, warmup_steps=max(vqgan.warmup_steps, WARMUP))
+    vqgan = dataclasses.replace(
+        vqgan, warmup_steps=max(vqgan.warmup_steps, WARMUP), discriminator_start_step=None
+    )
     if prior.schedule == "cosine":  # the one-cycle schedule has its own warm-up
         prior = dataclasses.replace(prior, warmup_steps=max(prior.warmup_steps, WARMUP))
     if model.discriminator:
@@ -90,21 +79,6 @@ def prepare_for_training(model: Model) -> Model:
         vqgan = dataclasses.replace(vqgan, perceptual_weight=0.0)
     config = dataclasses.replace(model.config, vqgan=vqgan, prior=prior)
     return model._replace(config=validate_config(config))
-
-
-def compute_shapes(model: Model) -> dict[str, Any]:
-    """Returns the shapes of a model's parameters and batch statistics: one tree per network."""
-    data, settings = model.config.data, model.config.vqgan
-    image = jnp.zeros((1, data.image_size, data.image_size, data.channels))
-    key, tokens = jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
-    shapes = {"generator": jax.eval_shape(build_vqgan(model.config).init, key, image)["params"]}
-    if model.discriminator:
-        net = Discriminator(settings.discriminator_filters, settings.discriminator_layers)
-        shapes["discriminator"] = dict(jax.eval_shape(lambda: net.init(key, image, train=False)))
-    if model.class_names:
-        prior = build_prior(model.config, len(model.class_names))
-        shapes["transformer"] = jax.eval_shape(prior.init, key, tokens)["params"]
-    return shapes
 
 
 def get_file_shapes(layouts: Layouts, shapes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -153,9 +127,12 @@ def read_networks(part: Part, shapes: Mapping[str, Any]) -> dict[str, Any]:
         return networks
 
 
-def write_run(folder: Path, model: Model, networks: Mapping[str, Any]) -> None:
+def write_run(
+    folder: Path, model: Model, networks: Mapping[str, Any], dataset: dict[str, Any] | None = None
+) -> None:
     """Writes a run at step 0: a checkpoint of stage 1, and one of stage 2 if the model has a
-    transformer. The checkpoints contain weights only.
+    transformer. The checkpoints contain weights only. `dataset` is the fingerprint of the training
+    data, if it is known.
 
     Raises UserError if the folder is not empty, and RunFailed if it cannot be written.
     """
@@ -171,9 +148,11 @@ def write_run(folder: Path, model: Model, networks: Mapping[str, Any]) -> None:
         stages["prior"] = {"transformer": transformer}
     with create_run(folder) as partial:
         for name, nets in stages.items():
-            dataset = {"class_names": list(model.class_names)} if name == "prior" else None
+            known = dataset
+            if dataset is None and name == "prior":
+                known = {"class_names": list(model.class_names)}
             frozen = {"generator": networks["generator"]} if name == "prior" else None
-            store = Store(partial, name, dataset=dataset, frozen=frozen)
+            store = Store(partial, name, dataset=known, frozen=frozen)
             state = {"step": np.zeros((), np.int32), "skipped": np.zeros((), np.int32)}
             store.save(0, state | {"nets": nets}, model.config, None, weights_only=True)
             store.require(0)
@@ -183,9 +162,9 @@ def write_run(folder: Path, model: Model, networks: Mapping[str, Any]) -> None:
 def check_new_folder(folder: Path) -> None:
     """Raises UserError if a path exists and is not an empty folder, or cannot be created."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} is not an empty folder; name another --workdir.")
+        raise UserError(f"{folder} is not an empty folder; name another one.")
     parent = next(path for path in folder.absolute().parents if path.exists())
-    check_writable("--workdir", parent)
+    check_writable("the folder", parent)
 
 
 @contextlib.contextmanager

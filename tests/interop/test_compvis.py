@@ -338,7 +338,7 @@ def test_non_finite_arrays_are_imported_with_a_warning(command, tmp_path):
         "import", "--checkpoint", tmp_path / "model.ckpt", "--config", tmp_path / "model.yaml",
         "--workdir", tmp_path / "run",
     )  # fmt: skip
-    assert status == 2 and "is not an empty folder; name another --workdir" in err
+    assert status == 2 and "is not an empty folder; name another one" in err
 
 
 def test_our_own_run_survives_export_and_import(command, tmp_path):
