@@ -95,7 +95,7 @@ def read_pretrained(folder: Path) -> Pretrained:
     the arrays do not fit the config."""
     file = folder / WEIGHTS
     arrays, metadata = open_safetensors(file)
-    if metadata.get("format") != json.dumps(FORMAT):
+    if metadata.get("format") != FORMAT:
         raise UserError(
             f"{file} was not written by taming_jax, or by another version of it; "
             "`taming-jax import` lists the formats of other projects."
@@ -116,6 +116,6 @@ def read_pretrained(folder: Path) -> Pretrained:
         for path, shape in flatten_shapes(tree).items()
     }
     check_state_dict(file, arrays, shapes, lambda name: False, f"the settings in {CONFIG}")
-    if json.dumps(hash_arrays(content.networks)) != metadata.get("hash"):
+    if hash_arrays(content.networks) != metadata.get("hash"):
         raise UserError(f"{file} is damaged: its arrays differ from what was written.")
     return content

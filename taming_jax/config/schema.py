@@ -154,8 +154,9 @@ class VQGANConfig(QuantizerConfigs, StageConfig):
     """The number of residual blocks per level of the decoder. Default: one more than the
     encoder's."""
     attention_resolutions: tuple[int, ...] = (16,)
-    """The heights of feature maps at which self-attention follows every block. The middle of the
-    networks always has it."""
+    """The heights of feature maps at which self-attention follows every block."""
+    mid_attention: bool = True
+    """Whether the middle of the networks, at the lowest resolution, has self-attention."""
     latent_channels: int = setting(256, COUNT)
     """The number of channels between the encoder and the 1x1 convolution to the code dimension."""
 

@@ -271,6 +271,7 @@ def find_mismatches(vqgan: VQGANConfig, prior: PriorConfig | None) -> list[str]:
         f"has no quantizer {quantizer}": quantizer not in ("vq", "gumbel"),
         f"needs {expected} blocks per level of the decoder (--vqgan.decoder-blocks), but this run "
         f"has {blocks}": blocks != expected,
+        "needs --vqgan.mid-attention": not vqgan.mid_attention,
         f"needs a multiple of 32 channels, but this run has {channels}": any(
             channels * multiplier % 32 for multiplier in vqgan.multipliers
         ),

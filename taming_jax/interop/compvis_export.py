@@ -12,7 +12,7 @@ from taming_jax.interop.imports import Model
 from taming_jax.models.lpips import load_lpips
 from taming_jax.storage import atomic_write
 from taming_jax.training.checkpoints import Checkpoint, Store
-from taming_jax.weights.layout import convert_to_torch, flatten_shapes
+from taming_jax.weights.layout import convert_to_torch, flatten_shapes, normalize_codes
 from taming_jax.weights.state_dict import write_state_dict
 
 LOW_LOGIT = -50.0  # for tokens that must never be sampled
@@ -66,10 +66,7 @@ def build_official_arrays(model: Model, checkpoint: Checkpoint) -> dict[str, np.
     and the logits cover all tokens, including classes."""
     nets, networks = checkpoint.nets, {"generator": dict(checkpoint.generator)}
     if model.config.vqgan.quantizer == "vq" and model.config.vqgan.vq.l2_normalise:
-        quantizer = networks["generator"]["quantizer"]
-        lengths = np.linalg.norm(quantizer["codebook"], axis=-1, keepdims=True)
-        codes = quantizer["codebook"] / lengths
-        networks["generator"]["quantizer"] = quantizer | {"codebook": codes}
+        networks["generator"] = normalize_codes(networks["generator"])
     if model.discriminator:
         net = nets["discriminator"]
         stats = net["extra"]["batch_stats"]

@@ -40,7 +40,7 @@ class Encoder(nn.Module):
                 h = apply_residual_block(self, f"down_{level}", block, level, h)
             if level < levels - 1:
                 h = Downsample(self.dtype, name=f"down_{level}_downsample")(h)
-        h = apply_middle_blocks(self.dtype, h)
+        h = apply_middle_blocks(self, h)
         h = GroupNorm(self.dtype, silu=True, name="norm_out")(h)
         return conv(settings.latent_channels, 3, self.dtype, "conv_out")(h)
 
@@ -62,7 +62,7 @@ class Decoder(nn.Module):
     def __call__(self, z: jax.Array) -> jax.Array:
         settings, levels = self.settings, len(self.settings.multipliers)
         h = conv(settings.channels * settings.multipliers[-1], 3, self.dtype, "conv_in")(z)
-        h = apply_middle_blocks(self.dtype, h)
+        h = apply_middle_blocks(self, h)
         for level in reversed(range(levels)):
             for block in range(settings.decoder_blocks or settings.blocks + 1):
                 h = apply_residual_block(self, f"up_{level}", block, level, h)
@@ -87,8 +87,9 @@ def apply_residual_block(
     return h
 
 
-def apply_middle_blocks(dtype: Dtype, h: jax.Array) -> jax.Array:
+def apply_middle_blocks(net: Encoder | Decoder, h: jax.Array) -> jax.Array:
     """Applies the blocks that both networks have at the lowest resolution."""
-    h = ResidualBlock(h.shape[-1], dtype, name="mid_block_1")(h)
-    h = AttentionBlock(dtype, name="mid_attn_1")(h)
-    return ResidualBlock(h.shape[-1], dtype, name="mid_block_2")(h)
+    h = ResidualBlock(h.shape[-1], net.dtype, name="mid_block_1")(h)
+    if net.settings.mid_attention:
+        h = AttentionBlock(net.dtype, name="mid_attn_1")(h)
+    return ResidualBlock(h.shape[-1], net.dtype, name="mid_block_2")(h)

@@ -77,12 +77,14 @@ def conv(features: int, size: int, dtype: Dtype, name: str | None = None) -> Con
     )
 
 
-class GroupNorm(nn.Module):
-    """Group normalization of [b,h,w,c], optionally followed by SiLU, with statistics in float32.
+def count_groups(channels: int) -> int:
+    """Returns the number of groups of a normalization: the largest number up to 32 that divides the
+    number of channels. In the official models it is 32."""
+    return next(g for g in range(min(32, channels), 0, -1) if channels % g == 0)
 
-    The number of groups is the largest number up to 32 that divides the number of channels; in the
-    official models it is 32.
-    """
+
+class GroupNorm(nn.Module):
+    """Group normalization of [b,h,w,c], optionally followed by SiLU, with statistics in float32."""
 
     dtype: Dtype = jnp.float32
     epsilon: float = 1e-6  # as in the official code; PyTorch's default is 1e-5
@@ -91,10 +93,11 @@ class GroupNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         c = x.shape[-1]
-        groups = next(g for g in range(min(32, c), 0, -1) if c % g == 0)
         scale = self.param("scale", nn.initializers.ones, (c,))
         bias = self.param("bias", nn.initializers.zeros, (c,))
-        return group_norm(groups, self.epsilon, self.silu, x.astype(self.dtype), scale, bias)
+        return group_norm(
+            count_groups(c), self.epsilon, self.silu, x.astype(self.dtype), scale, bias
+        )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

@@ -101,6 +101,15 @@ def convert_to_torch(layout: Layout, params: Any) -> dict[str, np.ndarray]:
     return state_dict
 
 
+def normalize_codes(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the parameters of a `VQGAN` whose codes are compared by their directions, with codes
+    of length one: other programs then compute the same indices and images."""
+    quantizer = params["quantizer"]
+    codes = np.asarray(quantizer["codebook"])
+    codes = codes / np.linalg.norm(codes, axis=-1, keepdims=True)
+    return {**params, "quantizer": {**quantizer, "codebook": codes}}
+
+
 def build_inception_layout(paths: Iterable[Path]) -> Layout:
     """Builds the layout of the `InceptionV3` variables (`params` and `batch_stats`) in
     pytorch-fid's file."""

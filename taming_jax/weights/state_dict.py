@@ -139,7 +139,8 @@ def write_state_dict(
             from safetensors.numpy import save_file
 
             arrays = {name: np.asarray(x, order="C") for name, x in state_dict.items()}
-            save_file(arrays, partial, {key: json.dumps(value) for key, value in metadata.items()})
+            texts = {k: x if isinstance(x, str) else json.dumps(x) for k, x in metadata.items()}
+            save_file(arrays, partial, texts)
         else:
             import torch
 
