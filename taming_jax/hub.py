@@ -125,7 +125,8 @@ def check_error(error: BaseException | None, repository: str, revision: str = ""
     elif isinstance(error, errors.HFValidationError):
         message = f"'{repository}' is not the name of a repository; use user/name."
     else:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split()).split(" For more information")[0]
+        reason = reason or type(error).__name__
         verb = f"refused this for {repository}" if has_answer(error) else "cannot be reached"
         message = f"the hub {verb} ({reason[:200]})."
     raise UserError(message) from error

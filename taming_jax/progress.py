@@ -11,6 +11,7 @@ from tqdm import tqdm
 from taming_jax.errors import say
 
 INTERVAL = 10.0  # seconds between lines
+CURSOR_UP = "\x1b[A"  # tqdm writes it between nested bars
 LINE = "{desc}: {n_fmt} of {total_fmt}{unit}, {remaining} left{postfix}"
 
 _silenced = False
@@ -28,7 +29,7 @@ class LineStream:
     last_line = ""
 
     def write(self, text: str) -> None:
-        line = text.strip()
+        line = text.replace(CURSOR_UP, "").strip()
         if line and line != self.last_line:
             say(line, sys.stderr)
             self.last_line = line

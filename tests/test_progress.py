@@ -53,3 +53,15 @@ def test_a_silenced_process_shows_no_progress(monkeypatch, capsys):
         time.sleep(0.1)
         bar.update(3)
     assert capsys.readouterr() == ("", "")
+
+
+def test_nested_work_writes_no_control_characters_to_a_file(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "INTERVAL", 0.01)
+    with Progress("training", 4, "steps") as outer, Progress("validation", 4, "images") as inner:
+        for _ in range(2):
+            time.sleep(0.03)
+            inner.update(2)
+            outer.update(2)
+    lines = capsys.readouterr().err.splitlines()
+    assert any(line.startswith("validation: ") for line in lines)
+    assert all(line.startswith(("training: ", "validation: ")) for line in lines), lines

@@ -75,9 +75,9 @@ def describe_model(run: Run) -> str:
     config, data = run.config, run.config.data
     grid = config.grid_size
     sentences = [
-        f"A VQ-GAN that turns images of {data.image_size}x{data.image_size}x{data.channels} into "
-        f"{grid}x{grid} of {config.vqgan.codebook_size} codes (quantizer `{config.vqgan.quantizer}`"
-        ") and back."
+        f"A VQ-GAN that turns images of {data.image_size}x{data.image_size}x{data.channels} into a "
+        f"grid of {grid}x{grid} codes and back. There are {config.vqgan.codebook_size:,} codes "
+        f"(quantizer `{config.vqgan.quantizer}`)."
     ]
     if run.transformer is not None:
         count = len(run.class_names)

@@ -127,9 +127,13 @@ class Log:
         if self._progress is not None:
             self._progress.update(step - self._progress.n)
 
-    def close(self) -> None:
+    def close_progress(self) -> None:
+        """Shows the last state of the progress bar, after which no more steps come."""
         if self._progress is not None:
             self._progress.close()
+
+    def close(self) -> None:
+        self.close_progress()
         self._call_writers("close")
         for target in sorted(self._unwritable):
             self.say(f"{target} could not be written completely.")

@@ -297,6 +297,7 @@ class Loop:
                 )
         self._require_checkpoint(self.steps)
         skipped = f", {self.skipped} of them skipped" if self.skipped else ""
+        self.log.close_progress()
         self.log.say(
             f"Done: {self.steps} steps{skipped}. The figures are in {self.folder}/figures."
         )
