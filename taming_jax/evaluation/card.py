@@ -1,6 +1,7 @@
 """The model card of a run: the README.md of a repository with its weights."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -125,6 +126,8 @@ def describe_report(report: dict[str, Any]) -> list[str]:
     for (kind, name), value in collect_metrics(report).items():
         lines.append(f"| {kind} | {name} | {format_number(value)} | {MEANINGS.get(name, '')} |")
     protocol = {name: value for name, value in report["protocol"].items() if value is not None}
+    if "reference_file" in protocol:  # its folder is of no use to others
+        protocol["reference_file"] = Path(protocol["reference_file"]).name
     hidden = ("run", "config", "generator", "dataset_hash", "images_hash", "weights")
     phrases = [f"{name} {value}" for name, value in protocol.items() if name not in hidden]
     lines += ["", f"Protocol: {', '.join(phrases)}."]

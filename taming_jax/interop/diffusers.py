@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from taming_jax.config.schema import UNKNOWN, Config, DataConfig, VQGANConfig
-from taming_jax.errors import RunFailed, UserError, say
+from taming_jax.errors import UserError, say
 from taming_jax.hub import PREFIX, download
-from taming_jax.interop.imports import Model, Part, check_new_folder
+from taming_jax.interop.imports import Model, Part, check_new_folder, create_run
 from taming_jax.models.layers import count_groups
 from taming_jax.run import load_run
 from taming_jax.storage import atomic_write
@@ -197,7 +197,7 @@ def export_run(workdir: Path, folder: Path) -> int:
     Raises UserError for a run that a VQModel cannot represent, or if the folder is not empty, and
     RunFailed if it cannot be written.
     """
-    check_new_folder(folder)
+    check_new_folder(folder)  # before the work
     run = load_run(workdir)
     values, params = build_config(run.config), run.params
     if run.config.vqgan.vq.l2_normalise:
@@ -207,10 +207,7 @@ def export_run(workdir: Path, folder: Path) -> int:
             "diffusers does not normalize latents."
         )
     arrays = layout.convert_to_torch(build_vqgan_layout(layout.flatten_shapes(params)), params)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        atomic_write(folder / CONFIG, (json.dumps(values, indent=2) + "\n").encode())
-        write_state_dict(folder / WEIGHTS[0], arrays, {"format": "pt"})
-    except OSError as error:
-        raise RunFailed(f"{folder} could not be written ({error.strerror or error}).") from error
+    with create_run(folder) as partial:
+        atomic_write(partial / CONFIG, (json.dumps(values, indent=2) + "\n").encode())
+        write_state_dict(partial / WEIGHTS[0], arrays, {"format": "pt"})
     return run.step

@@ -331,7 +331,7 @@ class Loop:
             folder = self.folder / "figures"
             with self.log.tolerate_write_errors(f"The figures in {folder}"):
                 self.stage.draw_figures(state, folder, sums, self.log.rows)
-            self.log.log_figures(done, [folder / name for name in self.stage.figures])
+                self.log.log_figures(done, [folder / name for name in self.stage.figures])
 
     def _log_pending(self) -> None:
         """Fetches the metrics of the steps since the last row of the log, and logs their means.

@@ -52,7 +52,10 @@ class Writer:
 def check_destinations(config: Config) -> None:
     """Raises UserError if a destination of `--log` needs a package that is not installed."""
     for name in config.log:
-        if name in SERVICES and importlib.util.find_spec(name) is None:
+        if name not in SERVICES:
+            continue
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:  # a mere folder of this name has no origin
             raise UserError(
                 f"--log {name} needs the package {name}, which is not installed; run `pip install "
                 f"{name}`."
@@ -220,11 +223,13 @@ class Service(Writer):
         with self._convert_errors(UserError):
             if self._service == "wandb":
                 self._run = self._module.init(
-                    **common, id=self._state["id"], dir=folder,
+                    **common, id=self._state["id"], dir=folder, reinit="create_new",
                     settings=self._module.Settings(console="off"),
                 )  # fmt: skip
+                self._finish = self._run.finish
             else:
                 self._run = self._module.init(**common, embed=False)
+                self._finish = self._module.finish  # also forgets the run, unlike that of the run
 
     def _send(self, step: int, group: str, values: dict[str, Any]) -> None:
         if step <= self._state["steps"].get(group, 0):
@@ -245,7 +250,7 @@ class Service(Writer):
     def close(self) -> None:
         if self._run is not None:
             with self._convert_errors(OSError):
-                self._module.finish()
+                self._finish()
             self._run = None
 
 
