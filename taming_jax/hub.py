@@ -3,6 +3,8 @@
 The server is that of the variable HF_ENDPOINT, and the token that of HF_TOKEN or `hf auth login`.
 """
 
+import errno
+import functools
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -14,49 +16,64 @@ from taming_jax.errors import UserError, say
 PREFIX = "hf://"
 SECONDS = 2.5  # to wait for the first answer; the hub's own timeouts and retries take far longer
 
+DISK_ERRORS = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT)
+
 T = TypeVar("T")
 
 
-def download(source: str, files: Sequence[str]) -> Path:
+def download(
+    source: str, files: Sequence[str], any_of: Sequence[str] = (), what: str = "run"
+) -> Path:
     """Downloads files of `user/name` or `user/name@revision`, with or without hf://, into the hub's
-    cache. Returns the folder there. Without a network, uses the cache.
+    cache, and the first of the files `any_of` that exists. Returns the folder there. Without a
+    network, uses the cache.
 
     Raises UserError if the repository, the revision or a file does not exist, if a token is needed,
-    or if the repository is neither reachable nor in the cache.
+    or if the repository is neither reachable nor in the cache. `what` is what the files are, for
+    messages.
     """
     repository, _, revision = source.removeprefix(PREFIX).partition("@")
 
-    def fetch(revision: str | None, local_files_only: bool) -> Path:
+    def fetch(names: Sequence[str], local_files_only: bool) -> Path:
         from huggingface_hub import snapshot_download
 
         folder = snapshot_download(
-            repository, revision=revision, local_files_only=local_files_only,
-            allow_patterns=[*files], endpoint=os.environ.get("HF_ENDPOINT"),
+            repository, revision=revision or None, local_files_only=local_files_only,
+            allow_patterns=[*names], endpoint=os.environ.get("HF_ENDPOINT"),
         )  # fmt: skip
         return Path(folder)
 
     info, error = call(lambda: get_api().model_info(repository, revision=revision or None), SECONDS)
     if error is not None and not has_answer(error):
-        folder, _ = call(lambda: fetch(revision or None, local_files_only=True))
-        if folder is not None:
-            say(f"The hub cannot be reached; using the copy of {source} in the cache.")
-            return folder
+        for option in any_of or (None,):
+            names = [*files, *([option] if option else ())]
+            folder, _ = call(functools.partial(fetch, names, local_files_only=True))
+            if folder is not None and all((folder / name).exists() for name in names):
+                say(f"The hub cannot be reached; using the copy of {source} in the cache.")
+                return folder
     check_error(error, repository, revision)
     present = {file.rfilename for file in cast(Any, info).siblings or ()}
-    if missing := [name for name in files if name not in present]:
-        raise UserError(f"the repository {repository} holds no run: it has no {missing[0]}.")
-    folder, error = call(lambda: fetch(revision or None, local_files_only=False))
+    chosen = [name for name in any_of if name in present][:1]
+    missing = [name for name in files if name not in present]
+    if not chosen and any_of:
+        missing.append(any_of[0])
+    if missing:
+        raise UserError(f"the repository {repository} holds no {what}: it has no {missing[0]}.")
+    folder, error = call(lambda: fetch([*files, *chosen], local_files_only=False))
     check_error(error, repository, revision)
     return cast(Path, folder)
 
 
 def upload(folder: Path, repository: str, private: bool) -> str:
     """Uploads a folder as a commit to the repository `user/name`, which is created if it does not
-    exist, private if you say so. Returns its address. Raises UserError if the hub refuses it."""
+    exist, private if you say so. Returns its address. Raises UserError if the hub refuses it, or if
+    the repository exists and is public, but should be private."""
 
     def create_and_upload() -> str:
         api = get_api()
         address = api.create_repo(repository, private=private, exist_ok=True)
+        if private and not api.model_info(repository).private:
+            return ""
         api.upload_folder(
             repo_id=repository, folder_path=folder, commit_message="Upload a run of taming_jax"
         )
@@ -64,11 +81,19 @@ def upload(folder: Path, repository: str, private: bool) -> str:
 
     address, error = call(create_and_upload)
     check_error(error, repository)
-    return cast(str, address)
+    if not address:
+        raise UserError(
+            f"the repository {repository} exists and is public; make it private in its settings on "
+            "the hub, or name another one."
+        )
+    return address
 
 
 def check_login(repository: str) -> None:
-    """Raises UserError if the hub cannot be reached, or does not accept the token."""
+    """Raises UserError if the name of a repository is not valid, if the hub cannot be reached, or
+    if it does not accept the token."""
+    if repository.count("/") != 1 or not all(repository.split("/")):
+        raise UserError(f"'{repository}' is not the name of a repository; use user/name.")
     _, error = call(lambda: get_api().whoami(), SECONDS)
     check_error(error, repository)
 
@@ -99,11 +124,19 @@ def call(function: Callable[[], T], seconds: float | None = None) -> tuple[T | N
     return (results[0], None) if results else (None, errors[0])
 
 
-def has_answer(error: BaseException | None) -> bool:
-    """Returns whether an error is an answer of the hub, or of a check before asking it."""
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+def has_answer(error: BaseException) -> bool:
+    """Returns whether an error is an answer of the hub, or of a check before asking it, rather than
+    a sign that the hub cannot be reached."""
+    from huggingface_hub import errors
 
-    return isinstance(error, HfHubHTTPError | LocalTokenNotFoundError | ValueError)
+    if isinstance(error, errors.HfHubHTTPError):
+        return get_status(error) < 500
+    return isinstance(error, errors.LocalTokenNotFoundError | errors.HFValidationError)
+
+
+def get_status(error: BaseException) -> int:
+    """Returns the HTTP status of an error, or 0 if it has none."""
+    return getattr(getattr(error, "response", None), "status_code", 0)
 
 
 def check_error(error: BaseException | None, repository: str, revision: str = "") -> None:
@@ -112,10 +145,11 @@ def check_error(error: BaseException | None, repository: str, revision: str = ""
 
     if error is None:
         return
-    login = "log in with `hf auth login`, or set HF_TOKEN"
-    status = getattr(getattr(error, "response", None), "status_code", None)
+    login, status = "log in with `hf auth login`, or set HF_TOKEN", get_status(error)
     if isinstance(error, errors.RevisionNotFoundError):
         message = f"the repository {repository} has no revision '{revision}'."
+    elif isinstance(error, errors.GatedRepoError):
+        message = f"the repository {repository} asks you to accept its terms on the hub first."
     elif isinstance(error, errors.RepositoryNotFoundError):
         message = f"the hub has no repository {repository}, or it is private; if it is, {login}."
     elif isinstance(error, errors.LocalTokenNotFoundError) or status == 401:
@@ -124,6 +158,8 @@ def check_error(error: BaseException | None, repository: str, revision: str = ""
         message = f"your token does not allow this for {repository}; use one that does."
     elif isinstance(error, errors.HFValidationError):
         message = f"'{repository}' is not the name of a repository; use user/name."
+    elif isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        message = f"the hub's cache cannot be written ({error.strerror}); set HF_HOME."
     else:
         reason = " ".join(str(error).split()).split(" For more information")[0]
         reason = reason or type(error).__name__

@@ -1,11 +1,10 @@
 """Trained weights as a folder of plain files, which need neither Orbax nor pickle.
 
-config.json        the settings, without paths of the machine
+config.json        the settings, without those of the machine, such as paths
 model.safetensors  the networks: arrays named after their paths, as in generator.decoder.conv_in
 dataset.json       the fingerprint of the training data, with the names of the classes
 """
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from taming_jax.config.load import PATHS, read_config, replace_section, write_config
+from taming_jax.config.load import read_config, remove_machine_settings, write_config
 from taming_jax.config.schema import Config
 from taming_jax.errors import UserError
 from taming_jax.models.discriminator import Discriminator
@@ -75,10 +74,7 @@ def compute_shapes(model: Model) -> dict[str, Any]:
 
 def write_pretrained(folder: Path, content: Pretrained) -> None:
     """Writes the files into a folder. Raises OSError if they cannot be written."""
-    config = dataclasses.replace(content.config, workdir=None)
-    for section, names in PATHS.items():
-        config = replace_section(config, section, **dict.fromkeys(names))
-    write_config(config, folder / CONFIG)
+    write_config(remove_machine_settings(content.config), folder / CONFIG)
     atomic_write(folder / DATASET, json.dumps(content.dataset, indent=1).encode())
     arrays = {".".join(path): np.asarray(x) for path, x in flatten_arrays(content.networks).items()}
     metadata = {"format": FORMAT, "step": content.step, "hash": hash_arrays(content.networks)}

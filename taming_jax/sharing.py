@@ -14,9 +14,16 @@ from taming_jax.errors import UserError, say
 from taming_jax.evaluation.card import build_card, find_report_problem
 from taming_jax.evaluation.table import REPORT, read_report
 from taming_jax.interop.imports import create_run, prepare_for_training, write_run
-from taming_jax.pretrained import FILES, Pretrained, read_pretrained, write_pretrained
+from taming_jax.pretrained import (
+    FILES,
+    Pretrained,
+    is_pretrained,
+    read_pretrained,
+    write_pretrained,
+)
 from taming_jax.run import Run, load_run
 from taming_jax.training.checkpoints import Store
+from taming_jax.weights.arrays import hash_arrays
 
 Source = Run | str | Path
 
@@ -28,6 +35,7 @@ def save_pretrained(
     report: str | Path | dict[str, Any] | None = None,
     license: str | None = None,
     discriminator: bool = False,
+    reconstructions: bool = False,
     name: str | None = None,
 ) -> None:
     """Writes a run (or that in a folder) to a new folder: `config.json`, `model.safetensors` with
@@ -37,17 +45,18 @@ def save_pretrained(
     `report` is what `evaluate` returned, or the file that `taming-jax evaluate` wrote, by default
     `evaluation.json` in the run's folder. Without one, the card says that it is missing. `license`
     is the name of a licence, such as "mit". `discriminator` also writes the discriminator, for
-    further training. `name` is what the card calls the run, by default the name of the folder.
+    further training. `reconstructions` adds the figure of validation images that training drew.
+    `name` is what the card calls the run, by default the name of the folder.
 
     Raises UserError if the folder is not empty, if the run or the report cannot be read, or if the
-    run has no discriminator.
+    run has no discriminator that belongs to its generator, or no such figure.
     """
     run = run if isinstance(run, Run) else load_run(run)
     networks: dict[str, Any] = {"generator": run.params}
     if run.transformer is not None:
         networks["transformer"] = run.transformer
     if discriminator:
-        networks["discriminator"] = read_discriminator(run.workdir)
+        networks["discriminator"] = read_discriminator(run)
     content = Pretrained(run.config, run.step, run.dataset, jax.tree.map(np.asarray, networks))
     if report is None and (run.workdir / REPORT).exists():
         report = run.workdir / REPORT
@@ -58,24 +67,34 @@ def save_pretrained(
     folder = Path(folder)
     with create_run(folder) as partial:
         write_pretrained(partial, content)
-        pictures = draw_pictures(run, partial)
+        pictures = draw_pictures(run, partial, reconstructions)
         card = build_card(run, name or folder.absolute().name, report, license, pictures)
         (partial / "README.md").write_text(card, encoding="utf-8")
 
 
-def read_discriminator(workdir: Path) -> dict[str, Any]:
-    """Returns the discriminator of a run's best checkpoint of stage 1. Raises UserError if there is
-    none."""
-    store = Store(workdir, "vqgan")
-    net = store.load_best().nets.get("discriminator") if store.steps() else None
-    if net is None:
-        raise UserError(f"{workdir} has no discriminator; leave --discriminator out.")
-    return {"params": net["params"], "batch_stats": net["extra"]["batch_stats"]}
+def read_discriminator(run: Run) -> dict[str, Any]:
+    """Returns the discriminator that was trained with a run's generator. Raises UserError if there
+    is none."""
+    if is_pretrained(run.workdir):
+        network = read_pretrained(run.workdir).networks.get("discriminator")
+    else:
+        store, network = Store(run.workdir, "vqgan"), None
+        checkpoint = store.load_best() if store.steps() else None
+        net = checkpoint and checkpoint.nets.get("discriminator")
+        if checkpoint and net and hash_arrays(checkpoint.generator) == hash_arrays(run.params):
+            network = {"params": net["params"], "batch_stats": net["extra"]["batch_stats"]}
+    if network is None:
+        raise UserError(
+            f"{run.workdir} has no discriminator that belongs to the run's generator; leave "
+            "--discriminator out."
+        )
+    return network
 
 
-def draw_pictures(run: Run, folder: Path) -> list[tuple[str, str]]:
+def draw_pictures(run: Run, folder: Path, reconstructions: bool) -> list[tuple[str, str]]:
     """Draws samples of up to eight classes into a folder, and copies the reconstructions that
-    training drew. Returns pairs of a title and a file name."""
+    training drew, if asked. Returns pairs of a title and a file name. Raises UserError if there are
+    no reconstructions."""
     from taming_jax import figures  # slow to import
 
     pictures = []
@@ -86,8 +105,10 @@ def draw_pictures(run: Run, folder: Path) -> list[tuple[str, str]]:
         names = [run.class_names[i] for i in classes]
         figures.save(figures.draw_grid(images, names, 8), folder / "samples.png")
         pictures.append(("Samples, one row per class (seed 0)", "samples.png"))
-    file = run.workdir / "figures" / "reconstructions.png"
-    if file.exists():
+    if reconstructions:
+        file = run.workdir / "figures" / "reconstructions.png"
+        if not file.exists():
+            raise UserError(f"there is no {file}; leave --reconstructions out.")
         shutil.copyfile(file, folder / file.name)
         pictures.append(("Validation images, their reconstructions, and the error", file.name))
     return pictures
@@ -99,6 +120,7 @@ def push(run: Source, repository: str, *, private: bool = False, **settings: Any
 
     Raises UserError if the hub cannot be reached or refuses it, and like `save_pretrained`.
     """
+    repository = repository.removeprefix(hub.PREFIX)
     hub.check_login(repository)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "run"

@@ -89,6 +89,10 @@ class Handler(BaseHTTPRequestHandler):
         name = "/".join(parts[2:4] if parts[:2] == ["api", "models"] else parts[:2])
         name = name.removesuffix(".git")
         hidden = name in server.private and not self.has_token
+        if name == "user/broken":
+            return self.refuse(503)
+        if name == "user/gated":
+            return self.refuse(403, "GatedRepo")
         if name not in server.repositories or hidden:
             return self.refuse(401 if hidden else 404, "RepoNotFound")
         if "info/lfs/objects/batch" in path:

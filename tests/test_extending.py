@@ -98,7 +98,8 @@ def test_the_dataset_quantizer_loss_and_log_destination_work_together(tmp_path, 
     patched_step = patch_module(vqgan_step, "A loss term and a metric", {})
     monkeypatch.setattr(vqgan, "VQGANObjective", patched_step.VQGANObjective)
     patched_writers = patch_module(writers, "A log destination", run_example("A log destination"))
-    monkeypatch.setattr(loop, "open_writers", patched_writers.open_writers)
+    for name in ("open_writers", "check_destinations"):
+        monkeypatch.setattr(loop, name, getattr(patched_writers, name))
     config = small_runs.make_config(tmp_path / "run", data__name="stripes", vqgan__steps=3)
     config = replace_section(config, "vqgan", quantizer="sign", code_dim=4, codebook_size=16)
     config = dataclasses.replace(config, log=("tensorboard", "csv"))

@@ -11,6 +11,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file
 
 from taming_jax import pretrained, sharing
@@ -96,7 +97,7 @@ def test_a_pulled_run_can_be_trained_further(vqgan_workdir, tmp_path):
 def test_the_card_has_the_figures_of_the_report(prior_workdir, tmp_path):
     run = load_run(prior_workdir)
     protocol = {
-        "generator": pretrained.hash_arrays(run.params), "prior_step": run.step, "images": 40,
+        "generator": "1234", "hash": run.hash_weights(), "prior_step": run.step, "images": 40,
         "split": "test",
     }  # fmt: skip
     report = {
@@ -116,7 +117,7 @@ def test_the_card_has_the_figures_of_the_report(prior_workdir, tmp_path):
     assert "Protocol: prior_step 2, images 40, split test." in card
     assert "Warning: 40 images of the split are too few." in card
     assert 'load_run("hf://user/digits")' in card and "![Samples" in card
-    other = report | {"protocol": protocol | {"generator": "0" * 16}}
+    other = report | {"protocol": protocol | {"hash": "0" * 16}}
     for number, (value, reason) in enumerate(
         ((other, "the evaluation report is that of other weights"),
          (None, "the run has not been evaluated"))
@@ -125,6 +126,24 @@ def test_the_card_has_the_figures_of_the_report(prior_workdir, tmp_path):
         card = (tmp_path / str(number) / "README.md").read_text()
         assert f"There are no figures here: {reason}." in card
         assert "The author has not chosen a licence" in card
+
+
+def test_a_discriminator_and_pictures_are_shared_only_if_they_fit(prior_workdir, tmp_path):
+    with pytest.raises(UserError, match="there is no .*reconstructions.png"):
+        sharing.save_pretrained(prior_workdir, tmp_path / "a", reconstructions=True)
+    workdir = shutil.copytree(prior_workdir, tmp_path / "run")
+    (workdir / "figures").mkdir(exist_ok=True)
+    Image.fromarray(np.zeros((4, 4), np.uint8)).save(workdir / "figures" / "reconstructions.png")
+    sharing.save_pretrained(workdir, tmp_path / "b", reconstructions=True, discriminator=True)
+    assert (tmp_path / "b" / "reconstructions.png").exists()
+    sharing.save_pretrained(tmp_path / "b", tmp_path / "c", discriminator=True)
+    files = [load_file(tmp_path / x / "model.safetensors") for x in "bc"]
+    assert files[0].keys() == files[1].keys()
+    # Stage 1 that was trained further has another generator than the prior.
+    run = load_run(workdir)
+    run.params = jax.tree.map(lambda x: x + 1, run.params)
+    with pytest.raises(UserError, match="no discriminator that belongs to the run's generator"):
+        sharing.save_pretrained(run, tmp_path / "d", discriminator=True)
 
 
 def test_damaged_and_foreign_folders_are_refused(vqgan_workdir, tmp_path):
@@ -165,11 +184,19 @@ def test_what_the_hub_refuses_is_a_sentence(server, vqgan_workdir, monkeypatch):
         ("hf://user/empty@v2", "the repository user/empty has no revision 'v2'"),
         ("hf://user/empty", "user/empty holds no run: it has no config.json"),
         ("hf://user/a/b", "'user/a/b' is not the name of a repository; use user/name"),
+        ("hf://user/gated", "user/gated asks you to accept its terms"),
+        ("hf://user/broken", "the hub cannot be reached"),
     ):
         with pytest.raises(UserError, match=message):
             load_run(name)
     with pytest.raises(UserError, match="your token does not allow this for other/digits"):
         sharing.push(vqgan_workdir, "other/digits")
+    with pytest.raises(UserError, match="'digits' is not the name of a repository; use user/name"):
+        sharing.push(vqgan_workdir, "digits")
+    commits = len(server.repositories["user/empty"])
+    with pytest.raises(UserError, match="user/empty exists and is public; make it private"):
+        sharing.push(vqgan_workdir, "user/empty", private=True)
+    assert len(server.repositories["user/empty"]) == commits, "nothing was uploaded"
     monkeypatch.setenv("HF_TOKEN", "wrong")
     for action in (
         lambda: sharing.push(vqgan_workdir, "user/new"), lambda: load_run("hf://user/private")

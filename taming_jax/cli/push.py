@@ -28,12 +28,14 @@ class Push:
     """The evaluation report for the card. Default: evaluation.json in the run's folder."""
     discriminator: bool = False
     """Also upload the discriminator, for further training."""
+    reconstructions: bool = False
+    """Also upload the figure of validation images and their reconstructions."""
 
 
 def main() -> None:
     args = parse(Push, __doc__)
     from taming_jax.sharing import push
 
-    settings = {name: getattr(args, name) for name in ("private", "license", "report")}
-    address = push(args.workdir, args.repository, discriminator=args.discriminator, **settings)
+    settings = {k: x for k, x in vars(args).items() if k not in ("repository", "workdir")}
+    address = push(args.workdir, args.repository, **settings)
     print(f"{args.workdir} is at {address}.")

@@ -190,6 +190,17 @@ def update_data_settings(config: Config, folder: Path) -> Config:
     return config
 
 
+def remove_machine_settings(config: Config) -> Config:
+    """Returns a config for others to see and use: without paths, and with the defaults of what
+    depends on the machine or its user."""
+    for section, names in PATHS.items():
+        config = replace_section(config, section, **dict.fromkeys(names))
+    default = Config()
+    names = ("workdir", "devices", "deterministic", "log", "compile_cache")
+    config = dataclasses.replace(config, **{name: getattr(default, name) for name in names})
+    return replace_section(config, "data", workers=default.data.workers)
+
+
 def parse_settings(values: Any, number: int) -> Config:
     """Converts the settings of a config in format `number` (config/migrations.py) to a config.
 

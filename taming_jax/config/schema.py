@@ -321,9 +321,9 @@ class Config:
     """Make runs on a GPU reproducible, but slower: XLA does not autotune kernels, and scatter-adds
     (in the gradients of embeddings, codes and DiffAugment's translation) are computed in a fixed
     order. On a CPU, runs are reproducible without this."""
-    log: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = free(("tensorboard",))
-    """Where to log metrics and figures, besides the JSON lines in the run's folder: TensorBoard
-    files in that folder, Weights & Biases, or trackio."""
+    log: tuple[str, ...] = free(("tensorboard",))
+    """Where to log metrics and figures, besides the JSON lines in the run's folder: tensorboard
+    (files in that folder), wandb (Weights & Biases), or trackio."""
     compile_cache: bool = free(True)
     """Keep compiled programs in ~/.cache/taming_jax, so that the next run starts faster."""
     data: DataConfig = DataConfig()

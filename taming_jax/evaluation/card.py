@@ -9,7 +9,6 @@ import yaml
 from taming_jax.evaluation.table import collect_metrics, format_number
 from taming_jax.parallel.distributed import get_versions
 from taming_jax.run import Run
-from taming_jax.weights.arrays import hash_arrays
 
 # The metrics of a report that a card explains.
 MEANINGS = {
@@ -25,9 +24,7 @@ def find_report_problem(run: Run, report: dict[str, Any] | None) -> str:
     """Returns why a report does not describe a run's weights, or an empty string if it does."""
     if report is None:
         return "the run has not been evaluated"
-    protocol = report["protocol"]
-    step = protocol["vqgan_step" if run.transformer is None else "prior_step"]
-    if protocol["generator"] != hash_arrays(run.params) or step != run.step:
+    if report["protocol"].get("hash") != run.hash_weights():
         return "the evaluation report is that of other weights"
     return ""
 
@@ -80,23 +77,21 @@ def describe_model(run: Run) -> str:
         f"grid of {grid}x{grid} codes and back. There are {config.vqgan.codebook_size:,} codes "
         f"(quantizer `{config.vqgan.quantizer}`)."
     ]
+    batch_size = config.vqgan.batch_size
     if run.transformer is not None:
-        count = len(run.class_names)
+        count, batch_size = len(run.class_names), config.prior.batch_size
         classes = f"{count} class{'es' * (count > 1)}"
-        sentences.append(
-            f"Its prior (`{config.prior.kind}`) draws new images of {classes}, and was trained for "
-            f"{run.step} steps of {config.prior.batch_size} images."
-        )
-    else:
-        sentences.append(
-            f"It was trained for {run.step} steps of {config.vqgan.batch_size} images."
-        )
+        sentences.append(f"Its prior (`{config.prior.kind}`) draws new images of {classes}.")
+    if run.step:  # of a run that was imported or pulled, it is not known
+        name = "It" if run.transformer is None else "The prior"
+        sentences.append(f"{name} was trained for {run.step:,} steps of {batch_size} images.")
     return " ".join(sentences)
 
 
 def describe_loading(run: Run, repository: str) -> list[str]:
     lines = ["```python", "import taming_jax", ""]
-    lines += [f'run = taming_jax.load_run("hf://{repository}")']
+    address = f"hf://{repository}" if "/" in repository else repository
+    lines += [f'run = taming_jax.load_run("{address}")']
     if run.transformer is not None:
         lines += [f"images = run.sample({run.trained_classes[0]}, 8)  # float [-1, 1]"]
     lines += ["codes = run.encode(pictures)  # uint8 [n, h, w, c]", "```", ""]
@@ -128,7 +123,7 @@ def describe_report(report: dict[str, Any]) -> list[str]:
     protocol = {name: value for name, value in report["protocol"].items() if value is not None}
     if "reference_file" in protocol:  # its folder is of no use to others
         protocol["reference_file"] = Path(protocol["reference_file"]).name
-    hidden = ("run", "config", "generator", "dataset_hash", "images_hash", "weights")
+    hidden = ("run", "config", "generator", "hash", "dataset_hash", "images_hash", "weights")
     phrases = [f"{name} {value}" for name, value in protocol.items() if name not in hidden]
     lines += ["", f"Protocol: {', '.join(phrases)}."]
     lines += [f"\nWarning: {warning}" for warning in report["warnings"]]

@@ -76,6 +76,7 @@ def describe_protocol(evaluator: Evaluator) -> dict[str, Any]:
         "vqgan_step": run.step if run.transformer is None else None,
         "prior_step": None if run.transformer is None else run.step,
         "generator": hash_arrays(run.params),
+        "hash": run.hash_weights(),
         "dataset": config.data.name,
         "dataset_hash": hash_json(evaluator.fingerprint)[:16],
         "split": protocol.split,

@@ -8,7 +8,7 @@ from taming_jax.errors import UserError
 
 REPORT = "evaluation.json"  # the file of a report in the run's folder
 
-SUBJECT = ("run", "config", "vqgan_step", "prior_step", "generator", "reference_file")
+SUBJECT = ("run", "config", "vqgan_step", "prior_step", "generator", "hash", "reference_file")
 """The protocol's entries that identify the run. Two reports can be compared only if all other
 entries are equal."""
 

@@ -41,18 +41,14 @@ def locate(source: str) -> tuple[Path, Path]:
             )
         return folder / CONFIG, weights
     path, _, revision = source.removeprefix(PREFIX).partition("@")
-    user, name, *inner = path.split("/")
-    prefix = "".join(f"{part}/" for part in inner)
-    repository = f"{user}/{name}" + (f"@{revision}" if revision else "")
-    for weights_name in WEIGHTS:
-        names = prefix + CONFIG, prefix + weights_name
-        try:
-            folder = download(repository, names)
-            return folder / names[0], folder / names[1]
-        except UserError:
-            if weights_name == WEIGHTS[-1]:
-                raise
-    raise AssertionError("the last name returns or raises")
+    parts = path.strip("/").split("/")
+    if len(parts) < 2:
+        raise UserError(f"{source} names no repository; use hf://user/name.")
+    repository = "/".join(parts[:2]) + (f"@{revision}" if revision else "")
+    prefix = "".join(f"{part}/" for part in parts[2:])
+    options = [prefix + name for name in WEIGHTS]
+    folder = download(repository, [prefix + CONFIG], options, "VQModel")
+    return folder / prefix / CONFIG, next(x for name in options if (x := folder / name).exists())
 
 
 def parse_model(source: str, image_size: int | None) -> tuple[Model, Part]:

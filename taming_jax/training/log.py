@@ -80,7 +80,7 @@ class Log:
     def _call_writers(self, method: str, *arguments: Any) -> None:
         """Calls a method of each writer, even if an earlier writer fails."""
         for writer in self._writers:
-            with self.tolerate_write_errors(f"The log for {type(writer).__name__}"):
+            with self.tolerate_write_errors(f"The log for {writer.name}"):
                 getattr(writer, method)(*arguments)
 
     def log_metrics(

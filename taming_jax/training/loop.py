@@ -41,7 +41,7 @@ from taming_jax.training.weights import (
     describe_mismatches,
     load_matching_weights,
 )
-from taming_jax.training.writers import check_destinations, open_writers, read_rows
+from taming_jax.training.writers import Writer, check_destinations, open_writers, read_rows
 
 CHECKPOINT_SECONDS = 600  # a checkpoint is written if the last one is older
 
@@ -84,6 +84,14 @@ def train(build_stage: Callable[..., Stage], config: Config, restart: bool = Fal
             folder, stage.name, stage.best_metric, stage.dataset, stage.frozen, devices.describe()
         )
 
+        writers: list[Writer] = []
+
+        def open_destinations() -> None:
+            writers.extend(open_writers(config, stage.name, restart or not store.steps()))
+            stack.callback(close_writers, writers)
+
+        distributed.run_on_primary(open_destinations)
+
         def load_state(template: TrainState) -> Any:
             create_run_folders(folder)
             sections, initial = ("seed", "dtype", "data", stage.name), None
@@ -101,7 +109,14 @@ def train(build_stage: Callable[..., Stage], config: Config, restart: bool = Fal
             # which may belong to numpy or to the stage.
             state = distributed.run_on_primary(lambda: load_state(state) or state)
             state = copy_buffers(devices.replicate(state))
-            return Loop(stage, store, signals, restart).run(state)
+            return Loop(stage, store, signals, writers, restart).run(state)
+
+
+def close_writers(writers: Sequence[Writer]) -> None:
+    """Closes log destinations that a run which ended early may have left open."""
+    for writer in writers:
+        with contextlib.suppress(OSError):
+            writer.close()
 
 
 @contextlib.contextmanager
@@ -172,7 +187,15 @@ def metric_order(name: str) -> tuple[bool, bool]:
 class Loop:
     """The training loop of one call to `train`."""
 
-    def __init__(self, stage: Stage, store: Store, signals: Signals, restart: bool):
+    def __init__(
+        self,
+        stage: Stage,
+        store: Store,
+        signals: Signals,
+        writers: Sequence[Writer],
+        restart: bool,
+    ):
+        self.writers = writers
         self.stage, self.config, self.devices = stage, stage.config, stage.devices
         self.store, self.folder, self.signals = store, stage.config.folder, signals
         self.settings: StageConfig = getattr(stage.config, stage.name)
@@ -197,8 +220,7 @@ class Loop:
             rename_keys(row, RENAMED_METRICS[name])
             for row in read_rows(folder / "metrics" / f"{name}.jsonl")
         ]
-        writers = open_writers(self.config, name) if distributed.is_primary() else []
-        self.log = Log(name, start, self.steps, rows, writers, meter)
+        self.log = Log(name, start, self.steps, rows, self.writers, meter)
         self.log.log_text("config", json.dumps(to_dict(self.config), indent=1))
         self.store.say = self.log.say
         if distributed.is_primary():

@@ -1,7 +1,7 @@
-"""Log destinations. To add one, write a subclass of `Writer`, and add it to `DESTINATIONS` and to
-the setting `--log`."""
+"""Log destinations. To add one, write a subclass of `Writer`, and add it to `DESTINATIONS`."""
 
 import contextlib
+import difflib
 import functools
 import importlib
 import importlib.util
@@ -19,6 +19,7 @@ from tensorboardX import summary
 from tensorboardX.proto import event_pb2, summary_pb2
 from tensorboardX.record_writer import RecordWriter
 
+from taming_jax.config.load import remove_machine_settings
 from taming_jax.config.schema import Config
 from taming_jax.config.serialization import to_dict
 from taming_jax.errors import UserError
@@ -31,9 +32,18 @@ class Writer:
     """A destination for the log of one stage. Methods raise OSError if they cannot write; the run
     continues, and calls them again for the next metrics."""
 
+    @property
+    def name(self) -> str:
+        """What messages call the destination."""
+        return type(self).__name__
+
+    def open(self, is_new: bool) -> None:
+        """Connects to the destination, before the run changes any file. `is_new` is whether the run
+        starts from its beginning. Raises UserError if the destination cannot be used."""
+
     def resume(self, step: int) -> None:
         """Discards what was logged after `step`: the run resumes from there and logs it again. A
-        new run calls this with step 0. Raises UserError if the destination cannot be opened."""
+        new run calls this with step 0."""
 
     def scalars(self, step: int, group: str, values: dict[str, float]) -> None:
         """Writes the metrics of a step. Their names may differ between steps. `group` is "train",
@@ -50,8 +60,13 @@ class Writer:
 
 
 def check_destinations(config: Config) -> None:
-    """Raises UserError if a destination of `--log` needs a package that is not installed."""
+    """Raises UserError if a destination of `--log` does not exist, or needs a package that is not
+    installed."""
     for name in config.log:
+        if name not in DESTINATIONS:
+            close = difflib.get_close_matches(name, DESTINATIONS, 1)
+            hint = f"did you mean '{close[0]}'?" if close else f"use {', '.join(DESTINATIONS)}."
+            raise UserError(f"there is no log destination '{name}'; {hint}")
         if name not in SERVICES:
             continue
         spec = importlib.util.find_spec(name)
@@ -62,9 +77,16 @@ def check_destinations(config: Config) -> None:
             )
 
 
-def open_writers(config: Config, stage: str) -> list[Writer]:
-    """Opens the log destinations of a stage: the JSON lines, and those of `--log`."""
-    return [JsonLines(config, stage), *(DESTINATIONS[name](config, stage) for name in config.log)]
+def open_writers(config: Config, stage: str, is_new: bool) -> list[Writer]:
+    """Opens the log destinations of a stage: the JSON lines, and those of `--log`; see
+    `Writer.open`."""
+    writers = [
+        JsonLines(config, stage),
+        *(DESTINATIONS[name](config, stage) for name in config.log),
+    ]
+    for writer in writers:
+        writer.open(is_new)
+    return writers
 
 
 class JsonLines(Writer):
@@ -190,17 +212,21 @@ class TensorBoard(Writer):
 class Service(Writer):
     """A writer to Weights & Biases or trackio, whose interfaces are nearly the same.
 
-    A service cannot discard what it received. Therefore a file holds the id of the run there, and
-    the last step that was sent of each group. A run that resumes from an earlier step continues the
-    run there, and leaves out what it sent before: it would be the same.
+    A service cannot discard what it received. Therefore a file holds the id and the name of the run
+    there, and the last step that was sent of each group. A run that resumes from an earlier step
+    continues the run there, and leaves out what it sent before: it would be the same.
     """
 
-    def __init__(self, name: str, config: Config, stage: str):
-        self._service, self._module = name, importlib.import_module(name)
+    def __init__(self, service: str, config: Config, stage: str):
+        self._service, self._module = service, importlib.import_module(service)
         self._config, self._stage = config, stage
-        self._file = config.folder / "metrics" / f"{stage}_{name}.json"
+        self._file = config.folder / "metrics" / f"{stage}_{service}.json"
         self._state: dict[str, Any] = {}
         self._run: Any = None
+
+    @property
+    def name(self) -> str:
+        return self._service
 
     @contextlib.contextmanager
     def _convert_errors(self, kind: Callable[[str], Exception]) -> Iterator[None]:
@@ -208,27 +234,31 @@ class Service(Writer):
         own_error = getattr(self._module, "Error", RuntimeError)
         try:
             yield
-        except (own_error, ValueError, RuntimeError) as error:
+        except (own_error, OSError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split()).rstrip(".")
             raise kind(f"{self._service}: {reason}.") from error
 
-    def resume(self, step: int) -> None:
-        if step and self._file.exists():
-            self._state = json.loads(self._file.read_text(encoding="utf-8"))
-        else:
-            self._state = {"id": secrets.token_hex(4), "steps": {}}
-        folder, settings = self._config.folder, to_dict(self._config)
-        name = f"{folder.name} {self._stage} {self._state['id']}"
-        common = {"project": PROJECT, "name": name, "config": settings, "resume": "allow"}
+    def open(self, is_new: bool) -> None:
         with self._convert_errors(UserError):
+            if is_new or not self._file.exists():
+                run_id = secrets.token_hex(4)
+                name = f"{self._config.folder.name} {self._stage} {run_id}"
+                self._state = {"id": run_id, "name": name, "steps": {}}
+            else:
+                self._state = json.loads(self._file.read_text(encoding="utf-8"))
+            shared: dict[str, Any] = {
+                "project": PROJECT, "name": self._state["name"], "resume": "allow",
+                "config": to_dict(remove_machine_settings(self._config)),
+            }  # fmt: skip
             if self._service == "wandb":
+                self._config.folder.mkdir(parents=True, exist_ok=True)
                 self._run = self._module.init(
-                    **common, id=self._state["id"], dir=folder, reinit="create_new",
+                    **shared, id=self._state["id"], dir=self._config.folder, reinit="create_new",
                     settings=self._module.Settings(console="off"),
                 )  # fmt: skip
                 self._finish = self._run.finish
             else:
-                self._run = self._module.init(**common, embed=False)
+                self._run = self._module.init(**shared, embed=False)
                 self._finish = self._module.finish  # also forgets the run, unlike that of the run
 
     def _send(self, step: int, group: str, values: dict[str, Any]) -> None:
@@ -237,7 +267,7 @@ class Service(Writer):
         with self._convert_errors(OSError):
             self._run.log(values, step=step)
         self._state["steps"][group] = step
-        self._file.parent.mkdir(exist_ok=True)
+        self._file.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(self._file, json.dumps(self._state).encode())
 
     def scalars(self, step: int, group: str, values: dict[str, float]) -> None:

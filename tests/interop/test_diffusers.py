@@ -15,7 +15,7 @@ from taming_jax.interop import diffusers
 from taming_jax.models.vqgan import build_vqgan
 from taming_jax.run import load_run
 from taming_jax.training.checkpoints import Store
-from tests import small_runs
+from tests import hub_server, small_runs
 from tests.interop import diffusers_torch
 
 
@@ -114,6 +114,27 @@ def test_what_a_run_cannot_represent_is_named(golden, tmp_path, monkeypatch, cha
 def test_a_folder_without_a_model_is_refused(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="is not a folder of diffusers"):
         run_import(monkeypatch, tmp_path, "--workdir", tmp_path / "run")
+
+
+def test_models_are_read_from_the_hub(golden, folder, tmp_path, monkeypatch):
+    """Also from a folder of a repository, and without a network from the cache."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+    files = {f"vqvae/{file.name}": file.read_bytes() for file in folder.iterdir()}
+    with hub_server.serve() as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.address)
+        server.repositories = {"user/ldm": [files], "user/other": [{"a": b""}]}
+        run_import(monkeypatch, "hf://user/ldm/vqvae", "--workdir", tmp_path / "run")
+        check_outputs(load_run(tmp_path / "run"), golden)
+        for source, message in (
+            ("hf://user/other", "user/other holds no VQModel: it has no config.json"),
+            ("hf://vqvae", "hf://vqvae names no repository; use hf://user/name"),
+        ):
+            with pytest.raises(UserError, match=message):
+                run_import(monkeypatch, source, "--workdir", tmp_path / "none")
+    run_import(monkeypatch, "hf://user/ldm/vqvae", "--workdir", tmp_path / "cached")
+    check_outputs(load_run(tmp_path / "cached"), golden)
 
 
 @pytest.mark.parametrize(

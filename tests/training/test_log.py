@@ -7,6 +7,7 @@ import jax
 from taming_jax.config.load import load_config
 from taming_jax.training.log import Log
 from taming_jax.training.meter import Meter
+from taming_jax.training.writers import Writer
 
 
 class Terminal(io.StringIO):
@@ -42,7 +43,7 @@ def test_rows_after_the_resumed_step_are_left_out():
 
 
 def test_a_new_metric_is_shown_and_written_to_every_destination():
-    class ListWriter:
+    class ListWriter(Writer):
         def __init__(self):
             self.lines = []
 

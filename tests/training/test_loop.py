@@ -20,7 +20,7 @@ from taming_jax.errors import Interrupted, RunFailed, UserError
 from taming_jax.training import checkpoints, loop
 from taming_jax.training.checkpoints import Store
 from taming_jax.training.state import Metrics, Net, TrainState
-from taming_jax.training.writers import read_rows
+from taming_jax.training.writers import DESTINATIONS, Writer, read_rows
 
 SPLIT = Split(np.zeros((20, 1, 1, 1), np.uint8), np.zeros(20, np.int32))
 
@@ -516,3 +516,20 @@ def test_a_damaged_line_of_the_log_does_not_prevent_a_resume(tmp_path, line):
     file.write_bytes(file.read_bytes() + line.encode("latin-1") + b"\n")
     assert train(tmp_path, **CADENCES | {"steps": 12}).evaluated == [12]
     assert read_rows(file)[-1]["step"] == 12
+
+
+def test_a_destination_that_refuses_is_noticed_before_a_restart_deletes_anything(
+    tmp_path, monkeypatch
+):
+    train(tmp_path, **CADENCES)
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+
+    class Refusing(Writer):
+        def open(self, is_new):
+            assert is_new
+            raise UserError("wandb: No API key configured.")
+
+    monkeypatch.setitem(DESTINATIONS, "tensorboard", lambda config, stage: Refusing())
+    with pytest.raises(UserError, match="No API key"):
+        train(tmp_path, restart=True, **CADENCES)
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before

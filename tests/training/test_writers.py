@@ -3,6 +3,7 @@
 import io
 import json
 import struct
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -139,6 +140,7 @@ def log_and_resume(tmp_path, name):
     ids = []
     for start, last in ((0, 30), (20, 40)):
         writer = Service(name, config, "vqgan")
+        writer.open(is_new=not start)
         writer.resume(start)
         for step in range(start + 1, last + 1):
             writer.scalars(step, "train", {"l1": step / 64})
@@ -205,6 +207,32 @@ def test_trackio_has_each_step_once(tmp_path, monkeypatch):
         rows.setdefault(log["step"], {"step": log["step"]}).update(log)
     check_history(list(rows.values()))
     assert len([log for log in logs if "train/l1" in log]) == 40
+
+
+def test_a_moved_run_continues_where_it_was_logged(tmp_path, monkeypatch):
+    """And tells services nothing about this machine."""
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    calls = []
+    monkeypatch.setattr("trackio.init", lambda **settings: calls.append(settings))
+    config = small_runs.make_config(tmp_path / "run", data__path="/secret", devices=2)
+    Service("trackio", config, "vqgan").open(is_new=True)
+    writer = Service("trackio", config, "vqgan")
+    writer.open(is_new=True)
+    writer._run = mock.Mock()
+    writer.scalars(1, "train", {"l1": 0.5})
+    (tmp_path / "run").rename(tmp_path / "moved")
+    Service("trackio", small_runs.make_config(tmp_path / "moved"), "vqgan").open(is_new=False)
+    first, second, third = (settings["name"] for settings in calls)
+    assert first != second == third
+    assert "/secret" not in str(calls) and calls[0]["config"]["devices"] is None
+    (tmp_path / "moved" / "metrics" / "vqgan_trackio.json").write_text("{")
+    with pytest.raises(UserError, match=r"^trackio: "):
+        Service("trackio", small_runs.make_config(tmp_path / "moved"), "vqgan").open(is_new=False)
+
+
+def test_an_unknown_destination_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no log destination 'tensorbord'; did you mean 'tensorb"):
+        check_destinations(small_runs.make_config(tmp_path, log=("tensorbord",)))
 
 
 def test_a_destination_whose_package_is_missing_is_refused(tmp_path, monkeypatch):
