@@ -24,6 +24,7 @@ def compute_expected_distance(features, images, generated):
     return distances.frechet_distance(one, other)
 
 
+@pytest.mark.slow
 def test_the_distance_of_reconstructions_equals_a_direct_computation(vqgan_workdir):
     config = load_config(vqgan_workdir / "config.json", {"vqgan.fd_every": 1})
     devices = Devices(2)

@@ -244,6 +244,7 @@ def test_a_killed_prior_command_resumes_bit_for_bit_with_its_own_generator(vqgan
     assert validation["code_bits_per_subpixel"] == pytest.approx(bits)
 
 
+@pytest.mark.slow
 def test_a_killed_prior_resumes_bit_for_bit_with_its_own_generator(tmp_path):
     vqgan_settings = {"vqgan__steps": 5, "vqgan__checkpoint_every": 3}
     with pytest.raises(small_runs.Killed):
