@@ -89,9 +89,8 @@ def test_steps_of_one_dispatch_equal_single_steps(workdir, count, settings):
     jax.tree.map(np.testing.assert_array_equal, states[4], states[1])
 
 
-@pytest.mark.parametrize(
-    "count", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2, 4])
 def test_a_killed_run_resumes_bit_for_bit_with_another_number(workdir, tmp_path, count):
     settings = EVERY_DROPOUT | {
         "devices": count,

@@ -373,6 +373,7 @@ def test_the_speed_of_steps_is_logged_in_a_separate_file(tmp_path):
         assert "utilisation" not in row  # the peak FLOP/s of a CPU are unknown
 
 
+@pytest.mark.slow
 def test_steps_can_be_traced(tmp_path, capsys):
     train(tmp_path, profile=(3, 4), **CADENCES)
     (trace,) = (tmp_path / "profile").glob("plugins/profile/*/perfetto_trace.json.gz")

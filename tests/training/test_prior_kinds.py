@@ -47,7 +47,7 @@ def test_several_devices_take_the_same_step_as_one(workdir, kind, count):
     golden.assert_trees_close(results[count][1], results[1][1], "", 1e-4, 1e-6)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["masked", pytest.param("random-order", marks=pytest.mark.slow)])
 def test_a_killed_run_resumes_bit_for_bit(workdir, kind, tmp_path):
     settings = {
         "prior__kind": kind, "prior__steps": 12, "prior__log_every": 2, "prior__eval_every": 6,

@@ -156,6 +156,7 @@ def test_the_discriminator_start_is_fixed_when_a_run_is_created(old_settings, ne
     assert fixed_config.vqgan.discriminator_start_step == start
 
 
+@pytest.mark.slow
 def test_with_discriminator_every_2_the_discriminator_learns_in_every_second_step():
     settings = {
         "data__mirror": True, "vqgan__steps": 4, "vqgan__discriminator_every": 2,
