@@ -65,6 +65,7 @@ def test_the_distance_of_samples_equals_a_direct_computation(prior_workdir):
     )
 
 
+@pytest.mark.slow
 def test_a_large_split_is_subsampled_and_computed_in_batches(monkeypatch):
     """The split has more images than the limit, and the limit is more than a batch. Each selected
     image is used once."""
