@@ -113,7 +113,7 @@ def call(function: Callable[[], T], seconds: float | None = None) -> tuple[T | N
     def run() -> None:
         try:
             results.append(function())
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:  # noqa: BLE001  (the caller gets it)
             errors.append(error)
 
     thread = threading.Thread(target=run, daemon=True)
@@ -153,7 +153,7 @@ def check_error(error: BaseException | None, repository: str, revision: str = ""
     elif isinstance(error, errors.RepositoryNotFoundError):
         message = f"the hub has no repository {repository}, or it is private; if it is, {login}."
     elif isinstance(error, errors.LocalTokenNotFoundError) or status == 401:
-        message = f"the hub does not know you: {login}."
+        message = f"the hub did not accept your token, or you have none: {login}."
     elif status == 403:
         message = f"your token does not allow this for {repository}; use one that does."
     elif isinstance(error, errors.HFValidationError):
@@ -163,6 +163,6 @@ def check_error(error: BaseException | None, repository: str, revision: str = ""
     else:
         reason = " ".join(str(error).split()).split(" For more information")[0]
         reason = reason or type(error).__name__
-        verb = f"refused this for {repository}" if has_answer(error) else "cannot be reached"
+        verb = f"refused the request for {repository}" if has_answer(error) else "cannot be reached"
         message = f"the hub {verb} ({reason[:200]})."
     raise UserError(message) from error

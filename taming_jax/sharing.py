@@ -13,7 +13,12 @@ from taming_jax.data.datasets import evenly_spaced
 from taming_jax.errors import UserError, say
 from taming_jax.evaluation.card import build_card, find_report_problem
 from taming_jax.evaluation.table import REPORT, read_report
-from taming_jax.interop.imports import create_run, prepare_for_training, write_run
+from taming_jax.interop.imports import (
+    check_new_folder,
+    create_run,
+    prepare_for_training,
+    write_run,
+)
 from taming_jax.pretrained import (
     FILES,
     Pretrained,
@@ -135,6 +140,7 @@ def pull(source: str | Path, workdir: str | Path) -> None:
 
     Raises UserError if the source does not exist or holds no run, or if `workdir` is not empty.
     """
+    check_new_folder(Path(workdir))  # before the download
     folder = Path(source)
     if not folder.is_dir():
         folder = hub.download(str(source), FILES)

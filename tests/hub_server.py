@@ -107,7 +107,7 @@ class Handler(BaseHTTPRequestHandler):
         etag = hashlib.sha256(content).hexdigest()
         return self.answer(content, X_Repo_Commit=hash_commit(name, number), ETag=f'"{etag}"')
 
-    do_GET = do_HEAD = do_POST = do_PUT = handle_request  # noqa: N815
+    do_GET = do_HEAD = do_POST = do_PUT = handle_request  # noqa: N815  (names of http.server)
 
     def create(self, values):
         if not self.has_token:

@@ -216,7 +216,7 @@ def test_without_a_network_the_cache_is_used_or_a_sentence_comes_soon(
     monkeypatch.setattr(hub, "SECONDS", 0.5)
     sharing.push(vqgan_workdir, "user/digits")
     run = load_run("hf://user/digits")
-    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, but never answers
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts connections, but never replies
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
         start = time.monotonic()
         with pytest.raises(UserError, match="the hub cannot be reached"):

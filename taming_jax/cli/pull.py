@@ -25,9 +25,7 @@ class Pull:
 
 def main() -> None:
     args = parse(Pull, __doc__)
-    from taming_jax.interop.imports import check_new_folder
     from taming_jax.sharing import pull
 
-    check_new_folder(args.workdir)
     pull(args.source, args.workdir)
     print(f"{args.workdir} holds the run of {args.source}.")

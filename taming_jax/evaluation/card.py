@@ -70,6 +70,7 @@ def build_card(
 
 
 def describe_model(run: Run) -> str:
+    """Returns sentences about the networks and their training."""
     config, data = run.config, run.config.data
     grid = config.grid_size
     sentences = [
@@ -89,6 +90,7 @@ def describe_model(run: Run) -> str:
 
 
 def describe_loading(run: Run, repository: str) -> list[str]:
+    """Returns lines that show how to load the run."""
     lines = ["```python", "import taming_jax", ""]
     address = f"hf://{repository}" if "/" in repository else repository
     lines += [f'run = taming_jax.load_run("{address}")']
@@ -104,6 +106,7 @@ def describe_loading(run: Run, repository: str) -> list[str]:
 
 
 def describe_data(run: Run) -> str:
+    """Returns sentences about the data that the run was trained on."""
     dataset = run.dataset or {}
     sentences = [f"Dataset `{run.config.data.name}`"]
     if "images" in dataset:
@@ -117,6 +120,7 @@ def describe_data(run: Run) -> str:
 
 
 def describe_report(report: dict[str, Any]) -> list[str]:
+    """Returns lines with a table of the metrics, and the protocol."""
     lines = ["| of | metric | value | |", "| --- | --- | ---: | --- |"]
     for (kind, name), value in collect_metrics(report).items():
         lines.append(f"| {kind} | {name} | {format_number(value)} | {MEANINGS.get(name, '')} |")

@@ -37,7 +37,7 @@ def locate(source: str) -> tuple[Path, Path]:
         weights = next((file for x in WEIGHTS if (file := folder / x).exists()), None)
         if weights is None or not (folder / CONFIG).exists():
             raise UserError(
-                f"{folder} is not a folder of diffusers, with {CONFIG} and {WEIGHTS[0]}."
+                f"{folder} holds no model of diffusers, that is {CONFIG} and {WEIGHTS[0]}."
             )
         return folder / CONFIG, weights
     path, _, revision = source.removeprefix(PREFIX).partition("@")

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from taming_jax.progress import Progress, say_above
 from taming_jax.training.meter import Meter
 from taming_jax.training.writers import Writer
@@ -137,3 +139,19 @@ class Log:
         self._call_writers("close")
         for target in sorted(self._unwritable):
             self.say(f"{target} could not be written completely.")
+
+
+def average_metrics(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Returns the mean of each metric over the steps in which it is finite. A step that was not
+    skipped may have non-finite metrics, since only some metrics cause a step to be skipped."""
+    means = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        values = [row[name] for row in rows if np.isfinite(row.get(name, np.nan))]
+        if values:
+            means[name] = float(np.mean(values, dtype=np.float64))
+    return means
+
+
+def metric_order(name: str) -> tuple[bool, bool]:
+    """Returns a sort key for metrics: single losses first, then their sums, then gradients."""
+    return name.endswith("_gradient"), name in ("reconstruction_loss", "nll", "loss")

@@ -9,7 +9,7 @@ import itertools
 import json
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,17 +31,23 @@ from taming_jax.storage import create_run_folders, folder_lock
 from taming_jax.training.cadences import Cadences
 from taming_jax.training.checkpoints import FD, Store
 from taming_jax.training.dispatch import count_steps
-from taming_jax.training.log import Log
+from taming_jax.training.log import Log, average_metrics, metric_order
 from taming_jax.training.meter import Meter, Tracer
 from taming_jax.training.signals import Signals
-from taming_jax.training.stage import Stage
+from taming_jax.training.stage import Stage, report_failures
 from taming_jax.training.state import Metrics, TrainState
 from taming_jax.training.weights import (
     describe_loaded,
     describe_mismatches,
     load_matching_weights,
 )
-from taming_jax.training.writers import Writer, check_destinations, open_writers, read_rows
+from taming_jax.training.writers import (
+    Writer,
+    check_destinations,
+    close_writers,
+    open_writers,
+    read_rows,
+)
 
 CHECKPOINT_SECONDS = 600  # a checkpoint is written if the last one is older
 
@@ -85,12 +91,10 @@ def train(build_stage: Callable[..., Stage], config: Config, restart: bool = Fal
         )
 
         writers: list[Writer] = []
-
-        def open_destinations() -> None:
-            writers.extend(open_writers(config, stage.name, restart or not store.steps()))
-            stack.callback(close_writers, writers)
-
-        distributed.run_on_primary(open_destinations)
+        stack.callback(close_writers, writers)
+        distributed.run_on_primary(
+            lambda: writers.extend(open_writers(config, stage.name, restart or not store.steps()))
+        )
 
         def load_state(template: TrainState) -> Any:
             create_run_folders(folder)
@@ -110,32 +114,6 @@ def train(build_stage: Callable[..., Stage], config: Config, restart: bool = Fal
             state = distributed.run_on_primary(lambda: load_state(state) or state)
             state = copy_buffers(devices.replicate(state))
             return Loop(stage, store, signals, writers, restart).run(state)
-
-
-def close_writers(writers: Sequence[Writer]) -> None:
-    """Closes log destinations that a run which ended early may have left open."""
-    for writer in writers:
-        with contextlib.suppress(OSError):
-            writer.close()
-
-
-@contextlib.contextmanager
-def report_failures(folder: Path, stage: Stage) -> Iterator[None]:
-    """A context for the steps of a stage that converts errors of the disk, and a lack of memory on
-    the device, to RunFailed."""
-    try:
-        yield
-    except OSError as error:
-        raise RunFailed(f"{error.filename or folder}: {error.strerror or error}.") from error
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        batch = getattr(stage.config, stage.name).batch_size
-        raise RunFailed(
-            f"a step of {batch} images does not fit in the device's memory; "
-            f"lower --{stage.name}.batch-size, raise --{stage.name}.micro-batches, or use more "
-            "devices."
-        ) from error
 
 
 def load_initial_weights(
@@ -168,22 +146,6 @@ def keep_other_stage(config: Config, stage: str, restart: bool) -> Config:
     return dataclasses.replace(config, **{other: getattr(stored, other)})
 
 
-def average_metrics(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Returns the mean of each metric over the steps in which it is finite. A step that was not
-    skipped may have non-finite metrics, since only some metrics cause a step to be skipped."""
-    means = {}
-    for name in dict.fromkeys(name for row in rows for name in row):
-        values = [row[name] for row in rows if np.isfinite(row.get(name, np.nan))]
-        if values:
-            means[name] = float(np.mean(values, dtype=np.float64))
-    return means
-
-
-def metric_order(name: str) -> tuple[bool, bool]:
-    """Returns a sort key for metrics: single losses first, then their sums, then gradients."""
-    return name.endswith("_gradient"), name in ("reconstruction_loss", "nll", "loss")
-
-
 class Loop:
     """The training loop of one call to `train`."""
 
@@ -195,14 +157,13 @@ class Loop:
         writers: Sequence[Writer],
         restart: bool,
     ):
-        self.writers = writers
         self.stage, self.config, self.devices = stage, stage.config, stage.devices
-        self.store, self.folder, self.signals = store, stage.config.folder, signals
+        self.store, self.signals, self.writers = store, signals, writers
+        self.folder, self.restart = stage.config.folder, restart
         self.settings: StageConfig = getattr(stage.config, stage.name)
         self.training, self.validation = stage.build_feeds()
         self.steps = self.settings.total_steps(self.training.size)
         self.cadences = Cadences.choose(self.settings, self.training.size)
-        self.restart = restart
         self.pending: list[tuple[range, Metrics]] = []
         self.first_step: dict[str, float] | None = None  # since the last checkpoint; for `verify`
         self.signal_maxima: list[jax.Array] = []

@@ -20,8 +20,7 @@ from taming_jax.progress import Progress
 from taming_jax.storage import folder_lock, read_arrays
 from taming_jax.training import get_stages
 from taming_jax.training.checkpoints import Checkpoint, Store
-from taming_jax.training.loop import report_failures
-from taming_jax.training.stage import Stage
+from taming_jax.training.stage import Stage, report_failures
 from taming_jax.training.state import TrainState
 from taming_jax.weights.arrays import digest, fill, flatten_arrays
 
@@ -178,7 +177,7 @@ def describe_differences(stage: Stage, checkpoint: Checkpoint) -> str:
         "cores": "the number of cores",
     }  # fmt: skip
     clauses = [
-        f"{phrase} is another"
+        f"{phrase} differs"
         + (f" ({now[name]}, not {then[name]})" if name != "cpu" and name in then else "")
         for name, phrase in names.items()
         if name in now and now[name] != then.get(name)

@@ -1,9 +1,10 @@
 """The base class of the two training stages: the interface that the training loop uses."""
 
 import abc
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,6 +15,7 @@ from taming_jax.config.schema import Config, StageConfig
 from taming_jax.data import datasets
 from taming_jax.data.batches import Batch, Feed
 from taming_jax.data.fingerprints import hash_splits, load_and_check
+from taming_jax.errors import RunFailed
 from taming_jax.metrics.monitor import ValidationFD
 from taming_jax.parallel import distributed
 from taming_jax.parallel.devices import Compiled, Devices, resolve_dtype
@@ -135,3 +137,21 @@ class Stage(abc.ABC):
         params = {name: net.eval_params for name, net in state.nets.items()}
         params |= self._placed_frozen
         return self._monitor.compute(functools.partial(self._make_images, params))
+
+
+@contextlib.contextmanager
+def report_failures(folder: Path, stage: Stage) -> Iterator[None]:
+    """A context for the steps of a stage that converts errors of the disk, and a lack of memory on
+    the device, to RunFailed."""
+    try:
+        yield
+    except OSError as error:
+        raise RunFailed(f"{error.filename or folder}: {error.strerror or error}.") from error
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        batch = getattr(stage.config, stage.name).batch_size
+        raise RunFailed(
+            f"a step of {batch} images does not fit in the device's memory; lower "
+            f"--{stage.name}.batch-size, raise --{stage.name}.micro-batches, or use more devices."
+        ) from error

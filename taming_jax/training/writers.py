@@ -10,7 +10,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,13 @@ def open_writers(config: Config, stage: str, is_new: bool) -> list[Writer]:
     for writer in writers:
         writer.open(is_new)
     return writers
+
+
+def close_writers(writers: Sequence[Writer]) -> None:
+    """Closes log destinations that a run which ended early may have left open."""
+    for writer in writers:
+        with contextlib.suppress(OSError):
+            writer.close()
 
 
 class JsonLines(Writer):

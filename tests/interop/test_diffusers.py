@@ -112,7 +112,7 @@ def test_what_a_run_cannot_represent_is_named(golden, tmp_path, monkeypatch, cha
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="is not a folder of diffusers"):
+    with pytest.raises(UserError, match="holds no model of diffusers"):
         run_import(monkeypatch, tmp_path, "--workdir", tmp_path / "run")
 
 

@@ -110,7 +110,7 @@ def test_on_another_machine_the_metrics_of_one_step_are_compared(workdir, monkey
     cores = distributed.count_cores()
     monkeypatch.setattr(distributed, "count_cores", lambda: cores + 1)
     replay.verify_run(workdir)
-    reason = f"the number of cores is another ({cores + 1}, not {cores})."
+    reason = f"the number of cores differs ({cores + 1}, not {cores})."
     assert (
         "vqgan: step 5 was repeated, and its metrics agree with those of the run up to rounding. "
         f"The last checkpoint was not compared bit for bit, since {reason}"
@@ -170,7 +170,7 @@ def test_a_run_resumed_on_other_devices_is_repeated_on_as_many(workdir, monkeypa
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     replay.verify_run(workdir)
     assert "step 7 was repeated, and its metrics" in (out := capsys.readouterr().out)
-    assert "bit for bit, since the number of devices is another (1, not 2)." in out
+    assert "bit for bit, since the number of devices differs (1, not 2)." in out
 
 
 @pytest.fixture
