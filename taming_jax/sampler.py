@@ -17,7 +17,7 @@ from taming_jax.data.datasets import parse_classes
 from taming_jax.errors import UserError
 from taming_jax.models.vqgan import VQGAN, decode_indices, max_batch
 from taming_jax.parallel.devices import Compiled, Devices
-from taming_jax.priors.decoding import sample_keys, sampling_batch_size
+from taming_jax.priors.decoding import Samples, sample_keys, sampling_batch_size
 from taming_jax.priors.registry import Prior
 from taming_jax.progress import Progress
 
@@ -44,6 +44,15 @@ class Drawing(NamedTuple):
         return Drawing(self.labels[rows], self.numbers[rows], known, self.size)
 
 
+class Drawn(NamedTuple):
+    """A batch of images float [b,h,w,c] in [-1, 1], their codes int32 [b,h',w'], and the passes
+    that drew the codes; see `Samples`."""
+
+    images: np.ndarray
+    codes: np.ndarray
+    passes: np.ndarray
+
+
 class Sampler:
     """A sampler that draws codes from a prior and decodes them, on any number of devices."""
 
@@ -61,7 +70,8 @@ class Sampler:
         self.prior, self.generator, self.params = prior, generator, params
         self.class_names = class_names
         self._place_once = functools.cache(self._place)
-        self._compile_once = functools.cache(self._compile)
+        # Settings that are compiled in, such as top-k, may vary without end in a long session.
+        self._compile_once = functools.lru_cache(16)(self._compile)
 
     def resolve_settings(self, seed: int = 0, **settings: Any) -> dict[str, Any]:
         """Returns the sampling settings, with those of the run's config instead of None. Raises
@@ -165,7 +175,12 @@ class Sampler:
             )
         return np.broadcast_to(labels, n)
 
-    def draw(
+    def draw(self, drawing: Drawing, **settings: Any) -> Iterator[np.ndarray]:
+        """Yields the images in batches; see `Run.sample` for the settings."""
+        for batch in self.draw_with_codes(drawing, **settings):
+            yield batch.images
+
+    def draw_with_codes(
         self,
         drawing: Drawing,
         *,
@@ -174,8 +189,8 @@ class Sampler:
         batch_size: int | None = None,
         progress: bool = False,
         **settings: Any,
-    ) -> Iterator[np.ndarray]:
-        """Yields the images in batches; see `Run.sample` for the settings."""
+    ) -> Iterator[Drawn]:
+        """Does the same as `draw`, but yields the images with their codes."""
         if batch_size is not None and batch_size < 1:
             raise UserError(f"the batch size is {batch_size}; it must be 1 or more.")
         values = self.resolve_settings(**settings, seed=seed)
@@ -203,13 +218,15 @@ class Sampler:
         max_waiting, remaining = -(-(batch_size or 1) // batch), n
         if grid != self.prior.grid:
             max_waiting -= 1  # else, the decoder would wait for the micro-batch that is drawn ahead
-        pending: collections.deque[jax.Array] = collections.deque()
+        pending: collections.deque[tuple[jax.Array | None, Samples]] = collections.deque()
 
-        def fetch() -> np.ndarray:
+        def fetch() -> Drawn:
             nonlocal remaining
-            outputs = device_group.gather(pending.popleft())[:remaining]
-            remaining -= len(outputs)
-            return outputs if grid == self.prior.grid else self._decode(outputs)
+            images, (codes, passes) = jax.tree.map(
+                lambda x: device_group.gather(x)[:remaining], pending.popleft()
+            )
+            remaining -= len(codes)
+            return Drawn(self._decode(codes) if images is None else images, codes, passes)
 
         with Progress("sampling", n, "images", enabled=progress) as bar:
             for start in range(0, n, batch):
@@ -223,8 +240,8 @@ class Sampler:
                 # While the host fetches a micro-batch, the devices draw the next one.
                 is_last = start + batch >= n
                 while pending and (is_last or len(pending) > max_waiting):
-                    yield (outputs := fetch())
-                    bar.update(len(outputs))
+                    yield (drawn := fetch())
+                    bar.update(len(drawn.codes))
 
     def _place(self, count: int | None) -> tuple[Devices, Any]:
         """Returns `count` devices, and the parameters replicated over them."""
@@ -234,20 +251,21 @@ class Sampler:
     def _compile(
         self, count: int | None, grid: tuple[int, int], settings: tuple[tuple[str, Any], ...]
     ) -> Compiled:
-        """Compiles a function that draws images [b,h,w,c] or, for a grid larger than the training
-        images', codes [b,h',w'], with sampling settings that are not real numbers."""
+        """Compiles a function that draws codes with sampling settings that are not real numbers,
+        and also returns their images [b,h,w,c], or None if the grid is larger than the training
+        images'."""
         prior, generator = self.prior, self.generator
 
-        def draw(params: Any, arrays: dict[str, Any]) -> jax.Array:
+        def draw(params: Any, arrays: dict[str, Any]) -> tuple[jax.Array | None, Samples]:
             labels = arrays["labels"]
             keys = sample_keys(arrays["seed"], labels, arrays["numbers"])
-            codes = prior.sample(
+            samples = prior.sample(
                 params["transformer"], labels, keys, guidance_scale=arrays["scales"],
                 known=arrays["known"], grid=grid, **arrays["reals"], **dict(settings),
             )  # fmt: skip
             if grid != prior.grid:
-                return codes
-            return decode_indices(generator, params["generator"], codes)
+                return None, samples
+            return decode_indices(generator, params["generator"], samples.codes), samples
 
         return self._place_once(count)[0].compile(draw)
 

@@ -21,6 +21,7 @@ from taming_jax.losses import next_token, per_example
 from taming_jax.parallel.devices import get_default_device
 from taming_jax.priors.decoding import (
     Inputs,
+    Samples,
     TokenSampler,
     append_unconditional,
     apply_guidance,
@@ -41,6 +42,14 @@ class GPT(Transformer):
     def num_positions(self) -> int:
         """The maximum length of a sequence."""
         return self.settings.block_size or self.length
+
+    @property
+    def completion_limits(self) -> str:
+        """A sentence on the known codes that `sample` does not use."""
+        return (
+            "This prior draws codes from left to right and from top to bottom, and does not see "
+            "kept codes that come later."
+        )
 
     @property
     def window(self) -> tuple[int, int]:
@@ -203,8 +212,8 @@ class GPT(Transformer):
         known: jax.Array | None = None,
         grid: tuple[int, int] | None = None,
         pieces: int | None = None,
-    ) -> jax.Array:
-        """Samples grids of codes int32 [b,h,w] for labels int32 [b], with one key per image [b].
+    ) -> Samples:
+        """Samples grids of codes for labels int32 [b], with one key per image [b].
 
         Args:
           params: Parameters of the network.
@@ -234,7 +243,8 @@ class GPT(Transformer):
             codes = self.sample_window(params, labels, choose, inputs, pieces)
         else:
             codes = scan_windows(self, params, labels, choose, inputs, grid)
-        return codes.reshape(-1, height, width)
+        passes = jnp.where(fixed < 0, inputs[0], -1)
+        return Samples(codes.reshape(-1, *grid), passes.reshape(-1, *grid))
 
     @nn.nowrap
     def sample_window(

@@ -1,7 +1,7 @@
 """Sampling of codes from logits, and the random keys for it."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,15 @@ TokenSampler = Callable[[jax.Array, jax.Array], jax.Array]
 # The inputs of the scans over positions: the positions [t], their guidance scales [t] or None, and
 # the known codes [t,b], where -1 marks a code to sample.
 Inputs = tuple[jax.Array, jax.Array | None, jax.Array]
+
+
+class Samples(NamedTuple):
+    """Sampled grids: their codes int32 [b,h,w], and the pass that drew each code, int32 [b,h,w],
+    which is its place in raster order unless several codes are drawn at once, and -1 for known
+    codes."""
+
+    codes: jax.Array
+    passes: jax.Array
 
 
 MAX_LOGITS = 2**28  # of a micro-batch, 1 GiB in float32; guidance and sampling need copies

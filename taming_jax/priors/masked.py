@@ -17,7 +17,12 @@ from jax import lax
 
 from taming_jax.errors import UserError
 from taming_jax.losses import cross_entropy
-from taming_jax.priors.decoding import append_unconditional, apply_guidance, make_token_sampler
+from taming_jax.priors.decoding import (
+    Samples,
+    append_unconditional,
+    apply_guidance,
+    make_token_sampler,
+)
 from taming_jax.priors.transformer import Transformer
 
 NO_LIKELIHOOD = (
@@ -31,6 +36,7 @@ class MaskedTransformer(Transformer):
     of which are replaced with the mask token. The mask token is the last in the embedding table."""
 
     causal: ClassVar[bool] = False
+    completion_limits: ClassVar[str] = ""
 
     @property
     def mask_token(self) -> int:
@@ -171,8 +177,8 @@ class MaskedTransformer(Transformer):
         decoding_steps: int | None = None,
         decoding_order: str | None = None,
         choice_temperature: jax.Array | float | None = None,
-    ) -> jax.Array:
-        """Samples grids of codes int32 [b,h,w] for labels int32 [b], with one key per image [b].
+    ) -> Samples:
+        """Samples grids of codes for labels int32 [b], with one key per image [b].
 
         See `GPT.sample` for the other arguments. A guidance scale per position [h*w] applies to a
         pass by the share of codes that are known before it.
@@ -209,7 +215,7 @@ class MaskedTransformer(Transformer):
             starts = draw(lambda key: jax.random.randint(key, (), 0, length), 2 * steps)
             order = (rank_by_halton(self.grid) - starts[:, None]) % length
 
-        def decode(codes: jax.Array, x: Any) -> tuple[jax.Array, None]:
+        def decode(codes: jax.Array, x: Any) -> tuple[jax.Array, jax.Array]:
             step, masked_share, scale = x
             is_masked = codes < 0
             copies = 1 if scale is None else 2
@@ -228,11 +234,13 @@ class MaskedTransformer(Transformer):
             # Each pass keeps at least one code, until none is masked.
             count = jnp.minimum(jnp.floor(masked_share * unknown), is_masked.sum(1) - 1)
             stays_masked = rank(jnp.where(is_masked, confidence, jnp.inf)) < count[:, None]
-            return jnp.where(stays_masked, -1, drawn), None
+            return jnp.where(stays_masked, -1, drawn), stays_masked
 
         shares = jnp.asarray(masked_shares[1:], jnp.float32)
-        codes, _ = lax.scan(decode, codes, (jnp.arange(steps), shares, scales))
-        return codes.reshape(-1, *self.grid)
+        inputs = jnp.arange(steps), shares, scales
+        drawn, stays_masked = lax.scan(decode, codes, inputs)
+        passes = jnp.where(codes < 0, stays_masked.sum(0), -1)
+        return Samples(drawn.reshape(-1, *self.grid), passes.reshape(-1, *self.grid))
 
 
 def rank(values: jax.Array) -> jax.Array:

@@ -87,6 +87,16 @@ class RandomOrderGPT(GPT):
         remaining = jnp.clip((settings.anneal_end - progress) / duration, 0, 1)
         return settings.final_share + (1 - settings.final_share) * remaining
 
+    @property
+    def completion_limits(self) -> str:
+        """A sentence on the known codes that `sample` does not take; see `check_drawing`."""
+        if self.settings.random_order.final_share:
+            return ""
+        return (
+            "This prior was trained without --prior.random-order.final-share, so it can keep only "
+            "codes that come before all others, from left to right and from top to bottom."
+        )
+
     @nn.nowrap
     def check_drawing(self, grid: tuple[int, int], known: Any) -> None:
         """Raises UserError for known codes that follow unknown ones in raster order, if the prior

@@ -7,6 +7,7 @@ import jax
 
 from taming_jax.config.schema import Config
 from taming_jax.priors.autoregressive import GPT
+from taming_jax.priors.decoding import Samples
 from taming_jax.priors.masked import MaskedTransformer
 from taming_jax.priors.random_order import RandomOrderGPT
 
@@ -27,6 +28,11 @@ class Prior(Protocol):
     @property
     def window(self) -> tuple[int, int]:
         """The height and width of the smallest grid that the prior samples."""
+
+    @property
+    def completion_limits(self) -> str:
+        """A sentence on the known codes that `sample` does not use, or does not take, or an empty
+        string."""
 
     @property
     def logits_per_image(self) -> int:
@@ -77,8 +83,8 @@ class Prior(Protocol):
         guidance_scale: jax.Array | float | None = None,
         known: jax.Array | None = None,
         grid: tuple[int, int] | None = None,
-    ) -> jax.Array:
-        """Samples grids of codes [b,h,w], with one key per image [b]; see `GPT.sample`. The
+    ) -> Samples:
+        """Samples grids of codes, with one key per image [b]; see `GPT.sample`. The
         settings that `PriorKindConfig.decoding` names are further keyword arguments, by default
         those of the config."""
 

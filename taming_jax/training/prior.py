@@ -223,7 +223,7 @@ class PriorStage(Stage):
             sample_keys(np.uint32(self.config.seed), labels, arrays["numbers"]),
             temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p,
             guidance_scale=settings.guidance_scale,
-        )  # fmt: skip
+        ).codes  # fmt: skip
         return to_uint8(decode_indices(self.vqgan, params["generator"], codes))
 
     def draw_figures(

@@ -54,7 +54,7 @@ def test_the_distance_of_samples_equals_a_direct_computation(prior_workdir):
         params, split.labels, sample_keys(np.uint32(config.seed), split.labels, numbers),
         temperature=config.prior.temperature, top_k=config.prior.top_k, top_p=config.prior.top_p,
         guidance_scale=config.prior.guidance_scale,
-    )  # fmt: skip
+    ).codes  # fmt: skip
     generated = decode_indices(stage.vqgan, stage.frozen["generator"], codes)
     distance = stage.compute_fd(devices.replicate(state))
     assert distance == pytest.approx(

@@ -25,9 +25,15 @@ compiled = jax.jit(GPT.sample, static_argnums=0, static_argnames=("top_k", "grid
 
 
 def sample(model, params, labels, keys, pieces=2, **settings):
-    """Samples codes [b,t]; by default in two pieces, with one boundary between them."""
-    codes = compiled(model, params, labels, keys, pieces=pieces, **settings)
-    return codes.reshape(len(labels), -1)
+    """Samples codes [b,t]; by default in two pieces, with one boundary between them. Checks that
+    all codes but the known ones are drawn in raster order."""
+    codes, passes = compiled(model, params, labels, keys, pieces=pieces, **settings)
+    order = np.tile(np.arange(codes[0].size), (len(codes), 1))
+    known = settings.get("known")
+    if known is not None:
+        order[:, : known.shape[1]][np.asarray(known) >= 0] = -1
+    np.testing.assert_array_equal(passes, order.reshape(codes.shape))
+    return codes.reshape(len(codes), -1)
 
 
 @functools.partial(jax.jit, static_argnums=0)

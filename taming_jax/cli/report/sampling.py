@@ -45,7 +45,7 @@ def run_sampling(job: Job, preset: str, dtype: str) -> Iterator[Entry]:
 
     def sample(params: Any, labels: jax.Array) -> jax.Array:
         keys = sample_keys(np.uint32(0), labels, jnp.arange(len(labels)))
-        return prior.sample(params, labels, keys, guidance_scale=scale)
+        return prior.sample(params, labels, keys, guidance_scale=scale).codes
 
     decode = jax.jit(functools.partial(decode_indices, generator))
     for batch in get_micro_batches(job):
