@@ -6,6 +6,7 @@ on compilation and often compile the same programs. To compile as users do, set
 `XLA_FLAGS=--xla_backend_optimization_level=3`.
 """
 
+import atexit
 import gc
 import os
 import resource
@@ -31,7 +32,9 @@ os.environ["XLA_FLAGS"] = " ".join(  # the last value of a flag takes precedence
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # inherited by the test processes
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="taming_jax-test-cache-")
+    cache = tempfile.mkdtemp(prefix="taming_jax-test-cache-")
+    atexit.register(shutil.rmtree, cache, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 # Recording the source of each operation, for messages and profiles, takes time.
