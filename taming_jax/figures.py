@@ -140,13 +140,19 @@ def plot_reconstructions(
 ) -> None:
     """Plots images, their reconstructions, and the absolute errors, one column per image."""
     images, reconstruction = to_uint8(images), to_uint8(reconstruction)
-    error = np.abs(images.astype(int) - reconstruction).mean(-1)
-    colored = colormaps["magma"](error.astype(np.uint8), bytes=True)[..., :3]
+    error, colored = color_errors(images, reconstruction)
     rows = [np.broadcast_to(row, colored.shape) for row in (images, reconstruction, colored)]
     title = f"Validation images after step {step}; the mean error (0 to 1) is below each column"
     names = ("original", "reconstruction", "error")
     means = [f"{image_error.mean() / 255:.3f}" for image_error in error]
     save(draw_grid(np.concatenate(rows), names, len(images), title, means), path)
+
+
+def color_errors(images: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the absolute errors of images uint8 [n,h,w,c], averaged over the channels, float
+    [n,h,w], and pictures of them, uint8 [n,h,w,3]."""
+    error = np.abs(images.astype(int) - others).mean(-1)
+    return error, colormaps["magma"](error.astype(np.uint8), bytes=True)[..., :3]
 
 
 def plot_codebook_usage(counts: np.ndarray, path: Path, source: str) -> None:

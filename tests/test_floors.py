@@ -8,7 +8,7 @@ from tests import commands
 
 # From the top to the bottom. A module imports only from lower floors or from its own folder.
 FLOORS = (
-    {"cli"}, {"sharing"}, {"evaluation"}, {"interop"},
+    {"cli"}, {"sharing", "playground"}, {"evaluation"}, {"interop"},
     {"run", "sampler", "tiled_inference", "pretrained", "hub"}, {"training"}, {"metrics"},
     {"priors"}, {"models"}, {"figures"}, {"data"}, {"parallel"}, {"weights"}, {"config"},
     {"progress", "storage"}, {"losses"}, {"errors"},

@@ -22,6 +22,7 @@ COMMANDS = {
     "export diffusers": ("export_diffusers:main", "export a run as a VQModel of diffusers"),
     "push": ("push:main", "upload a run to the Hugging Face hub"),
     "pull": ("pull:main", "download a run from the Hugging Face hub"),
+    "playground": ("playground:main", "serve a page on which you can try a run"),
     "verify": ("verify:main", "verify that a run is what its settings and data produce"),
     "compare": ("compare:main", "train quantizers and priors, and compare them in a table"),
     "benchmark": ("benchmark:main", "measure how fast a preset trains on this machine"),

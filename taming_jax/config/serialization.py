@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from taming_jax.errors import UserError
 
+TYPES = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
+
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Converts a dataclass to nested dictionaries and lists, as in JSON."""
@@ -38,9 +40,10 @@ def convert(hint: Any, value: Any, name: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         return from_dict(typing.cast(type, hint), value, name + ".")
-    if origin is types.UnionType and value is None and type(None) in arguments:
+    is_union = origin in (types.UnionType, typing.Union)
+    if is_union and value is None and type(None) in arguments:
         return None
-    if origin is types.UnionType:
+    if is_union:
         return convert(next(a for a in arguments if a is not type(None)), value, name)
     if origin is Literal and value in arguments:
         return value
@@ -52,4 +55,10 @@ def convert(hint: Any, value: Any, name: str) -> Any:
         return float(value)
     if isinstance(hint, type) and type(value) is hint:
         return value
-    raise UserError(f"the setting '{name}' cannot be {value!r}; --help lists the valid values.")
+    if origin is Literal:
+        expected = " or ".join(map(repr, arguments))
+    elif origin is tuple:
+        expected = "a list" if arguments[-1] is ... else f"a list of {len(arguments)} values"
+    else:
+        expected = TYPES.get(hint, "an object")
+    raise UserError(f"the setting '{name}' cannot be {value!r:.100}; it must be {expected}.")
