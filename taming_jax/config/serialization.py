@@ -31,7 +31,7 @@ def from_dict(kind: type, values: Any, prefix: str = "") -> Any:
     if unknown:
         matches = difflib.get_close_matches(unknown[0], hints, n=1)
         hint = f"did you mean '{prefix}{matches[0]}'?" if matches else "remove it."
-        raise UserError(f"there is no setting '{prefix}{unknown[0]}'; {hint}")
+        raise UserError(f"there is no setting '{prefix}{unknown[0]:.100}'; {hint}")
     return kind(**{key: convert(hints[key], value, prefix + key) for key, value in values.items()})
 
 

@@ -128,6 +128,8 @@ def decode(
     """
     target_height, target_width = (size, size) if isinstance(size, int) else size
     with Image.open(io.BytesIO(content)) as opened:
+        if opened.format == "EPS":
+            raise ValueError("it is a PostScript program, which is not run")
         # A progressive JPEG is decoded whole, to two bytes per value, before it is made smaller.
         coefficients = 6 * opened.width * opened.height if opened.info.get("progressive") else 0
         # Decodes a JPEG at an eighth, a quarter or half of its size if that is enough.

@@ -12,6 +12,7 @@ import typing
 from dataclasses import dataclass
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
@@ -20,20 +21,22 @@ from taming_jax.config.sampling import SamplingSettings
 from taming_jax.data.images import decode, lift_pillow_limits
 from taming_jax.data.pixels import to_uint8
 from taming_jax.errors import UserError
-from taming_jax.evaluation.card import MEANINGS, describe_model, find_report_problem
-from taming_jax.evaluation.table import REPORT, collect_metrics, format_number, read_report
-from taming_jax.run import Run
+from taming_jax.evaluation.card import describe_model, find_report_problem
+from taming_jax.evaluation.table import REPORT, format_report, read_report
+from taming_jax.metrics.similarity import psnr
+from taming_jax.run import BATCH, Run
 from taming_jax.sampler import Drawing
 
 ACTIONS = ("sample", "complete", "reconstruct", "decode", "codebook", "usage", "report")
 MAX_IMAGES = 64  # per request
 MAX_DECODED_MIB = 256  # of an uploaded picture
 MAX_TILES = 2**14  # codes of the codebook that are decoded
-TILE_GRID = 4  # height and width of the grids that they are decoded from
+TILES_PER_REQUEST = 1024  # so that other requests have their turn in between
+TILE_GRID = 4  # height and width of the grids that codes are decoded from
 
 
 class Stopped(Exception):
-    """Nobody waits for the result any more."""
+    """The client has disconnected."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +54,7 @@ class Request(SamplingSettings):
     """A grid of codes, row by row."""
 
     @property
-    def given(self) -> dict[str, Any]:
+    def overrides(self) -> dict[str, Any]:
         """The sampling settings that the page set."""
         return {name: x for name, x in self.sampling.items() if x is not None}
 
@@ -62,6 +65,7 @@ class Playground:
     def __init__(self, run: Run):
         self.run, self.is_stopped = run, lambda: False
         self.description = self._describe()
+        self._tiles = np.empty((0, run.factor, run.factor, run.config.data.channels), np.uint8)
 
     def _describe(self) -> dict[str, Any]:
         """Returns what the page needs to know about the run."""
@@ -71,26 +75,21 @@ class Playground:
             "classes": run.class_names, "trained": run.trained_classes, "factor": run.factor,
             "size": config.data.image_size, "channels": config.data.channels,
             "grid": config.grid_size, "codes": config.vqgan.codebook_size,
+            "maxImages": MAX_IMAGES,
         }  # fmt: skip
         if run.transformer is None:
             return description
-        hints, settings = typing.get_type_hints(SamplingSettings), run.sampler.resolve_settings()
+        settings = run.sampler.resolve_settings()
         if not config.prior.label_dropout:
             del settings["guidance_scale"]  # it would be refused
+        choices = {
+            name: [value for kind in typing.get_args(hint) for value in typing.get_args(kind)]
+            for name, hint in typing.get_type_hints(SamplingSettings).items()
+        }
         return description | {
             "limits": run.prior.completion_limits,
             "needsClass": len(run.class_names) > 1 and not config.prior.label_dropout,
-            "settings": [
-                # `Literal` types have choices.
-                {
-                    "name": name,
-                    "value": value,
-                    "choices": [
-                        x for kind in typing.get_args(hints[name]) for x in typing.get_args(kind)
-                    ],
-                }
-                for name, value in settings.items()
-            ],
+            "settings": [[name, value, choices[name]] for name, value in settings.items()],
         }
 
     def sample(self, request: Request) -> dict[str, Any]:
@@ -99,10 +98,9 @@ class Playground:
         self._check_count(len(classes) * request.per_class)
         drawing = self.run.sampler.plan_samples(classes, request.per_class)
         names = [self.run.class_names[i] for i in classes]
-        flags = {"classes": names, "per_class": request.per_class} | request.given
-        arguments = format_arguments([names, request.per_class], request.given)
-        return {
-            "pictures": self._draw(drawing, request),
+        flags = {"classes": names, "per_class": request.per_class} | request.overrides
+        arguments = format_arguments([names, request.per_class], request.overrides)
+        return self._draw(drawing, request) | {
             "command": format_command("sample", self.run, flags | {"out": "samples.png"}),
             "python": format_code(self.run, f"images = run.sample({arguments})"),
         }
@@ -117,8 +115,10 @@ class Playground:
         )
         names = [run.class_names[i] for i in request.classes]
         flags = {"mask": "mask.png", "per_class": request.per_class}
-        flags |= ({"classes": names} if names else {}) | request.given | {"out": "completions.png"}
-        arguments = format_arguments([names or None, request.per_class], request.given)
+        flags |= (
+            ({"classes": names} if names else {}) | request.overrides | {"out": "completions.png"}
+        )
+        arguments = format_arguments([names or None, request.per_class], request.overrides)
         mode, axes = ("RGB", "[None]") if image.shape[-1] == 3 else ("L", "[None, ..., None]")
         code = (
             f'images = np.asarray(Image.open("picture.png").convert("{mode}")){axes}\n'
@@ -126,9 +126,8 @@ class Playground:
             f"completions = run.complete(images, {arguments}, mask=mask)"
         )
         mask = np.kron(keep, np.full((factor, factor), 255, np.uint8))
-        return {
-            "pictures": self._draw(drawing, request), "original": to_url(image),
-            "mask": to_url(mask[..., None]),
+        return self._draw(drawing, request) | {
+            "original": to_url(image), "mask": to_url(mask[..., None]),
             "command": format_command("complete picture.png", run, flags),
             "python": "import numpy as np\nfrom PIL import Image\n" + format_code(run, code),
         }  # fmt: skip
@@ -139,12 +138,11 @@ class Playground:
         codes = self.run.encode(images)
         reconstruction = to_uint8(self.run.decode(codes))
         errors, colored = figures.color_errors(images, reconstruction)
-        squared = np.square(images / 255 - reconstruction / 255).mean()
         return {
             "original": to_url(images[0]), "image": to_url(reconstruction[0]),
             "codes": codes[0].tolist(), "error": to_url(colored[0]),
             "meanError": float(errors.mean()) / 255,
-            "psnr": -10 * math.log10(max(squared, 1e-10)),
+            "psnr": float(psnr(*(jnp.asarray(x / 255) for x in (images, reconstruction)))[0]),
             "python": format_code(self.run, f"images = run.decode({codes.tolist()})"),
         }  # fmt: skip
 
@@ -157,19 +155,22 @@ class Playground:
             "image": to_url(image), "codes": request.codes, "python": format_code(self.run, line)
         }  # fmt: skip
 
-    @functools.cached_property
-    def _codebook(self) -> dict[str, Any]:
-        count = min(self.run.config.vqgan.codebook_size, MAX_TILES)
-        side, factor = min(self.run.config.grid_size, TILE_GRID), self.run.factor
-        codes = np.broadcast_to(np.arange(count)[:, None, None], (count, side, side))
-        middle = slice(side // 2 * factor, (side // 2 + 1) * factor)
-        columns = math.isqrt(count - 1) + 1
-        sheet = figures.tile_images(self.run.decode(codes)[:, middle, middle], columns, gap=0)
-        return {"sheet": to_url(sheet), "columns": columns, "count": count}
-
     def codebook(self, request: Request) -> dict[str, Any]:
-        """Returns a sheet with one tile per code: the middle of a grid of that code, decoded."""
-        return self._codebook
+        """Returns a sheet with one tile per code: the middle of a grid of that code, decoded. Call
+        it again until it has all tiles."""
+        total = min(self.run.config.vqgan.codebook_size, MAX_TILES)
+        side, factor = min(self.run.config.grid_size, TILE_GRID), self.run.factor
+        middle = slice(side // 2 * factor, (side // 2 + 1) * factor)
+        goal = min(len(self._tiles) + TILES_PER_REQUEST, total)
+        while len(self._tiles) < goal and not self.is_stopped():
+            codes = np.arange(len(self._tiles), min(len(self._tiles) + BATCH, goal))
+            grids = np.broadcast_to(codes[:, None, None], (len(codes), side, side))
+            tiles = to_uint8(self.run.decode(grids)[:, middle, middle])
+            self._tiles = np.concatenate([self._tiles, tiles])
+        columns = math.isqrt(total - 1) + 1
+        sheet = figures.tile_images(self._tiles, columns, gap=0)
+        count = len(self._tiles)
+        return {"sheet": to_url(sheet), "columns": columns, "count": count, "total": total}
 
     @functools.cached_property
     def _usage(self) -> dict[str, Any]:
@@ -185,24 +186,17 @@ class Playground:
         """Returns the run's evaluation report, if there is one, and the figures of its training."""
         file, folder = self.run.workdir / REPORT, self.run.workdir / "figures"
         report = read_report(file) if file.is_file() else None
-        rows, protocol = [], {}
-        if report is not None:
-            protocol = report["protocol"] | {"warnings": "; ".join(report["warnings"])}
-            rows = [
-                [kind, name, format_number(value), MEANINGS.get(name, "")]
-                for (kind, name), value in collect_metrics(report).items()
-            ]
         files = [file for file in sorted(folder.glob("*.png")) if not file.is_symlink()]
         return {
-            "problem": find_report_problem(self.run, report), "metrics": rows,
-            "protocol": [[name, str(x)] for name, x in protocol.items() if x],
+            "problem": find_report_problem(self.run, report),
+            "report": "" if report is None else format_report(report),
             "command": format_command("evaluate", self.run, {}),
             "figures": [[file.stem, to_url(file.read_bytes())] for file in files],
-        }  # fmt: skip
+        }
 
     def _check_count(self, count: int) -> None:
         if count > MAX_IMAGES:
-            raise UserError(f"these are {count} images; draw at most {MAX_IMAGES} at once.")
+            raise UserError(f"{count} images are too many; draw at most {MAX_IMAGES} at once.")
 
     def _read_picture(self, request: Request) -> np.ndarray:
         """Decodes the picture of a request at the training size, uint8 [h,w,c]."""
@@ -224,19 +218,23 @@ class Playground:
             raise UserError(f"the grid must have {side} rows of {side} values.")
         return np.asarray(rows)
 
-    def _draw(self, drawing: Drawing, request: Request) -> list[dict[str, Any]]:
-        """Draws images, and returns one dictionary per image. Raises Stopped if it is stopped."""
-        pictures: list[dict[str, Any]] = []
+    def _draw(self, drawing: Drawing, request: Request) -> dict[str, Any]:
+        """Draws images, and returns one dictionary per image, and a sheet of all images. Raises
+        Stopped if it is stopped."""
+        batches = []
         for batch in self.run.sampler.draw_with_codes(drawing, **request.sampling):
             if self.is_stopped():
                 raise Stopped
-            for image, codes, passes in zip(to_uint8(batch.images), *batch[1:], strict=True):
-                label = int(drawing.labels[len(pictures)])
-                pictures.append({
-                    "image": to_url(image), "codes": codes.tolist(), "passes": passes.tolist(),
-                    "label": label,
-                })  # fmt: skip
-        return pictures
+            batches.append(batch)
+        images, codes, passes = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
+        rows = zip(map(to_url, to_uint8(images)), codes, passes, drawing.labels, strict=True)
+        return {
+            "pictures": [
+                {"image": url, "codes": x.tolist(), "passes": p.tolist(), "label": int(label)}
+                for url, x, p, label in rows
+            ],
+            "sheet": to_url(figures.tile_images(images, min(8, len(images)), gap=0)),
+        }
 
 
 def to_url(image: np.ndarray | bytes) -> str:

@@ -1,12 +1,13 @@
 // The page of the playground. The server computes everything; see actions.py.
 
 const token = new URLSearchParams(location.hash.slice(1)).get("token");
+onhashchange = () => location.reload();
 const $ = (selector, root = document) => root.querySelector(selector);
 const $$ = (selector, root = document) => [...root.querySelectorAll(selector)];
 
 let run; // the description of the run
-let sheet; // the tiles of the codes: {image, columns, count}
-let usage; // the counts of the codes in the validation split, once they are known
+let sheet; // the tiles of the codes: {image, columns, count, total}
+let usage; // the counts of the codes in the validation split, or null if they are not known
 let edited; // the picture whose codes are edited: {original, image, codes, first, cell}
 let completing; // the picture to complete, as a data URL
 const pictures = { sample: [], complete: [] }; // on this page, by section
@@ -32,17 +33,20 @@ function work(message, task) {
     const timer = setInterval(async () => {
       const { waiting } = await ask("queue").catch(() => ({ waiting: 0 }));
       const others = waiting > 1 ? ` Requests in the queue: ${waiting}.` : "";
-      $("#status").textContent = `${message} ${Math.round((Date.now() - start) / 1000)} s.${others}`;
+      const seconds = Math.round((Date.now() - start) / 1000);
+      if (!isDone) $("#progress").textContent = `${seconds} s.${others}`;
     }, 2000);
+    let isDone = false;
     $("#error").textContent = "";
     $("#status").textContent = message;
     try {
       await task();
-    } catch (error) {
-      $("#error").textContent = error.message[0].toUpperCase() + error.message.slice(1);
+    } catch ({ message }) {
+      $("#error").textContent = message.charAt(0).toUpperCase() + message.slice(1);
     }
+    isDone = true;
     clearInterval(timer);
-    $("#status").textContent = "";
+    $("#status").textContent = $("#progress").textContent = "";
   });
 }
 
@@ -93,23 +97,35 @@ function fillCells(container, make) {
   container.style.gridTemplateColumns = `repeat(${run.grid}, 1fr)`;
   const cells = Array.from({ length: run.grid ** 2 }, (_, i) =>
     make(Math.floor(i / run.grid), i % run.grid));
-  cells.forEach((cell, i) => { cell.tabIndex = i ? -1 : 0; });
+  const stop = [...container.children].findIndex((cell) => cell.tabIndex === 0);
+  cells.forEach((cell, i) => { cell.tabIndex = i === Math.max(stop, 0) ? 0 : -1; });
   container.replaceChildren(...cells);
+}
+
+/** Reads the next tiles of the codes, until all of them are there. */
+async function loadTiles() {
+  sheet = await ask("codebook");
+  sheet.image = await loadImage(sheet.sheet);
+  document.body.style.setProperty("--sheet", `url(${sheet.sheet})`);
+  fillPalettes();
+  if (sheet.count < sheet.total) work("Decoding the codebook.", loadTiles);
+}
+
+function fillPalettes() {
+  fillPalette($("#replace .palette"), replaceCode);
+  fillPalette($("#codebook .palette"), (code) => work("", () => showPlaces(code)));
 }
 
 /** Fills a container with a button per code, the most used ones first. */
 function fillPalette(container, pick) {
   const codes = Array.from({ length: sheet.count }, (_, code) => code);
   if (usage) codes.sort((a, b) => usage.counts[b] - usage.counts[a]);
-  const rows = Math.ceil(sheet.count / sheet.columns);
-  const percent = (i, n) => `${n > 1 ? (100 * i) / (n - 1) : 0}%`;
   container.replaceChildren(...codes.map((code, i) => {
     const title = `code ${code}${usage ? `, ${usage.counts[code]} times in the validation split` : ""}`;
     const tile = button("", () => { press(container, tile); pick(code); }, { title });
     Object.assign(tile, { ariaLabel: title, tabIndex: i ? -1 : 0 });
-    tile.style.backgroundSize = `${100 * sheet.columns}% ${100 * rows}%`;
-    tile.style.backgroundPosition = `${percent(code % sheet.columns, sheet.columns)} ` +
-      percent(Math.floor(code / sheet.columns), rows);
+    const [row, column] = [Math.floor(code / sheet.columns), code % sheet.columns];
+    tile.style.background = `var(--sheet) ${-2 * column}rem ${-2 * row}rem / ${2 * sheet.columns}rem`;
     return tile;
   }));
 }
@@ -118,9 +134,11 @@ function fillPalette(container, pick) {
 function showTakeAway(container, texts, files) {
   const copies = Object.entries(texts).flatMap(([name, text]) => [
     create("pre", {}, text),
-    button(`Copy the ${name}`, async () => {
-      await navigator.clipboard.writeText(text);
-      $("#status").textContent = "Copied.";
+    button(`Copy the ${name}`, async (event) => {
+      getSelection().selectAllChildren(event.target.previousElementSibling);
+      // There is no clipboard on pages of other computers without https.
+      await navigator.clipboard?.writeText(text);
+      $("#status").textContent = navigator.clipboard ? `Copied the ${name}.` : "Selected.";
     }),
   ]);
   const links = Object.entries(files).flatMap(([name, url]) => [" ", download(name, url)]);
@@ -132,13 +150,14 @@ function showTakeAway(container, texts, files) {
 function drawTile(canvas, code, x, y) {
   const [context, side] = [canvas.getContext("2d"), run.factor];
   const [row, column] = [Math.floor(code / sheet.columns), code % sheet.columns];
-  context.fillStyle = `hsl(${(code * 137) % 360} 50% 50%)`; // for codes without a tile
-  context.fillRect(x, y, side, side);
   context.drawImage(sheet.image, column * side, row * side, side, side, x, y, side, side);
 }
 
+let plays = 0;
+
 /** Shows the tiles of the codes in the order in which they were drawn, and then the pictures. */
 async function play(shown, seconds) {
+  const number = ++plays; // a later one ends this one
   const drawPass = (pass) => {
     for (const { canvas, codes, passes } of shown) {
       passes.forEach((row, i) => row.forEach((other, j) => {
@@ -152,6 +171,7 @@ async function play(shown, seconds) {
   const start = performance.now();
   for (let pass = 0; pass < count;) {
     const share = (await new Promise(requestAnimationFrame) - start) / 1000 / seconds;
+    if (number !== plays) break;
     for (; pass < count && pass < share * count; pass++) drawPass(pass);
   }
   for (const { canvas, loaded } of shown) paint(canvas, loaded);
@@ -176,18 +196,12 @@ async function showPictures(section, result, files = {}) {
     };
     return button(picture.canvas, choose, { title, ariaLabel: title });
   }));
-  const columns = Math.min(8, shown.length);
-  const all = create("canvas", {
-    width: columns * run.size, height: Math.ceil(shown.length / columns) * run.size,
-  });
-  shown.forEach(({ loaded }, i) => all.getContext("2d").drawImage(
-    loaded, (i % columns) * run.size, Math.floor(i / columns) * run.size));
   const takeAway = create("div");
   showTakeAway(takeAway, { command: result.command, "notebook lines": result.python },
-    { ...files, [`${section}.png`]: all.toDataURL() });
+    { ...files, [`${section}.png`]: result.sheet });
   const replay = button("Watch the codes again, slowly", () => play(shown, 5));
   $(`#${section} .results`).replaceChildren(grid, choice, replay, takeAway);
-  play(shown, matchMedia("(prefers-reduced-motion: reduce)").matches ? 0 : 0.7);
+  play(shown, matchMedia("(prefers-reduced-motion: reduce)").matches ? 0 : 0.5);
 }
 
 // ---- Forms -------------------------------------------------------------------------------------
@@ -197,6 +211,7 @@ function prepareForm(form, firstClass, draw) {
   const options = run.trained.map((i) => create("option", { value: i }, run.classes[i]));
   if (firstClass) options.unshift(create("option", { value: "" }, firstClass));
   form.class.replaceChildren(...options);
+  form.per_class.max = run.maxImages;
   const seed = create("input", {
     name: "seed", type: "number", min: 0, max: 2 ** 32 - 1, value: 0, required: true,
   });
@@ -204,7 +219,7 @@ function prepareForm(form, firstClass, draw) {
     seed.value = Math.floor(Math.random() * 2 ** 32);
     form.requestSubmit();
   });
-  const fields = run.settings.map(({ name, value, choices }) => {
+  const fields = run.settings.map(([name, value, choices]) => {
     let input = create("input", { name, type: "number", min: 0, step: "any" });
     if (name === "guidance_scale") {
       input = create("input", { name, className: "scales", pattern: "[0-9.]+( +[0-9.]+)?" });
@@ -213,7 +228,7 @@ function prepareForm(form, firstClass, draw) {
       input = create("select", { name }, ...choices.map((x) => create("option", { value: x }, x)));
       input.value = value;
     }
-    input.placeholder = [value ?? "all"].flat().join(" ");
+    input.placeholder = [value ?? (name === "guidance_scale" ? 1 : "all")].flat().join(" ");
     return create("label", {}, name.replace("top_", "top-").replaceAll("_", " "), input);
   });
   const submit = $("button:not([type])", form);
@@ -230,7 +245,7 @@ function prepareForm(form, firstClass, draw) {
 function readForm(form) {
   const values = { seed: Number(form.seed.value), per_class: Number(form.per_class.value) };
   if (form.class.value !== "") values.classes = [Number(form.class.value)];
-  for (const { name, value, choices } of run.settings) {
+  for (const [name, value, choices] of run.settings) {
     const text = form.elements[name].value.trim();
     if (!text || text === value) continue; // the run's own setting
     const numbers = text.split(/ +/).map(Number);
@@ -242,17 +257,20 @@ function readForm(form) {
 
 /** Calls `use` with each file that is chosen in an input, as base64. */
 function onFile(input, use) {
-  input.onchange = () => work("Encoding the picture.", async () => {
+  input.onchange = () => {
     const file = input.files[0];
-    if (file.size > 11 * 2 ** 20) throw new Error("the picture is larger than 11 MiB.");
-    const reader = new FileReader();
-    await new Promise((resolve) => {
-      reader.onload = resolve;
-      reader.readAsDataURL(file);
-    });
     input.value = "";
-    await use(reader.result.split(",")[1]);
-  });
+    work("Encoding the picture.", async () => {
+      if (file.size > 11 * 2 ** 20) throw new Error("the picture is larger than 11 MiB.");
+      const reader = new FileReader();
+      await new Promise((resolve) => {
+        reader.onloadend = resolve;
+        reader.readAsDataURL(file);
+      });
+      if (!reader.result) throw new Error("the file cannot be read.");
+      await use(reader.result.split(",")[1]);
+    });
+  };
 }
 
 // ---- Reconstruct -------------------------------------------------------------------------------
@@ -267,7 +285,7 @@ async function reconstruct(picture) {
 }
 
 function editCodes({ codes, image }) {
-  open("edit");
+  open("edit", true);
   work("Decoding.", async () =>
     showEdited({ ...(await ask("decode", { codes })), original: image, first: codes }));
 }
@@ -300,18 +318,19 @@ async function showDecoded() {
     { "picture.png": edited.original, "decoded.png": edited.image });
 }
 
-function decodeCodes(codes) {
+function changeCodes(change) {
   work("Decoding.", async () => {
-    Object.assign(edited, await ask("decode", { codes }));
+    Object.assign(edited, await ask("decode", { codes: change(structuredClone(edited.codes)) }));
     await showDecoded();
   });
 }
 
 function replaceCode(code) {
-  const codes = structuredClone(edited.codes);
   const [i, j] = edited.cell;
-  codes[i][j] = code;
-  decodeCodes(codes);
+  changeCodes((codes) => {
+    codes[i][j] = code;
+    return codes;
+  });
   $("#chosen").textContent = `Row ${i + 1}, column ${j + 1} now holds code ${code}.`;
 }
 
@@ -327,12 +346,12 @@ function enableDrawing() {
   $("#clear").click();
   $("#use").onclick = () =>
     work("Encoding the drawing.", () => reconstruct(pad.toDataURL().split(",")[1]));
-  let from;
+  let from; // the last point of a line
+  pad.onpointerleave = () => { from = null; };
   pad.onpointerdown = pad.onpointermove = (event) => {
-    if (!event.buttons) return;
+    if (event.buttons !== 1) return;
     const to = [event.offsetX, event.offsetY].map((x) => (x * pad.width) / pad.clientWidth);
-    Object.assign(context, { lineWidth: $("#brush").value, strokeStyle: $("#color").value });
-    context.lineCap = "round";
+    Object.assign(context, { lineWidth: 22, lineCap: "round", strokeStyle: $("#color").value });
     context.beginPath();
     context.moveTo(...(event.type === "pointermove" && from ? from : to));
     context.lineTo(...to);
@@ -343,7 +362,7 @@ function enableDrawing() {
 
 // ---- Complete ----------------------------------------------------------------------------------
 
-// Whether the code in row i and column j is drawn anew; `before` is whether it was until now.
+// Whether the code in row i and column j is redrawn; `before` is whether it was until now.
 const SHAPES = {
   "Lower half": (i) => i >= run.grid / 2,
   "Right half": (i, j) => j >= run.grid / 2,
@@ -357,7 +376,7 @@ function fillMask(shape) {
     const toggle = (event) => { // the pointer paints instead
       if (!event.detail) event.target.ariaPressed = event.target.ariaPressed !== "true";
     };
-    const cell = button("", toggle, { ariaLabel: `row ${i + 1}, column ${j + 1}: draw anew` });
+    const cell = button("", toggle, { ariaLabel: `row ${i + 1}, column ${j + 1}: redraw` });
     cell.ariaPressed = shape(i, j, before[i * run.grid + j]);
     return cell;
   });
@@ -365,19 +384,20 @@ function fillMask(shape) {
 
 function enableMaskPainting() {
   const mask = $("#mask");
-  let value;
+  let value = null; // of the codes that are painted, or null
+  addEventListener("pointerup", () => { value = null; });
   mask.onpointerdown = mask.onpointermove = (event) => {
     const cell = document.elementFromPoint(event.clientX, event.clientY);
-    if (!event.buttons || cell?.parentElement !== mask) return;
+    if (event.buttons !== 1 || cell?.parentElement !== mask) return;
     if (event.type === "pointerdown") value = cell.ariaPressed !== "true";
-    cell.ariaPressed = value;
+    if (value !== null) cell.ariaPressed = value;
   };
 }
 
 function startCompletion(url) {
   completing = url;
   $("#mask").style.backgroundImage = `url(${url})`;
-  open("complete");
+  open("complete", true);
 }
 
 async function complete(values) {
@@ -392,16 +412,17 @@ async function complete(values) {
 // ---- Codebook and evaluation -------------------------------------------------------------------
 
 async function countCodes() {
-  if (usage) return;
+  if (usage !== undefined) return;
   try {
     usage = await ask("usage");
     const used = usage.counts.filter((count) => count).length;
     $("#usage").textContent = `The ${usage.images} images of the validation split use ${used} of ` +
       `the ${run.codes} codes; the most used ones come first.`;
   } catch (error) { // the data may be elsewhere
+    usage = null;
     $("#usage").textContent = `How often codes are used is not known: ${error.message}`;
   }
-  fillPalette($("#codebook .palette"), (code) => work("", () => showPlaces(code)));
+  fillPalettes();
 }
 
 /** Shows where a code occurs in the pictures on this page. */
@@ -416,26 +437,25 @@ async function showPlaces(code) {
   const zoom = Math.ceil(224 / run.size);
   const [size, side] = [run.size * zoom, run.factor * zoom];
   $("#places").replaceChildren(...await Promise.all(holders.map(async ({ image, codes }) => {
-    const canvas = create("canvas", { width: size, height: size });
+    const canvas = create("canvas", { width: size, height: size, role: "img", ariaLabel: "" });
     const context = canvas.getContext("2d");
     Object.assign(context, { imageSmoothingEnabled: false, strokeStyle: "#ff6a1a", lineWidth: 4 });
     context.drawImage(await loadImage(image), 0, 0, size, size);
     codes.forEach((row, i) => row.forEach((other, j) => {
-      if (other === code) context.strokeRect(j * side + 2, i * side + 2, side - 4, side - 4);
+      if (other !== code) return;
+      context.strokeRect(j * side + 2, i * side + 2, side - 4, side - 4);
+      canvas.ariaLabel += `row ${i + 1}, column ${j + 1}; `;
     }));
     return canvas;
   })));
 }
 
 async function showReport() {
-  const { problem, metrics, protocol, command, figures } = await ask("report");
+  const { problem, report, command, figures } = await ask("report");
   $("#problem").textContent = problem && `No metrics describe these weights, since ${problem}. ` +
     `Measure them with: ${command}`;
-  $("#evaluate tbody").replaceChildren(...metrics.map((row) =>
-    create("tr", {}, ...row.map((text) => create("td", {}, text)))));
-  $("#evaluate dl").replaceChildren(...protocol.flatMap(([name, value]) =>
-    [create("dt", {}, name), create("dd", {}, value)]));
-  $("#evaluate table").hidden = $("#evaluate details").hidden = !metrics.length;
+  $("#report").textContent = report;
+  $("#report").hidden = !report;
   $("#figures").replaceChildren(...figures.flatMap(([name, url]) => {
     const title = name.replaceAll("_", " ");
     return [create("h2", {}, title), create("img", { src: url, alt: `Figure: ${title}` })];
@@ -444,9 +464,11 @@ async function showReport() {
 
 // ---- Start -------------------------------------------------------------------------------------
 
-function open(section) {
+function open(section, hasFocus) {
   for (const element of $$("main > section")) element.hidden = element.id !== section;
-  for (const tab of $$("nav button")) tab.ariaCurrent = tab.dataset.section === section ? "page" : null;
+  const { ariaLabel } = $(`#${section}`);
+  for (const tab of $$("nav button")) tab.ariaCurrent = tab.textContent === ariaLabel ? "page" : null;
+  if (hasFocus) $(`#${section}`).focus();
   if (section === "codebook") work("Counting the codes of the validation split.", countCodes);
   if (section === "evaluate") work("Reading the report.", showReport);
 }
@@ -456,22 +478,20 @@ async function start() {
   $("#name").textContent = document.title = run.name;
   $("#model").textContent = run.model;
   document.body.classList.toggle("smooth", run.size >= 64);
-  sheet = await ask("codebook");
-  document.body.style.setProperty("--sheet", `url(${sheet.sheet})`);
-  sheet.image = await loadImage(sheet.sheet);
-  for (const tab of $$("nav button")) tab.onclick = () => open(tab.dataset.section);
+  await loadTiles();
+  const prior = ["sample", "complete"]; // the sections that need one
+  $("nav").append(...$$("main > section").filter(({ id }) => run.settings || !prior.includes(id))
+    .map(({ id, ariaLabel }) => button(ariaLabel, () => open(id))));
   for (const container of $$(".cells, .palette")) enableArrowKeys(container);
   enableDrawing();
   onFile($("#edit [name=file]"), reconstruct);
-  fillPalette($("#replace .palette"), replaceCode);
-  $("#undo").onclick = () => decodeCodes(edited.first);
-  $("#to-complete").onclick = () => startCompletion(edited.original);
-  if (!run.settings) { // without a prior
-    for (const tab of $$("[data-section=sample], [data-section=complete], #to-complete")) tab.hidden = true;
-    open("edit");
-    return;
-  }
-  prepareForm($("#sample form"), "every class", async (values) =>
+  $("#undo").onclick = () => changeCodes(() => edited.first);
+  $("#to-complete").onclick = () => startCompletion(
+    String(edited.codes) === String(edited.first) ? edited.original : edited.image);
+  $("#to-complete").hidden = !run.settings;
+  if (!run.settings) return open("edit");
+  const every = run.trained.length <= run.maxImages ? "every class" : null;
+  prepareForm($("#sample form"), every, async (values) =>
     showPictures("sample", await ask("sample", values)));
   prepareForm($("#complete form"), run.needsClass ? null : "no class", complete);
   $("#sample form").class.value = run.trained[0];

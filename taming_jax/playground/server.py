@@ -1,4 +1,4 @@
-"""The web server of the playground: three static files, and one address per action.
+"""The web server of the playground: three static files, and one endpoint per action.
 
 Actions are POST requests with a JSON object. They run one after the other, in the order in which
 they arrive. An error is one sentence of plain text with a status from 400 on.
@@ -11,14 +11,15 @@ import ipaddress
 import json
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
+from urllib.parse import quote
 
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
@@ -27,16 +28,17 @@ from taming_jax.errors import UserError, say
 from taming_jax.playground import actions
 from taming_jax.run import Run
 
+T = TypeVar("T")
+
 MAX_BODY = 16 * 2**20  # bytes of a request
 MAX_DISCARDED = 4 * MAX_BODY  # bytes that are read, so that the client reads the refusal
-MAX_WAITING = 32  # requests
+MAX_WAITING = 32  # requests that are read, wait, or run
 READ_SECONDS = 60  # for the body of a request
 POLL_SECONDS = 0.2
-LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 FILES = {"": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
-    "img-src data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+    "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'",
     "Cache-Control": "no-store", "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
@@ -71,23 +73,29 @@ class Server:
 
     async def call(self, request: Request) -> Response:
         """Runs an action, and returns its result."""
-        self._check_sender(request)
+        self._check_client(request)
         name = request.path_params["action"]
-        values = await read_json(request)
         if name == "describe":
             return JSONResponse(self._playground.description, headers=HEADERS)
         if name == "queue":
             return JSONResponse({"waiting": self._waiting}, headers=HEADERS)
         if name not in actions.ACTIONS:
             raise HTTPException(404)
-        values = from_dict(actions.Request, values)
-        return JSONResponse(await self._run(request, name, values), headers=HEADERS)
+        if self._waiting >= MAX_WAITING:
+            raise HTTPException(503, f"{self._waiting} requests are waiting; try again later.")
+        self._waiting += 1
+        try:
+            values = await self._wait(asyncio.ensure_future(read_json(request)))
+            result = await self._run(request, name, values)
+        finally:
+            self._waiting -= 1
+        return JSONResponse(result, headers=HEADERS)
 
-    def _check_sender(self, request: Request) -> None:
+    def _check_client(self, request: Request) -> None:
         """Raises HTTPException if the request may come from elsewhere than the page."""
         if self._token is None:
-            # Another website could reach a server on this computer by a name of its own.
-            if request.url.hostname not in LOCAL_NAMES:
+            # DNS rebinding: another website may have let its name point to this computer.
+            if not is_local(request.headers.get("host", "").rsplit(":", 1)[0].strip("[]")):
                 raise HTTPException(
                     403, "open this page as localhost or 127.0.0.1, or start it with --token."
                 )
@@ -101,29 +109,33 @@ class Server:
         if request.headers.get("content-type", "").split(";")[0] != "application/json":
             raise HTTPException(415, "the content type must be application/json.")
 
-    async def _run(self, request: Request, name: str, values: Any) -> dict[str, Any]:
-        """Runs an action after those that came before, unless its sender goes away."""
-        if self._waiting >= MAX_WAITING:
-            raise HTTPException(503, f"{self._waiting} requests are waiting; try again later.")
+    async def _run(self, request: Request, name: str, values: dict[str, Any]) -> dict[str, Any]:
+        """Runs an action after those that came before, unless its client disconnects."""
         stop = threading.Event()
 
         def work() -> dict[str, Any]:
             if stop.is_set():
                 raise actions.Stopped
             self._playground.is_stopped = stop.is_set
-            return getattr(self._playground, name)(values)
+            return getattr(self._playground, name)(from_dict(actions.Request, values))
 
-        self._waiting += 1
         future = asyncio.get_running_loop().run_in_executor(self._worker, work)
         try:
+            return await self._wait(future, request.is_disconnected)
+        finally:
+            stop.set()
+
+    async def _wait(
+        self, future: asyncio.Future[T], is_unwanted: Callable[[], Awaitable[bool]] | None = None
+    ) -> T:
+        """Returns a result, or cancels it if the server ends or `is_unwanted` says so."""
+        try:
             while not (await asyncio.wait([future], timeout=POLL_SECONDS))[0]:
-                if self.is_ending() or await request.is_disconnected():
+                if self.is_ending() or (is_unwanted and await is_unwanted()):
                     raise HTTPException(503, "the playground has ended.")
             return future.result()
         finally:
-            stop.set()
             future.cancel()
-            self._waiting -= 1
 
 
 async def read_json(request: Request) -> dict[str, Any]:
@@ -140,21 +152,19 @@ async def read_json(request: Request) -> dict[str, Any]:
                     break
     except TimeoutError:
         raise HTTPException(408, f"the request took more than {READ_SECONDS} seconds.") from None
+    except ClientDisconnect:
+        raise HTTPException(400, "the request broke off.") from None
     if size > MAX_BODY:
         raise HTTPException(
             413, f"the request has more than {MAX_BODY // 2**20} MiB; send a smaller picture."
         )
     try:
-        values = json.loads(body, parse_constant=refuse_constant)
+        values = json.loads(body)
     except (ValueError, RecursionError):
         values = None
     if not isinstance(values, dict):
         raise HTTPException(400, "the request must be a JSON object.")
     return values
-
-
-def refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
 
 
 async def refuse(request: Request, error: Exception) -> Response:
@@ -169,20 +179,24 @@ async def refuse(request: Request, error: Exception) -> Response:
     return PlainTextResponse(sentence, status, HEADERS)
 
 
+def is_local(host: str) -> bool:
+    """Returns whether a host is this computer and cannot be reached from others."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 def check_address(host: str, token: str | None) -> None:
     """Raises UserError if other computers can reach the host and there is no token."""
-    try:
-        is_local = host in LOCAL_NAMES or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        is_local = False
-    if not is_local and token is None:
+    if not is_local(host) and token is None:
         raise UserError(
             f"other computers can reach --host {host}, and anyone on them could use this run and "
             "keep this computer busy; set --token to a secret of 8 or more characters that the "
             "page then requires."
         )
-    if token is not None and (len(token) < 8 or not token.isascii() or not token.isprintable()):
-        raise UserError("the --token must have 8 or more ASCII characters.")
+    if token is not None and (len(token) < 8 or not token.isascii() or token != token.strip()):
+        raise UserError("the --token must have 8 or more ASCII characters, without spaces around.")
 
 
 def open_socket(host: str, port: int) -> socket.socket:
@@ -204,15 +218,15 @@ def serve(run: Run, listener: socket.socket, token: str | None = None) -> None:
     server = uvicorn.Server(
         uvicorn.Config(
             page.app, log_level="warning", lifespan="off", ws="none", server_header=False,
-            limit_concurrency=200, timeout_graceful_shutdown=2,
+            timeout_graceful_shutdown=2,
         )
     )  # fmt: skip
     page.is_ending = lambda: server.should_exit
     host, port = listener.getsockname()[:2]
-    host = f"[{host}]" if ":" in host else host
-    say(
-        f"The playground of {run.workdir} is at http://{host}:{port}/"
-        + (f"#token={token}" if token else "")
-        + " until you press Ctrl-C."
-    )
+    if host in ("0.0.0.0", "::"):  # all addresses of this computer
+        host = socket.gethostname()
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
+    if token:
+        address += f"#token={quote(token, safe='')}"
+    say(f"The playground of {run.workdir} is at {address} until you press Ctrl-C.")
     server.run(sockets=[listener])

@@ -14,7 +14,7 @@ from PIL import Image
 
 from taming_jax.data.pixels import to_uint8
 from taming_jax.errors import UserError
-from taming_jax.evaluation.table import REPORT
+from taming_jax.evaluation.table import REPORT, format_report
 from taming_jax.playground.actions import MAX_IMAGES, Playground, Request, Stopped
 from taming_jax.run import load_run
 from tests import commands
@@ -67,6 +67,9 @@ SETTINGS = {"seed": 7, "temperature": 0.8, "top_k": 5, "guidance_scale": (1.0, 3
 def test_samples_equal_those_of_the_command_and_of_the_notebook(playground, tmp_path):
     result = playground.sample(Request(classes=(1, 0, 1), per_class=3, **SETTINGS))
     images = np.stack([read_url(picture["image"]) for picture in result["pictures"]])
+    np.testing.assert_array_equal(
+        read_url(result["sheet"]), np.concatenate([*images[:, :, :]], 1)
+    )  # fmt: skip
     assert [picture["label"] for picture in result["pictures"]] == [1, 1, 1, 0, 0, 0]
     np.testing.assert_array_equal(images, run_command(result["command"], tmp_path / "s.npz"))
     np.testing.assert_array_equal(images, to_uint8(run_code(result["python"], "images")))
@@ -123,7 +126,9 @@ def test_a_changed_code_changes_the_picture_around_it(playground):
     assert (images[0] != images[1]).any()
 
 
-def test_the_codebook_and_its_usage(playground):
+def test_the_codebook_and_its_usage(playground, monkeypatch):
+    monkeypatch.setattr("taming_jax.playground.actions.TILES_PER_REQUEST", 100)
+    assert playground.codebook(Request())["count"] == 100
     codes = playground.run.config.vqgan.codebook_size
     result = playground.codebook(Request())
     sheet, columns = read_url(result["sheet"]), result["columns"]
@@ -147,24 +152,19 @@ def test_the_report_and_the_figures_are_those_of_the_run(playground, tmp_path):
     Image.fromarray(make_picture(seed=1)).save(secret)
     (folder / "figures" / "link.png").symlink_to(secret)
     result = playground.report(Request())
-    assert "has not been evaluated" in result["problem"] and result["metrics"] == []
+    assert "has not been evaluated" in result["problem"] and result["report"] == ""
     figures = dict(result["figures"])
     assert "link" not in figures
     np.testing.assert_array_equal(read_url(figures["loss"])[..., 0], make_picture())
 
-    protocol = {"hash": playground.run.hash_weights(), "images": 8, "crop": None}
     report = {
-        "features": "FID", "reconstruction": {"psnr": 21.5, "fd": 3.0}, "samples": None,
-        "protocol": protocol, "warnings": ["few images"],
+        "features": "FID", "reconstruction": {"psnr": 21.5}, "samples": None, "warnings": ["few"],
+        "protocol": {"hash": playground.run.hash_weights(), "images": 8, "split": "test",
+                     "samples": 0},
     }  # fmt: skip
     (folder / REPORT).write_text(json.dumps(report))
     result = playground.report(Request())
-    assert result["problem"] == ""
-    assert result["metrics"] == [
-        ["reconstruction", "psnr", "21.5", "dB"], ["reconstruction", "FID", "3", ""],
-    ]  # fmt: skip
-    assert ["warnings", "few images"] in result["protocol"]
-    assert "crop" not in dict(result["protocol"])
+    assert result["problem"] == "" and result["report"] == format_report(report)
 
 
 def test_a_run_without_a_prior_has_no_settings_for_samples(vqgan_workdir):
@@ -175,7 +175,7 @@ def test_a_run_without_a_prior_has_no_settings_for_samples(vqgan_workdir):
 
 
 def test_too_many_images_are_refused_before_they_are_planned(playground):
-    with pytest.raises(UserError, match=f"these are 10{'0' * 12} images; draw at most"):
+    with pytest.raises(UserError, match=f"10{'0' * 12} images are too many"):
         playground.sample(Request(classes=(0,), per_class=10**13))
     assert MAX_IMAGES < 1000
 

@@ -115,6 +115,12 @@ def test_a_run_survives_a_disk_that_fails_temporarily(disk, tmp_path, capsys, mo
     def draw(stage, state, folder, sums, rows):
         (folder / "big.png").write_bytes(bytes(5000))
 
+    def save_and_wait(store, *args, **settings):
+        save(store, *args, **settings)
+        store.wait()  # otherwise, the disk may be writable again before the checkpoint is written
+
+    save = Store.save
+    monkeypatch.setattr(Store, "save", save_and_wait)
     monkeypatch.setattr(Parabola, "draw_figures", draw)
     logs = ["JsonLines", "TensorBoard"]
     # Open files would prevent the disk from becoming read-only.
