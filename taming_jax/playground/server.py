@@ -207,8 +207,9 @@ def open_socket(host: str, port: int) -> socket.socket:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family)
     except OSError as error:
+        reason = str(error.strerror).split(" (")[0]  # without a repetition of the address
         raise UserError(
-            f"port {port} of {host} cannot be used ({error.strerror}); choose another --port."
+            f"port {port} of {host} cannot be used ({reason}); choose another --port."
         ) from error
 
 

@@ -92,6 +92,11 @@ def test_decompression_bombs_are_refused():
     assert (decode(drafted, 32, 3, resize_mode="crop", max_mib=1) == 200).all()
 
 
+def test_postscript_is_not_run():
+    with pytest.raises(ValueError, match="PostScript"):
+        decode(encode(make_picture(20), "EPS"), 8, 3, "crop")
+
+
 def test_large_pictures_and_texts_are_read(tmp_path, recwarn):
     """Pillow's own limits would refuse these files or warn about them."""
     large = encode(Image.new("L", (18_000, 10_100), 50), "JPEG")

@@ -74,6 +74,9 @@ def make_broken_pictures():
         file = io.BytesIO()
         Image.fromarray(noise).save(file, kind)
         yield file.getvalue()[:60]
+    file = io.BytesIO()
+    Image.fromarray(noise).save(file, "EPS")
+    yield file.getvalue()
     header = png[8:33]  # the chunk with the size, for a picture of 60,000 x 60,000 pixels
     body = b"IHDR" + (60_000).to_bytes(4, "big") * 2 + header[16:21]
     bomb = png[:8] + header[:4] + body + zlib.crc32(body).to_bytes(4, "big") + png[33:]
