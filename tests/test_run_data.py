@@ -112,6 +112,7 @@ def test_data_that_does_not_fit_the_networks_is_refused(root):
             taming_jax.load_run(root / "run", data=settings)
 
 
+@pytest.mark.slow
 def test_an_imported_run_is_evaluated_on_the_users_own_data(
     root, prior_workdir, tmp_path, evaluate, monkeypatch
 ):

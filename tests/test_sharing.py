@@ -129,6 +129,7 @@ def test_the_card_has_the_figures_of_the_report(prior_workdir, tmp_path):
         assert "The author has not chosen a licence" in card
 
 
+@pytest.mark.slow
 def test_a_discriminator_and_pictures_are_shared_only_if_they_fit(prior_workdir, tmp_path):
     with pytest.raises(UserError, match="there is no .*reconstructions.png"):
         sharing.save_pretrained(prior_workdir, tmp_path / "a", reconstructions=True)

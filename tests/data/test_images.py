@@ -288,7 +288,9 @@ sys.exit(report(lambda: datasets.load(config)))
 """
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "signum", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL]
+)
 def test_an_interrupted_decoding_leaves_no_valid_cache_entry(tmp_path, signum):
     contents, labels = pictures.make_split(50)
     pictures.write_folder(tmp_path / "data", {"train": (contents * 40, labels * 40)})

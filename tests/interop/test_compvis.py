@@ -163,11 +163,14 @@ def test_imported_models_compute_the_recorded_outputs_of_the_official_modules(co
     [
         VQ,
         NET,
-        replace(NET, cond_stage_config="__is_unconditional__", sos_token=5, pkeep=0.9),
-        replace(VQ, ddconfig__ch_mult=[1, 1], ddconfig__resolution=16, ddconfig__in_channels=1,
-                ddconfig__out_ch=1, embed_dim=4, n_embed=10, lossconfig={"target": "DummyLoss"}),
-        replace(VQ, embed_dim=32, temperature_scheduler_config={"params": {"lr_max": 0.9}})
-        | {"target": "taming.models.vqgan.GumbelVQ"},
+        *(pytest.param(model, marks=pytest.mark.slow) for model in (
+            replace(NET, cond_stage_config="__is_unconditional__", sos_token=5, pkeep=0.9),
+            replace(VQ, ddconfig__ch_mult=[1, 1], ddconfig__resolution=16, embed_dim=4, n_embed=10,
+                    ddconfig__in_channels=1, ddconfig__out_ch=1,
+                    lossconfig={"target": "DummyLoss"}),
+            replace(VQ, embed_dim=32, temperature_scheduler_config={"params": {"lr_max": 0.9}})
+            | {"target": "taming.models.vqgan.GumbelVQ"},
+        )),
     ],
     ids=["VQModel", "class-conditional", "unconditional", "small and gray", "GumbelVQ"],
 )  # fmt: skip

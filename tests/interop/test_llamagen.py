@@ -58,6 +58,7 @@ def run_import(folder, workdir, *flags, run=commands.run_here):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_an_imported_tokenizer_and_transformer_compute_the_recorded_outputs(folder, tmp_path):
     tokenizer, transformer = compute_file_shapes()
     assert {*tokenizer, *transformer} == set(RECORDED["names"].tolist())

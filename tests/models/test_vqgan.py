@@ -71,6 +71,7 @@ def test_parameters_and_outputs_of_a_bfloat16_model_are_float32():
     assert 0 < np.abs(decoded - exact).mean() < 0.03 * np.abs(exact).mean()
 
 
+@pytest.mark.slow
 def test_many_pixels_are_decoded_in_equal_parts(monkeypatch):
     """Six images of 16x16 pixels, of which four fit at once, are decoded as two times three."""
     config = load_config("mnist_tiny", {"data.image_size": 16})

@@ -54,7 +54,8 @@ KEYS = jax.random.split(jax.random.key(7), 4)
 @pytest.mark.parametrize(
     ("settings", "scale", "pieces"),
     [
-        ({}, None, 1), ({}, 2.0, 5), pytest.param({}, 2.0, 12, marks=pytest.mark.slow),
+        pytest.param({}, None, 1, marks=pytest.mark.slow), ({}, 2.0, 5),
+        pytest.param({}, 2.0, 12, marks=pytest.mark.slow),
         (MODERN, 2.0, 5),
     ],
     ids=["one piece", "guided", "one piece per position", "modern"],
@@ -95,7 +96,9 @@ def test_a_prefix_is_kept_and_continued_as_if_it_had_been_sampled():
     assert (other[:, 5:] != original[:, 5:]).any()
 
 
-@pytest.mark.parametrize("settings", [{}, MODERN], ids=["gpt2", "modern"])
+@pytest.mark.parametrize(
+    "settings", [pytest.param({}, marks=pytest.mark.slow), MODERN], ids=["gpt2", "modern"]
+)
 def test_greedy_codes_after_a_prefix_follow_a_guidance_schedule(settings):
     """Compares a prefix, a guidance schedule, and a growing cache with the whole sequence."""
     model, params, _ = make_small_model(**settings)

@@ -195,7 +195,7 @@ def average_written_out_steps(networks, generator, discriminator, images, keys, 
     [
         pytest.param({"diff_augment": ("translation",)}, 1, True, marks=pytest.mark.slow),
         ({"diff_augment": ("translation",)}, 2, False),
-        ({"adaptive_weight": False}, 2, True),
+        pytest.param({"adaptive_weight": False}, 2, True, marks=pytest.mark.slow),
     ],
     ids=["adaptive", "adaptive-in-a-loop", "fixed"],
 )

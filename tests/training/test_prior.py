@@ -176,6 +176,7 @@ def test_the_cosine_schedule_warms_up_and_decays_to_zero():
     assert rates[0] == pytest.approx(rates[99] / 100, rel=1e-4) and rates[-1] < 1e-9
 
 
+@pytest.mark.slow
 def test_a_step_needs_hardly_more_flops_than_the_transformer():
     """At the sizes of `mnist`, the transformer needs 6 FLOPs per parameter and code, and those of
     the attention products."""

@@ -29,7 +29,7 @@ def workdir(tmp_path_factory):
 
 
 @pytest.mark.parametrize("count", [pytest.param(2, marks=pytest.mark.slow), 4])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["masked", pytest.param("random-order", marks=pytest.mark.slow)])
 def test_several_devices_take_the_same_step_as_one(workdir, kind, count):
     settings = {"prior__dropout": 0.3, "prior__label_dropout": 0.5, "prior__kind": kind}
     results = {}

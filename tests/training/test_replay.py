@@ -50,6 +50,7 @@ def test_an_honest_run_is_repeated_bit_for_bit(workdir, capsys):
     ]
 
 
+@pytest.mark.slow
 def test_a_run_with_one_checkpoint_is_repeated_from_the_start(workdir, capsys):
     shutil.rmtree(workdir / "checkpoints" / "vqgan" / "4")
     replay.verify_run(workdir)
@@ -106,6 +107,7 @@ def rewrite_last_checkpoint(workdir, arrays=None, **changes):
     forged.wait()
 
 
+@pytest.mark.slow
 def test_on_another_machine_the_metrics_of_one_step_are_compared(workdir, monkeypatch, capsys):
     cores = distributed.count_cores()
     monkeypatch.setattr(distributed, "count_cores", lambda: cores + 1)
@@ -127,6 +129,7 @@ def test_on_another_machine_the_metrics_of_one_step_are_compared(workdir, monkey
     assert f"since the metrics of step 5 were not saved, and {reason}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_metrics_of_the_first_step_after_a_checkpoint_are_saved(workdir):
     """Also in a session that resumes, and if a line of the log covers several steps."""
     first = Store(workdir, "vqgan").read(6).first_step
@@ -147,6 +150,7 @@ def test_changed_settings_are_refused(workdir):
         replay.verify_run(workdir)
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_named_if_it_is_not_repeated(trained, tmp_path, capsys):
     """The validation after the last step is worse than the one before."""
     store = Store(trained, "vqgan", "reconstruction_loss")
