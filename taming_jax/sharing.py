@@ -67,10 +67,10 @@ def save_pretrained(
         report = run.workdir / REPORT
     if isinstance(report, str | Path):
         report = read_report(Path(report))
-    if problem := find_report_problem(run, report):
-        say(f"The model card has no figures, since {problem}.")
     folder = Path(folder)
     with create_run(folder) as partial:
+        if problem := find_report_problem(run, report):
+            say(f"The model card has no figures, since {problem}.")
         write_pretrained(partial, content)
         pictures = draw_pictures(run, partial, reconstructions)
         card = build_card(run, name or folder.absolute().name, report, license, pictures)

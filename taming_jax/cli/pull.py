@@ -28,4 +28,4 @@ def main() -> None:
     from taming_jax.sharing import pull
 
     pull(args.source, args.workdir)
-    print(f"{args.workdir} holds the run of {args.source}.")
+    print(f"The run from {args.source} is now in {args.workdir}.")

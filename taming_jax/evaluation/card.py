@@ -74,15 +74,15 @@ def describe_model(run: Run) -> str:
     config, data = run.config, run.config.data
     grid = config.grid_size
     sentences = [
-        f"A VQ-GAN that turns images of {data.image_size}x{data.image_size}x{data.channels} into a "
-        f"grid of {grid}x{grid} codes and back. There are {config.vqgan.codebook_size:,} codes "
-        f"(quantizer `{config.vqgan.quantizer}`)."
+        f"A VQ-GAN that turns {'gray' if data.channels == 1 else 'color'} images of "
+        f"{data.image_size}x{data.image_size} pixels into {grid}x{grid} codes and back. There are "
+        f"{config.vqgan.codebook_size:,} codes (quantizer `{config.vqgan.quantizer}`)."
     ]
     batch_size = config.vqgan.batch_size
     if run.transformer is not None:
         count, batch_size = len(run.class_names), config.prior.batch_size
         classes = f"{count} class{'es' * (count > 1)}"
-        sentences.append(f"Its prior (`{config.prior.kind}`) draws new images of {classes}.")
+        sentences.append(f"A prior (`{config.prior.kind}`) draws new images of {classes}.")
     if run.step:  # of a run that was imported or pulled, it is not known
         name = "It" if run.transformer is None else "The prior"
         sentences.append(f"{name} was trained for {run.step:,} steps of {batch_size} images.")

@@ -165,14 +165,14 @@ def build_config(config: Config) -> dict[str, Any]:
     groups = {count_groups(width) for width in widths}
     problems = {
         f"has no quantizer {vqgan.quantizer}": vqgan.quantizer != "vq",
-        f"needs {expected} blocks per level of the decoder (--vqgan.decoder-blocks), but this run "
-        f"has {blocks}": blocks != expected,
-        "has one number of groups for all layers, but the layers of this run, with "
-        f"{' and '.join(map(str, sorted(set(widths))))} channels, have "
-        f"{' and '.join(map(str, sorted(groups)))}": len(groups) > 1,
+        f"needs {expected} blocks per level of the decoder (--vqgan.decoder-blocks {expected}), "
+        f"but this run has {blocks}": blocks != expected,
+        "has the same number of groups in all layers, but the layers of this run with "
+        f"{' and '.join(map(str, sorted(set(widths))))} channels have "
+        f"{' and '.join(map(str, sorted(groups)))} groups": len(groups) > 1,
     }  # fmt: skip
     if reasons := [phrase for phrase, is_problem in problems.items() if is_problem]:
-        raise UserError(f"this run cannot be exported: the VQModel {'; '.join(reasons)}.")
+        raise UserError(f"this run cannot be exported: the VQModel {'; it '.join(reasons)}.")
     attention = ["Attn" * (x in vqgan.attention_resolutions) for x in config.level_resolutions]
     return {
         "_class_name": "VQModel", "in_channels": data.channels, "out_channels": data.channels,

@@ -183,7 +183,7 @@ async function showPictures(section, result, files = {}) {
   for (const picture of shown) {
     Object.assign(picture, { loaded: await loadImage(picture.image), canvas: create("canvas") });
   }
-  const choice = create("p");
+  const choice = create("p", {}, "Choose a picture to edit its codes, to complete or to download it.");
   const grid = create("div", { className: "pictures" }, ...shown.map((picture, i) => {
     const title = `${run.classes[picture.label] ?? "no class"}, picture ${i + 1}`;
     const choose = () => {
@@ -257,9 +257,9 @@ function readForm(form) {
 
 /** Calls `use` with each file that is chosen in an input, as base64. */
 function onFile(input, use) {
+  input.onclick = () => { input.value = ""; }; // so that the same file can be chosen again
   input.onchange = () => {
     const file = input.files[0];
-    input.value = "";
     work("Encoding the picture.", async () => {
       if (file.size > 11 * 2 ** 20) throw new Error("the picture is larger than 11 MiB.");
       const reader = new FileReader();
@@ -279,7 +279,7 @@ async function reconstruct(picture) {
   const result = await ask("reconstruct", { picture });
   paint($("#error-map canvas"), await loadImage(result.error));
   $("#error-map figcaption").textContent =
-    `error: PSNR ${result.psnr.toFixed(1)} dB, mean ${result.meanError.toFixed(3)}`;
+    `absolute error: mean ${result.meanError.toFixed(3)} of 1, PSNR ${result.psnr.toFixed(1)} dB`;
   await showEdited({ ...result, first: result.codes });
   $("#error-map").hidden = false;
 }
@@ -475,26 +475,24 @@ function open(section, hasFocus) {
 
 async function start() {
   run = await ask("describe");
+  addEventListener("invalid", () => { $("#error").textContent = ""; }, true);
   $("#name").textContent = document.title = run.name;
   $("#model").textContent = run.model;
   document.body.classList.toggle("smooth", run.size >= 64);
   await loadTiles();
-  const prior = ["sample", "complete"]; // the sections that need one
-  $("nav").append(...$$("main > section").filter(({ id }) => run.settings || !prior.includes(id))
-    .map(({ id, ariaLabel }) => button(ariaLabel, () => open(id))));
+  $("main").hidden = false;
+  const sections = $$("main > section").filter(({ dataset }) => run.settings || !dataset.prior);
+  $("nav").append(...sections.map(({ id, ariaLabel }) => button(ariaLabel, () => open(id))));
   for (const container of $$(".cells, .palette")) enableArrowKeys(container);
   enableDrawing();
   onFile($("#edit [name=file]"), reconstruct);
   $("#undo").onclick = () => changeCodes(() => edited.first);
-  $("#to-complete").onclick = () => startCompletion(
-    String(edited.codes) === String(edited.first) ? edited.original : edited.image);
+  $("#to-complete").onclick = () => startCompletion(edited.image);
   $("#to-complete").hidden = !run.settings;
   if (!run.settings) return open("edit");
-  const every = run.trained.length <= run.maxImages ? "every class" : null;
-  prepareForm($("#sample form"), every, async (values) =>
+  prepareForm($("#sample form"), null, async (values) =>
     showPictures("sample", await ask("sample", values)));
   prepareForm($("#complete form"), run.needsClass ? null : "no class", complete);
-  $("#sample form").class.value = run.trained[0];
   $("#limits").textContent = run.limits;
   fillMask(SHAPES["Lower half"]);
   $("#shapes").append(...Object.entries(SHAPES).flatMap(([name, shape]) =>

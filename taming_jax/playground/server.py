@@ -13,7 +13,7 @@ import socket
 import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import quote
 
 import uvicorn
@@ -27,8 +27,6 @@ from taming_jax.config.serialization import from_dict
 from taming_jax.errors import UserError, say
 from taming_jax.playground import actions
 from taming_jax.run import Run
-
-T = TypeVar("T")
 
 MAX_BODY = 16 * 2**20  # bytes of a request
 MAX_DISCARDED = 4 * MAX_BODY  # bytes that are read, so that the client reads the refusal
@@ -126,8 +124,8 @@ class Server:
             stop.set()
 
     async def _wait(
-        self, future: asyncio.Future[T], is_unwanted: Callable[[], Awaitable[bool]] | None = None
-    ) -> T:
+        self, future: asyncio.Future[Any], is_unwanted: Callable[[], Awaitable[bool]] | None = None
+    ) -> Any:
         """Returns a result, or cancels it if the server ends or `is_unwanted` says so."""
         try:
             while not (await asyncio.wait([future], timeout=POLL_SECONDS))[0]:
@@ -173,7 +171,7 @@ async def refuse(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):
         status, sentence = error.status_code, error.detail
         if status in (404, 405):
-            sentence = f"there is no {request.method} {request.url.path} here."
+            sentence = f"{request.url.path} does not exist, or does not accept {request.method}."
     elif isinstance(error, UserError):
         status, sentence = 400, str(error)
     return PlainTextResponse(sentence, status, HEADERS)
@@ -191,9 +189,9 @@ def check_address(host: str, token: str | None) -> None:
     """Raises UserError if other computers can reach the host and there is no token."""
     if not is_local(host) and token is None:
         raise UserError(
-            f"other computers can reach --host {host}, and anyone on them could use this run and "
-            "keep this computer busy; set --token to a secret of 8 or more characters that the "
-            "page then requires."
+            f"--host {host} is open to other computers, so anyone who can reach this one could use "
+            "the run and keep the processor busy; set --token to a secret of 8 or more "
+            "characters, which the page then requires."
         )
     if token is not None and (len(token) < 8 or not token.isascii() or token != token.strip()):
         raise UserError("the --token must have 8 or more ASCII characters, without spaces around.")

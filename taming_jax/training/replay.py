@@ -42,7 +42,7 @@ def verify_run(folder: Path, data: Mapping[str, Any] | None = None) -> None:
         for store in stores:
             name, steps = store.path.name, store.steps()
             last[name] = [read_checkpoint(store, step) for step in steps][-2:]
-            say(f"{name}: the hashes of the checkpoints of steps {format_steps(steps)} match.")
+            say(f"{name}: the hashes of the checkpoints at {format_steps(steps)} match.")
         check_settings(config, {name: checkpoints[-1] for name, checkpoints in last.items()})
         check_tokens(folder / "tokens")
         for store in stores:
@@ -64,7 +64,8 @@ def read_current_config(folder: Path) -> Config:
 
 
 def format_steps(steps: list[int]) -> str:
-    return " and ".join(filter(None, [", ".join(map(str, steps[:-1])), str(steps[-1])]))
+    *others, last = map(str, steps)
+    return f"steps {', '.join(others)} and {last}" if others else f"step {last}"
 
 
 def format_range(start: int, end: int) -> str:

@@ -141,8 +141,8 @@ def test_models_are_read_from_the_hub(golden, folder, tmp_path, monkeypatch):
     "preset, message",
     [
         ("mnist", r"needs 3 blocks per level .* has 2\.$"),
-        ("mnist_tiny", "needs 2 blocks per level .* has 1; has one number of groups for all "
-         "layers, but the layers of this run, with 16 and 32 channels, have 16 and 32"),
+        ("mnist_tiny", "needs 2 blocks per level .* has 1; it has the same number of groups in all "
+         "layers, but the layers of this run with 16 and 32 channels have 16 and 32 groups"),
         ("birds_tiny", r"needs 2 blocks per level .* has 1\.$"),
     ],
 )  # fmt: skip

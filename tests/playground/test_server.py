@@ -310,7 +310,7 @@ def test_the_command_names_a_package_that_is_missing(prior_workdir, monkeypatch)
 def test_the_command_reports_addresses_that_it_cannot_use(prior_workdir):
     command = "taming_jax/cli/__main__.py", "playground", "--workdir", prior_workdir
     status, _, err = commands.run_here(*command, "--host", "0.0.0.0")
-    assert status == 2 and "other computers can reach" in err and "Traceback" not in err
+    assert status == 2 and "is open to other computers" in err and "Traceback" not in err
     with socket.create_server(("127.0.0.1", 0)) as taken:
         status, _, err = commands.run_here(*command, "--port", taken.getsockname()[1])
         assert status == 2 and "choose another --port" in err

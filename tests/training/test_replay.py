@@ -22,7 +22,7 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run of stage 1 with checkpoints of steps 4 and 6."""
+    """A run of stage 1 with checkpoints at steps 4 and 6."""
     folder = tmp_path_factory.mktemp("replay") / "run"
     small_runs.train(folder, **SETTINGS)
     return folder
@@ -44,7 +44,7 @@ def flip_byte(file):
 def test_an_honest_run_is_repeated_bit_for_bit(workdir, capsys):
     replay.verify_run(workdir)
     assert capsys.readouterr().out.splitlines() == [
-        "vqgan: the hashes of the checkpoints of steps 4 and 6 match.",
+        "vqgan: the hashes of the checkpoints at steps 4 and 6 match.",
         "vqgan: steps 5 to 6 were repeated, and every array is that of the last checkpoint, bit "
         "for bit: it is what these settings and data produce.",
     ]
@@ -188,7 +188,7 @@ def prior_run(workdir):
 def test_a_prior_is_verified_with_its_generator_and_tokens(prior_run, capsys):
     replay.verify_run(prior_run)
     out = capsys.readouterr().out
-    assert "prior: the hashes of the checkpoints of steps 2 and 4 match." in out
+    assert "prior: the hashes of the checkpoints at steps 2 and 4 match." in out
     assert "prior: steps 3 to 4 were repeated, and every array" in out
     for pattern, message in (
         ("tokens/*/train/*.npz", r"tokens/.*npz is damaged. Delete it"),
