@@ -88,6 +88,7 @@ def test_the_sign_quantizer_looks_up_its_own_codes():
     assert quantized.indices.max() < quantizer.num_codes == 16
 
 
+@pytest.mark.slow
 def test_the_dataset_quantizer_loss_and_log_destination_work_together(tmp_path, monkeypatch):
     run_example("A dataset")
     run_example("A quantizer")

@@ -239,6 +239,7 @@ def test_copies_are_found_in_a_compiled_loop():
     assert {4096} <= set(counted) <= {1, 4096}
 
 
+@pytest.mark.slow
 def test_all_ways_to_compute_a_layer_agree(monkeypatch):
     config = driver_config()
     for name, ways, shapes, first in layers.list_layers(config):

@@ -75,6 +75,7 @@ def test_the_metrics_of_reconstructions_equal_those_computed_directly(
     assert metrics["likelihood_bits_per_code"] == pytest.approx(bits, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_metrics_of_samples_equal_those_computed_directly(run, report, compute_features):
     """The samples are those of `Run.sample`, and their classes have the same frequencies as in the
     split."""
@@ -176,6 +177,7 @@ def test_the_command_writes_a_report_and_compares_two_reports(
     assert status == 1 and "cannot be compared: split is test and train" in err
 
 
+@pytest.mark.slow
 def test_the_figures_show_the_codes_and_the_nearest_images(evaluation, report, tmp_path):
     save_figures(evaluation, tmp_path, report)
     names = {file.name for file in tmp_path.iterdir()}

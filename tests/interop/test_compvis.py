@@ -162,8 +162,8 @@ def test_imported_models_compute_the_recorded_outputs_of_the_official_modules(co
     "model",
     [
         VQ,
-        NET,
         *(pytest.param(model, marks=pytest.mark.slow) for model in (
+            NET,
             replace(NET, cond_stage_config="__is_unconditional__", sos_token=5, pkeep=0.9),
             replace(VQ, ddconfig__ch_mult=[1, 1], ddconfig__resolution=16, embed_dim=4, n_embed=10,
                     ddconfig__in_channels=1, ddconfig__out_ch=1,
@@ -344,6 +344,7 @@ def test_non_finite_arrays_are_imported_with_a_warning(command, tmp_path):
     assert status == 2 and "is not an empty folder; name another one" in err
 
 
+@pytest.mark.slow
 def test_our_own_run_survives_export_and_import(command, tmp_path):
     """The run has class names, l2-normalized codes, and a discriminator. The export also contains
     the masks, counts, and LPIPS weights of the official modules."""

@@ -54,6 +54,7 @@ def test_distances_increase_with_blur_and_noise():
     assert results[0]["1 - recall"] < 0.5 < results[-1]["1 - recall"]
 
 
+@pytest.mark.slow
 def test_the_digit_classifier_is_accurate_and_cached(tmp_path, monkeypatch):
     """The test trains on few images without their margins. It compiles with full optimization, as
     users do, because the steps take longer than the compilation."""

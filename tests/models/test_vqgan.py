@@ -54,6 +54,7 @@ def test_the_model_reproduces_the_official_one(official):
     golden.assert_close(decoded, reconstruction, "decoded indices", 1e-5)
 
 
+@pytest.mark.slow
 def test_parameters_and_outputs_of_a_bfloat16_model_are_float32():
     config = load_config("mnist_tiny", {"dtype": "bfloat16"})
     model = build_vqgan(config)

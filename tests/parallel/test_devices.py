@@ -212,6 +212,7 @@ def test_a_small_run_logs_the_same_rows_on_several_devices(small_workdir, tmp_pa
     small_runs.assert_rows_close(small_runs.read_rows(tmp_path), expected, 2e-3)
 
 
+@pytest.mark.slow
 @on_several_devices
 def test_a_small_run_takes_the_same_step_on_several_devices(small_workdir, count):
     """The steps start from the same checkpoint, so that a difference of Adam's first moments is a

@@ -61,6 +61,7 @@ def test_jaxs_attention_gives_the_logits_and_gradients_of_the_plain_one(monkeypa
     golden.assert_trees_close(results[1], results[0], "result ", tolerance)
 
 
+@pytest.mark.slow
 def test_attention_dropout_and_decoding_use_the_plain_attention(monkeypatch):
     settings = PriorConfig(layers=1, heads=2, width=16, attention_dropout=0.5)
     model, tokens = GPT(11, 3, (3, 4), settings), jnp.zeros((2, 12), jnp.int32)

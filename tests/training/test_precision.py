@@ -217,6 +217,7 @@ def make_stage_2(dtype, count=1):
     return devices, step, init_transformer(config, model, jax.random.key(0)), feed.batch(0).arrays
 
 
+@pytest.mark.slow
 @on_devices
 def test_the_gradients_of_stage_2_in_bfloat16_are_close_to_float32(count):
     exact = None

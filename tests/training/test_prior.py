@@ -86,6 +86,7 @@ def test_a_step_has_no_activation_with_an_entry_per_token():
     assert shapes == {(tokens, config.prior.width)}
 
 
+@pytest.mark.slow
 def test_four_micro_batches_take_the_same_step_as_one_batch(vqgan_workdir, monkeypatch):
     monkeypatch.setattr(accumulate, "should_unroll", lambda: False)  # compiles faster
     settings = {

@@ -57,6 +57,7 @@ def test_a_run_with_one_checkpoint_is_repeated_from_the_start(workdir, capsys):
     assert "steps 1 to 6 were repeated, and every array" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_the_settings_do_not_produce_is_refused(workdir):
     """The last checkpoint is replaced by one with right hashes but other arrays."""
     path = ("nets", "generator", "params", "decoder", "conv_in", "bias")

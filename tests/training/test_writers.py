@@ -165,10 +165,11 @@ def check_history(rows):
 
 
 def test_wandb_offline_has_each_step_once_over_all_folders(tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     run_id = log_and_resume(tmp_path, "wandb")
+    wandb.teardown()  # waits until its process has written everything
     files = sorted((tmp_path / "run" / "wandb").glob(f"offline-run-*-{run_id}/run-{run_id}.wandb"))
     assert len(files) == 2
     check_history([row for file in files for row in read_wandb(file)])
