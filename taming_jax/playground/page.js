@@ -260,7 +260,7 @@ function onFile(input, use) {
   input.onclick = () => { input.value = ""; }; // so that the same file can be chosen again
   input.onchange = () => {
     const file = input.files[0];
-    work("Encoding the picture.", async () => {
+    if (file) work("Encoding the picture.", async () => {
       if (file.size > 11 * 2 ** 20) throw new Error("the picture is larger than 11 MiB.");
       const reader = new FileReader();
       await new Promise((resolve) => {
