@@ -127,6 +127,8 @@ def decode(
     about `max_mib` MiB.
     """
     target_height, target_width = (size, size) if isinstance(size, int) else size
+    if content.startswith((b"\0\0\1\0", b"icns")):  # Pillow decodes them before it tells the size
+        raise ValueError("icons are not read as pictures")
     with Image.open(io.BytesIO(content)) as opened:
         if opened.format == "EPS":
             raise ValueError("it is a PostScript program, which is not run")

@@ -72,10 +72,8 @@ class Playground:
         run, config = self.run, self.run.config
         description = {
             "name": run.workdir.absolute().name, "model": describe_model(run).replace("`", ""),
-            "classes": run.class_names, "trained": run.trained_classes, "factor": run.factor,
-            "size": config.data.image_size, "channels": config.data.channels,
-            "grid": config.grid_size, "codes": config.vqgan.codebook_size,
-            "maxImages": MAX_IMAGES,
+            "size": config.data.image_size, "channels": config.data.channels, "factor": run.factor,
+            "grid": config.grid_size, "codes": config.vqgan.codebook_size, "maxImages": MAX_IMAGES,
         }  # fmt: skip
         if run.transformer is None:
             return description
@@ -87,10 +85,11 @@ class Playground:
             for name, hint in typing.get_type_hints(SamplingSettings).items()
         }
         return description | {
+            "classes": run.class_names, "trained": run.trained_classes,
             "limits": run.prior.completion_limits,
             "needsClass": len(run.class_names) > 1 and not config.prior.label_dropout,
             "settings": [[name, value, choices[name]] for name, value in settings.items()],
-        }
+        }  # fmt: skip
 
     def sample(self, request: Request) -> dict[str, Any]:
         """Draws images of classes."""
@@ -221,7 +220,9 @@ class Playground:
     def _draw(self, drawing: Drawing, request: Request) -> dict[str, Any]:
         """Draws images, and returns one dictionary per image, and a sheet of all images. Raises
         Stopped if it is stopped."""
-        batches = []
+        most, batches = self.run.config.grid_size**2, []
+        if (request.decoding_steps or 0) > most:
+            raise UserError(f"decoding-steps must be at most {most}, the number of codes.")
         for batch in self.run.sampler.draw_with_codes(drawing, **request.sampling):
             if self.is_stopped():
                 raise Stopped

@@ -104,8 +104,8 @@ function fillCells(container, make) {
 
 /** Reads the next tiles of the codes, until all of them are there. */
 async function loadTiles() {
-  sheet = await ask("codebook");
-  sheet.image = await loadImage(sheet.sheet);
+  const next = await ask("codebook");
+  sheet = { ...next, image: await loadImage(next.sheet) };
   document.body.style.setProperty("--sheet", `url(${sheet.sheet})`);
   fillPalettes();
   if (sheet.count < sheet.total) work("Decoding the codebook.", loadTiles);
@@ -165,7 +165,8 @@ async function play(shown, seconds) {
       }));
     }
   };
-  const count = Math.max(...shown.flatMap(({ passes }) => passes.flat())) + 1;
+  const all = shown.flatMap(({ passes }) => passes.flat());
+  const count = all.reduce((a, b) => Math.max(a, b)) + 1;
   for (const { canvas } of shown) canvas.width = canvas.height = run.size; // clears it
   drawPass(-1); // the codes that were kept
   const start = performance.now();
@@ -321,6 +322,7 @@ async function showDecoded() {
 function changeCodes(change) {
   work("Decoding.", async () => {
     Object.assign(edited, await ask("decode", { codes: change(structuredClone(edited.codes)) }));
+    $("#error-map").hidden = true; // it is that of the first codes
     await showDecoded();
   });
 }
@@ -475,7 +477,10 @@ function open(section, hasFocus) {
 
 async function start() {
   run = await ask("describe");
-  addEventListener("invalid", () => { $("#error").textContent = ""; }, true);
+  addEventListener("invalid", ({ target }) => {
+    $("#error").textContent = "";
+    target.closest("details")?.setAttribute("open", ""); // so that the browser can show the field
+  }, true);
   $("#name").textContent = document.title = run.name;
   $("#model").textContent = run.model;
   document.body.classList.toggle("smooth", run.size >= 64);

@@ -97,6 +97,12 @@ def test_postscript_is_not_run():
         decode(encode(make_picture(20), "EPS"), 8, 3, "crop")
 
 
+@pytest.mark.parametrize("kind", ["ICO", "ICNS"])
+def test_icons_are_refused_before_they_are_decoded(kind):
+    with pytest.raises(ValueError, match="icons"):
+        decode(encode(Image.new("RGB", (64, 64)), kind), 8, 3, "crop")
+
+
 def test_large_pictures_and_texts_are_read(tmp_path, recwarn):
     """Pillow's own limits would refuse these files or warn about them."""
     large = encode(Image.new("L", (18_000, 10_100), 50), "JPEG")

@@ -74,9 +74,10 @@ def make_broken_pictures():
         file = io.BytesIO()
         Image.fromarray(noise).save(file, kind)
         yield file.getvalue()[:60]
-    file = io.BytesIO()
-    Image.fromarray(noise).save(file, "EPS")
-    yield file.getvalue()
+    for kind in ("EPS", "ICO", "ICNS"):
+        file = io.BytesIO()
+        Image.fromarray(noise).save(file, kind)
+        yield file.getvalue()
     header = png[8:33]  # the chunk with the size, for a picture of 60,000 x 60,000 pixels
     body = b"IHDR" + (60_000).to_bytes(4, "big") * 2 + header[16:21]
     bomb = png[:8] + header[:4] + body + zlib.crc32(body).to_bytes(4, "big") + png[33:]
@@ -106,7 +107,7 @@ def make_bad_requests():
         "top_k": (0, -1, 10**6, 1.5, "5", [5]),
         "top_p": (0, -0.5, 1.01, "x", [0.9]),
         "guidance_scale": (2, [-1], [1, 2, 3], ["1"], "2", [None], [1e400]),
-        "decoding_steps": (4, 0, "8"), "decoding_order": ("random", 1, "confidence"),
+        "decoding_steps": (4, 0, "8", 10**9), "decoding_order": ("random", 1, "confidence"),
         "choice_temperature": (1, "x"), "size": ("512x512", None), "devices": (1,),
         "workdir": ("/",), "out": ("/tmp/x.png",), "__class__": (1,), "": (1,),
         "sampling": ({},), "picture": (1,), "keep": (1, ["x"]), "codes": ("x",),
