@@ -44,7 +44,7 @@ class Request(SamplingSettings):
     """The arguments of all actions; each of them uses some."""
 
     classes: tuple[int, ...] = ()
-    """The numbers of classes. Default: all that have training images, or none for completions."""
+    """The numbers of classes. For completions, none means no class."""
     per_class: int = 1
     picture: str = ""
     """An image file, base64."""
@@ -93,7 +93,7 @@ class Playground:
 
     def sample(self, request: Request) -> dict[str, Any]:
         """Draws images of classes."""
-        classes = list(dict.fromkeys(request.classes)) or self.run.trained_classes
+        classes = list(dict.fromkeys(request.classes))
         self._check_count(len(classes) * request.per_class)
         drawing = self.run.sampler.plan_samples(classes, request.per_class)
         names = [self.run.class_names[i] for i in classes]
@@ -113,10 +113,10 @@ class Playground:
             run.encode(image[None]), request.classes or None, request.per_class, 0.5, keep
         )
         names = [run.class_names[i] for i in request.classes]
-        flags = {"mask": "mask.png", "per_class": request.per_class}
-        flags |= (
-            ({"classes": names} if names else {}) | request.overrides | {"out": "completions.png"}
-        )
+        flags = {"mask": "mask.png", "per_class": request.per_class} | request.overrides
+        if names:
+            flags["classes"] = names
+        command = format_command("complete picture.png", run, flags | {"out": "completions.png"})
         arguments = format_arguments([names or None, request.per_class], request.overrides)
         mode, axes = ("RGB", "[None]") if image.shape[-1] == 3 else ("L", "[None, ..., None]")
         code = (
@@ -126,8 +126,7 @@ class Playground:
         )
         mask = np.kron(keep, np.full((factor, factor), 255, np.uint8))
         return self._draw(drawing, request) | {
-            "original": to_url(image), "mask": to_url(mask[..., None]),
-            "command": format_command("complete picture.png", run, flags),
+            "original": to_url(image), "mask": to_url(mask[..., None]), "command": command,
             "python": "import numpy as np\nfrom PIL import Image\n" + format_code(run, code),
         }  # fmt: skip
 

@@ -92,7 +92,7 @@ class Server:
     def _check_client(self, request: Request) -> None:
         """Raises HTTPException if the request may come from elsewhere than the page."""
         if self._token is None:
-            # DNS rebinding: another website may have let its name point to this computer.
+            # DNS rebinding: another website can make its name point to this computer.
             if not is_local(request.headers.get("host", "").rsplit(":", 1)[0].strip("[]")):
                 raise HTTPException(
                     403, "open this page as localhost or 127.0.0.1, or start it with --token."
@@ -151,7 +151,7 @@ async def read_json(request: Request) -> dict[str, Any]:
     except TimeoutError:
         raise HTTPException(408, f"the request took more than {READ_SECONDS} seconds.") from None
     except ClientDisconnect:
-        raise HTTPException(400, "the request broke off.") from None
+        raise HTTPException(400, "the connection was closed before the end.") from None
     if size > MAX_BODY:
         raise HTTPException(
             413, f"the request has more than {MAX_BODY // 2**20} MiB; send a smaller picture."
@@ -194,7 +194,7 @@ def check_address(host: str, token: str | None) -> None:
             "characters, which the page then requires."
         )
     if token is not None and (len(token) < 8 or not token.isascii() or token != token.strip()):
-        raise UserError("the --token must have 8 or more ASCII characters, without spaces around.")
+        raise UserError("--token must have 8 or more ASCII characters, with no space at its ends.")
 
 
 def open_socket(host: str, port: int) -> socket.socket:
